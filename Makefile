@@ -1,0 +1,43 @@
+# make demo   build and check the bundled demo checkpoint        make test   the tests
+# make check  everything that guards a change                    make oracles  side environments of other tools
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= out/demo
+
+.PHONY: setup demo test check lint types layers style oracles test-oracles bench size clean
+setup: $(READY)
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/qquant build --recipe demo --out $(OUT)
+
+test: $(READY)
+	$(BIN)/pytest -q
+
+check: lint types layers test
+lint: $(READY)
+	$(BIN)/ruff check qquant tests
+	$(BIN)/ruff format --check qquant tests
+types: $(READY)
+	$(BIN)/mypy
+layers: $(READY)
+	$(BIN)/lint-imports
+style: $(READY)
+	$(BIN)/ruff check --fix qquant tests
+	$(BIN)/ruff format qquant tests
+
+oracles: $(READY)
+	tests/oracles/make.sh
+test-oracles: oracles
+	$(BIN)/pytest -q -m oracle
+
+size:
+	@find qquant -name '*.py' | xargs wc -l | sort -n
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
