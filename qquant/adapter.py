@@ -1,0 +1,116 @@
+"""LoRA adapters in PEFT's layout, merged tensor by tensor as the checkpoint is read.
+
+    W' = round_to_dtype(W + scale * B @ A)      A float [r, in], B float [out, r], scale = alpha / r (or alpha / sqrt(r), rsLoRA)
+
+The product and the sum are computed in float32 and rounded once. Tensors listed in `modules_to_save` replace the base's.
+Reference: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), PEFT's adapter_config.json. Refused: DoRA, biases, dropout at
+inference, convolutions, and any key that does not name a tensor of the base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant import safetensors_file
+from qquant.errors import InputError
+from qquant.safetensors_file import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates by the name of the weight they change."""
+
+    path: Path
+    updates: Mapping[str, tuple[TensorInfo, TensorInfo, float]]  # weight -> (A, B, scale)
+    replaced: Mapping[str, TensorInfo]
+    fan_in_fan_out: bool
+    fingerprint: str
+
+    @classmethod
+    def open(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+        """Read and verify an adapter folder against the base model's tensor shapes.
+
+        Raises:
+            InputError: not a LoRA adapter, of an unsupported kind, or not made for this base.
+        """
+        file = path / "adapter_config.json"
+        if not file.is_file():
+            raise InputError(f"{path}: no adapter_config.json; --adapter takes a PEFT LoRA folder")
+        try:
+            config = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: not valid JSON: {error}") from None
+        _supported(file, config)
+        weights = path / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise InputError(f"{weights}: not found (a pickled adapter_model.bin is not read)")
+        header, _ = safetensors_file.read_header(weights)
+        pairs: dict[str, dict[str, TensorInfo]] = {}
+        replaced: dict[str, TensorInfo] = {}
+        for key, info in header.items():
+            name = key.removeprefix(PREFIX)
+            match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+            target = f"{match[1]}.weight" if match else name
+            if target not in shapes:
+                raise InputError(f"{weights}: {key} does not belong to a tensor of the base model; is this its adapter?")
+            if match:
+                pairs.setdefault(target, {})[match[2]] = info
+            elif info.shape != shapes[target]:
+                raise InputError(f"{weights}: {key} is {list(info.shape)}, the base has {list(shapes[target])}")
+            else:
+                replaced[target] = info
+        updates = {}
+        for target, pair in pairs.items():
+            if set(pair) != {"A", "B"}:
+                raise InputError(f"{weights}: {target} has only lora_{next(iter(pair))}")
+            rank, (rows, columns) = pair["A"].shape[0], shapes[target]
+            if config.get("fan_in_fan_out"):
+                rows, columns = columns, rows
+            if pair["A"].shape != (rank, columns) or pair["B"].shape != (rows, rank):
+                raise InputError(
+                    f"{weights}: {target}: A {list(pair['A'].shape)} and B {list(pair['B'].shape)} do not give {list(shapes[target])}"
+                )
+            updates[target] = (pair["A"], pair["B"], _scale(config, target.removesuffix(".weight"), rank))
+        digest = hashlib.sha256(weights.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()
+        return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest)
+
+    def merge(self, name: str, value: Tensor, rows: slice) -> Tensor:
+        """`value` (rows `rows` of tensor `name`) with the adapter applied, in the dtype it came in."""
+        if name in self.replaced:
+            return safetensors_file.read_tensor(self.replaced[name], rows if value.dim() > 1 else None).to(value.dtype)
+        if name not in self.updates:
+            return value
+        first, second, scale = self.updates[name]
+        delta = safetensors_file.read_tensor(second).float() @ safetensors_file.read_tensor(first).float()
+        if self.fan_in_fan_out:
+            delta = delta.T
+        return (value.float() + scale * delta[rows]).to(value.dtype)
+
+
+def _supported(file: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be merged")
+    if config.get("use_dora"):
+        raise InputError(f"{file}: use_dora is true; merge DoRA adapters with PEFT first (model.merge_and_unload())")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{file}: bias is {config['bias']!r}; only 'none' can be merged")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

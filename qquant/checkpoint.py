@@ -1,0 +1,282 @@
+"""A source checkpoint: config, headers, and tensors read one at a time.
+
+`Checkpoint.open` reads config.json, the index and every safetensors header, and compares names, shapes and dtypes with what
+the config implies, so that a wrong number in the config or a missing shard is one error before any work. Nothing is unpickled,
+no code of the checkpoint runs, no path of an index leaves the folder. A LoRA adapter (PEFT) is merged as tensors are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qquant import safetensors_file
+from qquant.adapter import Adapter
+from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.families import Family, ModelConfig, family_of, parse_config
+from qquant.resources import data_dir, lazy
+from qquant.safetensors_file import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+JSON_LIMIT = 25_000_000  # bytes of config.json or an index
+FLOATS = ("BF16", "F16", "F32")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "special_tokens_map.json", "added_tokens.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+)  # fmt: skip
+TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
+
+
+class WeightSource(Protocol):
+    """Anything that gives the weights of a model by their checkpoint names: a checkpoint or an artifact."""
+
+    family: Family
+    config: ModelConfig
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, as the model computes with it."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of a matrix."""
+        ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A bounded JSON mapping.
+
+    Raises:
+        InputError: missing, too large, malformed, with a repeated key, or not a mapping.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: not found")
+    if path.stat().st_size > JSON_LIMIT:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; the limit is {JSON_LIMIT:,}")
+    try:
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors_file.unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must be a JSON mapping")
+    return value
+
+
+def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """A local folder for `reference` (a path, `bundled:NAME`, or a hub id), and the commit that it is.
+
+    Raises:
+        UsageError: it is none of the three.
+        EnvironmentMissingError: the hub cannot be reached or does not have it.
+    """
+    if reference.startswith("bundled:"):
+        folder = data_dir("recipes") / "demo" / reference.removeprefix("bundled:")
+        if not folder.is_dir():
+            names = ", ".join(sorted(f"bundled:{path.name}" for path in folder.parent.iterdir() if path.is_dir()))
+            raise UsageError(f"{reference}: no such bundled checkpoint; there is {names}")
+        return folder, None
+    if Path(reference).is_dir():
+        return Path(reference), None
+    if not HUB_ID.match(reference) or reference.startswith((".", "/")):
+        raise UsageError(f"{reference}: not a folder, and not a hub id of the form ORGANISATION/NAME")
+    return _download(reference, revision)
+
+
+def _download(repo: str, revision: str | None) -> tuple[Path, str]:
+    import huggingface_hub  # noqa: PLC0415  the door to the hub; costs half a second
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    try:
+        commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha or ""
+        folder = huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES)
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo}: {error}") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise EnvironmentMissingError(f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead") from None
+    return Path(folder), commit
+
+
+@dataclass
+class Checkpoint:
+    """A verified `Qwen2ForCausalLM` checkpoint on disk."""
+
+    path: Path
+    name: str  # of the model: the folder's, or the hub repository's
+    revision: str | None
+    raw_config: Mapping[str, Any]
+    family: Family
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    fingerprint: str  # sha256 of config, headers and file sizes
+    adapter: Adapter | None = None
+    ignored: tuple[str, ...] = field(default=())  # tensors of the files that the model does not use
+
+    @classmethod
+    def open(cls, reference: str | Path, revision: str | None = None, adapter: Path | None = None) -> Checkpoint:
+        """Read and verify config and headers; no tensor data.
+
+        Raises:
+            InputError: anything that does not fit; the message names file, value and remedy.
+            UsageError, EnvironmentMissingError: see `resolve`.
+        """
+        path, commit = resolve(str(reference), revision)
+        name = str(reference).rsplit("/", 1)[-1] if commit else path.resolve().name
+        raw = read_json(path / "config.json")
+        if "auto_map" in raw:
+            raise InputError(f"{path / 'config.json'}: auto_map asks to run code of the checkpoint; qquant does not. Remove the key")
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+            raise InputError(f"{path}: is already quantized ({method}); give the 16-bit checkpoint")
+        family = family_of(raw, str(path / "config.json"))
+        config = parse_config(raw, str(path / "config.json"))
+        found, digest = read_tensors(path)
+        tensors, ignored = _verify(path, family, config, found)
+        digest.update(json.dumps(raw, sort_keys=True).encode())
+        lora = Adapter.open(adapter, {name: info.shape for name, info in tensors.items()}) if adapter else None
+        if lora:
+            digest.update(lora.fingerprint.encode())
+        return cls(path, name, commit, raw, family, config, tensors, digest.hexdigest(), lora, ignored)
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name of the dtype of the linear weights: BF16, F16 or F32."""
+        return self.tensors[f"{self.family.block.format(0)}{self.family.linears[0]}.weight"].dtype
+
+    @property
+    def side_files(self) -> list[Path]:
+        """Tokenizer, template, generation config and licence files, to be copied byte for byte."""
+        return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
+
+    def content_hash(self) -> str:
+        """sha256 over the config and every byte of the weights (and of the adapter)."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            with file.open("rb") as source:
+                digest.update(hashlib.file_digest(source, "sha256").digest())
+        return digest.hexdigest()
+
+    def require_tokenizer(self) -> None:
+        """Raise InputError unless tokenizer.json, or vocab.json with merges.txt, is there."""
+        if not any(all((self.path / name).is_file() for name in names) for names in TOKENIZERS):
+            raise InputError(f"{self.path}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. Copy it from the base model")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in its own dtype, adapter merged, checked to be finite.
+
+        Raises:
+            InputError: it holds NaN or infinity, or the file ends early.
+        """
+        return self._finish(name, safetensors_file.read_tensor(self._info(name)), slice(None))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of matrix `name`; like `tensor`."""
+        rows = slice(start, stop)
+        return self._finish(name, safetensors_file.read_tensor(self._info(name), rows), rows)
+
+    def block(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of decoder block `layer`, by their names inside the block."""
+        prefix = self.family.block.format(layer)
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.family.block_shapes(self.config, layer)}
+
+    def _info(self, name: str) -> TensorInfo:
+        return self.tensors[self.family.embedding if name == self.family.head and self.config.tied else name]
+
+    def _finish(self, name: str, value: Tensor, rows: slice) -> Tensor:
+        if self.adapter:
+            value = self.adapter.merge(name, value, rows)
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{self._info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        return value
+
+
+def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
+    """Every tensor of a folder of safetensors (by its index, else its only file), and a sha256 over headers and sizes.
+
+    Raises:
+        InputError: a pickle checkpoint, a missing shard, an index that points elsewhere or disagrees with the shards.
+    """
+    digest = hashlib.sha256()
+    index = path / "model.safetensors.index.json"
+    files = _indexed(path, read_json(index)) if index.is_file() else _single(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file, expected in files.items():
+        header, _ = safetensors_file.read_header(file)
+        digest.update(f"{file.name} {file.stat().st_size} {[(i.name, i.dtype, i.shape) for i in header.values()]}".encode())
+        for name, info in header.items():
+            if name in tensors:
+                raise InputError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
+            tensors[name] = info
+        absent = expected - header.keys()
+        if absent:
+            raise InputError(f"{index}: puts {sorted(absent)[0]} into {file.name}, which does not hold it ({len(absent)} such tensors)")
+    return tensors, digest
+
+
+def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{path / 'model.safetensors.index.json'}: weight_map is missing or empty")
+    files: dict[Path, set[str]] = {}
+    for name, file in weights.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            raise InputError(f"{path / 'model.safetensors.index.json'}: {name} -> {file!r} is not the plain name of a .safetensors file")
+        files.setdefault(path / file, set()).add(name)
+    for file in sorted(files):
+        if not file.is_file():
+            raise InputError(f"{file}: missing shard ({len(files[file])} tensors). Download it again")
+    return files
+
+
+def _single(path: Path) -> dict[Path, set[str]]:
+    found = sorted(path.glob("*.safetensors"))
+    model = path / "model.safetensors"
+    if model in found:
+        return {model: set()}
+    if len(found) == 1 and "-of-" not in found[0].name:
+        return {found[0]: set()}
+    if found:
+        raise InputError(f"{path}: {len(found)} safetensors files without model.safetensors.index.json. Download the index")
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        raise InputError(
+            f"{pickles[0]}: is a pickle, which can run code when loaded; qquant reads safetensors only. "
+            "Convert it once with transformers: model.save_pretrained(folder)"
+        )
+    raise InputError(f"{path}: holds no .safetensors file")
+
+
+def _verify(
+    path: Path, family: Family, config: ModelConfig, found: Mapping[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    expected = family.shapes(config)
+    problems = []
+    for name, shape in expected.items():
+        if name not in found:
+            problems.append(f"{name} is missing; the config implies {list(shape)}")
+        elif found[name].shape != shape:
+            problems.append(f"{name} in {found[name].file.name} is {list(found[name].shape)}; the config implies {list(shape)}")
+        elif found[name].dtype not in FLOATS:
+            problems.append(f"{name} in {found[name].file.name} is {found[name].dtype}; expected one of {', '.join(FLOATS)}")
+    extra = sorted(name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    tied_copy = [name for name in extra if name == family.head and config.tied and found[name].shape == expected[family.embedding]]
+    unknown = [name for name in extra if name not in tied_copy]
+    problems += [f"{name} in {found[name].file.name} is not a tensor of this model" for name in unknown]
+    dtypes = {found[name].dtype for name in expected if name in found and name.endswith("proj.weight")}
+    if len(dtypes & set(FLOATS)) > 1:
+        problems.append(f"linear weights have several dtypes: {', '.join(sorted(dtypes))}")
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise InputError(f"{path}: tensors and config.json disagree ({len(problems)}):{shown}{more}\nCheck the numbers in config.json")
+    return {name: found[name] for name in expected} | {name: found[name] for name in tied_copy}, tuple(tied_copy)

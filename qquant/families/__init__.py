@@ -1,0 +1,30 @@
+"""Model families as data. To add one: a table in its own file, and a line in FAMILIES."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qquant.errors import InputError
+from qquant.families.family import Family, ModelConfig, ScalePair, Shape, Stage, parse_config
+from qquant.families.qwen2 import QWEN2
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
+
+__all__ = ["FAMILIES", "Family", "ModelConfig", "ScalePair", "Shape", "Stage", "family_of", "parse_config"]
+
+
+def family_of(raw: Mapping[str, Any], where: str) -> Family:
+    """The family of a `config.json` mapping.
+
+    Raises:
+        InputError: the model type is not one that qquant knows.
+    """
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise InputError(f"{where}: model_type is {kind!r}; qquant builds {', '.join(map(repr, FAMILIES))} (Qwen1.5)")
+    family = FAMILIES[kind]
+    architectures = raw.get("architectures") or [family.architecture]
+    if family.architecture not in architectures:
+        raise InputError(f"{where}: architectures is {architectures!r}; expected {family.architecture!r}")
+    return family

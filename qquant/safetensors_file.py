@@ -1,0 +1,165 @@
+"""Safetensors files: a bounded reader of headers and a plan of bytes to write.
+
+    file = u64 little-endian length of the header | JSON header, space padded | data
+    header = {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}   offsets count from the data
+
+The reader trusts nothing: size, count, dtypes, shapes, offsets, overlaps, holes, duplicate names. Reference: the format
+description of the safetensors project. Data is read with plain reads, never mapped, so that memory use is what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant.errors import InputError
+from qquant.resources import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+HEADER_LIMIT = 25_000_000  # bytes; the hub's own limit
+TENSOR_LIMIT = 200_000
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` is the absolute offset in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name such as "BF16"."""
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }[name]  # fmt: skip
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` that refuses a repeated key."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeated name {next(name for name in names if names.count(name) > 1)!r}")
+    return result
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors of `path` in file order, and its metadata.
+
+    Raises:
+        InputError: the file is truncated, malformed, or beyond the limits.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise InputError(
+                f"{path}: header of {length:,} bytes in a file of {size:,} (limit {HEADER_LIMIT:,}): truncated or not safetensors"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: header is not valid JSON: {error}") from None
+    if not isinstance(header, dict) or len(header) > TENSOR_LIMIT:
+        raise InputError(f"{path}: header must be a mapping of at most {TENSOR_LIMIT:,} tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{path}: __metadata__ must map strings to strings")
+    infos = sorted((_info(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda info: (info.start, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        if info.start != end:
+            raise InputError(f"{path}: tensor {info.name} starts at byte {info.start:,}, expected {end:,} (overlap or hole)")
+        end += info.nbytes
+    if end != size:
+        verb = "truncated" if end > size else "followed by unknown bytes"
+        raise InputError(f"{path}: {verb}: its header describes {end:,} bytes, the file has {size:,}. Download it again")
+    return {info.name: info for info in infos}, metadata
+
+
+def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{path}: tensor {name!r}: entry must have dtype, shape and data_offsets, got {str(entry)[:80]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in SIZES:
+        raise InputError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}; known: {', '.join(SIZES)}")
+    for numbers, what, count in ((shape, "shape", None), (offsets, "data_offsets", 2)):
+        plain = isinstance(numbers, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+        if not plain or len(numbers) > 8 or (count and len(numbers) != count):
+            raise InputError(f"{path}: tensor {name!r}: bad {what} {str(numbers)[:80]}")
+    nbytes = math.prod(shape) * SIZES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise InputError(f"{path}: tensor {name!r}: {dtype} {shape} takes {nbytes:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}")
+    return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
+
+
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:
+    """Bytes start:stop of the tensor's data.
+
+    Raises:
+        InputError: the file is shorter than its header said.
+    """
+    stop = info.nbytes if stop is None else stop
+    buffer = bytearray(stop - start)
+    view = memoryview(buffer)
+    descriptor = os.open(info.file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], info.start + start + done)
+            if count == 0:
+                raise InputError(f"{info.file}: ended inside tensor {info.name}")
+            done += count
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, info.start + start, done, os.POSIX_FADV_NOREUSE)
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
+    """The tensor, or rows start:stop of its first dimension."""
+    shape = info.shape
+    if rows is None:
+        data = read_bytes(info)
+    else:
+        start, stop, _ = rows.indices(shape[0])
+        row = info.nbytes // max(1, shape[0])
+        data = read_bytes(info, start * row, stop * row)
+        shape = (stop - start, *shape[1:])
+    if not data:
+        return torch.empty(shape, dtype=torch_dtype(info.dtype))
+    return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(shape)
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Header of a file holding (name, dtype, shape) in this order, and each tensor's absolute offset."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    relative: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        relative[name] = end
+        begin, end = end, end + math.prod(shape) * SIZES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: base + offset for name, offset in relative.items()}
