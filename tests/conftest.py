@@ -1,0 +1,79 @@
+"""Fixtures: the bundled demo checkpoint, and random checkpoints of any shape."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qquant.families import FAMILIES, parse_config
+from qquant.resources import data_dir
+
+QWEN2 = FAMILIES["qwen2"]
+SMALL = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled trained checkpoint."""
+    return data_dir("recipes") / "demo" / "tiny-qwen1.5"
+
+
+def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, **changes):
+    """A random checkpoint with the demo's tokenizer; `changes` go into config.json."""
+    config = SMALL | changes
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in QWEN2.shapes(parse_config(config, "test")).items():
+        value = torch.randn(shape, generator=generator) * (0.5 if name.endswith("bias") else shape[-1] ** -0.5)
+        tensors[name] = (1 + 0.1 * value if len(shape) == 1 and "norm" in name else value).to(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    source = data_dir("recipes") / "demo" / "tiny-qwen1.5"
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, folder / name)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    """`make_checkpoint(name="model", dtype=..., shards=..., **config)` -> folder."""
+
+    def make(name="model", **options):
+        return write_checkpoint(tmp_path / name, **options)
+
+    return make
