@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from qquant.kernels.group_search import group_search
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -58,21 +59,98 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Float32 [N, K], exactly what every reader of the file must compute."""
-        step, offset = self.params.levels()
-        width = self.grid.width
-        rows, columns = self.codes.shape
-        codes = self.codes.view(rows, columns // width, width).float()
-        return (codes * step.unsqueeze(-1) - offset.unsqueeze(-1)).view(rows, columns)
+        return value_of(self.codes, *self.params.levels(), self.grid)
 
 
-def nearest(weight: Tensor, params: Params, grid: Grid) -> Tensor:
-    """Codes uint8 [N, K] of the nearest grid values (ties to even) to `weight` float32 [N, K].
+def nearest(weight: Tensor, step: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """Codes uint8 [N, K] of the nearest grid values (ties to even) to `weight` float32 [N, K]; step, offset [N, K / width].
 
     A step of zero means a group that stores one value only: its code is 0.
     """
-    step, offset = params.levels()
     rows, columns = weight.shape
     grouped = weight.view(rows, columns // grid.width, grid.width)
     safe = torch.where(step == 0, torch.ones_like(step), step).unsqueeze(-1)
     codes = ((grouped + offset.unsqueeze(-1)) / safe).round_().clamp_(0, grid.levels - 1)
     return codes.masked_fill_((step == 0).unsqueeze(-1), 0).to(torch.uint8).view(rows, columns)
+
+
+def value_of(codes: Tensor, step: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """Float32 [N, K]: step * code - offset."""
+    rows, columns = codes.shape
+    grouped = codes.view(rows, columns // grid.width, grid.width).float()
+    return (grouped * step.unsqueeze(-1) - offset.unsqueeze(-1)).view(rows, columns)
+
+
+@dataclass
+class UniformParams:
+    """One scale and one integer zero point per row and group: value = scale * (code - zero)."""
+
+    scales: Tensor  # float16 [N, G]
+    zeros: Tensor  # float32 [N, G], whole numbers
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """step = scale, offset = scale * zero; both products are exact in float32."""
+        step = self.scales.float()
+        return step, step * self.zeros
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """2^bits equally spaced values per group of `width` columns, with a float16 scale.
+
+    Symmetric: the zero point is 2^(bits-1) and the scale may be negative (full range: the largest element of a group can sit
+    on the extra level -2^(bits-1)). Asymmetric: an integer zero point within the code range.
+    """
+
+    bits: int
+    width: int
+    symmetric: bool
+    search: str  # "minmax" or "importance"
+
+    @property
+    def levels(self) -> int:
+        """2^bits."""
+        return 1 << self.bits
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> UniformParams:
+        """Scales and zeros for weight float32 [N, K].
+
+        "minmax" covers the range of every group; "importance" searches the scale (and zero) with the least squared error
+        weighted by importance float32 [K] (ones if None), evaluated with the scale as float16 stores it.
+        """
+        if self.search == "minmax":
+            return self._cover(weight)
+        scales, zeros = group_search(
+            weight, torch.ones_like(weight[0]) if importance is None else importance, self.width, self.levels, self.symmetric
+        )
+        return UniformParams(scales, zeros)
+
+    def _cover(self, weight: Tensor) -> UniformParams:
+        grouped = weight.view(len(weight), -1, self.width)
+        top = self.levels - 1
+        if self.symmetric:
+            scales = as_scale(2 * grouped.abs().amax(-1) / top)
+            return UniformParams(scales, torch.full_like(scales, self.levels // 2, dtype=torch.float32))
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = as_scale((high - low) / top)
+        return UniformParams(scales, (-low / scales.float()).round().clamp(0, top))
+
+
+def as_scale(scale: Tensor) -> Tensor:
+    """float16 scale that is finite and not zero; 1 where the group holds only zeros."""
+    limit = torch.finfo(torch.float16).max
+    half = scale.clamp(-limit, limit).half()
+    tiny = torch.finfo(torch.float16).smallest_normal
+    half = torch.where((half == 0) & (scale != 0), torch.full_like(half, tiny).copysign(half), half)
+    return torch.where(scale == 0, torch.ones_like(half), half)
+
+
+def checksum(value: Tensor) -> str:
+    """16 hex digits over the float32 bits of `value` and their order; -0 counts as 0. Fast, not cryptographic."""
+    bits = (value.float().contiguous().view(-1) + 0.0).view(torch.int32)
+    total = 0
+    for start in range(0, len(bits), 1 << 22):
+        piece = bits[start : start + (1 << 22)].to(torch.int64)
+        place = torch.arange(start, start + len(piece), dtype=torch.int64, device=piece.device)
+        total += int((piece * (place * 0x1E3779B97F4A7C15 | 1)).sum())
+    return f"{total & (1 << 64) - 1:016x}"

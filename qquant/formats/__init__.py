@@ -1,0 +1,77 @@
+"""Artifact formats by the names that recipes use. To add one: a file with a class like these, and a line in FORMATS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.errors import InputError
+from qquant.formats.awq import Awq
+from qquant.formats.gguf import Gguf
+from qquant.formats.gptq import Gptq
+from qquant.layout import PlannedArtifact
+from qquant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qquant.tensor import Grid, QuantizedTensor
+
+
+class Format(Protocol):
+    """What the rest of the program asks of a format."""
+
+    def plan(self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str) -> PlannedArtifact:
+        """Every file of an artifact of model `name`, to the byte."""
+        ...
+
+    def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
+        """The grid of weight `name`; None if the format stores it by itself."""
+        ...
+
+    def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Stored tensors of a solved weight."""
+        ...
+
+    def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors of `name` (or of some of its rows) without a solver."""
+        ...
+
+    def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """The float32 values that readers will see for what `pack` or `store` gave."""
+        ...
+
+    def read(self, path: Path) -> WeightSource:
+        """The dequantized weights of an artifact made by any tool."""
+        ...
+
+    def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
+        """Compare files, read by another library, with the sha256 of stored tensors and the checksums of solved weights."""
+        ...
+
+
+FORMATS: dict[str, Format] = {"gptq": Gptq(), "awq": Awq(), "gguf": Gguf()}
+
+
+def detect(path: Path) -> str | None:
+    """The format of an artifact, or None for a plain checkpoint folder.
+
+    Raises:
+        InputError: neither.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return "gguf"
+        raise InputError(f"{path}: is not a GGUF file; give a model folder or a .gguf file")
+    if not path.is_dir():
+        raise InputError(f"{path}: not found")
+    quantization = read_json(path / "config.json").get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in ("gptq", "awq"):
+        raise InputError(f"{path / 'config.json'}: quant_method {method!r}; qquant reads 'gptq', 'awq' and GGUF files")
+    return str(method)

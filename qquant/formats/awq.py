@@ -1,0 +1,132 @@
+"""The GEMM layout of AutoAWQ (`quant_method: awq`, `version: gemm`), 4 bit, asymmetric.
+
+For a linear with weight [N, K] and groups of g input columns (G = K / g):
+
+    qweight int32 [K, N/8]    packed along N: nibble i of word c = output column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    qzeros  int32 [G, N/8]    the same interleave; the zero point itself, no minus one
+    scales  fp16  [G, N]
+    bias          [N]         only where the model has one
+
+    W[n, k] = (code[k, n] - zero[k // g, n]) * scales[k // g, n]
+
+The AWQ scales are folded into the operator before (norm, v_proj, up_proj), so a reader needs nothing else.
+Left out: GEMV, GEMVFast and the original llm-awq layouts, which vLLM and SGLang do not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qquant.errors import InputError
+from qquant.formats.bits import pack_words, unpack_words
+from qquant.formats.folder import ModelFolder, QuantizedLayout
+from qquant.recipe import AwqArtifact
+from qquant.resources import lazy
+from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output column held by each nibble
+INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds each output column
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+def _interleave(codes: Tensor, order: tuple[int, ...]) -> Tensor:
+    return codes.view(len(codes), -1, 8)[..., list(order)].reshape(len(codes), -1)
+
+
+class AwqLayout(QuantizedLayout):
+    """Group size fixed; see the head of the file."""
+
+    suffixes = ("qweight", "qzeros", "scales")
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+
+    def problems(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+        rows, columns = shape
+        if columns % self.group_size or rows % 8:
+            return f"[{rows}, {columns}] needs rows divisible by 8 and columns by the group size {self.group_size}"
+        return None
+
+    def entries(self, shape: tuple[int, int]) -> list[Entry]:
+        """(suffix, dtype, shape) of the stored tensors."""
+        rows, columns = shape
+        groups = columns // self.group_size
+        return [
+            ("qweight", "I32", (columns, rows // 8)),
+            ("qzeros", "I32", (groups, rows // 8)),
+            ("scales", "F16", (groups, rows)),
+        ]
+
+    def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """The stored tensors of a tensor on a 4-bit `UniformGrid`; the codes are kept as they are."""
+        params = quantized.params
+        assert isinstance(params, UniformParams)
+        return {
+            "qweight": pack_words(_interleave(quantized.codes.T.contiguous(), ORDER), 4),
+            "qzeros": pack_words(_interleave(params.zeros.T.contiguous().to(torch.uint8), ORDER), 4),
+            "scales": params.scales.T.contiguous(),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """Codes and parameters of stored tensors; inverse of `pack`."""
+        codes = _interleave(unpack_words(tensors["qweight"], 4), INVERSE).T.contiguous()
+        zeros = _interleave(unpack_words(tensors["qzeros"], 4), INVERSE).float().T.contiguous()
+        grid = UniformGrid(4, self.group_size, symmetric=False, search="minmax")
+        return QuantizedTensor(codes, UniformParams(tensors["scales"].T.contiguous(), zeros), grid)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """float32 [N, K]."""
+        return self.unpack(tensors).dequantize()
+
+
+class Awq(ModelFolder):
+    """The `awq` format of a recipe."""
+
+    config_copy = None
+
+    def folder_suffix(self, spec: AwqArtifact) -> str:
+        """As in Qwen's repository names."""
+        return "AWQ"
+
+    def layout(self, spec: AwqArtifact) -> AwqLayout:
+        """The tensor layout of an artifact."""
+        return AwqLayout(spec.group_size)
+
+    def grid(self, spec: AwqArtifact, columns: int) -> UniformGrid:
+        """The values a linear with `columns` inputs can take."""
+        return UniformGrid(4, spec.group_size, symmetric=False, search=spec.scale_search)
+
+    def label(self, spec: AwqArtifact) -> str:
+        """For people."""
+        return f"int4 g{spec.group_size} asymmetric"
+
+    def quantization_config(self, spec: AwqArtifact) -> dict[str, Any]:
+        """AutoAWQ's keys."""
+        return {
+            "bits": 4,
+            "group_size": spec.group_size,
+            "modules_to_not_convert": None,
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        }
+
+    def read_layout(self, config: Mapping[str, Any], where: str) -> AwqLayout:
+        """The layout of a folder made by any tool, from its quantization_config.
+
+        Raises:
+            InputError: another version, bits or group size than this file describes.
+        """
+        version = str(config.get("version", "gemm")).lower()
+        bits, group = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+        if version != "gemm" or bits != 4 or not isinstance(group, int) or group < 1:
+            raise InputError(f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group!r}; qquant reads 4-bit GEMM")
+        return AwqLayout(group)

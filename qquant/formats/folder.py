@@ -1,0 +1,209 @@
+"""A model folder as transformers, vLLM and SGLang load it: what GPTQ and AWQ artifacts have in common.
+
+    config.json (the source's, plus quantization_config), model.safetensors or shards with an index, and the source's tokenizer,
+    generation config, chat template and licence files byte for byte.
+
+Embedding, norms, biases and head keep the dtype of the source. A tied head is not stored twice, and no zero biases are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant.checkpoint import Checkpoint, read_json, read_tensors
+from qquant.errors import InputError, QQuantError
+from qquant.families import Family, ModelConfig, family_of, parse_config
+from qquant.layout import PlannedArtifact, copied_file, safetensors_files, small_file
+from qquant.recipe import Recipe
+from qquant.resources import lazy
+from qquant.safetensors_file import TensorInfo, read_tensor, torch_dtype
+from qquant.tensor import checksum
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qquant.tensor import Grid, QuantizedTensor
+else:
+    torch = lazy("torch")
+
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+class QuantizedLayout(ABC):
+    """How a quantized linear lies in a file; one subclass per format."""
+
+    suffixes: tuple[str, ...]
+
+    @abstractmethod
+    def problems(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+
+    @abstractmethod
+    def entries(self, shape: tuple[int, int]) -> list[Entry]:
+        """(suffix, dtype, shape) of the stored tensors."""
+
+    @abstractmethod
+    def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Stored tensors by suffix."""
+
+    @abstractmethod
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """float32 [N, K] of stored tensors."""
+
+
+class ModelFolder(ABC):
+    """A format that is a folder with quantized linears in the decoder blocks."""
+
+    config_copy: str | None  # file that repeats quantization_config, where readers expect one
+
+    @abstractmethod
+    def folder_suffix(self, spec: Any) -> str: ...
+    @abstractmethod
+    def layout(self, spec: Any) -> QuantizedLayout: ...
+    @abstractmethod
+    def grid(self, spec: Any, columns: int) -> Grid: ...
+    @abstractmethod
+    def label(self, spec: Any) -> str: ...
+    @abstractmethod
+    def quantization_config(self, spec: Any) -> dict[str, Any]: ...
+    @abstractmethod
+    def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
+
+    def plan(self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str) -> PlannedArtifact:
+        """Every file of the artifact, to the byte.
+
+        Raises:
+            InputError: a linear's shape does not fit the layout.
+        """
+        family, layout = checkpoint.family, self.layout(spec)
+        linears = family.linear_shapes(checkpoint.config)
+        for linear, shape in linears.items():
+            problem = layout.problems(shape)
+            if problem:
+                raise InputError(f"artifact {spec.name}: {linear} {problem}. Choose another group_size, or pad the model")
+        entries: list[Entry] = []
+        grids: dict[str, str] = {}
+        quantized = {f"{linear}.weight" for linear in linears}
+        for tensor, shape in family.shapes(checkpoint.config).items():
+            module, _ = tensor.rsplit(".", 1)
+            if any(tensor.endswith("." + linear) for linear in quantized):
+                entries += [(f"{module}.{suffix}", dtype, stored) for suffix, dtype, stored in layout.entries((shape[0], shape[1]))]
+                grids[tensor] = self.label(spec)
+            else:
+                dtype = checkpoint.tensors[tensor].dtype
+                entries.append((tensor, dtype, shape))
+                grids[tensor] = dtype.lower()
+        config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(spec)}
+        files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
+        if self.config_copy:
+            files.append(small_file(self.config_copy, self.quantization_config(spec)))
+        files += [copied_file(path) for path in checkpoint.side_files]
+        folder = f"{name}-{self.folder_suffix(spec)}"
+        return PlannedArtifact(spec.name, spec, folder, tuple(files), family.parameters(checkpoint.config), grids)
+
+    def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
+        """The grid of weight `name` with `columns` inputs; None if it is stored as it is."""
+        return self.grid(planned.spec, columns) if planned.grids[name] == self.label(planned.spec) else None
+
+    def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Tensors of the file that hold linear weight `name`."""
+        module = name.removesuffix(".weight")
+        return {f"{module}.{suffix}": value for suffix, value in self.layout(planned.spec).pack(quantized).items()}
+
+    def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        """Tensors of the file that hold `name` (or some of its rows) without a grid: itself, in the planned dtype."""
+        return {name: value.to(torch_dtype(planned.grids[name].upper()))}
+
+    def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """float32 of what `store` or `pack` gave."""
+        if name in stored:
+            return stored[name].float()
+        module = name.removesuffix(".weight")
+        return self.layout(planned.spec).dequantize({suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes})
+
+    def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
+        """Read the folder with the `safetensors` package and compare bytes and dequantized values.
+
+        Raises:
+            QQuantError: they differ.
+        """
+        import safetensors  # noqa: PLC0415  the independent reader
+
+        for path in files:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a mapping
+                    data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+                    if hashlib.sha256(data).hexdigest() != written[name]:
+                        raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
+        source = self.read(files[0].parent)
+        for name, value in values.items():
+            if checksum(source.tensor(name)) != value:
+                raise QQuantError(f"{files[0].parent}: {name} dequantizes to other values than were solved for")
+
+    def read(self, path: Path) -> FolderSource:
+        """The dequantized weights of a folder made by any tool.
+
+        Raises:
+            InputError: tensors are missing or of the wrong shape.
+        """
+        raw = read_json(path / "config.json")
+        where = str(path / "config.json")
+        config = parse_config(raw, where)
+        quantization = raw["quantization_config"]
+        source = FolderSource(path, family_of(raw, where), config, read_tensors(path)[0], self.read_layout(quantization, where))
+        source.verify()
+        return source
+
+
+@dataclass
+class FolderSource:
+    """Weights of a quantized folder, dequantized one tensor at a time."""
+
+    path: Path
+    family: Family
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    layout: QuantizedLayout
+
+    def verify(self) -> None:
+        """Raise InputError unless every tensor the config implies is there, in its shape; zero biases may be extra."""
+        for name, shape in self.family.shapes(self.config).items():
+            module = name.removesuffix(".weight")
+            if f"{module}.qweight" not in self.tensors:
+                expected = {name: shape}
+            else:
+                problem = self.layout.problems((shape[0], shape[1]))
+                if problem:
+                    raise InputError(f"{self.path}: {module} {problem}")
+                expected = {f"{module}.{suffix}": stored for suffix, _, stored in self.layout.entries((shape[0], shape[1]))}
+            for stored_name, stored in expected.items():
+                if stored_name not in self.tensors:
+                    raise InputError(f"{self.path}: tensor {stored_name} is missing")
+                if self.tensors[stored_name].shape != stored:
+                    found = list(self.tensors[stored_name].shape)
+                    raise InputError(f"{self.path}: tensor {stored_name} is {found}; config.json implies {list(stored)}")
+        for name in self.tensors:
+            if name.endswith(".bias") and name not in self.family.shapes(self.config) and bool(read_tensor(self.tensors[name]).any()):
+                raise InputError(f"{self.path}: {name} is not zero, and the model has no such bias")
+
+    def tensor(self, name: str) -> Tensor:
+        """float32; a quantized weight is dequantized."""
+        module = name.removesuffix(".weight")
+        if name not in self.tensors and name == self.family.head:
+            return self.tensor(self.family.embedding)
+        if f"{module}.qweight" not in self.tensors:
+            return read_tensor(self.tensors[name]).float()
+        stored = {suffix: read_tensor(self.tensors[f"{module}.{suffix}"]) for suffix in self.layout.suffixes}
+        return self.layout.dequantize(stored)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of an unquantized matrix, float32."""
+        if name not in self.tensors and name == self.family.head:
+            name = self.family.embedding
+        return read_tensor(self.tensors[name], slice(start, stop)).float()

@@ -1,0 +1,166 @@
+"""The GPTQ v1 layout of AutoGPTQ (`quant_method: gptq`, `checkpoint_format: gptq`), 4 and 8 bit, symmetric.
+
+For a linear with weight [N, K], b bits, groups of g input columns (G = K / g), f = 32 / b codes a word:
+
+    qweight int32 [K/f, N]    packed along K: word r, bits b*j .. b*j+b-1 = code of input column r*f + j
+    qzeros  int32 [G, N/f]    packed along N: word c, slot j = zero point of output n = c*f + j, stored minus one (mod 2^b)
+    scales  fp16  [G, N]      step; may be negative (full-range symmetric grid)
+    g_idx   int32 [K]         group of every input column; k // g here, since activation order is static
+    bias          [N]         only where the model has one
+
+    W[n, k] = scales[g_idx[k], n] * (code[k, n] - ((stored zero + 1) mod 2^b))
+
+Symmetric zeros are 2^(b-1), so qzeros words are 0x77777777 (4 bit) or 0x7f7f7f7f (8 bit). Reading also covers what other
+tools write: float32 scales, zero biases, asymmetric zeros, `gptq_v2` (zeros stored as they are), activation order through g_idx.
+Left out: 2 and 3 bit, and writing asymmetric zeros (a zero of 0 is stored as -1 and runs into its neighbours in some readers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qquant import __version__
+from qquant.errors import InputError
+from qquant.formats.bits import pack_words, unpack_words
+from qquant.formats.folder import ModelFolder, QuantizedLayout
+from qquant.recipe import GptqArtifact
+from qquant.resources import lazy
+from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+class GptqLayout(QuantizedLayout):
+    """Bits and group size fixed; see the head of the file."""
+
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+
+    def __init__(self, bits: int, group_size: int, shift: int = 1) -> None:
+        self.bits = bits
+        self.group_size = group_size
+        self.shift = shift  # what v1 subtracts from a zero point before storing it; 0 in gptq_v2
+
+    @property
+    def slots(self) -> int:
+        """Codes in a word."""
+        return 32 // self.bits
+
+    def width(self, columns: int) -> int:
+        """Columns of a group."""
+        return columns if self.group_size == -1 else self.group_size
+
+    def problems(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+        rows, columns = shape
+        if columns % self.width(columns) or columns % 32 or rows % 32:
+            return f"[{rows}, {columns}] needs rows and columns divisible by 32 and columns by the group size {self.group_size}"
+        return None
+
+    def entries(self, shape: tuple[int, int]) -> list[Entry]:
+        """(suffix, dtype, shape) of the stored tensors."""
+        rows, columns = shape
+        groups = columns // self.width(columns)
+        return [
+            ("qweight", "I32", (columns // self.slots, rows)),
+            ("qzeros", "I32", (groups, rows // self.slots)),
+            ("scales", "F16", (groups, rows)),
+            ("g_idx", "I32", (columns,)),
+        ]
+
+    def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """The stored tensors of a tensor on a symmetric `UniformGrid`; the codes are kept as they are."""
+        params = quantized.params
+        assert isinstance(params, UniformParams)
+        codes = quantized.codes
+        stored = (params.zeros.to(torch.int32) - self.shift) & ((1 << self.bits) - 1)
+        columns = codes.shape[1]
+        return {
+            "qweight": pack_words(codes, self.bits).T.contiguous(),
+            "qzeros": pack_words(stored.T.contiguous(), self.bits),
+            "scales": params.scales.T.contiguous(),
+            "g_idx": (torch.arange(columns, dtype=torch.int32) // quantized.grid.width).to(torch.int32),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """Codes and parameters of stored tensors in natural group order; inverse of `pack`."""
+        codes = unpack_words(tensors["qweight"].T.contiguous(), self.bits)
+        zeros = (unpack_words(tensors["qzeros"], self.bits).float() + self.shift) % (1 << self.bits)
+        scales = tensors["scales"].T.contiguous()
+        columns = codes.shape[1]
+        grid = UniformGrid(self.bits, self.width(columns), symmetric=True, search="minmax")
+        return QuantizedTensor(codes, UniformParams(scales, zeros.T.contiguous()), grid)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """float32 [N, K], whatever the order of `g_idx`."""
+        quantized = self.unpack(tensors)
+        columns = quantized.codes.shape[1]
+        index = tensors.get("g_idx")
+        natural = torch.arange(columns) // quantized.grid.width
+        if index is None or bool((index == natural).all()):
+            return quantized.dequantize()
+        step, offset = quantized.params.levels()
+        if int(index.min()) < 0 or int(index.max()) >= step.shape[1]:
+            raise InputError(f"g_idx holds group {int(index.max())}; there are {step.shape[1]} groups")
+        return quantized.codes.float() * step[:, index.long()] - offset[:, index.long()]
+
+
+class Gptq(ModelFolder):
+    """The `gptq` format of a recipe."""
+
+    suffix = {4: "GPTQ-Int4", 8: "GPTQ-Int8"}
+
+    def folder_suffix(self, spec: GptqArtifact) -> str:
+        """As in Qwen's repository names."""
+        return self.suffix[spec.bits]
+
+    def layout(self, spec: GptqArtifact) -> GptqLayout:
+        """The tensor layout of an artifact."""
+        return GptqLayout(spec.bits, spec.group_size)
+
+    def grid(self, spec: GptqArtifact, columns: int) -> UniformGrid:
+        """The values a linear with `columns` inputs can take."""
+        return UniformGrid(spec.bits, self.layout(spec).width(columns), symmetric=True, search=spec.scale_search)
+
+    def label(self, spec: GptqArtifact) -> str:
+        """For people."""
+        return f"int{spec.bits} g{spec.group_size}"
+
+    def quantization_config(self, spec: GptqArtifact) -> dict[str, Any]:
+        """AutoGPTQ's keys; the last two are what newer readers look for."""
+        return {
+            "bits": spec.bits,
+            "group_size": spec.group_size,
+            "damp_percent": spec.damping,
+            "desc_act": False,
+            "static_groups": False,
+            "sym": True,
+            "true_sequential": True,
+            "model_name_or_path": None,
+            "model_file_base_name": "model",
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "meta": {"quantizer": [f"qquant:{__version__}"]},
+        }
+
+    config_copy = "quantize_config.json"
+
+    def read_layout(self, config: Mapping[str, Any], where: str) -> GptqLayout:
+        """The layout of a folder made by any tool, from its quantization_config.
+
+        Raises:
+            InputError: bits or a group size that this file does not describe.
+        """
+        bits, group = config.get("bits"), config.get("group_size")
+        if bits not in (4, 8) or not isinstance(group, int) or (group != -1 and group < 1):
+            raise InputError(f"{where}: GPTQ with bits {bits!r}, group_size {group!r}; qquant reads bits 4 or 8")
+        kind = config.get("checkpoint_format", config.get("format", "gptq"))
+        if kind not in ("gptq", "gptq_v2"):
+            raise InputError(f"{where}: GPTQ checkpoint_format {kind!r}; qquant reads 'gptq' and 'gptq_v2'")
+        return GptqLayout(bits, group, shift=1 if kind == "gptq" else 0)
