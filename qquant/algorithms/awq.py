@@ -1,0 +1,142 @@
+"""AWQ: scale input channels up before rounding, and the operator before them down (Lin et al. 2023, arXiv 2306.00978).
+
+For every scale pair (norm -> q,k,v; v -> o; norm -> gate,up; up -> down) choose s > 0 per input channel,
+
+    s = mean|x|^r / (mean|w|^(1-r) + 1e-4),  normalised by sqrt(max s * min s),  r on a grid in [0, 1),
+
+by the output error of the weights as they will be dequantized, tr(E H E') with E = Q(W s) / s - W: the loss over all calibration
+tokens, from the Gram matrix alone. mean|w| is relative to the largest |w| of a group of the grid. r = 0 without the weight term
+(s = 1) is always among the candidates, so a pair is left alone where scaling does not pay.
+
+The function of the block stays the same: the producer's rows and bias (or the norm's weight) are divided by s. A norm is stored
+in 16 bits, so s is re-derived from the rounded norm and the product stays exact. With grouped-query attention a value channel
+feeds several query heads, so s is tied over them. Left out: AutoAWQ's clipping by output error; the grid's own weighted search
+over scales takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qquant.families import Family, ModelConfig, ScalePair, Stage
+from qquant.stats import Gram
+from qquant.tensor import Grid, nearest, value_of
+
+GridFor = Callable[[str, tuple[int, int]], Grid]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search found for one stage."""
+
+    stage: str
+    ratio: float | None  # None: not scaled
+    loss: float  # relative output error, round to nearest
+    unscaled: float  # the same without scaling
+
+
+@dataclass
+class Transformed:
+    """A block whose function is unchanged, and the statistics of its new stage inputs."""
+
+    weights: dict[str, Tensor]  # float32, by name in the block
+    grams: dict[str, Gram]
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Input channels [heads, groups, dim] of a stage that are fed by output channels [heads, dim] of its producer."""
+
+    heads: int
+    groups: int
+    dim: int
+
+    def tied(self, channels: Tensor) -> Tensor:
+        """Mean over the input channels that share a producer channel."""
+        return channels.view(self.heads, self.groups, self.dim).mean(1).flatten()
+
+    def spread(self, producer: Tensor) -> Tensor:
+        """A value per producer channel, repeated for every input channel that it feeds."""
+        return producer.view(self.heads, 1, self.dim).expand(-1, self.groups, -1).flatten()
+
+
+def awq(
+    family: Family, config: ModelConfig, weights: Mapping[str, Tensor], grams: Mapping[str, Gram], grid_for: GridFor, ratios: int
+) -> Transformed:
+    """Scale every pair of a block; weights by name in the block, one Gram per stage.
+
+    Norm weights come back as values of their own dtype, so that storing them changes nothing.
+    """
+    new = Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
+    for pair in family.scale_pairs:
+        stage = next(stage for stage in family.stages if stage.name == pair.stage)
+        tie = Tie(1, 1, len(grams[stage.name].absolute))
+        if pair.producer == family.stages[0].linears[-1]:
+            tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+        linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
+        scale, choice = _search(stage, linears, grams[stage.name], grid_for, ratios, tie)
+        new.choices += (choice,)
+        if choice.ratio is not None:
+            _apply(new, pair, stage, scale, tie, weights)
+    return new
+
+
+def _apply(new: Transformed, pair: ScalePair, stage: Stage, scale: Tensor, tie: Tie, original: Mapping[str, Tensor]) -> None:
+    """Divide the producer by `scale` (one value per producer channel), multiply the stage's columns by it."""
+    norm = f"{pair.producer}.weight"
+    if original[norm].dim() == 1:
+        divided = (new.weights[norm] / scale).to(original[norm].dtype).float()
+        scale = torch.where(divided == 0, torch.ones_like(scale), new.weights[norm] / divided)
+        new.weights[norm] = torch.where(divided == 0, new.weights[norm], divided)
+    else:
+        new.weights[norm] = new.weights[norm] / scale[:, None]
+        bias = f"{pair.producer}.bias"
+        if bias in new.weights:
+            new.weights[bias] = new.weights[bias] / scale
+    spread = tie.spread(scale)
+    for linear in stage.linears:
+        new.weights[f"{linear}.weight"] = new.weights[f"{linear}.weight"] * spread
+    new.grams[stage.name] = new.grams[stage.name].scaled(spread)
+
+
+def _search(
+    stage: Stage, weights: Mapping[str, Tensor], gram: Gram, grid_for: GridFor, ratios: int, tie: Tie
+) -> tuple[Tensor, Choice]:
+    grids = {linear: grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
+    activation, magnitude = tie.tied(gram.mean_absolute), tie.tied(_relative_magnitude(weights, grids))
+    energy = sum(float(gram.energy(weight).sum()) for weight in weights.values()) or 1.0
+    unscaled = _loss(weights, grids, gram, torch.ones_like(gram.absolute)) / energy
+    best, best_scale, best_ratio = unscaled, torch.ones_like(activation), None
+    for point in range(ratios):
+        ratio = point / ratios
+        scale = (activation.pow(ratio) / (magnitude.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        scale = torch.where(torch.isfinite(scale) & (activation > 0), scale, torch.ones_like(scale))
+        loss = _loss(weights, grids, gram, tie.spread(scale)) / energy
+        if loss < best:
+            best, best_scale, best_ratio = loss, scale, ratio
+    return best_scale, Choice(stage.name, best_ratio, best, unscaled)
+
+
+def _relative_magnitude(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Tensor:
+    sums = []
+    for linear, weight in weights.items():
+        grouped = weight.abs().view(len(weight), -1, grids[linear].width)
+        sums.append((grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view_as(weight).sum(0))
+    return torch.stack(sums).sum(0) / sum(len(weight) for weight in weights.values())
+
+
+def _loss(weights: Mapping[str, Tensor], grids: Mapping[str, Grid], gram: Gram, scale: Tensor) -> float:
+    importance = gram.importance / scale.square()
+    total = 0.0
+    for linear, weight in weights.items():
+        scaled = weight * scale
+        levels = grids[linear].fit(scaled, importance).levels()
+        rounded = value_of(nearest(scaled, *levels, grids[linear]), *levels, grids[linear])
+        total += float(gram.energy(rounded / scale - weight).sum())
+    return total

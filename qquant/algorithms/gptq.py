@@ -1,0 +1,95 @@
+"""GPTQ with static groups and static activation order (Frantar et al. 2022, arXiv 2210.17323).
+
+Minimise ||(W - Q) X||^2 = tr((W - Q) H (W - Q)') one input column at a time: round column j onto its grid, then move the
+columns not yet rounded by the least-squares amount that compensates the error,
+
+    e_j = (w_j - q_j) / U_jj,    w_k <- w_k - e_j U_jk  (k > j),    U upper Cholesky factor of (H + damping)^-1.
+
+Groups are static: scales are fitted before the loop and already rounded as the file stores them. Columns are visited in
+order of falling diag(H) (activation order), but codes stay where they were, so the file needs no permutation.
+
+    U without an inverse: reverse rows and columns of H, factor L L', reverse back to R R' with R upper; then U = R^-1.
+
+A matrix that is not positive definite climbs a damping ladder; `factorize` returns None when the ladder ends, and the caller
+rounds to nearest and says so. Channels that were never active get an identity row: they are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qquant.kernels.gptq_block import gptq_block
+from qquant.stats import Gram
+from qquant.tensor import Grid
+
+BLOCK = 128
+LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
+
+
+class NotPositiveDefiniteError(ArithmeticError):
+    """The Gram matrix could not be factorised at any damping of the ladder."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U of the damped Gram matrix in activation order."""
+
+    upper: Tensor  # float32 [K, K]
+    order: Tensor  # int64 [K]: columns by falling diag(H)
+    damping: float  # what it took, relative to the mean of diag(H)
+
+
+def factorize(gram: Gram, damping: float) -> Factor:
+    """Factor of H + damping * mean(diag H) * I, remembered in `gram` for the next artifact.
+
+    Raises:
+        NotPositiveDefiniteError: the whole ladder failed.
+    """
+    if damping in gram.factors:
+        return gram.factors[damping]  # type: ignore[return-value]  # only this function fills it
+    diagonal = gram.matrix.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    mean = float(diagonal.mean()) or 1.0
+    for step in LADDER:
+        damped = gram.matrix[order][:, order]
+        dead = damped.diagonal() == 0
+        damped.diagonal().add_(damping * step * mean + dead * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(order), device=lower.device), upper=True)
+            factor = Factor(upper, order, damping * step)
+            gram.factors[damping] = factor
+            return factor
+    raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")
+
+
+def gptq(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
+    """Codes uint8 [N, K] for weight float32 [N, K] on the grid's fitted levels, errors fed back through `gram`.
+
+    Raises:
+        NotPositiveDefiniteError: see `factorize`.
+    """
+    factor = factorize(gram, damping)
+    order, upper = factor.order, factor.upper
+    step, offset = levels
+    group = order // grid.width
+    work = weight[:, order]
+    columns = weight.shape[1]
+    codes = torch.empty_like(work, dtype=torch.uint8)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        inside = group[start:stop]
+        codes[:, start:stop], error = gptq_block(
+            work[:, start:stop].contiguous(),
+            upper[start:stop, start:stop].contiguous(),
+            step[:, inside],
+            offset[:, inside],
+            grid.levels,
+        )
+        work[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1)
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    return natural

@@ -1,0 +1,86 @@
+"""AWQ: the block's function does not change, and the search minimises what it says."""
+
+import pytest
+import torch
+
+from qquant.algorithms.awq import awq
+from qquant.checkpoint import Checkpoint
+from qquant.decoder import Block, embed
+from qquant.stats import Gram
+from qquant.tensor import UniformGrid, nearest, value_of
+
+GRID = UniformGrid(4, 32, symmetric=False, search="minmax")
+
+
+def observed(folder):
+    """Block 0 of a checkpoint, its inputs with outlier channels, and its Gram matrices."""
+    checkpoint = Checkpoint.open(folder)
+    weights = checkpoint.block(0)
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        weights[norm][::9] *= 12
+    block = Block(checkpoint.family, checkpoint.config, weights, torch.float32)
+    x = embed(checkpoint, torch.randint(0, 8192, (200,)), torch.float32)
+    shapes = checkpoint.family.linear_shapes(checkpoint.config)
+    grams = {stage.name: Gram.zeros(shapes[stage.linears[0]][1]) for stage in checkpoint.family.stages}
+    block.forward(x, lambda stage, value: grams[stage].add(value))
+    return checkpoint, weights, block, x, grams
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_function_of_the_block_is_unchanged(make_checkpoint, kv_heads):
+    checkpoint, weights, block, x, grams = observed(make_checkpoint(num_key_value_heads=kv_heads))
+    scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
+    assert {choice.stage for choice in scaled.choices if choice.ratio is not None} == {"qkv", "o", "gate_up", "down"}
+    before, after = block.forward(x), Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x)
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        assert not torch.equal(scaled.weights[norm], weights[norm].float())
+        assert torch.equal(scaled.weights[norm], scaled.weights[norm].bfloat16().float()), "a stored norm must lose nothing"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_statistics_follow_the_scaling(make_checkpoint, kv_heads):
+    """H' = S^-1 H S^-1 equals the Gram matrix measured on the scaled block."""
+    checkpoint, weights, _, x, grams = observed(make_checkpoint(num_key_value_heads=kv_heads))
+    scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
+    measured = {name: Gram.zeros(len(gram.absolute)) for name, gram in grams.items()}
+    Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x, lambda s, v: measured[s].add(v))
+    for name, gram in scaled.grams.items():
+        assert torch.allclose(gram.matrix, measured[name].matrix, rtol=2e-3, atol=2e-3 * float(gram.matrix.abs().max())), name
+        assert torch.allclose(gram.absolute, measured[name].absolute, rtol=2e-3), name
+
+
+def test_loss_is_the_output_error_over_all_tokens(make_checkpoint):
+    """The recorded loss is ||X (W - Q(Ws)/s)'||^2 / ||X W'||^2 computed from the tokens, and below the unscaled one."""
+    checkpoint, weights, block, x, grams = observed(make_checkpoint())
+    inputs = {}
+    block.forward(x, inputs.__setitem__)
+    scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
+    choice = next(choice for choice in scaled.choices if choice.stage == "gate_up")
+    error = energy = plain = 0.0
+    scale = weights["post_attention_layernorm.weight"].float() / scaled.weights["post_attention_layernorm.weight"]
+    for linear in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        weight = weights[linear].float()
+        wide = weight * scale
+        levels = GRID.fit(wide).levels()
+        rounded = value_of(nearest(wide, *levels, GRID), *levels, GRID) / scale
+        error += float((inputs["gate_up"] @ (rounded - weight).T).square().sum())
+        levels = GRID.fit(weight).levels()
+        plain += float((inputs["gate_up"] @ (value_of(nearest(weight, *levels, GRID), *levels, GRID) - weight).T).square().sum())
+        energy += float((inputs["gate_up"] @ weight.T).square().sum())
+    assert choice.loss == pytest.approx(error / energy, rel=0.05)  # the norm's rounding moves s a little
+    assert choice.unscaled == pytest.approx(plain / energy, rel=0.01)
+    assert choice.loss < choice.unscaled
+
+
+def test_a_pair_that_gains_nothing_is_left_alone(make_checkpoint):
+    checkpoint, weights, _, _, grams = observed(make_checkpoint())
+    exact = UniformGrid(8, 32, symmetric=False, search="minmax")
+    for stage in checkpoint.family.stages:  # weights already on the grid: rounding costs nothing without scaling
+        for linear in stage.linears:
+            levels = exact.fit(weights[f"{linear}.weight"].float()).levels()
+            weights[f"{linear}.weight"] = value_of(nearest(weights[f"{linear}.weight"].float(), *levels, exact), *levels, exact)
+    scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: exact, 4)
+    untouched = [choice for choice in scaled.choices if choice.ratio is None]
+    assert untouched
+    assert all(choice.loss == choice.unscaled for choice in untouched)
