@@ -1,0 +1,179 @@
+"""A recipe: what to build from a checkpoint, with which calibration, and how far each artifact may fall behind.
+
+Closed and literal: unknown keys, duplicate keys and wrong types are errors, nothing is corrected, no value is computed
+from another. All problems of a file are reported at once, one line each:
+
+    FILE:LINE:COLUMN: path.to.key: what is wrong, got VALUE; allowed: ...; did you mean 'x'?
+
+    model.py  the types   page.py  YAML to plain data with places   fit.py  plain data to a Recipe   words.py  wording
+
+Left out: inheritance between recipes, variables, includes. A recipe is read as it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from qquant.errors import UsageError
+from qquant.recipe import fit
+from qquant.recipe.model import (
+    MODELS,
+    ArtifactSpec,
+    AwqArtifact,
+    Calibration,
+    Checks,
+    Gates,
+    GgufArtifact,
+    GgufType,
+    GptqArtifact,
+    Recipe,
+    Source,
+)
+from qquant.recipe.page import Page, Reader
+from qquant.recipe.words import Shape, hint, nearest, shown, table
+from qquant.resources import data_dir, lazy
+
+if TYPE_CHECKING:
+    import ruamel.yaml as ruamel
+else:
+    ruamel = lazy("ruamel.yaml")
+
+__all__ = [
+    "ArtifactSpec",
+    "AwqArtifact",
+    "Calibration",
+    "Checks",
+    "Gates",
+    "GgufArtifact",
+    "GgufType",
+    "GptqArtifact",
+    "Recipe",
+    "Source",
+    "dump",
+    "fingerprint",
+    "load",
+    "names",
+    "parse",
+    "reference",
+    "schema",
+]
+
+MAX_BYTES = 1_000_000
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """The recipe of a file, or of a bundled name: "demo" is recipes/demo.yaml; "./demo" and "demo.yaml" are files.
+
+    Raises UsageError that lists every problem of the file.
+    """
+    file = _file(name_or_path)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UsageError(f"{file}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{file}: a recipe has at most {MAX_BYTES} bytes, this file has more")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        byte = content[error.start]
+        raise UsageError(f"{file}:{line}:{column}: a recipe is UTF-8 text, got the byte 0x{byte:02x}") from error
+    return parse(text, str(file))
+
+
+def parse(text: str, file: str = "<recipe>") -> Recipe:
+    """The recipe written in `text`; `file` is its name in messages. Raises UsageError that lists every problem."""
+    page = Page(file)
+    data = fit.mend(page, Reader(page).read(text))
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            fit.explain(page, detail)
+        raise UsageError(page.message()) from None
+    if page.problems:
+        raise UsageError(page.message())
+    return recipe
+
+
+def names() -> list[str]:
+    """Names of the bundled recipes, sorted."""
+    return sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default visible; `parse(dump(recipe)) == recipe`."""
+    yaml = ruamel.YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 120
+    yaml.representer.add_representer(str, _represent_text)
+    stream = io.StringIO()
+    yaml.dump(_short_first(recipe.model_dump(mode="json")), stream)
+    return stream.getvalue()
+
+
+def schema() -> Shape:
+    """The JSON schema of a recipe file (draft 2020-12)."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qquant:recipe:1"}
+    return head | Recipe.model_json_schema()
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Sha256 (hex) of the resolved recipe as canonical JSON: sorted keys, no spaces, ASCII."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def reference() -> str:
+    """Markdown tables of every field with type, default and meaning, as in recipes/README.md."""
+    whole = schema()
+    shapes = {"Recipe": whole} | whole["$defs"]
+    return "\n".join(table(title, shapes[title]) for title in MODELS)
+
+
+def _file(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text:
+        return Path(text)
+    known = names()
+    if text not in known:
+        allowed = f"{', '.join(known)}, or the path of a .yaml file"
+        meant = hint(nearest(text, known))
+        raise UsageError(f"no bundled recipe has this name, got {shown(text)}; allowed: {allowed}{meant}")
+    return data_dir("recipes") / f"{text}.yaml"
+
+
+def _short_first(data: Any) -> Any:
+    """The same data with the values of one line before lists and mappings."""
+    match data:
+        case dict():
+            return {
+                key: _short_first(data[key])
+                for key in sorted(data, key=lambda key: isinstance(data[key], (dict, list)))
+            }
+        case list():
+            return [_short_first(item) for item in data]
+    return data
+
+
+def _represent_text(representer: Any, text: str) -> Any:
+    """Plain where every YAML reader takes it for text, also those of YAML 1.1, for which `no` is false."""
+    plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
+    return representer.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_PLAIN = re.compile(r"(?=[A-Za-z])[\w./-]+(:[\w./-]+)*( [\w./-]+(:[\w./-]+)*)*", re.ASCII)
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
