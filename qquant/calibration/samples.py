@@ -1,0 +1,202 @@
+"""The set: samples drawn from the sources, in a seeded order, with a hash and the story of every row.
+
+Draws rank candidates by sha256(seed, source, index): the same on every machine and with every version of every library.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant.calibration.chats import ChatRecord, brings_system, chat_tokens, give_systems
+from qquant.calibration.draw import allot, rank, shuffled
+from qquant.calibration.sources import Corpus, Drop, Messages, Reading, SourceRecord, open_source
+from qquant.calibration.tokenizer import Tokenizer
+from qquant.errors import InputError
+from qquant.resources import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import safetensors
+    import safetensors.numpy as safetensors_numpy
+    from numpy.typing import NDArray
+
+    from qquant import recipe
+else:
+    np, safetensors, safetensors_numpy = lazy("numpy"), lazy("safetensors"), lazy("safetensors.numpy")
+
+READ_AHEAD = 8  # a hub dataset is read until it gave this many times what is needed
+CHARACTERS_PER_TOKEN = 4  # of English, about
+SET_FILE, PROVENANCE_FILE = "calibration.safetensors", "provenance.json"
+SCHEMA = "qquant.calibration/1"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """The samples, in a seeded order, and where they came from."""
+
+    tokens: tuple[NDArray[np.int32], ...]  # each int32 [n], n <= length; n < length only for chats
+    sources: tuple[SourceRecord, ...]
+    chats: ChatRecord | None  # None: no chats
+    asked: int  # samples the recipe asked for
+    length: int
+    seed: int
+    notes: tuple[str, ...] = ()  # what the reader of a report should know
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the number of samples, their lengths and their ids, as little-endian int32."""
+        lengths = np.array([len(self.tokens), *map(len, self.tokens)], dtype="<i4")
+        return hashlib.sha256(lengths.tobytes() + np.concatenate(self.tokens).astype("<i4").tobytes()).hexdigest()
+
+    def provenance(self) -> dict[str, Any]:
+        """Everything but the tokens, for the report."""
+        return {
+            "schema": SCHEMA, "sha256": self.sha256, "seed": self.seed, "length": self.length, "asked": self.asked,
+            "samples": len(self.tokens), "tokens": sum(map(len, self.tokens)), "sources": [asdict(source) for source in self.sources],
+            "chats": {**asdict(self.chats), "default_system_share": self.chats.default_system_share} if self.chats else None, "notes": list(self.notes),
+        }  # fmt: skip
+
+    def save(self, folder: str | Path) -> None:
+        """Write calibration.safetensors (tokens int32 [total], lengths int32 [samples]) and provenance.json; same set, same bytes."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            "lengths": np.array([len(sample) for sample in self.tokens], np.int32),
+            "tokens": np.concatenate(self.tokens),
+        }
+        (folder / SET_FILE).write_bytes(safetensors_numpy.save(arrays, {"sha256": self.sha256}))
+        text = json.dumps(self.provenance(), indent=2, ensure_ascii=False, sort_keys=True)
+        (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CalibrationSet:
+        """A saved set. Raises InputError if a file is missing or corrupt, or if the tokens are not those of the recorded hash."""
+        file, record = Path(folder) / SET_FILE, Path(folder) / PROVENANCE_FILE
+        try:
+            arrays = safetensors_numpy.load(file.read_bytes())
+            said = json.loads(record.read_text(encoding="utf-8"))
+            lengths, tokens = arrays["lengths"], arrays["tokens"]
+            if (
+                lengths.dtype != np.int32
+                or tokens.dtype != np.int32
+                or (lengths < 1).any()
+                or lengths.sum() != len(tokens)
+            ):
+                raise ValueError("lengths and tokens do not fit each other")
+            samples = tuple(np.split(tokens, np.cumsum(lengths)[:-1]))
+            drops = [{key: Drop(**drop) for key, drop in source.pop("dropped").items()} for source in said["sources"]]
+            sources = tuple(
+                SourceRecord(**source, dropped=drop) for source, drop in zip(said["sources"], drops, strict=True)
+            )
+            if said["chats"]:
+                said["chats"].pop("default_system_share")
+            chats = ChatRecord(**said["chats"]) if said["chats"] else None
+            found = cls(samples, sources, chats, said["asked"], said["length"], said["seed"], tuple(said["notes"]))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename}: no such file; a saved calibration is {SET_FILE} and {PROVENANCE_FILE}"
+            ) from error
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: no saved calibration: {error!r}. Build the calibration again") from error
+        if found.sha256 != said["sha256"]:
+            raise InputError(
+                f"{file}: sha256 {found.sha256}, {record.name} says {said['sha256']}. Build the calibration again"
+            )
+        return found
+
+
+def load(spec: recipe.Calibration, tokenizer: Tokenizer, template_expected: bool) -> CalibrationSet:
+    """The calibration set of a recipe, the same for the same recipe, sources and tokenizer.
+
+    `template_expected`: the checkpoint is a chat model, so a missing chat template is an error even where only texts are read.
+    Raises InputError, UsageError (unknown bundled name) or EnvironmentMissingError (hub out of reach).
+    """
+    has_chats = any(source.kind == "chat" for source in spec.sources)
+    if template_expected or has_chats:
+        _ = tokenizer.end_of_turn
+    weights = [source.weight for source in spec.sources]
+    first = allot(weights, [spec.samples] * len(weights), spec.samples)
+    reading = Reading(frozenset(tokenizer.special))
+    read = []
+    for source, count in zip(spec.sources, first, strict=True):
+        size = 1 if source.kind == "chat" else spec.length * CHARACTERS_PER_TOKEN
+        read.append(open_source(source, reading, READ_AHEAD * max(count, 1) * size))
+    for corpus in read:
+        corpus.ids = tokenizer.encode("\n\n".join(corpus.texts), special=False)
+        if not corpus.capacity(spec.length):
+            raise InputError(
+                f"{corpus.where}: {len(corpus.ids)} tokens, fewer than one sample of {spec.length}. Lower calibration.length or give more text"
+            )
+    counts = allot(weights, [corpus.capacity(spec.length) for corpus in read], spec.samples)
+    samples, chats = _draw(read, counts, spec, tokenizer)
+    order = shuffled(spec.seed, "samples", len(samples))
+    tokens = tuple(np.array(samples[i], dtype=np.int32) for i in order)
+    notes = _notes(read, first, counts, spec)
+    return CalibrationSet(
+        tokens, tuple(corpus.record for corpus in read), chats, spec.samples, spec.length, spec.seed, notes
+    )
+
+
+def _windows(corpus: Corpus, count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` windows, one from each of `count` equal stretches of the source."""
+    total = len(corpus.ids) // length
+    samples = []
+    for i in range(count):
+        first, last = i * total // count, (i + 1) * total // count
+        start = (first + rank(seed, corpus.record.name, i) % (last - first)) * length
+        samples.append(corpus.ids[start : start + length])
+    return samples
+
+
+def _pick(corpus: Corpus, count: int, share: float, default: str | None, seed: int) -> list[tuple[str, Messages]]:
+    """`count` chats by seed, enough of them without a system turn of their own for `share`, where the source has them."""
+    order = [corpus.chats[i] for i in shuffled(seed, corpus.record.name, len(corpus.chats))]
+    picked, rest = order[:count], order[count:]
+    bare = [chat for chat in rest if not brings_system(chat[1], default)]
+    short = round(share * count) - sum(not brings_system(chat, default) for _, chat in picked)
+    for i in [i for i, (_, chat) in enumerate(picked) if brings_system(chat, default)][: max(short, 0)]:
+        if bare:
+            picked[i] = bare.pop(0)
+    return picked
+
+
+def _draw(
+    read: list[Corpus], counts: list[int], spec: recipe.Calibration, tokenizer: Tokenizer
+) -> tuple[list[list[int]], ChatRecord | None]:
+    """The samples of every source, in the order of the sources, and how its chats were rendered."""
+    samples: list[list[int]] = []
+    talks: list[tuple[SourceRecord, str, Messages]] = []
+    for corpus, count in zip(read, counts, strict=True):
+        corpus.record.samples = count
+        if corpus.record.kind == "text":
+            samples += _windows(corpus, count, spec.length, spec.seed)
+            corpus.record.tokens = count * spec.length
+        else:
+            picked = _pick(corpus, count, spec.default_system_share, tokenizer.default_system, spec.seed)
+            talks += [(corpus.record, f"{corpus.where}, {place}", chat) for place, chat in picked]
+    if not talks:
+        return samples, None
+    rendered, chats = give_systems([chat for _, _, chat in talks], tokenizer, spec.default_system_share, spec.seed)
+    for (record, where, _), chat in zip(talks, rendered, strict=True):
+        ids = chat_tokens(tokenizer, chat, where)
+        record.truncated += len(ids) > spec.length
+        samples.append(ids[: spec.length])
+        record.tokens += len(samples[-1])
+    return samples, chats
+
+
+def _notes(read: list[Corpus], asked: list[int], counts: list[int], spec: recipe.Calibration) -> tuple[str, ...]:
+    notes = []
+    for corpus, want, got in zip(read, asked, counts, strict=True):
+        if got < want:
+            notes.append(f"{corpus.record.name}: {got} samples, its share is {want}: the source has no more")
+    if sum(counts) < spec.samples:
+        notes.append(
+            f"{sum(counts)} samples of the {spec.samples} asked for: the sources have no more, nothing is repeated"
+        )
+    return tuple(notes)
