@@ -499,6 +499,7 @@ def test_conflicts_are_refused_in_python_too():
             "2:1: recipe: not valid YAML: while parsing a flow node, expected the node content, but found '<stream end>'",
         ),
         ("version: 1\nname: a: b\n", "2:8: recipe: not valid YAML: mapping values are not allowed here"),
+        ("a: |\n \n   b\n", "3:4: recipe: not valid YAML: more indented follow up line than first in a block scalar"),
         ("version: 1\nname: a\x00b\n", "2:8: recipe: not valid YAML: character U+0000"),
         ("version: 1\n---\nversion: 1\n", "2:1: recipe: a second document begins; allowed: one"),
         ("%YAML 1.1\n---\nversion: 1\n", "2:1: recipe: wrong version of YAML, got %YAML 1.1; allowed: 1.2"),
@@ -575,10 +576,19 @@ def test_all_problems_at_once_in_the_order_of_the_file():
     ]
 
 
-def test_a_known_key_is_not_replaced_by_a_misspelt_one():
-    assert problems(changed("samples: 64", "samples: 64\n  sampels: 0")) == [
-        f"r.yaml:9:3: calibration.sampels: unknown key; allowed: {CALIBRATION_KEYS}; did you mean 'samples'?"
-    ]
+@pytest.mark.parametrize(
+    "lines", ["samples: 64\n  sampels: 0", "sampels: 0\n  samples: 64", "sampels: 9\n  smaples: 0\n  samples: 64"]
+)
+def test_a_known_key_is_not_replaced_by_a_misspelt_one(lines):
+    for line in problems(changed("samples: 64", lines)):
+        assert re.search(rf"unknown key; allowed: {CALIBRATION_KEYS}; did you mean 'samples'\?$", line)
+
+
+def test_long_values_are_cut():
+    (line,) = problems(changed("bits: 4", f"bits: {'x' * 5000}"))
+    assert line == f'r.yaml:12:11: artifacts[0].bits: wrong type, got "{"x" * 75} ...; allowed: 4, 8'
+    (line,) = problems(changed("checks:", "x" * 900 + ":"))
+    assert line == f'r.yaml:19:1: "{"x" * 75} ...: unknown key; allowed: {RECIPE_KEYS}'
 
 
 def test_a_flood_of_problems_is_cut():
@@ -694,7 +704,7 @@ def test_what_yaml_1_2_takes_for_text(text):
     ("text", "shown"),
     [
         ("1e-3", "0.001"), ("017", "17"), ("0o17", "15"), ("0x1F", "31"), ("+5", "5"), (".5", "0.5"), ("1.", "1.0"), (".5e3", "500.0"),
-        ("-0", "0"), ("True", "true"), ("FALSE", "false"), ("~", "null"), ("Null", "null"), ("", "null"), (".NaN", ".nan"), ("-.inf", "-.inf"),
+        ("-0", "0"), ("True", "true"), ("FALSE", "false"), ("~", "null"), ("Null", "null"), ("", "null"), (".NaN", ".nan"), ("-.inf", "-.inf"), ("+.inf", ".inf"),
         ("9" * 301, ".inf"), ("-" + "9" * 5000, "-.inf"), ("1e999", ".inf"),
     ],
 )  # fmt: skip
@@ -804,6 +814,21 @@ def test_a_dumped_recipe_loads_back_equal(made):
 def test_tricky_text_survives(text):
     made = recipe.parse(GOOD).model_copy(update={"description": text})
     assert recipe.parse(recipe.dump(made)).description == text
+
+
+def test_dump_is_text_for_readers_of_yaml_1_1_too():
+    made = recipe.parse(GOOD)
+    for word in ("no", "Yes", "ON", "off", "y", "null", "True", "12:30", "0o17"):
+        assert f'description: "{word}"\n' in recipe.dump(made.model_copy(update={"description": word}))
+    assert "bundled: docs-en\n" in recipe.dump(made)
+
+
+def test_dump_keeps_the_order_of_the_fields_with_lists_last():
+    text = recipe.dump(recipe.parse(GOOD))
+    assert text.startswith(
+        'version: 1\nname: good\ndescription: ""\ncheckpoint: some/model\nrevision: null\nshard_size: 4000000000\n'
+    )
+    assert re.findall(r"^\w+:$", text, re.MULTILINE) == ["calibration:", "artifacts:", "checks:"]
 
 
 def test_dump_shows_every_default():
