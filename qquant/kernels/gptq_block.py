@@ -1,0 +1,140 @@
+"""`qquant::gptq_block`: the column loop of GPTQ over one block of at most 128 columns.
+
+U is the upper Cholesky factor of the inverse Hessian (its diagonal block here), step and offset give every column's grid, fixed
+before the loop starts. For the columns j of the block, in order, and for every row at once:
+
+    code_j  = clamp(round((w_j + offset_j) / step_j), 0, levels - 1)       ties to even; 0 where step_j is 0
+    value_j = step_j * code_j - offset_j
+    error_j = (w_j - value_j) / U_jj
+    w_i    -= error_j * U_ji                                               for i > j, inside the block
+
+The caller spreads the block's errors over the columns behind it with one matrix product, W -= error @ U[block, behind].
+Reference: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; rows are independent, so any number of stacked matrices with
+the same input is one call.
+
+On the CPU (and wherever Triton is missing) the columns are rows of a transposed copy, so that a step works on contiguous memory,
+and the updates beyond the next 16 columns wait until one BLAS call makes them all. The Triton kernel keeps 16 rows of the block in
+registers; a step extracts a column by a masked sum, and the error takes the column's place. Both carry w + offset instead of w,
+so that a step is code = round(v / step), error = (v - step * code) / U_jj.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qquant.kernels.jit import AVAILABLE, blocks, jit, tl
+
+MAX_COLUMNS = 128
+ROWS = 16
+STRIP = 16  # columns updated one by one before BLAS updates the rest
+
+
+@torch.library.custom_op("qquant::gptq_block", mutates_args=())
+def gptq_block(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, B] and errors float32 [N, B] of w [N, B], u [B, B], step and offset [N, B], all float32."""
+    columns = w.shape[1]
+    zero_step = step == 0
+    degenerate = zero_step.t().contiguous() if bool(zero_step.any()) else None
+    work = (w + offset).t().contiguous()
+    steps = torch.where(zero_step, torch.ones_like(step), step).t().contiguous()
+    codes, errors = torch.empty_like(work), torch.empty_like(work)  # errors: before the division by U_jj
+    spread = u / u.diagonal().unsqueeze(1)
+    for start in range(0, columns, STRIP):
+        end = min(start + STRIP, columns)
+        for j in range(start, end):
+            code, error = codes[j], errors[j]
+            torch.div(work[j], steps[j], out=code).round_().clamp_(0, levels - 1)
+            if degenerate is not None:
+                code.masked_fill_(degenerate[j], 0)
+            torch.addcmul(work[j], steps[j], code, value=-1, out=error)
+            if j + 1 < end:
+                work[j + 1 : end].addr_(spread[j, j + 1 : end], error, alpha=-1)
+        if end < columns:
+            work[end:].addmm_(spread[start:end, end:].t(), errors[start:end], alpha=-1)
+    errors /= u.diagonal().unsqueeze(1)
+    return codes.t().to(torch.uint8, memory_format=torch.contiguous_format), errors.t().contiguous()
+
+
+@gptq_block.register_fake
+def _(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape)
+
+
+@jit
+def _quantize(column: tl.tensor, step: tl.tensor, TOP: tl.constexpr) -> tl.tensor:
+    level = tl.where(step == 0.0, 0.0, column / step)
+    level = tl.minimum(tl.maximum(level, 0.0), TOP)
+    return (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum keeps no fraction; ties to even
+
+
+@jit
+def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    w_at: tl.tensor,
+    u_at: tl.tensor,
+    step_at: tl.tensor,
+    offset_at: tl.tensor,
+    codes_at: tl.tensor,
+    errors_at: tl.tensor,
+    N: tl.tensor,
+    TOP: tl.constexpr,  # the last level
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,  # B, or the next power of two
+    BR: tl.constexpr,
+) -> None:
+    n = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = tl.minimum(n, N - 1).to(tl.int64) * B
+    c = tl.arange(0, WIDTH)
+    inside = (n < N)[:, None] & (c < B)[None, :]
+    at = row[:, None] + c[None, :]
+    v = tl.load(w_at + at, mask=(c < B)[None, :], other=0.0)
+    v += tl.load(offset_at + at, mask=(c < B)[None, :], other=0.0)
+    codes = tl.zeros((BR, WIDTH), tl.float32)
+    u_row = tl.load(u_at + c, mask=c < B, other=0.0)
+    pivot = tl.load(u_at)
+    step = tl.load(step_at + row)
+    for j in range(B):
+        here = (c == j)[None, :]
+        column = tl.sum(tl.where(here, v, 0.0), 1)
+        code = _quantize(column, step, TOP)
+        error = (column - step * code) / pivot
+        v = tl.where(here, error[:, None], v - error[:, None] * tl.where(c > j, u_row, 0.0)[None, :])
+        codes = tl.where(here, code[:, None], codes)
+        after = tl.minimum(j + 1, B - 1)  # fetched a step ahead
+        u_row = tl.load(u_at + after * B + c, mask=c < B, other=0.0)
+        pivot = tl.load(u_at + after * (B + 1))
+        step = tl.load(step_at + row + after)
+    tl.store(errors_at + at, v, mask=inside)
+    tl.store(codes_at + at, codes.to(tl.uint8), mask=inside)
+
+
+def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Run the kernel; arguments as of `gptq_block`, contiguous."""
+    rows, columns = w.shape
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=w.device)
+    errors = torch.empty_like(w)
+    width = max(16, 1 << (columns - 1).bit_length())
+    _kernel[(blocks(rows, ROWS),)](
+        w,
+        u,
+        step,
+        offset,
+        codes,
+        errors,
+        rows,
+        TOP=levels - 1,
+        B=columns,
+        WIDTH=width,
+        BR=ROWS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return codes, errors
+
+
+def _gptq_block_cuda(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    return launch(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
+
+
+if AVAILABLE:
+    gptq_block.register_kernel("cuda")(_gptq_block_cuda)

@@ -1,0 +1,121 @@
+"""`qquant::gram`: accumulate the Gram matrix of a stage's inputs, H += X' X, in place.
+
+Activations are 16 bit; the product of two is exact in float32, so the sums alone are rounded and nothing is gained by widening X
+first. (The product of two bfloat16 matrices by itself comes back as bfloat16: 1.7e-3 off, which a Hessian does not survive.)
+H is symmetric before and after. The order of the additions is fixed: rows of X in order within a tile of H, and one call after
+the other, so results depend on the device but not on the run.
+
+On CUDA a Triton kernel computes the tiles on and below the diagonal only, half the work of a full product, and writes each one
+twice. Elsewhere, and for float32 inputs, chunks of rows are widened and handed to the BLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qquant.errors import InputError
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, tl
+
+CHUNK = 2048  # rows widened at a time
+
+
+@torch.library.custom_op("qquant::gram", mutates_args=("h",))
+def gram(h: Tensor, x: Tensor) -> None:
+    """Add x' x of x [T, K] (bf16, fp16 or fp32) to h float32 [K, K], symmetric.
+
+    Raises:
+        InputError: shapes or types that do not fit.
+    """
+    _check(h, x)
+    reference(h, x)
+
+
+@gram.register_fake
+def _(h: Tensor, x: Tensor) -> None:
+    return None
+
+
+def _check(h: Tensor, x: Tensor) -> None:
+    columns = x.shape[-1]
+    if x.dim() != 2 or h.shape != (columns, columns) or h.dtype != torch.float32:
+        raise InputError(f"gram adds x [T, K] to float32 [K, K], not {list(x.shape)} to {h.dtype} {list(h.shape)}")
+
+
+def reference(h: Tensor, x: Tensor) -> None:
+    """`gram` in torch."""
+    for part in x.split(CHUNK):
+        wide = part.float()
+        h.addmm_(wide.t(), wide)
+
+
+@jit
+def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    x_at: tl.tensor,
+    h_at: tl.tensor,
+    T: tl.tensor,
+    K: tl.tensor,
+    SIDE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,  # interpreter: multiply in float32
+) -> None:
+    p = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)  # tile row of the p-th tile on or below the diagonal
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    j = p - i * (i + 1) // 2
+    a = i * SIDE + tl.arange(0, SIDE)
+    b = j * SIDE + tl.arange(0, SIDE)
+    t = tl.arange(0, DEPTH)
+    left_at = x_at + t.to(tl.int64)[:, None] * K + a[None, :]
+    right_at = x_at + t.to(tl.int64)[:, None] * K + b[None, :]
+    acc = tl.zeros((SIDE, SIDE), tl.float32)
+    for start in tl.range(0, T, DEPTH, num_stages=STAGES):
+        there = (start + t < T)[:, None]
+        step = start.to(tl.int64) * K
+        left = tl.load(left_at + step, mask=there & (a < K)[None, :], other=0.0)
+        right = tl.load(right_at + step, mask=there & (b < K)[None, :], other=0.0)
+        if WIDE:
+            acc += tl.dot(tl.trans(left.to(tl.float32)), right.to(tl.float32), input_precision="ieee")
+        else:
+            acc = tl.dot(tl.trans(left), right, acc)
+    inside = (a < K)[:, None] & (b < K)[None, :]
+    below = h_at + a.to(tl.int64)[:, None] * K + b[None, :]
+    acc += tl.load(below, mask=inside, other=0.0)
+    tl.store(below, acc, mask=inside)
+    if i != j:
+        above = h_at + b.to(tl.int64)[:, None] * K + a[None, :]
+        tl.store(above, tl.trans(acc), mask=(b < K)[:, None] & (a < K)[None, :])
+
+
+def launch(h: Tensor, x: Tensor) -> None:
+    """Run the kernel; arguments as of `gram`, contiguous, x of 16 bit."""
+    rows, columns = x.shape
+    side = 128 if columns > 2048 else 64
+    tiles = blocks(columns, side)
+    _kernel[(tiles * (tiles + 1) // 2,)](
+        x,
+        h,
+        rows,
+        columns,
+        SIDE=side,
+        DEPTH=64,
+        STAGES=4,
+        WIDE=INTERPRETED,
+        num_warps=8 if side == 128 else 4,
+        num_stages=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _gram_cuda(h: Tensor, x: Tensor) -> None:
+    _check(h, x)
+    if x.dtype == torch.float32 or not h.is_contiguous():
+        reference(h, x)
+    else:
+        launch(h, x.contiguous())
+
+
+if AVAILABLE:
+    gram.register_kernel("cuda")(_gram_cuda)

@@ -1,0 +1,58 @@
+"""The door to Triton, which comes with CUDA builds of torch and not with CPU builds.
+
+Every operator of this folder is a `torch.library` operator whose default is plain torch, right on any device; its Triton
+kernel stands beside it and is registered for CUDA where Triton is installed. So this folder imports and works without
+Triton, and `path` says which of the two runs.
+
+Under `TRITON_INTERPRET=1` Triton runs kernels on CPU tensors, one program after another. What it cannot do there (bf16
+arithmetic, inline assembly) each kernel avoids by a constexpr switch; INTERPRETED says which world this process is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qquant.errors import UsageError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "jit", "path", "tl"]
+
+AVAILABLE: bool = triton is not None
+INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
+ON_CUDA = {
+    "wq_mm": "triton",
+    "dequant": "triton",
+    "gptq_block": "triton",
+    "group_search": "triton (torch for Gram blocks and groups of more than 256 columns)",
+    "gram": "triton (torch for float32 inputs)",
+}
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function, never to be called, where Triton is missing."""
+    return triton.jit(function) if AVAILABLE else function
+
+
+def blocks(size: int, block: int) -> int:
+    """Programs of `block` elements that cover `size`."""
+    return -(-size // block)
+
+
+def path(op: str, device: torch.device | str) -> str:
+    """Which implementation of operator `op` runs for tensors on `device`.
+
+    Raises:
+        UsageError: no such operator.
+    """
+    if op not in ON_CUDA:
+        raise UsageError(f"no operator {op!r}; there are {', '.join(ON_CUDA)}")
+    return ON_CUDA[op] if AVAILABLE and torch.device(device).type == "cuda" else "torch reference"

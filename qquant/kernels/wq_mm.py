@@ -1,0 +1,326 @@
+"""`qquant::wq_mm`: activations times integer weights, for few rows (decode and small batches).
+
+    y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // g]) * scale[n, k // g] + bias[n]          sums in float32
+
+Few rows means that reading the weights is all the time there is, so the kernel must not run out of instructions first: an
+H200 at 4.3 TB/s may spend 3.4 lane-instructions on a 4-bit weight, all included. What follows from that:
+* the product is transposed, acc[BN, BM] += W[BN, k] X^T[k, BM]: the weights, unpacked in registers, are the operand that
+  Hopper's matrix instruction takes from registers, and rows of x are padded to 16, 32 or 64 instead of having a kernel of their own;
+* one tile of 64 bytes per row is a step of the loop; its codes become half floats two at a time (`qquant.kernels.unpack`)
+  in exactly the order in which the matrix unit wants them, so no data moves between threads;
+* the scale multiplies the float32 sum of a group, once a group; the zero point is taken off the codes, exactly;
+* SPLITS programs share the columns of one block of rows (ceil-sized parts, so that prime numbers of groups divide). Each
+  leaves its float32 sums in memory and the last to arrive adds them in the order of the parts: results do not depend on
+  who was last. Counters of arrivals are zero before and after every call.
+
+No tuning at run time: `table.json` holds measured choices for its device, and a rule of thumb covers the rest.
+For more rows than MAX_ROWS use `qquant::dequant` and the vendor's matrix product; `quantized_linear` chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qquant.errors import UsageError
+from qquant.kernels.dequant import dequant
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, tl
+from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
+
+MAX_ROWS = 64
+BUCKETS = (1, 4, 16, 64)  # rows for which the table has entries; others use the next larger
+TABLE = Path(__file__).with_name("table.json")
+
+
+@torch.library.custom_op("qquant::wq_mm", mutates_args=())
+def wq_mm(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """X fp16 or bf16 [M, K] times the weights of `qquant.kernels.unpack` -> [M, N] of x's dtype.
+
+    Raises:
+        InputError: a group size that the layout does not have.
+        UsageError: more than MAX_ROWS rows, on CUDA.
+    """
+    y = x.float() @ dequant(qweight, params, bits, group_size, torch.float32).T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@wq_mm.register_fake
+def _(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+def quantized_linear(
+    x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """X [..., K] -> [..., N]: `wq_mm` up to MAX_ROWS rows, weights dequantized to x's dtype and the vendor's product above."""
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) <= MAX_ROWS:
+        y = wq_mm(flat, qweight, params, bias, bits, group_size)
+    else:
+        weight = dequant(qweight, params, bits, group_size, x.dtype)
+        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut up: `rows` outputs a program, `splits` programs along K, warps and pipeline stages of each."""
+
+    rows: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@jit
+def _group(row: tl.tensor, t: tl.tensor, groups: tl.tensor, TILES_PER_GROUP: tl.constexpr) -> tl.tensor:
+    if TILES_PER_GROUP == 0:
+        return row
+    return row * groups + tl.minimum(t // TILES_PER_GROUP, groups - 1)
+
+
+@jit
+def _x_tile(
+    x_row: tl.tensor, k: tl.tensor, span: tl.tensor, there: tl.tensor, K: tl.tensor, RAGGED: tl.constexpr
+) -> tl.tensor:
+    if RAGGED:
+        inside = there & ((k + span) < K)[None, :]
+    else:
+        inside = there
+    return tl.load(x_row + k, mask=inside, other=0.0)
+
+
+@jit
+def _dot(weights: tl.tensor, x: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
+    if WIDE:
+        product = tl.dot(weights.to(tl.float32), tl.trans(x.to(tl.float32)), input_precision="ieee")
+    else:
+        product = tl.dot(weights, tl.trans(x))
+    return product
+
+
+@jit
+def _write(
+    acc: tl.tensor,
+    bias_at: tl.tensor,
+    row: tl.tensor,
+    y_at: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    BIAS: tl.constexpr,
+) -> None:
+    if BIAS:
+        acc += tl.load(bias_at + row).to(tl.float32)[:, None]
+    tl.store(y_at + at, acc.to(y_at.dtype.element_ty), mask=inside)
+
+
+@jit
+def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    x_at: tl.tensor,
+    words_at: tl.tensor,
+    params_at: tl.tensor,
+    bias_at: tl.tensor,
+    y_at: tl.tensor,
+    partial_at: tl.tensor,
+    counters_at: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    tiles: tl.tensor,
+    groups: tl.tensor,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,  # groups in a tile, at least 1
+    TILES_PER_GROUP: tl.constexpr,  # at least 1; 0: one group per row
+    RAGGED: tl.constexpr,  # the last tile is not full
+    SYMMETRIC: tl.constexpr,
+    BIAS: tl.constexpr,
+    INLINE: tl.constexpr,
+    WIDE: tl.constexpr,  # interpreter: multiply in float32
+) -> None:
+    TILE: tl.constexpr = 512 // BITS
+    SPAN: tl.constexpr = TILE // PARTS  # columns of one dot
+    FLOAT: tl.constexpr = x_at.dtype.element_ty
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1)  # rows past the end repeat the last one and are never stored
+    m = tl.arange(0, BM)
+    there = (m < M)[:, None]
+    span = tl.arange(0, SPAN)
+    words_row = words_at + row[:, None] * (tiles * 16) + tl.arange(0, 16)[None, :]
+    x_row = x_at + m[:, None] * K + span[None, :]
+    share = (tiles + SPLITS - 1) // SPLITS
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, tiles)
+    acc = tl.zeros((BN, BM), tl.float32)
+    param = tl.load(params_at + _group(row, first, groups, TILES_PER_GROUP))
+    for t in tl.range(first, last, num_stages=STAGES):
+        words = tl.load(words_row + t * 16)
+        for part in tl.static_range(PARTS):
+            if PARTS > 1:
+                param = tl.load(params_at + row * groups + tl.minimum(t * PARTS + part, groups - 1))
+            elif not SYMMETRIC:
+                param = tl.load(params_at + _group(row, t, groups, TILES_PER_GROUP))
+            zero = zero_of(param, BITS, SYMMETRIC)
+            weights = planes(words, zero, part * (SPAN // 32), SPAN // 32, BITS, FLOAT, INLINE)
+            x = _x_tile(x_row, t * TILE + part * SPAN, span, there, K, RAGGED)
+            product = _dot(weights, x, WIDE)
+            acc += product * scale_of(param, SYMMETRIC)[:, None]
+        if PARTS == 1 and SYMMETRIC:  # fetched a step ahead: two bytes are too narrow for the asynchronous pipeline
+            param = tl.load(params_at + _group(row, t + 1, groups, TILES_PER_GROUP))
+    at = m[None, :] * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    if SPLITS == 1:
+        _write(acc, bias_at, row, y_at, at, inside, BIAS)
+    else:
+        tl.store(partial_at + tl.program_id(1) * M * N + at, acc, mask=inside)
+        tl.debug_barrier()  # every thread's sums are written before one thread announces them
+        arrived = tl.atomic_add(counters_at + tl.program_id(0), 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for s in tl.static_range(SPLITS):
+                acc += tl.load(partial_at + s * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            _write(acc, bias_at, row, y_at, at, inside, BIAS)
+            tl.store(counters_at + tl.program_id(0), 0)
+
+
+def launch(  # noqa: PLR0913 the operator's arguments and two more
+    x: Tensor,
+    qweight: Tensor,
+    params: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    config: Config,
+    counters: Tensor,
+) -> Tensor:
+    """Run the kernel as `config` says; `counters` int32, zero, one per block of rows. Arguments as of `wq_mm`, contiguous."""
+    (rows, columns), outputs, groups = x.shape, len(qweight), params.shape[1]
+    size = tile(bits)
+    y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    partial = (
+        y if config.splits == 1 else torch.empty((config.splits, rows, outputs), dtype=torch.float32, device=x.device)
+    )
+    _kernel[(blocks(outputs, config.rows), config.splits)](
+        x,
+        qweight,
+        params,
+        y if bias is None else bias,
+        y,
+        partial,
+        counters,
+        rows,
+        outputs,
+        columns,
+        qweight.shape[1] // WORDS,
+        groups,
+        BN=config.rows,
+        BM=16 if rows <= 16 else 32 if rows <= 32 else 64,
+        SPLITS=config.splits,
+        STAGES=config.stages,
+        BITS=bits,
+        PARTS=1 if groups == 1 else max(1, size // group_size),
+        TILES_PER_GROUP=0 if groups == 1 else max(1, group_size // size),
+        RAGGED=columns % size != 0,
+        SYMMETRIC=params.dtype == torch.float16,
+        BIAS=bias is not None,
+        INLINE=not INTERPRETED and torch.version.hip is None,
+        WIDE=INTERPRETED,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+class Counters:
+    """Zeroed int32 counters of one device, so that no call needs to clear any.
+
+    Calls on one stream follow each other and share a slice. Each call captured into a graph gets a slice of its own for
+    good, because graphs may be replayed side by side; when the pool is used up, the graph clears fresh memory instead.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Tensor | None = None
+        self.used = 0
+        self.of_stream: dict[int, Tensor] = {}
+
+    def _take(self, count: int) -> Tensor | None:
+        if self.pool is None or self.used + count > self.SIZE:
+            return None
+        start, self.used = self.used, self.used + count
+        return self.pool[start : start + count]
+
+    def get(self, count: int) -> Tensor:
+        """`count` counters that no call running at the same time uses."""
+        if torch.cuda.is_current_stream_capturing():
+            taken = self._take(count)
+            return torch.zeros(count, dtype=torch.int32, device=self.device) if taken is None else taken
+        if self.pool is None:
+            self.pool = torch.zeros(self.SIZE, dtype=torch.int32, device=self.device)
+            torch.cuda.synchronize(self.device)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if stream not in self.of_stream or len(self.of_stream[stream]) < count:
+            taken = self._take(max(count, 4096))
+            fresh = torch.zeros(count, dtype=torch.int32, device=self.device) if taken is None else taken
+            self.of_stream[stream] = fresh
+        return self.of_stream[stream]
+
+
+@functools.lru_cache
+def _counters(device: torch.device) -> Counters:
+    return Counters(device)
+
+
+@functools.lru_cache
+def _table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text())
+
+
+def bucket(rows: int) -> int:
+    """The number of rows under which the table files `rows`."""
+    return next(size for size in BUCKETS if rows <= size)
+
+
+@functools.lru_cache
+def config_for(device: torch.device, bits: int, rows: int, columns: int, outputs: int) -> Config:
+    """The table's choice for this shape if it was measured on this kind of device, else a rule of thumb."""
+    table = _table()
+    entry = table["entries"].get(f"wq_mm/{bits}/{bucket(rows)}/{columns}/{outputs}")
+    if entry is not None and tuple(table["capability"]) == torch.cuda.get_device_capability(device):
+        return Config(*entry)
+    return rule_of_thumb(bits, rows, columns, outputs, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def rule_of_thumb(bits: int, rows: int, columns: int, outputs: int, processors: int) -> Config:
+    """About four programs for each multiprocessor, and no program with fewer than four tiles to read."""
+    height = 128 if rows > 16 or outputs >= 8192 else 64
+    tiles = blocks(columns, tile(bits))
+    wanted = blocks(4 * processors, blocks(outputs, height))
+    splits = max(1, min(wanted, tiles // 4, 8))
+    return Config(height, splits, 8 if rows > 16 else 4, 4)
+
+
+def _wq_mm_cuda(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    rows, columns = x.shape
+    check_group(columns, group_size, bits)
+    if rows > MAX_ROWS:
+        raise UsageError(f"wq_mm is made for at most {MAX_ROWS} rows, not {rows}: call quantized_linear")
+    config = config_for(x.device, bits, rows, columns, len(qweight))
+    counters = _counters(x.device).get(blocks(len(qweight), config.rows))
+    return launch(x.contiguous(), qweight.contiguous(), params.contiguous(), bias, bits, group_size, config, counters)
+
+
+if AVAILABLE:
+    wq_mm.register_kernel("cuda")(_wq_mm_cuda)
