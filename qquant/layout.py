@@ -88,12 +88,17 @@ def safetensors_files(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard
         shards[-1].append(entry)
         filled += nbytes
     count = len(shards)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
     files = []
     for name, shard in zip(names, shards, strict=True):
         head, offsets = header_bytes(shard, {"format": "pt"})
         planned = tuple(
-            PlannedTensor(tensor, dtype, shape, offsets[tensor], math.prod(shape) * SIZES[dtype]) for tensor, dtype, shape in shard
+            PlannedTensor(tensor, dtype, shape, offsets[tensor], math.prod(shape) * SIZES[dtype])
+            for tensor, dtype, shape in shard
         )
         files.append(PlannedFile(name, len(head) + sum(tensor.nbytes for tensor in planned), head, planned))
     if count > 1:

@@ -1,0 +1,107 @@
+"""What a build will do, from config and headers alone: every file to the byte, memory, disk. Needs no torch.
+
+Memory of a build (host, or GPU with `--device cuda`): the process itself, one block in its own dtype and in float32, four Gram
+matrices and one factorisation of the widest, and one hidden state per calibration token. It does not depend on the number of
+layers. Disk: the artifacts themselves, since they are filled in place.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qquant.checkpoint import Checkpoint
+from qquant.errors import EnvironmentMissingError, UsageError
+from qquant.formats import FORMATS
+from qquant.layout import PlannedArtifact
+from qquant.recipe import Recipe
+from qquant.safetensors_file import SIZES
+
+PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
+MARGIN = 64 << 20  # bytes of disk for manifests, reports, calibration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before work begins."""
+
+    model: str
+    artifacts: tuple[PlannedArtifact, ...]
+    memory: int  # bytes
+    disk: int  # bytes
+
+    @classmethod
+    def of(cls, recipe: Recipe, checkpoint: Checkpoint, only: Sequence[str] = (), model: str | None = None) -> Plan:
+        """Plan the artifacts of `recipe` (those named in `only`, if any) for `checkpoint`.
+
+        Raises:
+            UsageError: `only` names an artifact that the recipe does not have.
+            InputError: a shape does not fit a format.
+        """
+        checkpoint.require_tokenizer()
+        known = [spec.name for spec in recipe.artifacts]
+        unknown = [name for name in only if name not in known]
+        if unknown:
+            raise UsageError(
+                f"--only {unknown[0]}: recipe {recipe.name} has no such artifact; it has {', '.join(known)}"
+            )
+        chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
+        name = model or checkpoint.name
+        planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name) for spec in chosen)
+        return cls(name, planned, _memory(recipe, checkpoint), sum(artifact.size for artifact in planned) + MARGIN)
+
+    def require_room(self, out: Path) -> None:
+        """Raise EnvironmentMissingError if the file system of `out` has less room than the build needs."""
+        place = out.absolute()
+        while not place.exists():
+            place = place.parent
+        done = (
+            sum(path.stat().st_size for path in (out / ".partial").rglob("*") if path.is_file()) if out.exists() else 0
+        )
+        free = shutil.disk_usage(place).free + done
+        if free < self.disk:
+            raise EnvironmentMissingError(
+                f"{out}: the build writes {self.disk:,} bytes, {free:,} are free; {self.disk - free:,} bytes are missing. "
+                "Free some space, or choose another --out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "schema": "qquant-plan-1",
+            "model": self.model,
+            "memory_bytes": self.memory,
+            "disk_bytes": self.disk,
+            "artifacts": [
+                {
+                    "name": artifact.name,
+                    "folder": artifact.folder,
+                    "bytes": artifact.size,
+                    "bits_per_weight": artifact.bits_per_weight,
+                    "fallbacks": list(artifact.fallbacks),
+                    "files": [{"name": file.name, "bytes": file.size} for file in artifact.files],
+                    "tensors": dict(artifact.grids),
+                }
+                for artifact in self.artifacts
+            ],
+        }
+
+
+def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    config, family = checkpoint.config, checkpoint.family
+    shapes = family.linear_shapes(config)
+    widest = max(columns for _, columns in shapes.values())
+    inputs = [shapes[stage.linears[0]][1] for stage in family.stages]
+    block = sum(math.prod(shape) for shape in shapes.values())
+    tallest = max(
+        sum(shapes[linear][0] for linear in stage.linears) * shapes[stage.linears[0]][1] for stage in family.stages
+    )
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    stream = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
+    sample = recipe.calibration.length * config.intermediate * 4 * 4
+    solve = 4 * (sum(columns * columns for columns in inputs) + 4 * widest * widest + 6 * tallest)
+    return PROCESS + stream + sample + solve + block * (SIZES[checkpoint.dtype] * 2 + 4)
