@@ -128,5 +128,7 @@ class Awq(ModelFolder):
         version = str(config.get("version", "gemm")).lower()
         bits, group = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
         if version != "gemm" or bits != 4 or not isinstance(group, int) or group < 1:
-            raise InputError(f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group!r}; qquant reads 4-bit GEMM")
+            raise InputError(
+                f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group!r}; qquant reads 4-bit GEMM"
+            )
         return AwqLayout(group)

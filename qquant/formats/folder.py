@@ -83,17 +83,22 @@ class ModelFolder(ABC):
         """
         family, layout = checkpoint.family, self.layout(spec)
         linears = family.linear_shapes(checkpoint.config)
-        for linear, shape in linears.items():
-            problem = layout.problems(shape)
+        for linear, matrix in linears.items():
+            problem = layout.problems(matrix)
             if problem:
-                raise InputError(f"artifact {spec.name}: {linear} {problem}. Choose another group_size, or pad the model")
+                raise InputError(
+                    f"artifact {spec.name}: {linear} {problem}. Choose another group_size, or pad the model"
+                )
         entries: list[Entry] = []
         grids: dict[str, str] = {}
         quantized = {f"{linear}.weight" for linear in linears}
         for tensor, shape in family.shapes(checkpoint.config).items():
             module, _ = tensor.rsplit(".", 1)
             if any(tensor.endswith("." + linear) for linear in quantized):
-                entries += [(f"{module}.{suffix}", dtype, stored) for suffix, dtype, stored in layout.entries((shape[0], shape[1]))]
+                entries += [
+                    (f"{module}.{suffix}", dtype, stored)
+                    for suffix, dtype, stored in layout.entries((shape[0], shape[1]))
+                ]
                 grids[tensor] = self.label(spec)
             else:
                 dtype = checkpoint.tensors[tensor].dtype
@@ -125,7 +130,9 @@ class ModelFolder(ABC):
         if name in stored:
             return stored[name].float()
         module = name.removesuffix(".weight")
-        return self.layout(planned.spec).dequantize({suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes})
+        return self.layout(planned.spec).dequantize(
+            {suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes}
+        )
 
     def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
         """Read the folder with the `safetensors` package and compare bytes and dequantized values.
@@ -133,7 +140,7 @@ class ModelFolder(ABC):
         Raises:
             QQuantError: they differ.
         """
-        import safetensors  # noqa: PLC0415  the independent reader
+        import safetensors  # the independent reader
 
         for path in files:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -156,7 +163,9 @@ class ModelFolder(ABC):
         where = str(path / "config.json")
         config = parse_config(raw, where)
         quantization = raw["quantization_config"]
-        source = FolderSource(path, family_of(raw, where), config, read_tensors(path)[0], self.read_layout(quantization, where))
+        source = FolderSource(
+            path, family_of(raw, where), config, read_tensors(path)[0], self.read_layout(quantization, where)
+        )
         source.verify()
         return source
 
@@ -181,15 +190,23 @@ class FolderSource:
                 problem = self.layout.problems((shape[0], shape[1]))
                 if problem:
                     raise InputError(f"{self.path}: {module} {problem}")
-                expected = {f"{module}.{suffix}": stored for suffix, _, stored in self.layout.entries((shape[0], shape[1]))}
+                expected = {
+                    f"{module}.{suffix}": stored for suffix, _, stored in self.layout.entries((shape[0], shape[1]))
+                }
             for stored_name, stored in expected.items():
                 if stored_name not in self.tensors:
                     raise InputError(f"{self.path}: tensor {stored_name} is missing")
                 if self.tensors[stored_name].shape != stored:
                     found = list(self.tensors[stored_name].shape)
-                    raise InputError(f"{self.path}: tensor {stored_name} is {found}; config.json implies {list(stored)}")
+                    raise InputError(
+                        f"{self.path}: tensor {stored_name} is {found}; config.json implies {list(stored)}"
+                    )
         for name in self.tensors:
-            if name.endswith(".bias") and name not in self.family.shapes(self.config) and bool(read_tensor(self.tensors[name]).any()):
+            if (
+                name.endswith(".bias")
+                and name not in self.family.shapes(self.config)
+                and bool(read_tensor(self.tensors[name]).any())
+            ):
                 raise InputError(f"{self.path}: {name} is not zero, and the model has no such bias")
 
     def tensor(self, name: str) -> Tensor:

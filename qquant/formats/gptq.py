@@ -114,11 +114,9 @@ class GptqLayout(QuantizedLayout):
 class Gptq(ModelFolder):
     """The `gptq` format of a recipe."""
 
-    suffix = {4: "GPTQ-Int4", 8: "GPTQ-Int8"}
-
     def folder_suffix(self, spec: GptqArtifact) -> str:
         """As in Qwen's repository names."""
-        return self.suffix[spec.bits]
+        return f"GPTQ-Int{spec.bits}"
 
     def layout(self, spec: GptqArtifact) -> GptqLayout:
         """The tensor layout of an artifact."""
