@@ -57,32 +57,8 @@ class Adapter:
         if not weights.is_file():
             raise InputError(f"{weights}: not found (a pickled adapter_model.bin is not read)")
         header, _ = safetensors_file.read_header(weights)
-        pairs: dict[str, dict[str, TensorInfo]] = {}
-        replaced: dict[str, TensorInfo] = {}
-        for key, info in header.items():
-            name = key.removeprefix(PREFIX)
-            match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-            target = f"{match[1]}.weight" if match else name
-            if target not in shapes:
-                raise InputError(f"{weights}: {key} does not belong to a tensor of the base model; is this its adapter?")
-            if match:
-                pairs.setdefault(target, {})[match[2]] = info
-            elif info.shape != shapes[target]:
-                raise InputError(f"{weights}: {key} is {list(info.shape)}, the base has {list(shapes[target])}")
-            else:
-                replaced[target] = info
-        updates = {}
-        for target, pair in pairs.items():
-            if set(pair) != {"A", "B"}:
-                raise InputError(f"{weights}: {target} has only lora_{next(iter(pair))}")
-            rank, (rows, columns) = pair["A"].shape[0], shapes[target]
-            if config.get("fan_in_fan_out"):
-                rows, columns = columns, rows
-            if pair["A"].shape != (rank, columns) or pair["B"].shape != (rows, rank):
-                raise InputError(
-                    f"{weights}: {target}: A {list(pair['A'].shape)} and B {list(pair['B'].shape)} do not give {list(shapes[target])}"
-                )
-            updates[target] = (pair["A"], pair["B"], _scale(config, target.removesuffix(".weight"), rank))
+        pairs, replaced = _sorted_out(weights, header, shapes)
+        updates = {target: _update(weights, target, pair, config, shapes[target]) for target, pair in pairs.items()}
         digest = hashlib.sha256(weights.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()
         return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest)
 
@@ -97,6 +73,41 @@ class Adapter:
         if self.fan_in_fan_out:
             delta = delta.T
         return (value.float() + scale * delta[rows]).to(value.dtype)
+
+
+def _sorted_out(
+    weights: Path, header: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """(weight -> its A and B, tensor -> its replacement)."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    replaced: dict[str, TensorInfo] = {}
+    for key, info in header.items():
+        name = key.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        target = f"{match[1]}.weight" if match else name
+        if target not in shapes:
+            raise InputError(f"{weights}: {key} does not belong to a tensor of the base model; is this its adapter?")
+        if match:
+            pairs.setdefault(target, {})[match[2]] = info
+        elif info.shape != shapes[target]:
+            raise InputError(f"{weights}: {key} is {list(info.shape)}, the base has {list(shapes[target])}")
+        else:
+            replaced[target] = info
+    return pairs, replaced
+
+
+def _update(
+    weights: Path, target: str, pair: Mapping[str, TensorInfo], config: Mapping[str, Any], shape: tuple[int, ...]
+) -> tuple[TensorInfo, TensorInfo, float]:
+    if set(pair) != {"A", "B"}:
+        raise InputError(f"{weights}: {target} has only lora_{next(iter(pair))}")
+    rank = pair["A"].shape[0]
+    rows, columns = reversed(shape) if config.get("fan_in_fan_out") else shape
+    if pair["A"].shape != (rank, columns) or pair["B"].shape != (rows, rank):
+        raise InputError(
+            f"{weights}: {target}: A {list(pair['A'].shape)} and B {list(pair['B'].shape)} do not give {list(shape)}"
+        )
+    return pair["A"], pair["B"], _scale(config, target.removesuffix(".weight"), rank)
 
 
 def _supported(file: Path, config: Mapping[str, Any]) -> None:

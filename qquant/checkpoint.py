@@ -94,8 +94,8 @@ def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | No
 
 
 def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    import huggingface_hub  # noqa: PLC0415  the door to the hub; costs half a second
-    from huggingface_hub import errors  # noqa: PLC0415
+    import huggingface_hub  # the door to the hub; costs half a second
+    from huggingface_hub import errors
 
     try:
         commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha or ""
@@ -103,7 +103,9 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     except errors.HFValidationError as error:
         raise UsageError(f"{repo}: {error}") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise EnvironmentMissingError(f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead") from None
+        raise EnvironmentMissingError(
+            f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead"
+        ) from None
     return Path(folder), commit
 
 
@@ -134,9 +136,13 @@ class Checkpoint:
         name = str(reference).rsplit("/", 1)[-1] if commit else path.resolve().name
         raw = read_json(path / "config.json")
         if "auto_map" in raw:
-            raise InputError(f"{path / 'config.json'}: auto_map asks to run code of the checkpoint; qquant does not. Remove the key")
+            raise InputError(
+                f"{path / 'config.json'}: auto_map asks to run code of the checkpoint; qquant does not. Remove the key"
+            )
         if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+            method = (
+                raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+            )
             raise InputError(f"{path}: is already quantized ({method}); give the 16-bit checkpoint")
         family = family_of(raw, str(path / "config.json"))
         config = parse_config(raw, str(path / "config.json"))
@@ -169,7 +175,9 @@ class Checkpoint:
     def require_tokenizer(self) -> None:
         """Raise InputError unless tokenizer.json, or vocab.json with merges.txt, is there."""
         if not any(all((self.path / name).is_file() for name in names) for names in TOKENIZERS):
-            raise InputError(f"{self.path}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. Copy it from the base model")
+            raise InputError(
+                f"{self.path}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. Copy it from the base model"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in its own dtype, adapter merged, checked to be finite.
@@ -212,14 +220,18 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
     tensors: dict[str, TensorInfo] = {}
     for file, expected in files.items():
         header, _ = safetensors_file.read_header(file)
-        digest.update(f"{file.name} {file.stat().st_size} {[(i.name, i.dtype, i.shape) for i in header.values()]}".encode())
+        digest.update(
+            f"{file.name} {file.stat().st_size} {[(i.name, i.dtype, i.shape) for i in header.values()]}".encode()
+        )
         for name, info in header.items():
             if name in tensors:
                 raise InputError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
             tensors[name] = info
         absent = expected - header.keys()
         if absent:
-            raise InputError(f"{index}: puts {sorted(absent)[0]} into {file.name}, which does not hold it ({len(absent)} such tensors)")
+            raise InputError(
+                f"{index}: puts {min(absent)} into {file.name}, which does not hold it ({len(absent)} such tensors)"
+            )
     return tensors, digest
 
 
@@ -230,7 +242,9 @@ def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
     files: dict[Path, set[str]] = {}
     for name, file in weights.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
-            raise InputError(f"{path / 'model.safetensors.index.json'}: {name} -> {file!r} is not the plain name of a .safetensors file")
+            raise InputError(
+                f"{path / 'model.safetensors.index.json'}: {name} -> {file!r} is not the plain name of a .safetensors file"
+            )
         files.setdefault(path / file, set()).add(name)
     for file in sorted(files):
         if not file.is_file():
@@ -246,7 +260,9 @@ def _single(path: Path) -> dict[Path, set[str]]:
     if len(found) == 1 and "-of-" not in found[0].name:
         return {found[0]: set()}
     if found:
-        raise InputError(f"{path}: {len(found)} safetensors files without model.safetensors.index.json. Download the index")
+        raise InputError(
+            f"{path}: {len(found)} safetensors files without model.safetensors.index.json. Download the index"
+        )
     pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if pickles:
         raise InputError(
@@ -265,11 +281,19 @@ def _verify(
         if name not in found:
             problems.append(f"{name} is missing; the config implies {list(shape)}")
         elif found[name].shape != shape:
-            problems.append(f"{name} in {found[name].file.name} is {list(found[name].shape)}; the config implies {list(shape)}")
+            problems.append(
+                f"{name} in {found[name].file.name} is {list(found[name].shape)}; the config implies {list(shape)}"
+            )
         elif found[name].dtype not in FLOATS:
-            problems.append(f"{name} in {found[name].file.name} is {found[name].dtype}; expected one of {', '.join(FLOATS)}")
+            problems.append(
+                f"{name} in {found[name].file.name} is {found[name].dtype}; expected one of {', '.join(FLOATS)}"
+            )
     extra = sorted(name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
-    tied_copy = [name for name in extra if name == family.head and config.tied and found[name].shape == expected[family.embedding]]
+    tied_copy = [
+        name
+        for name in extra
+        if name == family.head and config.tied and found[name].shape == expected[family.embedding]
+    ]
     unknown = [name for name in extra if name not in tied_copy]
     problems += [f"{name} in {found[name].file.name} is not a tensor of this model" for name in unknown]
     dtypes = {found[name].dtype for name in expected if name in found and name.endswith("proj.weight")}
@@ -278,5 +302,7 @@ def _verify(
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:8])
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise InputError(f"{path}: tensors and config.json disagree ({len(problems)}):{shown}{more}\nCheck the numbers in config.json")
+        raise InputError(
+            f"{path}: tensors and config.json disagree ({len(problems)}):{shown}{more}\nCheck the numbers in config.json"
+        )
     return {name: found[name] for name in expected} | {name: found[name] for name in tied_copy}, tuple(tied_copy)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name everybody reads
+import torch.nn.functional as F
 from torch import Tensor
 
 from qquant.checkpoint import WeightSource
@@ -60,7 +60,8 @@ class Block:
         """Causal self-attention over one sequence h [T, hidden] -> [T, heads * head_dim], before the output projection."""
         config = self.config
         query, key, value = (
-            self.linear(name, h).view(len(h), -1, config.head_dim).transpose(0, 1) for name in self.family.stages[0].linears
+            self.linear(name, h).view(len(h), -1, config.head_dim).transpose(0, 1)
+            for name in self.family.stages[0].linears
         )
         cosine, sine = rotary(config, len(h), h.device, h.dtype)
         query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)

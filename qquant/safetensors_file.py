@@ -83,21 +83,30 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: __metadata__ must map strings to strings")
-    infos = sorted((_info(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda info: (info.start, info.nbytes))
+    infos = sorted(
+        (_info(path, name, entry, 8 + length) for name, entry in header.items()),
+        key=lambda info: (info.start, info.nbytes),
+    )
     end = 8 + length
     for info in infos:
         if info.start != end:
-            raise InputError(f"{path}: tensor {info.name} starts at byte {info.start:,}, expected {end:,} (overlap or hole)")
+            raise InputError(
+                f"{path}: tensor {info.name} starts at byte {info.start:,}, expected {end:,} (overlap or hole)"
+            )
         end += info.nbytes
     if end != size:
         verb = "truncated" if end > size else "followed by unknown bytes"
-        raise InputError(f"{path}: {verb}: its header describes {end:,} bytes, the file has {size:,}. Download it again")
+        raise InputError(
+            f"{path}: {verb}: its header describes {end:,} bytes, the file has {size:,}. Download it again"
+        )
     return {info.name: info for info in infos}, metadata
 
 
 def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{path}: tensor {name!r}: entry must have dtype, shape and data_offsets, got {str(entry)[:80]}")
+        raise InputError(
+            f"{path}: tensor {name!r}: entry must have dtype, shape and data_offsets, got {str(entry)[:80]}"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in SIZES:
         raise InputError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}; known: {', '.join(SIZES)}")
@@ -107,7 +116,9 @@ def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
             raise InputError(f"{path}: tensor {name!r}: bad {what} {str(numbers)[:80]}")
     nbytes = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        raise InputError(f"{path}: tensor {name!r}: {dtype} {shape} takes {nbytes:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}")
+        raise InputError(
+            f"{path}: tensor {name!r}: {dtype} {shape} takes {nbytes:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        )
     return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
 
 
@@ -150,7 +161,9 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(shape)
 
 
-def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
     """Header of a file holding (name, dtype, shape) in this order, and each tensor's absolute offset."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     relative: dict[str, int] = {}

@@ -13,14 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from qquant.kernels.group_search import group_search
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from qquant.kernels import group_search as search
 else:
-    torch = lazy("torch")
+    torch, search = lazy("torch"), lazy("qquant.kernels.group_search")
 
 
 class Params(Protocol):
@@ -89,7 +90,7 @@ class UniformParams:
     zeros: Tensor  # float32 [N, G], whole numbers
 
     def levels(self) -> tuple[Tensor, Tensor]:
-        """step = scale, offset = scale * zero; both products are exact in float32."""
+        """The step is the scale, the offset scale * zero; both products are exact in float32."""
         step = self.scales.float()
         return step, step * self.zeros
 
@@ -120,8 +121,12 @@ class UniformGrid:
         """
         if self.search == "minmax":
             return self._cover(weight)
-        scales, zeros = group_search(
-            weight, torch.ones_like(weight[0]) if importance is None else importance, self.width, self.levels, self.symmetric
+        scales, zeros = search.group_search(
+            weight,
+            torch.ones_like(weight[0]) if importance is None else importance,
+            self.width,
+            self.levels,
+            self.symmetric,
         )
         return UniformParams(scales, zeros)
 

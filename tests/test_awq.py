@@ -31,11 +31,16 @@ def test_function_of_the_block_is_unchanged(make_checkpoint, kv_heads):
     checkpoint, weights, block, x, grams = observed(make_checkpoint(num_key_value_heads=kv_heads))
     scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
     assert {choice.stage for choice in scaled.choices if choice.ratio is not None} == {"qkv", "o", "gate_up", "down"}
-    before, after = block.forward(x), Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x)
+    before, after = (
+        block.forward(x),
+        Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x),
+    )
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
     for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
         assert not torch.equal(scaled.weights[norm], weights[norm].float())
-        assert torch.equal(scaled.weights[norm], scaled.weights[norm].bfloat16().float()), "a stored norm must lose nothing"
+        assert torch.equal(scaled.weights[norm], scaled.weights[norm].bfloat16().float()), (
+            "a stored norm must lose nothing"
+        )
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -44,9 +49,13 @@ def test_statistics_follow_the_scaling(make_checkpoint, kv_heads):
     checkpoint, weights, _, x, grams = observed(make_checkpoint(num_key_value_heads=kv_heads))
     scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
     measured = {name: Gram.zeros(len(gram.absolute)) for name, gram in grams.items()}
-    Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x, lambda s, v: measured[s].add(v))
+    Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(
+        x, lambda s, v: measured[s].add(v)
+    )
     for name, gram in scaled.grams.items():
-        assert torch.allclose(gram.matrix, measured[name].matrix, rtol=2e-3, atol=2e-3 * float(gram.matrix.abs().max())), name
+        assert torch.allclose(
+            gram.matrix, measured[name].matrix, rtol=2e-3, atol=2e-3 * float(gram.matrix.abs().max())
+        ), name
         assert torch.allclose(gram.absolute, measured[name].absolute, rtol=2e-3), name
 
 
@@ -66,7 +75,9 @@ def test_loss_is_the_output_error_over_all_tokens(make_checkpoint):
         rounded = value_of(nearest(wide, *levels, GRID), *levels, GRID) / scale
         error += float((inputs["gate_up"] @ (rounded - weight).T).square().sum())
         levels = GRID.fit(weight).levels()
-        plain += float((inputs["gate_up"] @ (value_of(nearest(weight, *levels, GRID), *levels, GRID) - weight).T).square().sum())
+        plain += float(
+            (inputs["gate_up"] @ (value_of(nearest(weight, *levels, GRID), *levels, GRID) - weight).T).square().sum()
+        )
         energy += float((inputs["gate_up"] @ weight.T).square().sum())
     assert choice.loss == pytest.approx(error / energy, rel=0.05)  # the norm's rounding moves s a little
     assert choice.unscaled == pytest.approx(plain / energy, rel=0.01)
@@ -79,7 +90,9 @@ def test_a_pair_that_gains_nothing_is_left_alone(make_checkpoint):
     for stage in checkpoint.family.stages:  # weights already on the grid: rounding costs nothing without scaling
         for linear in stage.linears:
             levels = exact.fit(weights[f"{linear}.weight"].float()).levels()
-            weights[f"{linear}.weight"] = value_of(nearest(weights[f"{linear}.weight"].float(), *levels, exact), *levels, exact)
+            weights[f"{linear}.weight"] = value_of(
+                nearest(weights[f"{linear}.weight"].float(), *levels, exact), *levels, exact
+            )
     scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: exact, 4)
     untouched = [choice for choice in scaled.choices if choice.ratio is None]
     assert untouched

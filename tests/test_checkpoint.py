@@ -71,7 +71,11 @@ def truncated_header(folder):
 
 
 def missing_tensor(folder):
-    rewrite(folder, lambda t: t.pop("model.norm.weight"), next(f.name for f in folder.glob("*.safetensors") if "model.norm.weight" in load_file(f)))
+    rewrite(
+        folder,
+        lambda t: t.pop("model.norm.weight"),
+        next(f.name for f in folder.glob("*.safetensors") if "model.norm.weight" in load_file(f)),
+    )
 
 
 def wrong_dtype(folder):
@@ -226,8 +230,14 @@ def test_hub_id_is_pinned_to_a_commit(monkeypatch, make_checkpoint):
 
     folder, seen = make_checkpoint(), {}
     info = type("Info", (), {"sha": "c" * 40})
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _, repo, revision=None: seen.update(asked=revision) or info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, allow_patterns: seen.update(got=revision) or str(folder))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda _, repo, revision=None: seen.update(asked=revision) or info
+    )
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, revision, allow_patterns: seen.update(got=revision) or str(folder),
+    )
     checkpoint = Checkpoint.open("Qwen/Qwen1.5-0.5B-Chat", revision="main")
     assert seen == {"asked": "main", "got": "c" * 40}
     assert checkpoint.revision == "c" * 40
@@ -236,7 +246,10 @@ def test_hub_id_is_pinned_to_a_commit(monkeypatch, make_checkpoint):
 
 # --- the reader of headers -------------------------------------------------------------------------------------------
 
-GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "U8", "shape": [8], "data_offsets": [24, 32]}}
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "U8", "shape": [8], "data_offsets": [24, 32]},
+}
 
 
 def write_raw(path, header, data=b"\0" * 32, length=None):
@@ -314,10 +327,15 @@ def low_rank():
     return {f"{Q}.lora_A.weight": torch.randn(4, 64), f"{Q}.lora_B.weight": torch.randn(64, 4)}
 
 
-@pytest.mark.parametrize(("changes", "scale"), [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)])
+@pytest.mark.parametrize(
+    ("changes", "scale"), [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)]
+)
 def test_adapter_is_merged_as_tensors_are_read(make_checkpoint, tmp_path, changes, scale):
     folder, tensors = make_checkpoint(), low_rank()
-    base, merged = Checkpoint.open(folder), Checkpoint.open(folder, adapter=write_adapter(tmp_path / "lora", tensors, **changes))
+    base, merged = (
+        Checkpoint.open(folder),
+        Checkpoint.open(folder, adapter=write_adapter(tmp_path / "lora", tensors, **changes)),
+    )
     name = "model.layers.0.self_attn.q_proj.weight"
     delta = scale * tensors[f"{Q}.lora_B.weight"] @ tensors[f"{Q}.lora_A.weight"]
     assert torch.equal(merged.tensor(name), (base.tensor(name).float() + delta).bfloat16())
@@ -341,7 +359,11 @@ def test_modules_to_save_replace_the_base(make_checkpoint, tmp_path):
         (low_rank, {"peft_type": "IA3"}, "only 'LORA'"),
         (low_rank, {"use_dora": True}, "use_dora is true"),
         (low_rank, {"bias": "all"}, "bias is 'all'"),
-        (lambda: {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)}, {}, "does not belong"),
+        (
+            lambda: {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)},
+            {},
+            "does not belong",
+        ),
         (lambda: {f"{Q}.lora_A.weight": torch.zeros(4, 64)}, {}, "has only lora_A"),
         (lambda: low_rank() | {f"{Q}.lora_B.weight": torch.zeros(32, 4)}, {}, r"do not give \[64, 64\]"),
     ],

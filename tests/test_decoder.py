@@ -80,7 +80,9 @@ def test_embedding_reads_only_what_it_needs(make_checkpoint, monkeypatch):
     checkpoint = Checkpoint.open(make_checkpoint(vocab_size=40000))
     read = []
     rows = Checkpoint.rows
-    monkeypatch.setattr(Checkpoint, "rows", lambda self, name, start, stop: read.append((start, stop)) or rows(self, name, start, stop))
+    monkeypatch.setattr(
+        Checkpoint, "rows", lambda self, name, start, stop: read.append((start, stop)) or rows(self, name, start, stop)
+    )
     tokens = torch.tensor([5, 39999, 5])
     values = decoder.embed(checkpoint, tokens, torch.float32)
     assert torch.equal(values, checkpoint.tensor("model.embed_tokens.weight")[tokens].float())

@@ -24,11 +24,15 @@ def cases(file):
 
 def load(file, case):
     with np.load(GOLDEN / file) as archive:
-        return {name.removeprefix(f"{case}."): torch.from_numpy(archive[name]) for name in archive.files if name.split(".")[0] == case}
+        return {
+            name.removeprefix(f"{case}."): torch.from_numpy(archive[name])
+            for name in archive.files
+            if name.split(".")[0] == case
+        }
 
 
 def parse(case):
-    parts = dict((part[0], int(part[1:])) for part in case.replace("group", "g").split("_"))
+    parts = {part[0]: int(part[1:]) for part in case.replace("group", "g").split("_")}
     return parts["w"], parts["g"]
 
 
@@ -66,11 +70,14 @@ def test_awq_bytes_equal_autoawq(case):
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from([4, 8]), st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**31))
 def test_words_hold_every_code(bits, rows, words, seed):
-    codes = torch.randint(0, 1 << bits, (rows, words * 32 // bits), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    codes = torch.randint(0, 1 << bits, (rows, words * 32 // bits), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
     packed = pack_words(codes, bits)
     slots = 32 // bits
     by_hand = [
-        [sum(int(codes[r, w * slots + j]) << (bits * j) for j in range(slots)) for w in range(words)] for r in range(rows)
+        [sum(int(codes[r, w * slots + j]) << (bits * j) for j in range(slots)) for w in range(words)]
+        for r in range(rows)
     ]
     assert [[word & 0xFFFFFFFF for word in row] for row in packed.tolist()] == by_hand
     assert torch.equal(unpack_words(packed, bits), codes)
@@ -90,7 +97,9 @@ def test_round_trip(kind, groups, rows, seed):
     tensor = QuantizedTensor(codes, UniformParams(scales, zeros), UniformGrid(bits, 32, kind != "awq", "minmax"))
     layout = AwqLayout(32) if kind == "awq" else GptqLayout(bits, 32)
     packed = layout.pack(tensor)
-    assert {suffix: tuple(value.shape) for suffix, value in packed.items()} == {s: shape for s, _, shape in layout.entries(shape)}
+    assert {suffix: tuple(value.shape) for suffix, value in packed.items()} == {
+        s: shape for s, _, shape in layout.entries(shape)
+    }
     back = layout.unpack(packed)
     assert torch.equal(back.codes, codes)
     assert torch.equal(back.dequantize(), tensor.dequantize())

@@ -66,7 +66,12 @@ class Tie:
 
 
 def awq(
-    family: Family, config: ModelConfig, weights: Mapping[str, Tensor], grams: Mapping[str, Gram], grid_for: GridFor, ratios: int
+    family: Family,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    grams: Mapping[str, Gram],
+    grid_for: GridFor,
+    ratios: int,
 ) -> Transformed:
     """Scale every pair of a block; weights by name in the block, one Gram per stage.
 
@@ -86,7 +91,9 @@ def awq(
     return new
 
 
-def _apply(new: Transformed, pair: ScalePair, stage: Stage, scale: Tensor, tie: Tie, original: Mapping[str, Tensor]) -> None:
+def _apply(
+    new: Transformed, pair: ScalePair, stage: Stage, scale: Tensor, tie: Tie, original: Mapping[str, Tensor]
+) -> None:
     """Divide the producer by `scale` (one value per producer channel), multiply the stage's columns by it."""
     norm = f"{pair.producer}.weight"
     if original[norm].dim() == 1:

@@ -59,7 +59,9 @@ def factorize(gram: Gram, damping: float) -> Factor:
         damped.diagonal().add_(damping * step * mean + dead * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(order), device=lower.device), upper=True)
+            upper = torch.linalg.solve_triangular(
+                lower.flip(0, 1), torch.eye(len(order), device=lower.device), upper=True
+            )
             factor = Factor(upper, order, damping * step)
             gram.factors[damping] = factor
             return factor

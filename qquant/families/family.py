@@ -113,7 +113,7 @@ class Family:
 
 
 def _number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    value = raw.get(key)
+    value: Any = raw.get(key)
     good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not good or value <= 0:
         raise InputError(f"{where}: {key} must be a positive {kind.__name__}, got {value!r}")
@@ -126,7 +126,9 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
         raise InputError(f"{where}: rope_parameters must be a mapping, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise InputError(f"{where}: rope type {kind!r} is not supported; qquant knows 'default'. Remove the rope scaling")
+        raise InputError(
+            f"{where}: rope type {kind!r} is not supported; qquant knows 'default'. Remove the rope scaling"
+        )
     source = rope if "rope_theta" in rope else raw
     return _number({"rope_theta": 10000.0, **source}, "rope_theta", float, where)
 
@@ -157,7 +159,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         positions=_number(raw, "max_position_embeddings", int, where),
     )
     if config.heads % config.kv_heads:
-        raise InputError(f"{where}: {config.heads} attention heads do not divide into {config.kv_heads} key-value heads")
+        raise InputError(
+            f"{where}: {config.heads} attention heads do not divide into {config.kv_heads} key-value heads"
+        )
     if hidden % heads and "head_dim" not in raw:
         raise InputError(f"{where}: hidden_size {hidden} does not divide into {heads} attention heads")
     return config

@@ -29,4 +29,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     slots = 32 // bits
     mask = (1 << bits) - 1
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & mask).to(torch.uint8).view(len(words), -1 if len(words) else words.shape[1] * slots)
+    return (
+        ((words.unsqueeze(-1) >> shifts) & mask)
+        .to(torch.uint8)
+        .view(len(words), -1 if len(words) else words.shape[1] * slots)
+    )

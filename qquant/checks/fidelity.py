@@ -1,0 +1,173 @@
+"""How close an artifact stays to its 16-bit checkpoint, token by token, on held-out text.
+
+Baseline and artifacts walk the text together, one decoder block at a time, so only one block of each is in memory and no logits
+are stored. Then the heads are read once, in slices of the vocabulary, and per scored position these sums are kept in float64:
+
+    Z_b = sum exp(b),  Z_a = sum exp(a),  T = sum exp(b) (b - a)          b, a: float32 logits of baseline and artifact
+    KL(baseline || artifact) = T / Z_b - ln Z_b + ln Z_a                   nats, exact over the real vocabulary
+    NLL = ln Z - logit of the next token;  perplexity = exp(mean NLL)
+
+Equal logits give exactly zero. Weights are dequantized to float32 and activations are float32, so the numbers are about the
+artifact and not about a kernel. Protocol of llama-perplexity: windows do not overlap, the second half of each is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qquant.checkpoint import WeightSource
+from qquant.decoder import embed, rms_norm, source_block
+from qquant.errors import NumericalError
+
+Progress = Callable[[str, int, int], None]
+SLICE = 4096  # rows of the heads at a time
+TILE = 1024  # positions at a time
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Per scored token, in window order; float64 [windows, scored]."""
+
+    nll: Tensor
+    nll_baseline: Tensor
+    kl: Tensor
+    same_top: Tensor  # bool
+    delta_p: Tensor  # probability of the right token, artifact minus baseline
+
+    @property
+    def perplexity(self) -> float:
+        """Of the artifact."""
+        return float(self.nll.mean().exp())
+
+    @property
+    def perplexity_baseline(self) -> float:
+        """Of the checkpoint."""
+        return float(self.nll_baseline.mean().exp())
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Artifact over checkpoint, paired on the same tokens."""
+        return float((self.nll - self.nll_baseline).mean().exp())
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats per token."""
+        return float(self.kl.mean())
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens on which both rank the same token first."""
+        return float(self.same_top.double().mean())
+
+
+@dataclass
+class _Sums:
+    """Running sums of one source over slices of the vocabulary, float64 per position."""
+
+    peak: Tensor
+    total: Tensor
+    target: Tensor
+    best: Tensor  # float32 logit and id of the first token
+    best_id: Tensor
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @classmethod
+    def start(cls, positions: int, device: torch.device) -> _Sums:
+        low = torch.full((positions,), -torch.inf, device=device)
+        zero = torch.zeros(positions, dtype=torch.float64, device=device)
+        return cls(low.double(), zero.clone(), zero.clone(), low, zero.long())
+
+    def add(self, logits: Tensor, first: int, rows: slice, targets: Tensor) -> None:
+        """Take in logits float32 [P, V'] of token ids first ... for positions `rows`."""
+        top, place = logits.max(1)
+        peak = torch.maximum(self.peak[rows], top.double())
+        self.total[rows] = self.total[rows] * (self.peak[rows] - peak).exp() + (
+            logits - peak[:, None].float()
+        ).exp().double().sum(1)
+        self.peak[rows] = peak
+        better = top > self.best[rows]
+        self.best[rows] = torch.where(better, top, self.best[rows])
+        self.best_id[rows] = torch.where(better, place + first, self.best_id[rows])
+        inside = (targets >= first) & (targets < first + logits.shape[1])
+        picked = logits.gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
+        self.target[rows] = torch.where(inside, picked, self.target[rows])
+
+    @property
+    def log_z(self) -> Tensor:
+        return self.peak + self.total.log()
+
+    @property
+    def nll(self) -> Tensor:
+        return self.log_z - self.target
+
+
+def measure(
+    baseline: WeightSource,
+    artifacts: Mapping[str, WeightSource],
+    windows: Tensor,
+    vocabulary: int,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Fidelity]:
+    """Compare artifacts with `baseline` on windows int64 [W, L]; token ids >= `vocabulary` are padding and never count.
+
+    Raises:
+        NumericalError: an activation of the baseline is not finite. An artifact's are measured as they are (infinite KL).
+    """
+    sources = [baseline, *artifacts.values()]
+    half = windows.shape[1] // 2
+    hidden = [[embed(source, window, torch.float32).to(device) for window in windows] for source in sources]
+    layers = baseline.config.layers
+    for layer in range(layers):
+        for source, states in zip(sources, hidden, strict=True):
+            block = source_block(source, layer, torch.float32, device)
+            states[:] = [block.forward(x) for x in states]
+        if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
+            raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
+        progress("check", layer + 1, layers)
+    finals = [_final(source, states, half) for source, states in zip(sources, hidden, strict=True)]
+    del hidden
+    targets = windows[:, half + 1 :].reshape(-1).to(device)
+    sums = _heads(sources, finals, targets, vocabulary)
+    shape = (len(windows), windows.shape[1] - half - 1)
+    return {name: _fidelity(sums[0], sums[index], shape) for index, name in enumerate(artifacts, start=1)}
+
+
+def _final(source: WeightSource, states: list[Tensor], half: int) -> Tensor:
+    scored = torch.cat([x[half:-1] for x in states])
+    return rms_norm(scored, source.tensor(source.family.final_norm).to(scored), source.config.epsilon)
+
+
+def _heads(sources: list[WeightSource], finals: list[Tensor], targets: Tensor, vocabulary: int) -> list[_Sums]:
+    positions, device = len(targets), targets.device
+    sums = [_Sums.start(positions, device) for _ in sources]
+    cross = [torch.zeros(positions, dtype=torch.float64, device=device) for _ in sources]
+    for first in range(0, vocabulary, SLICE):
+        heads = [
+            source.rows(source.family.head, first, min(first + SLICE, vocabulary)).to(finals[0]) for source in sources
+        ]
+        for start in range(0, positions, TILE):
+            rows = slice(start, min(start + TILE, positions))
+            base = finals[0][rows] @ heads[0].T
+            before = sums[0].peak[rows].clone()
+            sums[0].add(base, first, rows, targets[rows])
+            weight = (base - sums[0].peak[rows, None].float()).exp()
+            shrink = (before - sums[0].peak[rows]).exp()
+            for index in range(1, len(sources)):
+                logits = finals[index][rows] @ heads[index].T
+                sums[index].add(logits, first, rows, targets[rows])
+                cross[index][rows] = cross[index][rows] * shrink + (weight * (base - logits)).double().sum(1)
+    for total, value in zip(sums, cross, strict=True):
+        total.cross = value
+    return sums
+
+
+def _fidelity(base: _Sums, other: _Sums, shape: tuple[int, int]) -> Fidelity:
+    kl = other.cross / base.total - base.log_z + other.log_z
+    probability = (-other.nll).exp() - (-base.nll).exp()
+    columns = (other.nll, base.nll, kl.clamp(min=0), base.best_id == other.best_id, probability)
+    return Fidelity(*(column.cpu().view(shape) for column in columns))

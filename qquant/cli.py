@@ -1,0 +1,349 @@
+"""The command line: the only place that prints. stdout carries the result, stderr progress and errors.
+
+Heavy modules are imported by the commands that need them, so that `--help` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import click
+
+from qquant import __version__
+from qquant.errors import EnvironmentMissingError, GateFailedError, QQuantError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Recipe
+    from qquant.report import Report
+
+EXITS = """\b
+Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 5 input rejected, 6 environment (disk, memory, hub),
+7 numerical, 9 output locked, 1 a bug.
+"""
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
+
+
+@click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Quantize a Qwen1.5 checkpoint once into GPTQ, AWQ and GGUF, and check every artifact against it."""
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What to build from what: shared by `build` and `plan`."""
+    for option in (
+        click.argument("checkpoint", required=False),
+        click.option(
+            "--recipe", "recipe_name", required=True, help="A bundled recipe (`qquant recipe list`) or a YAML file."
+        ),
+        click.option("--only", multiple=True, metavar="ARTIFACT", help="Build these artifacts only; may be repeated."),
+        click.option(
+            "--adapter", type=click.Path(path_type=Path, file_okay=False), help="A PEFT LoRA folder to merge first."
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub checkpoint."),
+        click.option("--name", help="Name of the model in folder and file names; default: the checkpoint's."),
+    ):
+        command = option(command)
+    return command
+
+
+def _open(
+    recipe_name: str, checkpoint: str | None, revision: str | None, adapter: Path | None
+) -> tuple[Recipe, Checkpoint]:
+    from qquant import recipe
+    from qquant.checkpoint import Checkpoint
+
+    loaded = recipe.load(recipe_name)
+    reference = checkpoint or loaded.checkpoint
+    if reference is None:
+        raise UsageError(
+            f"recipe {loaded.name} names no checkpoint; give one: qquant build CHECKPOINT --recipe {recipe_name}"
+        )
+    return loaded, Checkpoint.open(reference, revision or loaded.revision, adapter)
+
+
+@cli.command(epilog=EXITS)
+@source_options
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."
+)
+@DEVICE
+@JSON
+def build(
+    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
+    name: str | None, out: Path, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
+
+    The same command continues an interrupted build.
+    """
+    from qquant.plan import Plan
+
+    loaded, source = _open(recipe_name, checkpoint, revision, adapter)
+    plan = Plan.of(loaded, source, only, name)
+    plan.require_room(out)
+    from qquant import pipeline
+
+    began = time.monotonic()
+    with Progress() as progress:
+        report = pipeline.build(loaded, source, plan, out, _device(device), progress)
+    if not as_json:
+        click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
+    _show(report, as_json)
+
+
+@cli.command()
+@source_options
+@click.option("--tensors", is_flag=True, help="Also print what every tensor is stored as.")
+@JSON
+def plan(
+    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
+    name: str | None, tensors: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Print every output file with its exact size, the memory and disk a build needs, and every tensor's type."""
+    from qquant.plan import Plan
+
+    loaded, source = _open(recipe_name, checkpoint, revision, adapter)
+    planned = Plan.of(loaded, source, only, name)
+    if as_json:
+        click.echo(json.dumps(planned.to_dict(), indent=2))
+        return
+    for artifact in planned.artifacts:
+        click.echo(f"{artifact.name}: {artifact.size:,} bytes, {artifact.bits_per_weight:.2f} bits per weight")
+        for file in artifact.files:
+            click.echo(f"  {file.size:>16,}  {artifact.folder}/{file.name}")
+        if artifact.fallbacks:
+            click.echo(
+                f"  {len(artifact.fallbacks)} tensors cannot have the type of the mix, e.g. {artifact.fallbacks[0]}"
+            )
+        types: dict[str, list[str]] = {}
+        for tensor, kind in artifact.grids.items():
+            types.setdefault(kind, []).append(tensor)
+        for kind, members in types.items():
+            click.echo(f"  {kind}: {len(members)} tensors")
+            for tensor in members if tensors else ():
+                click.echo(f"    {tensor}")
+    click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
+
+
+@cli.command(epilog=EXITS)
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@click.option(
+    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
+)
+@click.option("--windows", default=40, show_default=True, help="Windows of text.")
+@click.option("--length", default=512, show_default=True, help="Tokens per window; the second half is scored.")
+@click.option("--max-perplexity-ratio", default=1.1, show_default=True, help="Fail above this ratio to the checkpoint.")
+@click.option("--max-kl", type=float, help="Fail above this mean KL divergence (nats per token).")
+@click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1).")
+@DEVICE
+@JSON
+def check(
+    artifacts: tuple[Path, ...], against: str, text: str, windows: int, length: int, max_perplexity_ratio: float,
+    max_kl: float | None, min_top1: float | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
+    from pydantic import ValidationError
+
+    from qquant import pipeline
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Checks, Gates
+
+    try:
+        checks = Checks(text=text, windows=windows, length=length)
+        gates = Gates(perplexity_ratio=max_perplexity_ratio, kl_divergence=max_kl, top1_agreement=min_top1)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+    source = Checkpoint.open(against)
+    with Progress() as progress:
+        report = pipeline.check(artifacts, source, checks, gates, _device(device), progress)
+    _show(report, as_json)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what a checkpoint, an artifact folder or a GGUF file holds; reads headers only."""
+    from qquant.inspection import describe
+
+    content = describe(path)
+    if as_json:
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+        return
+    for key, value in content["facts"].items():
+        click.echo(f"{key}: {value}")
+    for tensor in content["tensors"]:
+        click.echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
+
+
+@cli.group("recipe")
+def recipes() -> None:
+    """List, show and validate recipes."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Names and descriptions of the bundled recipes."""
+    from qquant import recipe
+
+    for name in recipe.names():
+        click.echo(f"{name:<20} {recipe.load(name).description}")
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """A recipe with every default written out, as YAML."""
+    from qquant import recipe
+
+    click.echo(recipe.dump(recipe.load(name)), nl=False)
+
+
+@recipes.command("validate")
+@click.argument("files", nargs=-1, required=True)
+def validate_recipes(files: tuple[str, ...]) -> None:
+    """Check recipes; every problem of every file is reported at once."""
+    from qquant import recipe
+
+    problems = []
+    for file in files:
+        try:
+            recipe.load(file)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    click.echo(f"{len(files)} valid")
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    from qquant import recipe
+
+    click.echo(json.dumps(recipe.schema(), indent=2))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: not a device; give cpu, cuda, cuda:1, or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentMissingError(
+            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device. Use --device cpu"
+        )
+    return device
+
+
+def _show(report: Report, as_json: bool) -> None:
+    """Print the result, and raise GateFailedError if something failed."""
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        from qquant.report import COLUMNS
+
+        table = Table(title=f"{report.model} · {report.recipe}")
+        for column in COLUMNS:
+            table.add_column(
+                column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=column == "artifact"
+            )
+        colours = {"pass": "green", "fail": "bold red"}
+        for row in report.rows():
+            verdict = row[-1]
+            table.add_row(*row[:-1], f"[{colours[verdict]}]{verdict}" if verdict else "")
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(table)
+        for warning in report.warnings:
+            click.echo(f"warning: {warning}", err=True)
+    failed = [artifact for artifact in report.artifacts if artifact.verdict.outcome != "pass"]
+    if failed:
+        raise GateFailedError(
+            "\n".join(f"{artifact.name}: {reason}" for artifact in failed for reason in artifact.verdict.reasons)
+        )
+
+
+class Progress:
+    """A bar with an estimate on a terminal, one line per block otherwise; on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+
+        self.bars = Bars(console=Console(stderr=True)) if sys.stderr.isatty() else None
+        self.tasks: dict[str, Any] = {}
+        self.began: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """Block `done` of `of` of phase `what` is done."""
+        now = time.monotonic()
+        began = self.began.setdefault(what, self.last)
+        self.last = now
+        if self.bars is None:
+            left = (now - began) / done * (of - done)
+            click.echo(f"{what}: block {done} of {of}, {now - began:.0f} s, about {left:.0f} s left", err=True)
+            return
+        if what not in self.tasks:
+            self.bars.start()
+            self.tasks[what] = self.bars.add_task(what, total=of)
+        self.bars.update(self.tasks[what], completed=done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    click.echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; every error that a user can cause becomes one message and an exit status."""
+    sys.excepthook = _bug
+    try:
+        result: Any = cli.main(args=arguments, prog_name="qquant", standalone_mode=False)
+        status = result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command continues", err=True)
+        status = 75
+    except QQuantError as error:
+        click.echo(f"error: {error}", err=True)
+        status = error.exit_code
+    except BrokenPipeError:
+        status = 0
+    except MemoryError:
+        click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
+        status = 6
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A build from beginning to end, on one page; and a check of artifacts that are already there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from qquant import __version__, calibration, walk
+from qquant.artifact import Draft, finished, installed, read_manifest, write_synced
+from qquant.calibration import Tokenizer
+from qquant.checkpoint import Checkpoint
+from qquant.checks.review import Candidate, held_out, review
+from qquant.layout import PlannedArtifact
+from qquant.output import claim
+from qquant.plan import Plan
+from qquant.recipe import Checks, Gates, Recipe
+from qquant.report import Report
+from qquant.safetensors_file import SIZES
+
+Progress = Callable[[str, int, int], None]
+
+
+def build(
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, out: Path, device: torch.device, progress: Progress
+) -> Report:
+    """Make every planned artifact in `out`, check each against the checkpoint, and write the report.
+
+    Artifacts of an earlier run with the same inputs are kept after their hashes were verified; an interrupted build continues.
+    """
+    plan.require_room(out)
+    with claim(out) as partial:
+        tokenizer = Tokenizer.open(checkpoint.path)
+        tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
+        text = held_out(recipe.checks, tokenizer, tokens)
+        inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+        drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
+        samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
+        walk.quantize(checkpoint, samples, drafts, device, progress)
+        for draft in drafts:
+            draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs})
+        tokens.save(out / "calibration")
+        found = review(checkpoint, [_candidate(artifact, out) for artifact in plan.artifacts], text, device, progress)
+        report = Report(
+            model=plan.model,
+            recipe=recipe.name,
+            baseline_bits=8 * SIZES[checkpoint.dtype],
+            conditions={"text": text.facts} | inputs,
+            calibration=tokens.provenance(),
+            **vars(found),
+        )
+        write_synced(out / "report.json", report.to_json().encode())
+        write_synced(out / "report.md", report.to_markdown().encode())
+    return report
+
+
+def check(
+    paths: Sequence[Path],
+    checkpoint: Checkpoint,
+    checks: Checks,
+    gates: Gates,
+    device: torch.device,
+    progress: Progress,
+) -> Report:
+    """Measure artifacts made by any tool against the checkpoint they came from."""
+    text = held_out(checks, Tokenizer.open(checkpoint.path))
+    parameters = checkpoint.family.parameters(checkpoint.config)
+    candidates = []
+    for path in paths:
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+        candidates.append(Candidate(str(path), path, size, 8 * size / parameters, gates))
+    found = review(checkpoint, candidates, text, device, progress)
+    return Report(
+        model=checkpoint.name,
+        recipe="check",
+        baseline_bits=8 * SIZES[checkpoint.dtype],
+        conditions={"text": text.facts} | versions(device),
+        **vars(found),
+    )
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the bytes of an artifact depend on besides its inputs."""
+    return {"qquant": __version__, "torch": torch.__version__, "device": device.type, "machine": platform.machine()}
+
+
+def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inputs: Mapping[str, str]) -> Draft | None:
+    """A draft, new or continued; None if `out` holds the artifact already."""
+    content = {"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": model, **inputs}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if finished(out, artifact, key):
+        return None
+    draft = Draft(artifact, partial, key)
+    draft.open()
+    return draft
+
+
+def _candidate(artifact: PlannedArtifact, out: Path) -> Candidate:
+    return Candidate(
+        name=artifact.name,
+        path=installed(out, artifact),
+        size=artifact.size,
+        bits_per_weight=artifact.bits_per_weight,
+        gates=artifact.spec.gates,
+        fallbacks=artifact.fallbacks,
+        layers=tuple(read_manifest(out / artifact.folder)["artifacts"][artifact.name]["layers"]),
+    )

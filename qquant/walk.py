@@ -1,0 +1,294 @@
+"""The walk: once through the decoder blocks, every artifact from the same pass.
+
+For each block the calibration tokens run through its 16-bit weights sample by sample; the input of each stage goes into that
+stage's Gram matrix, and the output is the next block's input. Then, for each artifact that does not have this block yet,
+
+    transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
+
+Activations have the dtype of the checkpoint (float16 checkpoints are computed in float32: float16 overflows). Only one block
+and its Gram matrices are in memory, besides one hidden state per calibration token. An artifact with `propagate` walks on a
+stream of its own, which runs through its own quantized linears.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qquant.algorithms import ROUNDERS
+from qquant.algorithms.awq import Transformed, awq
+from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize
+from qquant.artifact import Draft
+from qquant.checkpoint import Checkpoint
+from qquant.decoder import HEAD_ROWS, Block, embed
+from qquant.errors import NumericalError, QQuantError
+from qquant.families import Stage
+from qquant.formats import FORMATS
+from qquant.stats import Gram
+from qquant.tensor import Grid, QuantizedTensor, checksum, nearest, value_of
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
+REST = "rest"
+
+
+@dataclass
+class Stream:
+    """Hidden states of the calibration samples after the blocks walked so far."""
+
+    hidden: list[Tensor]  # [T, hidden] each
+
+    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram]) -> None:
+        """Run every sample through `block`, adding stage inputs to `grams` (may be empty)."""
+
+        def observe(stage: str, value: Tensor) -> None:
+            grams[stage].add(value)
+
+        for index, x in enumerate(self.hidden):
+            self.hidden[index] = block.forward(x, observe if grams else None)
+        self.require_finite(layer, grams)
+
+    def require_finite(self, layer: int, grams: Mapping[str, Gram]) -> None:
+        """Raise NumericalError if block `layer` gave NaN or infinity anywhere."""
+        for stage, gram in grams.items():
+            if not bool(torch.isfinite(gram.matrix).all()):
+                raise NumericalError(
+                    f"block {layer}: the input of {stage} is not finite (largest |x| {gram.largest:.3g}); see the checkpoint's weights"
+                )
+        if not all(bool(torch.isfinite(x).all()) for x in self.hidden):
+            raise NumericalError(
+                f"block {layer}: activations are not finite in {self.hidden[0].dtype}; the checkpoint does not work in it"
+            )
+
+
+def quantize(
+    checkpoint: Checkpoint, samples: Sequence[Tensor], drafts: Sequence[Draft], device: torch.device, progress: Progress
+) -> None:
+    """Fill every draft. `samples`: int token ids [T] each, possibly of different lengths.
+
+    Raises:
+        NumericalError: an activation is not finite.
+    """
+    for draft in drafts:
+        if REST not in draft.units:
+            draft.write(REST, _rest(checkpoint, draft), [])
+    dtype = STREAM_DTYPES[checkpoint.dtype]
+    layers = checkpoint.config.layers
+    waiting = [draft for draft in drafts if any(_unit(layer) not in draft.units for layer in range(layers))]
+    if not waiting:
+        return
+    start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples])
+    streams = [(start, [draft for draft in waiting if not getattr(draft.plan.spec, "propagate", False)])]
+    streams += [
+        (Stream(list(start.hidden)), [draft]) for draft in waiting if getattr(draft.plan.spec, "propagate", False)
+    ]
+    for layer in range(layers):
+        weights = {name: value.to(device) for name, value in checkpoint.block(layer).items()}
+        for stream, followers in streams:
+            if not followers:
+                continue
+            block = Block(checkpoint.family, checkpoint.config, weights, dtype)
+            if stream is start:
+                _shared(checkpoint, layer, weights, block, stream, followers)
+            else:
+                _propagated(checkpoint, layer, weights, block, stream, followers[0])
+        progress("quantize", layer + 1, layers)
+
+
+def _unit(layer: int) -> str:
+    return f"block {layer}"
+
+
+def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tensor]]:
+    """The tensors outside the blocks, in slices of rows."""
+    family, config = checkpoint.family, checkpoint.config
+    names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
+    store = FORMATS[draft.plan.format].store
+    for name in names:
+        offset = 0
+        rows = checkpoint.tensors[name].shape[0]
+        step = rows if name == family.final_norm else HEAD_ROWS
+        for start in range(0, rows, step):
+            value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
+            for stored, piece in store(draft.plan, name, value, None).items():
+                yield stored, offset, piece
+                offset += piece.numel() * piece.element_size()
+
+
+def _shared(
+    checkpoint: Checkpoint,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    block: Block,
+    stream: Stream,
+    drafts: Sequence[Draft],
+) -> None:
+    todo = [draft for draft in drafts if _unit(layer) not in draft.units]
+    shapes = checkpoint.family.linear_shapes(checkpoint.config)
+    device = stream.hidden[0].device
+    grams = (
+        {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
+        if todo
+        else {}
+    )
+    stream.advance(layer, block, grams)
+    for draft in todo:
+        transformed = _transform(checkpoint, draft, layer, weights, grams)
+        solver = Solver(checkpoint, draft, layer)
+        for stage in checkpoint.family.stages:
+            solver.solve(stage, transformed.weights, transformed.grams[stage.name])
+        solver.record += [{"name": solver.prefix + choice.stage, "awq": vars(choice)} for choice in transformed.choices]
+        solver.finish(transformed.weights)
+
+
+def _transform(
+    checkpoint: Checkpoint, draft: Draft, layer: int, weights: Mapping[str, Tensor], grams: Mapping[str, Gram]
+) -> Transformed:
+    spec, prefix = draft.plan.spec, checkpoint.family.block.format(layer)
+    if getattr(spec, "transform", "none") == "none":
+        return Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
+
+    def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
+        grid = FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
+        assert grid is not None
+        return grid
+
+    return awq(checkpoint.family, checkpoint.config, weights, grams, grid_for, spec.ratios)
+
+
+def _propagated(
+    checkpoint: Checkpoint, layer: int, weights: Mapping[str, Tensor], block: Block, stream: Stream, draft: Draft
+) -> None:
+    """Solve stage by stage, each on inputs that came through the stages already quantized."""
+    shapes = checkpoint.family.linear_shapes(checkpoint.config)
+    full = {name: value.float() for name, value in weights.items()}
+    solver = Solver(checkpoint, draft, layer)
+    if _unit(layer) in draft.units:
+        block.weights |= {name: value.to(block.weights[name]) for name, value in solver.stored().items()}
+        stream.advance(layer, block, {})
+        return
+    passes = [block.stages(x) for x in stream.hidden]
+    for stage in checkpoint.family.stages:
+        gram = Gram.zeros(shapes[stage.linears[0]][1], stream.hidden[0].device)
+        for sample in passes:
+            gram.add(next(sample)[1])
+        stream.require_finite(layer, {stage.name: gram})
+        for linear, value in solver.solve(stage, full, gram).items():
+            block.weights[f"{linear}.weight"] = value.to(block.weights[f"{linear}.weight"])
+    stream.hidden = [next(sample)[1] for sample in passes]
+    solver.finish(full)
+
+
+class Solver:
+    """Solves the stages of one block for one artifact, and writes the block when all are done."""
+
+    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int) -> None:
+        self.checkpoint = checkpoint
+        self.draft = draft
+        self.format = FORMATS[draft.plan.format]
+        self.layer = layer
+        self.prefix = checkpoint.family.block.format(layer)
+        self.tensors: dict[str, Tensor] = {}
+        self.record: list[dict[str, Any]] = []
+
+    def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
+        """Quantize the linears of a stage; their float32 values as readers will see them."""
+        values: dict[str, Tensor] = {}
+        linears = {linear: weights[f"{linear}.weight"] for linear in stage.linears}
+        grids = {
+            linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
+            for linear, weight in linears.items()
+        }
+        for grid in dict.fromkeys(grids.values()):
+            same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
+            values |= self._store(same, gram) if grid is None else self._round(same, gram, grid)
+        return values
+
+    def _name(self, linear: str) -> str:
+        return f"{self.prefix}{linear}.weight"
+
+    def _store(self, linears: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
+        values = {}
+        for linear, weight in linears.items():
+            began = time.monotonic()
+            stored = self.format.store(self.draft.plan, self._name(linear), weight, gram.importance)
+            values[linear] = self._keep(linear, stored)
+            energy = float(gram.energy(weight).sum()) or 1.0
+            error = float(gram.energy(values[linear] - weight).sum()) / energy
+            self._note(linear, values[linear], gram, began, error=error)
+        return values
+
+    def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid) -> dict[str, Tensor]:
+        """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
+        began = time.monotonic()
+        spec = self.draft.plan.spec
+        params = {linear: grid.fit(weight, gram.importance) for linear, weight in linears.items()}
+        levels = [params[linear].levels() for linear in linears]
+        stacked = torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+        weight = torch.cat(list(linears.values()))
+        plain = nearest(weight, *stacked, grid)
+        rounding = getattr(spec, "rounding", "gptq")
+        damping, fallback = None, None
+        codes = plain
+        if rounding == "gptq":
+            try:
+                codes = ROUNDERS[rounding](weight, gram, stacked, grid, spec.damping)
+                damping = factorize(gram, spec.damping).damping
+            except NotPositiveDefiniteError as failure:
+                fallback = f"rtn: {failure}"
+        energy = gram.energy(weight)
+        errors = gram.energy(value_of(codes, *stacked, grid) - weight)
+        nearest_errors = gram.energy(value_of(plain, *stacked, grid) - weight) if codes is not plain else errors
+        values, start = {}, 0
+        for linear, matrix in linears.items():
+            rows = slice(start, start + len(matrix))
+            start += len(matrix)
+            total = float(energy[rows].sum()) or 1.0
+            error, rtn_error = float(errors[rows].sum()) / total, float(nearest_errors[rows].sum()) / total
+            chosen, note = codes[rows], fallback
+            if rtn_error < error:
+                chosen, note = plain[rows], f"rtn: solved error {error:.3g} was not below {rtn_error:.3g}"
+                error = rtn_error
+            quantized = QuantizedTensor(chosen.contiguous(), params[linear], grid)
+            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), quantized))
+            if not torch.equal(value, quantized.dequantize()):
+                raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
+            values[linear] = value
+            self._note(linear, value, gram, began, error=error, rtn_error=rtn_error, damping=damping, fallback=note)
+        return values
+
+    def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
+        self.tensors |= {name: value.cpu() for name, value in stored.items()}
+        return self.format.restore(self.draft.plan, self._name(linear), stored)
+
+    def _note(self, linear: str, value: Tensor, gram: Gram, began: float, **facts: Any) -> None:
+        self.record.append(
+            {
+                "name": self._name(linear),
+                "checksum": checksum(value),
+                "tokens": gram.tokens,
+                "dead": gram.dead,
+                "largest": gram.largest,
+                "seconds": round(time.monotonic() - began, 4),
+                **facts,
+            }
+        )
+
+    def stored(self) -> dict[str, Tensor]:
+        """The float32 linears of this block as an earlier run wrote them."""
+        path = next(self.draft.folder / file.name for file in self.draft.plan.files if file.tensors)
+        source = self.format.read(path if path.suffix == ".gguf" else self.draft.folder)
+        return {f"{linear}.weight": source.tensor(self._name(linear)) for linear in self.checkpoint.family.linears}
+
+    def finish(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the block: solved linears, and the norms and biases of `weights`."""
+        linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
+        for name, value in weights.items():
+            if name not in linears:
+                self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
+        self.draft.write(_unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record)
