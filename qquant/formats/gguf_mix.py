@@ -1,0 +1,222 @@
+"""Which block type each tensor of a GGUF file gets: llama-quantize's type mixes for dense Qwen2 models, as a table.
+
+A file type such as q4_k_m names a default block type and exceptions by role and layer. For one matrix, in this order:
+
+1. `MIXES[file type]`: the first entry of the role whose condition holds, else the default. With 80 layers, attn_v of type
+   q3_k or q4_k becomes q5_k (`ROOMY_LAYERS`; llama.cpp takes any Qwen2 model of 80 layers for a 70B).
+2. The head (`output.weight`, or `token_embd.weight` where it is tied) is q6_k whatever the default; q8_0 if that is the
+   default or does not divide the row. An untied `token_embd.weight` has the default type.
+3. A row that the block does not divide falls back to `FALLBACK`, and to f16 if that does not help. This hits ffn_down of
+   Qwen1.5 1.8B (5504) and 14B (13696).
+
+Norms and biases are f32. The rules are those of llama.cpp of October 2026; an importance matrix changes some of them.
+Left out: IQ1, IQ2, IQ3, TQ and expert models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from qquant.errors import UsageError
+from qquant.formats.gguf_types import TYPES, block_type
+
+FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
+    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "q2_k_s": 21, "iq4_nl": 25,
+    "iq4_xs": 30, "bf16": 32,
+}  # fmt: skip
+"""general.file_type of each file type."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that a type map depends on."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    tied: bool  # the head is the token embedding
+    head_dim: int = 0  # 0: hidden / heads
+
+    def matrices(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """(rows, columns) of every matrix: by role in a block, and "" for those outside the blocks by name."""
+        width = self.head_dim or self.hidden // self.heads
+        queries, keys = self.heads * width, self.kv_heads * width
+        outside = {"token_embd": (self.vocab, self.hidden)}
+        if not self.tied:
+            outside["output"] = (self.vocab, self.hidden)
+        block = {
+            "attn_q": (queries, self.hidden),
+            "attn_k": (keys, self.hidden),
+            "attn_v": (keys, self.hidden),
+            "attn_output": (self.hidden, queries),
+            "ffn_gate": (self.intermediate, self.hidden),
+            "ffn_up": (self.intermediate, self.hidden),
+            "ffn_down": (self.hidden, self.intermediate),
+        }
+        return {"": outside, "blk": block}
+
+    def vectors(self) -> dict[str, int]:
+        """Length of every norm and bias, by tensor name."""
+        block = self.matrices()["blk"]
+        lengths = {"output_norm.weight": self.hidden}
+        for layer in range(self.layers):
+            lengths |= {f"blk.{layer}.{role}.bias": block[role][0] for role in ("attn_q", "attn_k", "attn_v")}
+            lengths |= {f"blk.{layer}.{name}.weight": self.hidden for name in ("attn_norm", "ffn_norm")}
+        return lengths
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a matrix stands, as far as the conditions ask."""
+
+    layer: int
+    layers: int
+    sharing: int  # query heads per key-value head
+    imatrix: bool
+
+
+def _more_bits(place: _Place) -> bool:
+    eighth = place.layers // 8
+    outer = place.layer < eighth or place.layer >= 7 * place.layers // 8
+    return outer or (place.layer - eighth) % 3 == 2
+
+
+CONDITIONS: dict[str, Callable[[_Place], bool]] = {
+    "always": lambda _place: True,
+    "first 2": lambda place: place.layer < 2,
+    "first 4": lambda place: place.layer < 4,
+    "first 1/8": lambda place: place.layer < place.layers // 8,
+    "first 1/16": lambda place: place.layer < place.layers // 16,
+    "first 1/8, imatrix": lambda place: place.imatrix and place.layer < place.layers // 8,
+    "first 1/8, no imatrix": lambda place: not place.imatrix and place.layer < place.layers // 8,
+    "half": _more_bits,  # the first and last eighth, and every third layer between them
+    "grouped": lambda place: place.sharing >= 4,
+}
+
+
+@dataclass(frozen=True)
+class _Mix:
+    default: str
+    roles: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # role: ((condition, type), ...)
+
+
+MIXES: dict[str, _Mix] = {
+    "f32": _Mix("f32"),
+    "f16": _Mix("f16"),
+    "bf16": _Mix("bf16"),
+    "q8_0": _Mix("q8_0"),
+    "q6_k": _Mix("q6_k"),
+    "q5_1": _Mix("q5_1"),
+    "q4_1": _Mix("q4_1"),
+    "q5_0": _Mix("q5_0", {"ffn_down": (("first 1/8, imatrix", "q5_1"),)}),
+    "q4_0": _Mix("q4_0", {"ffn_down": (("first 1/8, imatrix", "q4_1"),)}),
+    "iq4_nl": _Mix("iq4_nl", {"attn_v": (("grouped", "q5_k"),), "ffn_down": (("first 1/8, no imatrix", "q5_k"),)}),
+    "iq4_xs": _Mix("iq4_xs", {"attn_v": (("grouped", "q5_k"),), "ffn_down": (("first 1/8, no imatrix", "q5_k"),)}),
+    "q5_k_m": _Mix("q5_k", {"attn_v": (("half", "q6_k"),), "ffn_down": (("half", "q6_k"),)}),
+    "q5_k_s": _Mix("q5_k"),
+    "q4_k_m": _Mix("q4_k", {"attn_v": (("half", "q6_k"),), "ffn_down": (("half", "q6_k"),)}),
+    "q4_k_s": _Mix("q4_k", {"attn_v": (("first 4", "q5_k"),), "ffn_down": (("first 1/8", "q5_k"),)}),
+    "q3_k_l": _Mix(
+        "q3_k",
+        {"attn_v": (("always", "q5_k"),), "attn_output": (("always", "q5_k"),), "ffn_down": (("always", "q5_k"),)},
+    ),
+    "q3_k_m": _Mix(
+        "q3_k",
+        {
+            "attn_v": (("first 2", "q5_k"), ("always", "q4_k")),
+            "attn_output": (("always", "q4_k"),),
+            "ffn_down": (("first 1/16", "q5_k"), ("always", "q4_k")),
+        },
+    ),
+    "q3_k_s": _Mix("q3_k"),
+    "q2_k": _Mix(
+        "q2_k",
+        {
+            "attn_v": (("grouped", "q4_k"), ("always", "q3_k")),
+            "attn_output": (("always", "q3_k"),),
+            "ffn_down": (("always", "q3_k"),),
+        },
+    ),
+    "q2_k_s": _Mix("q2_k", {"attn_v": (("grouped", "q4_k"),), "ffn_down": (("first 1/8", "q4_k"),)}),
+}
+NEEDS_IMATRIX = frozenset({"q2_k_s"})
+ROOMY_LAYERS = 80
+ROOMY = {"q3_k": "q5_k", "q4_k": "q5_k"}
+HEAD = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8_0"}  # by default type; all others q6_k
+FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+
+
+@dataclass(frozen=True)
+class TypeMap:
+    """Every tensor of a file."""
+
+    types: dict[str, str]  # tensor name: block type
+    bytes: dict[str, int]  # tensor name: size of its data, without padding
+    fallbacks: tuple[
+        tuple[str, str, str], ...
+    ]  # (tensor, wanted type, given type): its row is not a multiple of the block
+    bits_per_weight: float  # over all parameters of the file
+
+
+def tensor_types(file_type: str, shape: ModelShape, imatrix: bool) -> TypeMap:
+    """The types that llama-quantize gives the tensors of a Qwen2 model; `imatrix`: it is given an importance matrix.
+
+    Raises:
+        UsageError: unknown file type, or one that needs an importance matrix.
+    """
+    if file_type not in MIXES:
+        raise UsageError(f"unknown GGUF file type {file_type!r}; known: {', '.join(FILE_TYPES)}")
+    if file_type in NEEDS_IMATRIX and not imatrix:
+        raise UsageError(
+            f"GGUF file type {file_type} needs an importance matrix: its 2-bit blocks are unusable without one"
+        )
+    mix = MIXES[file_type]
+    matrices = shape.matrices()
+    wanted = {f"{name}.weight": (_outside(name, mix, shape), size) for name, size in matrices[""].items()}
+    for layer in range(shape.layers):
+        place = _Place(layer, shape.layers, shape.heads // shape.kv_heads, imatrix)
+        wanted |= {
+            f"blk.{layer}.{role}.weight": (_inside(role, mix, place), size) for role, size in matrices["blk"].items()
+        }
+    types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}
+    nbytes = {name: size[0] * TYPES[types[name]].row_bytes(size[1]) for name, (_, size) in wanted.items()}
+    fallbacks = tuple((name, wish, types[name]) for name, (wish, _) in wanted.items() if types[name] != wish)
+    vectors = shape.vectors()
+    types |= dict.fromkeys(vectors, "f32")
+    nbytes |= {name: 4 * length for name, length in vectors.items()}
+    count = sum(math.prod(size) for _, size in wanted.values()) + sum(vectors.values())
+    return TypeMap(types, nbytes, fallbacks, 8 * sum(nbytes.values()) / count)
+
+
+def fitting(type_name: str, columns: int) -> str:
+    """`type_name`, or what llama-quantize falls back to for rows of `columns` values.
+
+    Raises:
+        UsageError: unknown type.
+    """
+    if columns % block_type(type_name).block == 0:
+        return type_name
+    fallback = FALLBACK.get(type_name, "f16")
+    return fallback if columns % TYPES[fallback].block == 0 else "f16"
+
+
+def _inside(role: str, mix: _Mix, place: _Place) -> str:
+    entries = mix.roles.get(role, ())
+    chosen = next((type_name for condition, type_name in entries if CONDITIONS[condition](place)), mix.default)
+    if role == "attn_v" and place.layers == ROOMY_LAYERS:
+        return ROOMY.get(chosen, chosen)
+    return chosen
+
+
+def _outside(name: str, mix: _Mix, shape: ModelShape) -> str:
+    if name == "token_embd" and not shape.tied:
+        return mix.default
+    if shape.hidden % TYPES[mix.default].block:
+        return "q8_0"
+    return HEAD.get(mix.default, "q6_k")
