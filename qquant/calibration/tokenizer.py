@@ -91,7 +91,9 @@ def _from_parts(path: Path) -> tokenizers.Tokenizer:
     listed = _json(path / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(listed, dict):
         stated |= {
-            str(token.get("content")): int(i) for i, token in listed.items() if isinstance(token, dict) and i.isdecimal()
+            str(token.get("content")): int(i)
+            for i, token in listed.items()
+            if isinstance(token, dict) and i.isdecimal()
         }
     backend: tokenizers.Tokenizer = transformers.Qwen2Tokenizer.from_pretrained(str(path)).backend_tokenizer
     for i, token in backend.get_added_tokens_decoder().items():
