@@ -110,7 +110,8 @@ def launch(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: t
 
 def _dequant_cuda(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
     check_group(params.shape[1] * group_size, group_size, bits)
-    return launch(qweight.contiguous(), params.contiguous(), bits, group_size, dtype)
+    with torch.cuda.device_of(qweight):
+        return launch(qweight.contiguous(), params.contiguous(), bits, group_size, dtype)
 
 
 if AVAILABLE:

@@ -63,7 +63,7 @@ def _(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[
 
 @jit
 def _quantize(column: tl.tensor, step: tl.tensor, TOP: tl.constexpr) -> tl.tensor:
-    level = tl.where(step == 0.0, 0.0, column / step)
+    level = tl.where(step == 0.0, 0.0, column / tl.where(step == 0.0, 1.0, step))
     level = tl.minimum(tl.maximum(level, 0.0), TOP)
     return (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum keeps no fraction; ties to even
 
@@ -133,7 +133,8 @@ def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> t
 
 
 def _gptq_block_cuda(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    return launch(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
+    with torch.cuda.device_of(w):
+        return launch(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
 
 
 if AVAILABLE:

@@ -68,14 +68,15 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     a = i * SIDE + tl.arange(0, SIDE)
     b = j * SIDE + tl.arange(0, SIDE)
     t = tl.arange(0, DEPTH)
-    left_at = x_at + t.to(tl.int64)[:, None] * K + a[None, :]
-    right_at = x_at + t.to(tl.int64)[:, None] * K + b[None, :]
+    left_at = x_at + t[:, None] * K + a[None, :]
+    right_at = x_at + t[:, None] * K + b[None, :]
     acc = tl.zeros((SIDE, SIDE), tl.float32)
     for start in tl.range(0, T, DEPTH, num_stages=STAGES):
         there = (start + t < T)[:, None]
-        step = start.to(tl.int64) * K
-        left = tl.load(left_at + step, mask=there & (a < K)[None, :], other=0.0)
-        right = tl.load(right_at + step, mask=there & (b < K)[None, :], other=0.0)
+        left = tl.load(left_at, mask=there & (a < K)[None, :], other=0.0)
+        right = tl.load(right_at, mask=there & (b < K)[None, :], other=0.0)
+        left_at += DEPTH * K
+        right_at += DEPTH * K
         if WIDE:
             acc += tl.dot(tl.trans(left.to(tl.float32)), right.to(tl.float32), input_precision="ieee")
         else:
@@ -114,7 +115,8 @@ def _gram_cuda(h: Tensor, x: Tensor) -> None:
     if x.dtype == torch.float32 or not h.is_contiguous():
         reference(h, x)
     else:
-        launch(h, x.contiguous())
+        with torch.cuda.device_of(x):
+            launch(h, x.contiguous())
 
 
 if AVAILABLE:

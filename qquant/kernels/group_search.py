@@ -307,7 +307,8 @@ def _group_search_cuda(
     _check(weight, importance, group_size)
     if group_size > MAX_GROUP or importance.dim() == 3:
         return reference(weight, importance, group_size, levels, symmetric)
-    return launch(weight.contiguous(), importance.contiguous(), group_size, levels, symmetric)
+    with torch.cuda.device_of(weight):
+        return launch(weight.contiguous(), importance.contiguous(), group_size, levels, symmetric)
 
 
 if AVAILABLE:

@@ -308,7 +308,7 @@ def rule_of_thumb(bits: int, rows: int, columns: int, outputs: int, processors: 
     height = 128 if rows > 16 or outputs >= 8192 else 64
     tiles = blocks(columns, tile(bits))
     wanted = blocks(4 * processors, blocks(outputs, height))
-    splits = max(1, min(wanted, tiles // 4, 8))
+    splits = max(1, min(wanted, tiles // 4, 16))
     return Config(height, splits, 8 if rows > 16 else 4, 4)
 
 
@@ -317,9 +317,12 @@ def _wq_mm_cuda(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None,
     check_group(columns, group_size, bits)
     if rows > MAX_ROWS:
         raise UsageError(f"wq_mm is made for at most {MAX_ROWS} rows, not {rows}: call quantized_linear")
-    config = config_for(x.device, bits, rows, columns, len(qweight))
-    counters = _counters(x.device).get(blocks(len(qweight), config.rows))
-    return launch(x.contiguous(), qweight.contiguous(), params.contiguous(), bias, bits, group_size, config, counters)
+    with torch.cuda.device_of(x):
+        config = config_for(x.device, bits, rows, columns, len(qweight))
+        counters = _counters(x.device).get(blocks(len(qweight), config.rows))
+        return launch(
+            x.contiguous(), qweight.contiguous(), params.contiguous(), bias, bits, group_size, config, counters
+        )
 
 
 if AVAILABLE:

@@ -1,0 +1,215 @@
+"""Runs every Triton kernel in Triton's interpreter, on the CPU, against its definition in float64. Not a test file by itself.
+
+`TRITON_INTERPRET=1 python -m tests.interpreter_cases` prints one JSON object, case -> {"error": x, "limit": y} or {"failed": text}.
+The variable is read when kernels are defined, so this needs a process of its own; `test_kernels.py` starts it.
+
+Inputs and outputs are exact-size slices between guards: reading outside turns results into NaN or nonsense, writing outside is
+seen afterwards; outputs start poisoned, so what was not written is seen too.
+"""
+
+import json
+import sys
+import traceback
+from functools import partial
+
+import torch
+
+from qquant.kernels import dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels.jit import blocks
+from qquant.kernels.unpack import repack
+
+GUARD = 64
+POISON = {
+    torch.float32: float("nan"),
+    torch.float16: float("nan"),
+    torch.bfloat16: float("nan"),
+    torch.int32: 0x7ABCDEF7,
+    torch.uint8: 0xE7,
+}
+_plain_empty = torch.empty
+_guarded: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+def _fenced(shape, dtype):
+    """An exact-size poisoned tensor between guards; `broken_guards` looks at them later."""
+    size = 1
+    for side in shape:
+        size *= side
+    whole = _plain_empty(size + 2 * GUARD, dtype=dtype).fill_(POISON[dtype])
+    _guarded.append((whole, whole.clone()))
+    return whole[GUARD : GUARD + size].view(shape)
+
+
+def guarded(tensor):
+    """A copy of `tensor` between guards."""
+    return _fenced(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def broken_guards():
+    """How many guards were written over since the last call."""
+    broken = 0
+    for whole, before in _guarded:
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[whole.element_size()]
+        for side in (slice(0, GUARD), slice(len(whole) - GUARD, len(whole))):
+            broken += not torch.equal(whole[side].view(bits), before[side].view(bits))
+    _guarded.clear()
+    return broken
+
+
+def _empty(*shape, dtype=torch.float32, device=None):
+    return _fenced(tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, dtype)
+
+
+def relative(value, truth):
+    """Frobenius norm of the difference over that of the truth; infinite for NaN."""
+    error = float((value.double() - truth.double()).norm() / truth.double().norm())
+    return error if error == error else float("inf")
+
+
+def weights(rows, groups, width, bits, symmetric):
+    """(qweight, params, float64 weights [N, K]) with scales of both signs and zero points at both ends."""
+    codes = torch.randint(0, 1 << bits, (rows, groups * width), dtype=torch.uint8)
+    scales = (torch.rand(rows, groups) * 0.02 + 0.001).half() * (torch.randint(0, 2, (rows, groups)) * 2 - 1).half()
+    zeros = None if symmetric else torch.randint(0, (1 << bits) + 1, (rows, groups))
+    qweight, params = repack(codes, scales, zeros, bits)
+    zero = 1 << (bits - 1) if zeros is None else zeros.double().repeat_interleave(width, 1)
+    return guarded(qweight), guarded(params), (codes.double() - zero) * scales.double().repeat_interleave(width, 1)
+
+
+def product(rows, outputs, groups, width, bits, symmetric, splits, height=64, dtype=torch.float16, bias=True):
+    qweight, params, truth = weights(outputs, groups, width, bits, symmetric)
+    x = guarded(torch.randn(rows, groups * width).to(dtype))
+    b = guarded(torch.randn(outputs).to(dtype)) if bias else None
+    counters = guarded(torch.zeros(blocks(outputs, height), dtype=torch.int32))
+    config = wq_mm.Config(height, splits, 4, 3)
+    y = wq_mm.launch(x, qweight, params, b, bits, width, config, counters)
+    assert int(counters.abs().max()) == 0, "counters are not zero after the call"
+    expected = x.double() @ truth.T + (0 if b is None else b.double())
+    if dtype == torch.bfloat16:  # the interpreter cuts where the device rounds
+        return relative(y, expected), 8e-3
+    return relative(y, expected.to(dtype)), 5e-5  # a few ties rounded the other way
+
+
+def dequantized(rows, groups, width, bits, symmetric, dtype):
+    qweight, params, truth = weights(rows, groups, width, bits, symmetric)
+    out = dequant.launch(qweight, params, bits, width, dtype)
+    if dtype == torch.bfloat16:  # the interpreter cuts where the device rounds
+        return relative(out, truth), 8e-3
+    return float((out.double() - truth.to(dtype).double()).abs().max()), 0.0
+
+
+def gptq_problem(rows, columns, levels, per_column):
+    w = torch.randn(rows, columns) * 0.05
+    mixed = torch.randn(4 * columns, columns) @ (torch.eye(columns) + 0.2 * torch.randn(columns, columns))
+    hessian = (mixed.T @ mixed).double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float().contiguous()
+    step = 2 * w.abs().amax(1, keepdim=True) / (levels - 1) * (0.8 + 0.4 * torch.rand(1, columns) if per_column else 1)
+    step = step.expand(rows, columns).half().float().contiguous()
+    offset = (step * (levels // 2)).contiguous()
+    step[1], offset[1] = 0, 0.01  # a row that can store one value only
+    return w, upper, step, offset
+
+
+def gptq_definition(w, u, step, offset, levels):
+    """The loop as the operator's head states it, in float64."""
+    w, u, step, offset = (t.double().clone() for t in (w, u, step, offset))
+    codes, errors = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w)
+    for j in range(w.shape[1]):
+        safe = torch.where(step[:, j] == 0, 1.0, step[:, j])
+        code = ((w[:, j] + offset[:, j]) / safe).round().clamp(0, levels - 1)
+        code[step[:, j] == 0] = 0
+        codes[:, j] = code.to(torch.uint8)
+        errors[:, j] = (w[:, j] - (step[:, j] * code - offset[:, j])) / u[j, j]
+        w[:, j + 1 :] -= errors[:, j, None] * u[j, j + 1 :]
+    return codes, errors
+
+
+def block_of_columns(rows, columns, levels, per_column):
+    problem = gptq_problem(rows, columns, levels, per_column)
+    codes, errors = gptq_block.launch(*(guarded(t) for t in problem), levels)
+    true_codes, true_errors = gptq_definition(*problem, levels)
+    different = float((codes != true_codes).float().mean())
+    assert different <= 1e-3, f"{different:.2%} of the codes differ"
+    same = (codes == true_codes).all(1)
+    return relative(errors[same], true_errors[same]), 1e-4
+
+
+def weighted_error(weight, scales, zeros, importance, width, levels):
+    """Weighted squared error of every group [N, G] in float64."""
+    grouped = weight.double().view(len(weight), -1, width)
+    scale, zero = scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
+    code = (grouped / scale + zero).round().clamp(0, levels - 1)
+    return ((grouped - scale * (code - zero)).square() * importance.double().view(-1, width)).sum(-1)
+
+
+def searched(rows, groups, width, levels, symmetric):
+    weight = torch.randn(rows, groups * width) * 0.02
+    weight[0, :width], weight[1, :width] = 0, 0.01
+    importance = torch.exp(torch.randn(groups * width))
+    scales, zeros = group_search.launch(guarded(weight), guarded(importance), width, levels, symmetric)
+    chosen = weighted_error(weight, scales, zeros, importance, width, levels)
+    expected = weighted_error(
+        weight, *group_search.reference(weight, importance, width, levels, symmetric), importance, width, levels
+    )
+    assert bool((scales != 0).all())
+    assert float(scales[0, 0]) == 1, "a group of zeros has scale 1"
+    return float(((chosen - expected).abs() / expected.clamp_min(1e-12)).max()), 1e-4
+
+
+def accumulated(rows, columns, dtype):
+    x = torch.randn(rows, columns).to(dtype)
+    before = torch.randn(columns, columns)
+    h = guarded(before + before.T)
+    expected = h.double() + x.double().T @ x.double()
+    gram.launch(h, guarded(x))
+    assert torch.equal(h, h.T), "not symmetric"
+    return relative(h, expected), 1e-6
+
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+CASES = {
+    "wq_mm 4 bit, 1 row, 43 groups of 32, 4 splits": partial(product, 1, 16, 43, 32, 4, True, 4),
+    "wq_mm 4 bit, 3 rows, 5 groups of 128, asymmetric, ragged rows": partial(product, 3, 70, 5, 128, 4, False, 2),
+    "wq_mm 4 bit, 16 rows, 107 groups of 32, asymmetric, 5 splits": partial(product, 16, 16, 107, 32, 4, False, 5),
+    "wq_mm 4 bit, 16 rows, groups of 64, one split": partial(product, 16, 64, 3, 64, 4, False, 1),
+    "wq_mm 4 bit, 64 rows, 3 splits, blocks of 128": partial(product, 64, 130, 2, 128, 4, True, 3, 128, bias=False),
+    "wq_mm 4 bit, 17 rows, groups of 256": partial(product, 17, 16, 3, 256, 4, False, 2),
+    "wq_mm 4 bit, one group of 96": partial(product, 3, 16, 1, 96, 4, True, 1),
+    "wq_mm 4 bit, bfloat16": partial(product, 3, 70, 5, 128, 4, False, 2, dtype=BRAIN),
+    "wq_mm 8 bit, 1 row, 107 groups of 32, 5 splits": partial(product, 1, 16, 107, 32, 8, True, 5),
+    "wq_mm 8 bit, 3 rows, 43 groups of 64, asymmetric": partial(product, 3, 16, 43, 64, 8, False, 4),
+    "wq_mm 8 bit, 64 rows, groups of 128": partial(product, 64, 20, 2, 128, 8, True, 1),
+    "wq_mm 8 bit, one group of 352": partial(product, 16, 33, 1, 352, 8, True, 3),
+    "wq_mm 8 bit, bfloat16": partial(product, 3, 70, 3, 128, 8, False, 2, dtype=BRAIN),
+    "dequant 4 bit, groups of 128, asymmetric": partial(dequantized, 70, 5, 128, 4, False, HALF),
+    "dequant 4 bit, 43 groups of 32, float32": partial(dequantized, 33, 43, 32, 4, True, FULL),
+    "dequant 4 bit, one group of 96, bfloat16": partial(dequantized, 5, 1, 96, 4, True, BRAIN),
+    "dequant 8 bit, 107 groups of 64, asymmetric": partial(dequantized, 20, 107, 64, 8, False, HALF),
+    "gptq_block 128 columns": partial(block_of_columns, 20, 128, 16, False),
+    "gptq_block 96 columns, a step per column": partial(block_of_columns, 17, 96, 16, True),
+    "gptq_block 32 columns, 256 levels": partial(block_of_columns, 16, 32, 256, False),
+    "group_search 16 levels, symmetric": partial(searched, 33, 2, 128, 16, True),
+    "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
+    "group_search 256 levels, symmetric, groups of 96": partial(searched, 20, 2, 96, 256, True),
+    "gram 16 bit, ragged": partial(accumulated, 130, 200, HALF),
+    "gram bfloat16, one row": partial(accumulated, 1, 64, BRAIN),
+}
+
+
+def run(case):
+    torch.manual_seed(0)
+    torch.empty = _empty
+    try:
+        error, limit = case()
+        guards = broken_guards()
+        return {"failed": f"{guards} guards were written over"} if guards else {"error": error, "limit": limit}
+    except Exception:  # noqa: BLE001 the other cases still run; the text is the test's message
+        return {"failed": traceback.format_exc()}
+    finally:
+        torch.empty = _plain_empty
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump({name: run(case) for name, case in CASES.items()}, sys.stdout)

@@ -1,0 +1,225 @@
+"""Every Triton kernel compiled for Hopper (sm_90), without a GPU, and its machine code read.
+
+What these tests hold: nothing spills, matrix kernels use the warpgroup instruction (HGMMA), weights travel 16 bytes at a time, and
+the main loop spends no more instructions on a weight than it did when RECORDED was written (by Triton minor version, + 5 %).
+A weight costs an H100 5.1 lane-instructions at its full bandwidth of 3.0 TB/s and an H200 3.4 at 4.3 TB/s, all included.
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qquant.kernels import dequant, gptq_block, gram, group_search, wq_mm
+
+triton = pytest.importorskip("triton", reason="compiling kernels needs triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+pytestmark = [
+    pytest.mark.skipif(not (BINARIES / "cuobjdump").exists(), reason="this triton has no cuobjdump"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not compiled, in this process"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What cuobjdump says about one kernel."""
+
+    instructions: list[tuple[int, str]]  # address, text
+    registers: int
+    stack: int
+    shared: int
+
+    def count(self, pattern):
+        return sum(bool(re.search(pattern, text)) for _, text in self.instructions)
+
+    @property
+    def total(self):
+        return len(self.instructions) - self.count(r"^NOP")
+
+    def loop(self):
+        """The longest stretch that a branch jumps back over."""
+        place = {address: index for index, (address, _) in enumerate(self.instructions)}
+        longest = []
+        for index, (address, text) in enumerate(self.instructions):
+            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+            start = place.get(int(target[1], 16), index) if target else index
+            if index - start > len(longest) and int(target[1], 16) < address:
+                longest = [text for _, text in self.instructions[start : index + 1]]
+        return longest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Compile afresh, and leave nothing in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def build(tmp_path, kernel, arguments, constants, **options):
+    """Compile for sm_90. arguments: name -> type; pointers and integers of type "i32/16" are known to divide by 16."""
+    names = list(kernel.arg_names)
+    divisible = {
+        (names.index(n),): [["tt.divisibility", 16]] for n, t in arguments.items() if t.startswith("*") or t == "i32/16"
+    }
+    signature = {n: arguments[n].removesuffix("/16") if n in arguments else "constexpr" for n in names}
+    source = ASTSource(kernel, signature, constants, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True, **options})
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    dump = {
+        flag: subprocess.run([BINARIES / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True).stdout
+        for flag in ("-sass", "-res-usage")
+    }
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dump["-sass"], re.MULTILINE)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", dump["-res-usage"])}
+    instructions = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", text)) for address, text in lines]
+    return Machine(instructions, usage["REG"], usage["STACK"], compiled.metadata.shared)
+
+
+def product(
+    tmp_path, bits=4, kind="fp16", rows=16, height=64, warps=4, stages=3, group=128, symmetric=True, inline=True, **one
+):
+    """`wq_mm` for M rows up to `rows`; `one` fixes sizes that Triton specialises when they are 1."""
+    tile = 512 // bits
+    sizes = {"M": "i32", "N": "i32/16", "K": "i32/16", "tiles": "i32", "groups": "i32"}
+    pointers = {
+        "x_at": f"*{kind}",
+        "words_at": "*i32",
+        "params_at": "*fp16" if symmetric else "*i32",
+        "bias_at": f"*{kind}",
+        "y_at": f"*{kind}",
+        "partial_at": "*fp32",
+        "counters_at": "*i32",
+    }
+    constants = {
+        "BN": height,
+        "BM": rows,
+        "SPLITS": 4,
+        "STAGES": stages,
+        "BITS": bits,
+        "PARTS": max(1, tile // group),
+        "TILES_PER_GROUP": max(1, group // tile),
+        "RAGGED": False,
+        "SYMMETRIC": symmetric,
+        "BIAS": True,
+        "INLINE": inline,
+        "WIDE": False,
+    }
+    arguments = {name: kind for name, kind in {**pointers, **sizes}.items() if name not in one}
+    machine = build(tmp_path, wq_mm._kernel, arguments, {**constants, **one}, num_warps=warps, num_stages=stages)
+    return machine, height * tile / (32 * warps)
+
+
+# case -> (arguments of `product`, most registers, instructions per weight in the main loop by Triton version)
+PRODUCTS = {
+    "4 bit fp16": ({}, 96, {"3.6": 2.73, "3.9": 2.98}),
+    "4 bit bf16": ({"kind": "bf16"}, 96, {"3.6": 2.97, "3.9": 3.23}),
+    "4 bit fp16, 128 outputs": ({"height": 128}, 168, {"3.6": 2.12, "3.9": 2.19}),
+    "4 bit fp16, 64 rows": ({"rows": 64, "height": 128, "warps": 8}, 168, {"3.6": 3.11, "3.9": 3.28}),
+    "4 bit bf16, asymmetric": ({"kind": "bf16", "symmetric": False}, 96, {"3.6": 3.31, "3.9": 3.27}),
+    "4 bit fp16, groups of 32": ({"group": 32}, 96, {"3.6": 3.92, "3.9": 4.02}),
+    "8 bit fp16": ({"bits": 8}, 96, {"3.6": 4.19, "3.9": 4.44}),
+    "8 bit bf16": ({"bits": 8, "kind": "bf16"}, 96, {"3.6": 5.69, "3.9": 5.94}),
+    "4 bit fp16, portable": ({"inline": False}, 96, {"3.6": 3.45, "3.9": 3.38}),
+}
+
+
+def no_more_than(measured, recorded):
+    allowed = recorded.get(VERSION, max(recorded.values()))
+    assert measured <= allowed * 1.05 + 0.005, f"{measured:.2f} instructions per weight; recorded {allowed}"
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_matrix_product(case, tmp_path):
+    arguments, registers, recorded = PRODUCTS[case]
+    machine, weights = product(tmp_path, **arguments)
+    thread_bytes = weights * arguments.get("bits", 4) / 8
+    loop = machine.loop()
+    assert machine.stack == 0
+    assert machine.count(r"^(LDL|STL)") == 0
+    assert any("HGMMA" in text for text in loop)
+    assert not any(re.match(r"(HMMA|I2F|F2F)[. ]", text) for text in loop), (
+        "a slow conversion or the older matrix instruction"
+    )
+    copies = sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop)
+    assert copies >= thread_bytes // 16, "weights in 16-byte copies"
+    assert machine.registers <= registers
+    assert machine.shared <= 100 * 1024
+    no_more_than(len(loop) / weights, recorded)
+
+
+def test_one_row_and_one_group_compile(tmp_path):
+    """Sizes of 1 become constants when the kernel is launched."""
+    machine, _ = product(tmp_path, M=1, groups=1, TILES_PER_GROUP=0)
+    assert machine.stack == 0
+
+
+@pytest.mark.parametrize(("bits", "kind", "recorded"), [(4, "fp16", 4.4), (4, "bf16", 6.7), (8, "bf16", 9.2)])
+def test_dequantize(bits, kind, recorded, tmp_path):
+    arguments = {"words_at": "*i32", "params_at": "*fp16", "out_at": f"*{kind}", "tiles": "i32", "groups": "i32"}
+    arguments |= {"N": "i32/16", "K": "i32/16", "group_size": "i32/16"}
+    constants = {"BN": dequant.ROWS, "BITS": bits, "RAGGED": False, "SYMMETRIC": True, "INLINE": True}
+    machine = build(tmp_path, dequant._kernel, arguments, constants, num_warps=4)
+    assert machine.stack == 0
+    assert machine.count(r"^LDG\.E\.128") >= 2
+    assert machine.count(r"^STG\.E\.128") == 32 // bits
+    assert machine.count(r"^(STG\.E\.U16|STG\.E |STS)") == 0
+    assert machine.registers <= 64
+    no_more_than(machine.total / (dequant.ROWS * 512 / bits / 128), {VERSION: recorded})
+
+
+def test_gptq_block(tmp_path):
+    arguments = dict.fromkeys(("w_at", "u_at", "step_at", "offset_at", "errors_at"), "*fp32") | {
+        "codes_at": "*u8",
+        "N": "i32",
+    }
+    constants = {"TOP": 15, "B": 128, "WIDTH": 128, "BR": gptq_block.ROWS}
+    machine = build(tmp_path, gptq_block._kernel, arguments, constants, num_warps=4)
+    assert machine.stack == 0
+    assert machine.registers <= 128
+    assert machine.count(r"^LDG\.E\.128") >= 4
+    per_row = len(machine.loop()) * 4 / gptq_block.ROWS  # warp-instructions for one row and column
+    assert per_row <= {"3.6": 45, "3.9": 50}.get(VERSION, 50) * 1.05
+
+
+@pytest.mark.parametrize(("symmetric", "recorded"), [(True, 18.1), (False, 18.2)])
+def test_group_search(symmetric, recorded, tmp_path):
+    arguments = dict.fromkeys(("weight_at", "importance_at", "plan_at", "zeros_at"), "*fp32")
+    arguments |= {"scales_at": "*fp16", "N": "i32/16", "groups": "i32"}
+    constants = {
+        "COARSE": 13,
+        "FINE_STEPS": 6,
+        "G": 128,
+        "WIDTH": 128,
+        "TOP": 15,
+        "SYMMETRIC": symmetric,
+        "BR": group_search.ROWS,
+    }
+    machine = build(tmp_path, group_search._kernel, arguments, constants, num_warps=4)
+    assert machine.stack == 0
+    assert machine.registers <= 128
+    assert machine.count(r"^LDG\.E\.128") >= group_search.ROWS * 128 // (4 * 128)
+    no_more_than(len(machine.loop()) / (group_search.ROWS * 128 / 128), {VERSION: recorded})
+
+
+@pytest.mark.parametrize(("side", "warps"), [(128, 8), (64, 4)])
+def test_gram(side, warps, tmp_path):
+    arguments = {"x_at": "*bf16", "h_at": "*fp32", "T": "i32", "K": "i32/16"}
+    constants = {"SIDE": side, "DEPTH": 64, "STAGES": 4, "WIDE": False}
+    machine = build(tmp_path, gram._kernel, arguments, constants, num_warps=warps, num_stages=4)
+    loop = machine.loop()
+    assert machine.stack == 0
+    assert sum("HGMMA" in text for text in loop) == 4
+    assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8
+    assert machine.shared <= 227 * 1024
+    assert len(loop) <= 140
