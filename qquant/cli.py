@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXITS = """\b
 Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 5 input rejected, 6 environment (disk, memory, hub),
-7 numerical, 9 output locked, 1 a bug.
+7 numerical, 8 not published, 9 output locked, 1 a bug.
 """
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
@@ -97,6 +97,7 @@ def build(
     began = time.monotonic()
     with Progress() as progress:
         report = pipeline.build(loaded, source, plan, out, _device(device), progress)
+    _note_source(source, checkpoint or loaded.checkpoint or "", out)
     if not as_json:
         click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
     _show(report, as_json)
@@ -187,6 +188,60 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(f"{key}: {value}")
     for tensor in content["tensors"]:
         click.echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
+
+
+def _note_source(source: Checkpoint, reference: str, out: Path) -> None:
+    """Keep what `publish` needs to know of the checkpoint."""
+    from qquant import provenance
+    from qquant.artifact import write_synced
+
+    write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference)))
+
+
+@cli.command(epilog=EXITS)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["hf", "modelscope", "dir"]), default="hf", show_default=True)
+@click.option("--namespace", default="", help="User or organisation that will own the repositories.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --to dir: where the release folders go.")
+@click.option("--only", multiple=True, metavar="ARTIFACT", help="Publish these artifacts only; may be repeated.")
+@click.option("--tag", default="v1", show_default=True, help="Tag of the release; never moved once it is set.")
+@click.option("--base-model", help="Hub id of the checkpoint, where the build had a local folder.")
+@click.option("--collection", help="Title of a collection that gets every repository.")
+@click.option("--private", is_flag=True, help="Create repositories that only the namespace can read.")
+@click.option("--pr", is_flag=True, help="Stage on a pull request, and merge it once it is verified.")
+@click.option("--no-merge", is_flag=True, help="With --pr: leave the verified pull request open.")
+@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--dry-run", is_flag=True, help="Look and say what would be uploaded; change nothing.")
+@JSON
+def publish(
+    folder: Path, to: str, namespace: str, out: Path | None, only: tuple[str, ...], tag: str, base_model: str | None,
+    collection: str | None, private: bool, pr: bool, no_merge: bool, endpoint: str | None, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Publish what passed: FOLDER is the output of `qquant build`; one repository per artifact folder.
+
+    A repository changes in one step from what it was to the whole release, after every byte was staged, downloaded again and
+    compared. The same command continues an interrupted one.
+    """
+    from qquant import hub, provenance
+
+    if to == "dir" and out is None:
+        raise UsageError("--to dir needs --out FOLDER")
+    if to != "dir" and not namespace:
+        raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
+    release = provenance.read_release(folder, only)
+    for name, reason in release.refused.items():
+        click.echo(f"not published: {name}: {reason}", err=True)
+    facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
+    repositories = [provenance.complete(repository, facts) for repository in release.repositories]
+    request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
+    done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
+    if as_json:
+        click.echo(
+            json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2)
+        )
+        return
+    for result in done:
+        click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
 
 
 @cli.group("recipe")
