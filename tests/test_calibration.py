@@ -358,6 +358,9 @@ def test_chats_without_a_system_turn_are_preferred_where_the_share_needs_them(ti
 def test_a_chat_with_the_default_text_counts_as_default(tiny, tmp_path):
     path = chat_file(tmp_path / "c.jsonl", many(8, system=tiny.default_system))
     assert calibration.load(chats_spec(path, default_system_share=1.0), tiny, True).chats.default_system == 8
+    mixed = calibration.load(chats_spec(path, default_system_share=0.5, length=512), tiny, True)
+    assert [tiny.decode(sample).count(f"{START}system") for sample in mixed.tokens] == [1] * 8
+    assert [system_of(sample, tiny) for sample in mixed.tokens].count(tiny.default_system) == 4
 
 
 def test_a_share_that_cannot_be_had_is_an_error(checkpoint, tiny, tmp_path):
@@ -404,6 +407,11 @@ def test_the_same_recipe_gives_the_same_set_and_another_seed_another(tiny, book,
     assert first.sha256 == again.sha256
     assert first.provenance() == again.provenance()
     assert first.sha256 != other.sha256
+    windows = [calibration.load(spec(sources[0], seed=seed), tiny, False).tokens for seed in range(3)]
+    assert len({frozenset(tuple(sample.tolist()) for sample in drawn) for drawn in windows}) == 3
+    of_text = [len(sample) == 64 and START not in tiny.decode(sample) for sample in first.tokens]
+    assert of_text.count(True) == 4
+    assert of_text not in (sorted(of_text), sorted(of_text, reverse=True))  # the sources are mixed
     assert len({tuple(sample.tolist()) for sample in first.tokens}) == 8
 
 
@@ -534,6 +542,15 @@ def test_text_rows_are_joined_by_a_blank_line(tiny, tmp_path):
         2,
         "line 10",
     )
+
+
+def test_names_of_special_tokens_in_a_text_are_ordinary_text(tiny, tmp_path):
+    path = tmp_path / "about-tokens.txt"
+    path.write_text(f"A turn ends with {END} and begins with {START}. " * 100)
+    found = calibration.load(spec(Source(path=str(path))), tiny, False)
+    assert not set(tiny.added.values()) & {int(i) for sample in found.tokens for i in sample}
+    ids, _ = calibration.heldout(str(path), tiny)
+    assert not set(tiny.added.values()) & set(ids.tolist())
 
 
 BAD_ROWS = [
@@ -790,6 +807,12 @@ def test_shared_runs_are_those_of_a_slow_search():
         slow = [i for i in range(60 - run + 1) if tuple(text[i : i + run]) in runs]
         assert calibration.shared_runs(as_set(*samples), text, run).tolist() == slow
         assert calibration.overlap(as_set(*samples), text, run) == len(slow)
+
+
+def test_a_collision_of_hashes_invents_nothing(monkeypatch):
+    module = sys.modules["qquant.calibration.heldout"]
+    monkeypatch.setattr(module, "_run_hashes", lambda ids, run: np.zeros(len(ids) - run + 1, np.uint64))
+    assert calibration.overlap(as_set(range(40)), np.arange(100, 140, dtype=np.int32)) == 0
 
 
 def test_runs_do_not_reach_across_samples_and_short_texts_share_none():
