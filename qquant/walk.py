@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.algorithms import ROUNDERS
+from qquant.algorithms import ROUNDERS, descent
 from qquant.algorithms.awq import Transformed, awq
-from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize
+from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
 from qquant.decoder import HEAD_ROWS, Block, embed
@@ -30,7 +30,7 @@ from qquant.errors import NumericalError, QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.stats import Gram
-from qquant.tensor import Grid, QuantizedTensor, checksum, nearest, value_of
+from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
@@ -184,6 +184,21 @@ def _propagated(
     solver.finish(full)
 
 
+def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
+    """Steps and offsets of stacked linears."""
+    levels = [value.levels() for value in params.values()]
+    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+
+
+def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
+    return [part.contiguous() for part in codes.split([len(matrix) for matrix in linears.values()])]
+
+
+def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
+    params = grid.fit(weight, importance)
+    return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
+
+
 class Solver:
     """Solves the stages of one block for one artifact, and writes the block when all are done."""
 
@@ -226,41 +241,49 @@ class Solver:
     def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid) -> dict[str, Tensor]:
         """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
         began = time.monotonic()
-        spec = self.draft.plan.spec
-        params = {linear: grid.fit(weight, gram.importance) for linear, weight in linears.items()}
-        levels = [params[linear].levels() for linear in linears]
-        stacked = torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
         weight = torch.cat(list(linears.values()))
-        plain = nearest(weight, *stacked, grid)
-        rounding = getattr(spec, "rounding", "gptq")
-        damping, fallback = None, None
-        codes = plain
-        if rounding == "gptq":
+        plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
+        solved, damping, fallback = plain, None, None
+        if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
             try:
-                codes = ROUNDERS[rounding](weight, gram, stacked, grid, spec.damping)
-                damping = factorize(gram, spec.damping).damping
+                solved = self._solved(linears, weight, gram, grid)
+                damping = factorize(gram, self.draft.plan.spec.damping).damping
             except NotPositiveDefiniteError as failure:
                 fallback = f"rtn: {failure}"
-        energy = gram.energy(weight)
-        errors = gram.energy(value_of(codes, *stacked, grid) - weight)
-        nearest_errors = gram.energy(value_of(plain, *stacked, grid) - weight) if codes is not plain else errors
-        values, start = {}, 0
+        values = {}
         for linear, matrix in linears.items():
-            rows = slice(start, start + len(matrix))
-            start += len(matrix)
-            total = float(energy[rows].sum()) or 1.0
-            error, rtn_error = float(errors[rows].sum()) / total, float(nearest_errors[rows].sum()) / total
-            chosen, note = codes[rows], fallback
-            if rtn_error < error:
-                chosen, note = plain[rows], f"rtn: solved error {error:.3g} was not below {rtn_error:.3g}"
-                error = rtn_error
-            quantized = QuantizedTensor(chosen.contiguous(), params[linear], grid)
-            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), quantized))
-            if not torch.equal(value, quantized.dequantize()):
+            total = float(gram.energy(matrix).sum()) or 1.0
+            errors = [float(gram.energy(way[linear].dequantize() - matrix).sum()) / total for way in (solved, plain)]
+            chosen, note = solved[linear], fallback
+            if errors[1] < errors[0]:
+                chosen, note = plain[linear], f"rtn: solved error {errors[0]:.3g} was not below {errors[1]:.3g}"
+            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
+            if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
-            self._note(linear, value, gram, began, error=error, rtn_error=rtn_error, damping=damping, fallback=note)
+            facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
+            self._note(linear, value, gram, began, **facts)
         return values
+
+    def _solved(
+        self, linears: Mapping[str, Tensor], weight: Tensor, gram: Gram, grid: Grid
+    ) -> dict[str, QuantizedTensor]:
+        """GPTQ on scales searched with its own weights, then `sweeps` of descent and scale refits."""
+        spec = self.draft.plan.spec
+        importance = rounding_weight(gram, spec.damping)
+        params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
+        codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
+        damped = descent.damped(gram.matrix, spec.damping)
+        for count in range(getattr(spec, "sweeps", 0)):
+            codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
+            for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
+                fitted = params[linear]
+                if isinstance(fitted, UniformParams):
+                    params[linear] = descent.refit(matrix, damped, part, fitted, grid)
+        return {
+            linear: QuantizedTensor(part, params[linear], grid)
+            for linear, part in zip(linears, _split(codes, linears), strict=True)
+        }
 
     def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
         self.tensors |= {name: value.cpu() for name, value in stored.items()}

@@ -68,6 +68,21 @@ def factorize(gram: Gram, damping: float) -> Factor:
     raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")
 
 
+def rounding_weight(gram: Gram, damping: float) -> Tensor:
+    """What a squared rounding error of each column costs GPTQ, 1 / U_jj^2, float32 [K].
+
+    GPTQ's loss is the sum of e_j^2 = (w_j - q_j)^2 / U_jj^2: the part of column j that the columns after it cannot make up for.
+    This, and not diag(H), is the weight with which its scales should be searched.
+
+    Raises:
+        NotPositiveDefiniteError: see `factorize`.
+    """
+    factor = factorize(gram, damping)
+    weights = torch.empty_like(gram.absolute)
+    weights[factor.order] = 1 / factor.upper.diagonal().square()
+    return weights / max(1, gram.tokens)
+
+
 def gptq(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
     """Codes uint8 [N, K] for weight float32 [N, K] on the grid's fitted levels, errors fed back through `gram`.
 

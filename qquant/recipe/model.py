@@ -9,6 +9,7 @@ tables of recipes/README.md come from there.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,12 +64,15 @@ def _repeated_names(artifacts: Any) -> Iterator[Conflict]:
 
 
 def _held_out_in_calibration(calibration: Any, checks: Any) -> Iterator[Conflict]:
-    text = _entry(checks, "text")
+    texts: dict[Location, Any] = {("checks", "text"): _entry(checks, "text")}
+    texts |= {("checks", "texts", index): text for index, text in enumerate(_listed(_entry(checks, "texts")))}
     for index, source in enumerate(_listed(_entry(calibration, "sources"))):
         bundled, path = _entry(source, "bundled"), _entry(source, "path")
-        if text is not None and text == (path if bundled is None else f"bundled:{bundled}"):
-            where = key_path(("calibration", "sources", index))
-            yield ("checks", "text"), f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
+        origin = path if bundled is None else f"bundled:{bundled}"
+        where = key_path(("calibration", "sources", index))
+        for place, text in texts.items():
+            if text is not None and text == origin:
+                yield place, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
 
 
 # The models.
@@ -162,6 +166,29 @@ class Calibration(_Strict):
             yield ("samples",), f"fewer than sources, got {samples}; allowed: {sources} or more"
 
 
+class Waiver(_Strict):
+    """Why an artifact may be released although a gate failed; shown wherever the verdict is. Unset: no waiver."""
+
+    reason: str = Field(default="", max_length=1024, description="what is known and accepted")
+    who: str = Field(default="", max_length=1024, description="who answers for it")
+    until: str = Field(default="", max_length=10, description="last day it holds, YYYY-MM-DD")
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if any(given.values()) and not all(given.values()):
+            missing = ", ".join(key for key in given if not given[key])
+            yield (), f"incomplete, got no {missing}; allowed: reason, who and until, or none of them"
+        elif isinstance(given["until"], str) and given["until"] and not _is_day(given["until"]):
+            yield ("until",), f"not a day, got {shown(given['until'])}; allowed: YYYY-MM-DD"
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 class Gates(_Strict):
     """How far an artifact may fall behind the 16-bit model on held-out text; null: measured, not gated."""
 
@@ -170,6 +197,15 @@ class Gates(_Strict):
     top1_agreement: Share | None = Field(
         default=None, description="at least this share of tokens with the same most likely successor"
     )
+    regression_vs: Text | None = Field(
+        default=None,
+        description="report.json (or its folder) of an earlier release: not worse than its artifact of this name",
+    )
+    regression_tolerance: Share = Field(
+        default=0.05,
+        description="how much more KL divergence and top-1 disagreement than then is no regression, as a share",
+    )
+    waiver: Waiver = Field(default=Waiver(), description="turns a fail into a warning")
 
 
 class _Artifact(_Strict):
@@ -192,8 +228,16 @@ class GptqArtifact(_Artifact):
         default="gptq", description="rtn: to nearest; gptq: each column makes up for the errors before it"
     )
     scale_search: Literal["minmax", "importance"] = Field(
-        default="importance", description="minmax: from the extremes; importance: weighted with diag(H), signed"
+        default="importance", description="minmax: from the extremes; importance: by weighted error, signed"
     )
+    sweeps: int = Field(
+        default=2,
+        ge=0,
+        le=20,
+        description="passes of coordinate descent over the codes after gptq, each followed by a scale refit",
+    )
+    transform: Literal["none", "awq"] = Field(default="none", description="awq: fold scales into the operator before")
+    ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for folded scales")
     propagate: bool = Field(default=False, description="calibrate on the artifact's own quantized stream")
 
     @staticmethod
@@ -214,7 +258,9 @@ class AwqArtifact(_Artifact):
     damping: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal of H, as a share of its mean")
     rounding: Literal["rtn", "gptq"] = Field(default="gptq", description="as for gptq, after the scales are folded")
     scale_search: Literal["minmax", "importance"] = Field(default="importance", description="as for gptq")
-    ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for the folded scales")
+    sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq")
+    transform: Literal["none", "awq"] = Field(default="awq", description="none: the layout only")
+    ratios: int = Field(default=20, ge=1, le=100, description="as for gptq")
 
 
 class GgufArtifact(_Artifact):
@@ -243,18 +289,32 @@ class Checks(_Strict):
     text: Text = Field(
         default="bundled:wikitext-2-test", description="bundled:NAME, or a text file; not a source of the calibration"
     )
-    windows: int = Field(default=40, ge=1, le=65536, description="stretches of the text that are read")
-    length: int = Field(
-        default=512,
-        ge=16,
-        le=131072,
-        description="tokens per window; the second half is scored, as in llama-perplexity",
+    texts: tuple[Text, ...] = Field(
+        default=(), min_length=0, max_length=20, description="further texts, by language or domain: measured, not gated"
+    )
+    windows: int = Field(default=40, ge=1, le=65536, description="stretches of each text that are read")
+    max_windows: int | None = Field(
+        default=None, ge=1, le=65536, description="as many of `text` where a gate is inconclusive; null: no more"
+    )
+    length: int = Field(default=512, ge=16, le=131072, description="tokens per window")
+    protocol: Literal["llama.cpp", "sliding"] = Field(
+        default="llama.cpp",
+        description="llama.cpp: the second half of each window is scored; sliding: all of it, as in the GPTQ papers (length 2048)",
+    )
+    answer_length: int = Field(
+        default=48, ge=0, le=4096, description="tokens per answer to the bundled prompts, greedy and sampled; 0: none"
     )
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
         yield from _too_many_tokens(given, "windows")
         yield from _no_name_after_bundled(given, "text")
+        windows, most = given["windows"], given["max_windows"]
+        if type(windows) is type(most) is int and most < windows:
+            yield ("max_windows",), f"less than windows, got {most}; allowed: {windows} or more"
+        for index, text in enumerate(_listed(given["texts"])):
+            if text == given["text"] or text in given["texts"][:index]:
+                yield ("texts", index), f"repeated text, got {shown(text)}; allowed: each text once"
 
 
 class Recipe(_Strict):
@@ -284,5 +344,5 @@ class Recipe(_Strict):
 
 MODELS: dict[str, type[_Strict]] = {
     model.__name__: model
-    for model in (Recipe, Calibration, Source, GptqArtifact, AwqArtifact, GgufArtifact, Gates, Checks)
+    for model in (Recipe, Calibration, Source, GptqArtifact, AwqArtifact, GgufArtifact, Gates, Waiver, Checks)
 }

@@ -1,0 +1,106 @@
+"""Descent after GPTQ: the loss never rises, and the refitted scales are the least-squares answer."""
+
+import pytest
+import torch
+
+from qquant.algorithms import descent
+from qquant.algorithms.gptq import factorize, gptq, rounding_weight
+from qquant.tensor import UniformGrid, UniformParams, value_of
+from tests.test_gptq import problem
+
+
+def loss(weight, gram, codes, levels, grid):
+    error = value_of(codes, *levels, grid) - weight
+    return ((error.double() @ gram.double()) * error.double()).sum(1)
+
+
+@pytest.fixture(params=[True, False], ids=["symmetric", "asymmetric"])
+def solved(request):
+    weight, gram = problem(24, 160, 700)
+    grid = UniformGrid(4, 32, request.param, "importance")
+    params = grid.fit(weight, rounding_weight(gram, 0.01))
+    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    return weight, gram, descent.damped(gram.matrix, 0.01), codes, params, grid
+
+
+def test_a_sweep_lowers_the_loss_of_every_row_it_changes(solved):
+    weight, _, damped, codes, params, grid = solved
+    before = loss(weight, damped, codes, params.levels(), grid)
+    for shift in (False, True):
+        codes, earlier = descent.sweep(weight, damped, codes, params.levels(), grid, shift), codes
+        after = loss(weight, damped, codes, params.levels(), grid)
+        changed = (codes != earlier).any(1)
+        assert bool((after <= before * (1 + 1e-5)).all())
+        assert bool((after[~changed] == before[~changed]).all())
+        before = after
+
+
+def test_sweeps_gain_on_gptq(solved):
+    weight, _, damped, codes, params, grid = solved
+    before = float(loss(weight, damped, codes, params.levels(), grid).sum())
+    for count in range(2):
+        codes = descent.sweep(weight, damped, codes, params.levels(), grid, count == 1)
+    assert float(loss(weight, damped, codes, params.levels(), grid).sum()) < 0.99 * before
+
+
+def test_a_block_target_is_the_least_squares_answer(solved, monkeypatch):
+    """The continuous optimum of one block, all else held, by a float64 solve."""
+    weight, _, damped, codes, params, grid = solved
+    seen = []
+    block = descent.gptq_block
+    monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
+    descent.sweep(weight, damped, codes, params.levels(), grid, shift=False)
+    first = torch.arange(descent.BLOCK)
+    first = first[torch.argsort(damped.diagonal()[first], descending=True, stable=True)]
+    rest = torch.arange(descent.BLOCK, weight.shape[1])
+    h, error = damped.double(), (value_of(codes, *params.levels(), grid) - weight).double()
+    answer = weight[:, first].double() - torch.linalg.solve(h[first][:, first], h[first][:, rest] @ error[:, rest].T).T
+    assert torch.allclose(seen[0].double(), answer, atol=1e-3)
+
+
+def test_refitted_scales_are_the_least_squares_answer(solved):
+    weight, _, damped, codes, params, grid = solved
+    new = descent.refit(weight, damped, codes, params, grid)
+    h = damped.double()
+    signed = codes.double() - params.zeros.double().repeat_interleave(grid.width, dim=1)
+    for row in (0, 7, 23):
+        basis = torch.zeros(5, 160, dtype=torch.float64)
+        for group in range(5):
+            inside = slice(32 * group, 32 * group + 32)
+            basis[group, inside] = signed[row, inside]
+        answer = torch.linalg.solve(basis @ h @ basis.T, basis @ h @ weight[row].double())
+        assert torch.allclose(new.scales[row].double(), answer, rtol=2e-3)
+
+
+def test_refit_keeps_rows_that_would_lose(solved):
+    weight, _, damped, codes, params, grid = solved
+    best = descent.refit(weight, damped, codes, params, grid)
+    again = descent.refit(weight, damped, codes, best, grid)
+    assert bool(
+        (
+            loss(weight, damped, codes, again.levels(), grid)
+            <= loss(weight, damped, codes, best.levels(), grid) * (1 + 1e-6)
+        ).all()
+    )
+    silent = descent.refit(
+        weight * 0,
+        damped,
+        torch.full_like(codes, 8),
+        UniformParams(params.scales, torch.full_like(params.zeros, 8)),
+        grid,
+    )
+    assert bool(torch.isfinite(silent.scales).all())
+
+
+def test_rounding_weight_is_what_an_error_costs_after_compensation():
+    """1 / U_jj^2 is the conditional variance of column j given the columns after it: the Schur complement."""
+    _, gram = problem(1, 24, 200)
+    factor = factorize(gram, 0.01)
+    h = gram.matrix.double()[factor.order][:, factor.order]
+    h.diagonal().add_(0.01 * float(gram.matrix.diagonal().mean()))
+    weights = rounding_weight(gram, 0.01)[factor.order].double() * gram.tokens
+    for j in (0, 5, 22):
+        rest = slice(j + 1, None)
+        schur = h[j, j] - h[j, rest] @ torch.linalg.solve(h[rest, rest], h[rest, j])
+        assert float(weights[j]) == pytest.approx(float(schur), rel=1e-3)
+    assert float(weights[23]) == pytest.approx(float(h[23, 23]), rel=1e-3)
