@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, tl
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, unpack_params, unpack_runtime, zero_of
 
 ROWS = 64  # of a program
@@ -46,7 +46,7 @@ def _(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: torch.
     return qweight.new_empty((params.shape[0], params.shape[1] * group_size), dtype=dtype)
 
 
-@jit
+@kernel("tiles", "groups")
 def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     words_at: tl.tensor,
     params_at: tl.tensor,

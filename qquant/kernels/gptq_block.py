@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qquant.kernels.jit import AVAILABLE, blocks, jit, tl
+from qquant.kernels.jit import AVAILABLE, blocks, jit, kernel, tl
 
 MAX_COLUMNS = 128
 ROWS = 16
@@ -68,7 +68,7 @@ def _quantize(column: tl.tensor, step: tl.tensor, TOP: tl.constexpr) -> tl.tenso
     return (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum keeps no fraction; ties to even
 
 
-@jit
+@kernel("N")
 def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     w_at: tl.tensor,
     u_at: tl.tensor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qquant.errors import InputError
-from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, tl
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
 
 CHUNK = 2048  # rows widened at a time
 
@@ -49,7 +49,7 @@ def reference(h: Tensor, x: Tensor) -> None:
         h.addmm_(wide.t(), wide)
 
 
-@jit
+@kernel("T")
 def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     h_at: tl.tensor,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qquant.errors import InputError
-from qquant.kernels.jit import AVAILABLE, blocks, jit, tl
+from qquant.kernels.jit import AVAILABLE, blocks, jit, kernel, tl
 
 FEW_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # coarse factors for up to 16 levels, where clipping pays
 MANY_LEVELS = (0.97, 1.0, 1.03, 1.06, 1.09, 1.12)  # and for more, where it hardly does
@@ -209,7 +209,7 @@ def _consider(  # noqa: PLR0913 the state of the search, passed by value
     return tl.where(better, size, error), tl.where(better, trial, scale), tl.where(better, trial_zero, zero)
 
 
-@jit
+@kernel("N", "groups")
 def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     weight_at: tl.tensor,
     importance_at: tl.tensor,

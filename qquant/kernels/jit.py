@@ -24,7 +24,7 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "jit", "path", "tl"]
+__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "jit", "kernel", "path", "tl"]
 
 AVAILABLE: bool = triton is not None
 INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
@@ -38,8 +38,13 @@ ON_CUDA = {
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the bare function, never to be called, where Triton is missing."""
+    """`triton.jit` for device functions; the bare function, never to be called, where Triton is missing."""
     return triton.jit(function) if AVAILABLE else function
+
+
+def kernel(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` for kernels whose integer arguments `sizes` are not worth a compilation for every special value."""
+    return triton.jit(do_not_specialize=list(sizes)) if AVAILABLE else lambda function: function
 
 
 def blocks(size: int, block: int) -> int:

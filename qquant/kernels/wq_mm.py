@@ -9,7 +9,7 @@ H200 at 4.3 TB/s may spend 3.4 lane-instructions on a 4-bit weight, all included
 * one tile of 64 bytes per row is a step of the loop; its codes become half floats two at a time (`qquant.kernels.unpack`)
   in exactly the order in which the matrix unit wants them, so no data moves between threads;
 * the scale multiplies the float32 sum of a group, once a group; the zero point is taken off the codes, exactly;
-* SPLITS programs share the columns of one block of rows (ceil-sized parts, so that prime numbers of groups divide). Each
+* `splits` programs share the columns of one block of rows (ceil-sized parts, so that prime numbers of groups divide). Each
   leaves its float32 sums in memory and the last to arrive adds them in the order of the parts: results do not depend on
   who was last. Counters of arrivals are zero before and after every call.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qquant.errors import UsageError
 from qquant.kernels.dequant import dequant
-from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, tl
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, kernel, tl
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
 
 MAX_ROWS = 64
@@ -120,7 +120,7 @@ def _write(
     tl.store(y_at + at, acc.to(y_at.dtype.element_ty), mask=inside)
 
 
-@jit
+@kernel("M", "tiles", "groups", "splits")
 def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     words_at: tl.tensor,
@@ -134,9 +134,10 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     K: tl.tensor,
     tiles: tl.tensor,
     groups: tl.tensor,
+    splits: tl.tensor,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # more than one program along K
     STAGES: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,  # groups in a tile, at least 1
@@ -157,7 +158,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     span = tl.arange(0, SPAN)
     words_row = words_at + row[:, None] * (tiles * 16) + tl.arange(0, 16)[None, :]
     x_row = x_at + m[:, None] * K + span[None, :]
-    share = (tiles + SPLITS - 1) // SPLITS
+    share = (tiles + splits - 1) // splits
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
     acc = tl.zeros((BN, BM), tl.float32)
@@ -178,18 +179,18 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
             param = tl.load(params_at + _group(row, t + 1, groups, TILES_PER_GROUP))
     at = m[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
-    if SPLITS == 1:
-        _write(acc, bias_at, row, y_at, at, inside, BIAS)
-    else:
+    if SPLIT:
         tl.store(partial_at + tl.program_id(1) * M * N + at, acc, mask=inside)
         tl.debug_barrier()  # every thread's sums are written before one thread announces them
         arrived = tl.atomic_add(counters_at + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == SPLITS - 1:
+        if arrived == splits - 1:
             acc = tl.zeros((BN, BM), tl.float32)
-            for s in tl.static_range(SPLITS):
+            for s in range(splits):
                 acc += tl.load(partial_at + s * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             _write(acc, bias_at, row, y_at, at, inside, BIAS)
             tl.store(counters_at + tl.program_id(0), 0)
+    else:
+        _write(acc, bias_at, row, y_at, at, inside, BIAS)
 
 
 def launch(  # noqa: PLR0913 the operator's arguments and two more
@@ -222,9 +223,10 @@ def launch(  # noqa: PLR0913 the operator's arguments and two more
         columns,
         qweight.shape[1] // WORDS,
         groups,
+        config.splits,
         BN=config.rows,
         BM=16 if rows <= 16 else 32 if rows <= 32 else 64,
-        SPLITS=config.splits,
+        SPLIT=config.splits > 1,
         STAGES=config.stages,
         BITS=bits,
         PARTS=1 if groups == 1 else max(1, size // group_size),
