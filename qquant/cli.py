@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import click
 
 from qquant import __version__
-from qquant.errors import EnvironmentMissingError, GateFailedError, QQuantError, UsageError
+from qquant.errors import EnvironmentMissingError, GateFailedError, InconclusiveError, QQuantError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from qquant.checkpoint import Checkpoint
     from qquant.recipe import Recipe
     from qquant.report import Report
 
 EXITS = """\b
-Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 5 input rejected, 6 environment (disk, memory, hub),
+Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 4 a gate is undecided, 5 input rejected, 6 environment (disk, memory, hub),
 7 numerical, 8 not published, 9 output locked, 1 a bug.
 """
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
@@ -143,16 +144,29 @@ def plan(
 @click.option(
     "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
 )
+@click.option("--also", multiple=True, metavar="TEXT", help="A further text, measured and not gated; may be repeated.")
 @click.option("--windows", default=40, show_default=True, help="Windows of text.")
-@click.option("--length", default=512, show_default=True, help="Tokens per window; the second half is scored.")
+@click.option("--max-windows", type=int, help="Read on up to so many where a gate is inconclusive.")
+@click.option("--length", default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["llama.cpp", "sliding"]),
+    default="llama.cpp",
+    show_default=True,
+    help="Score the second half of each window, or all of it (GPTQ papers: --length 2048).",
+)
 @click.option("--max-perplexity-ratio", default=1.1, show_default=True, help="Fail above this ratio to the checkpoint.")
 @click.option("--max-kl", type=float, help="Fail above this mean KL divergence (nats per token).")
 @click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1).")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep report and evidence in this folder."
+)
 @DEVICE
 @JSON
 def check(
-    artifacts: tuple[Path, ...], against: str, text: str, windows: int, length: int, max_perplexity_ratio: float,
-    max_kl: float | None, min_top1: float | None, device: str, as_json: bool,
+    artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
+    length: int, protocol: Any, max_perplexity_ratio: float, max_kl: float | None, min_top1: float | None,
+    out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
     from pydantic import ValidationError
@@ -162,15 +176,47 @@ def check(
     from qquant.recipe import Checks, Gates
 
     try:
-        checks = Checks(text=text, windows=windows, length=length)
+        checks = Checks(
+            text=text, texts=also, windows=windows, max_windows=max_windows, length=length, protocol=protocol
+        )
         gates = Gates(perplexity_ratio=max_perplexity_ratio, kl_divergence=max_kl, top1_agreement=min_top1)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
     source = Checkpoint.open(against)
     with Progress() as progress:
-        report = pipeline.check(artifacts, source, checks, gates, _device(device), progress)
+        report = pipeline.check(artifacts, source, checks, gates, _device(device), progress, out)
     _show(report, as_json)
+
+
+@cli.command(epilog=EXITS)
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("now", type=click.Path(path_type=Path))
+@JSON
+def compare(before: Path, now: Path, as_json: bool) -> None:
+    """What changed from one report to another, token by token on the same text; neither model is needed.
+
+    BEFORE and NOW are output folders, or their report.json with the folder evidence/ beside it. Exit status 3: something is
+    proven worse.
+    """
+    from qquant.checks import regression
+
+    changes = regression.compare(before, now)
+    if as_json:
+        content = {"schema": "qquant-comparison-1", "changes": [vars(change) for change in changes]}
+        click.echo(json.dumps(content, indent=2))
+    else:
+        from rich.table import Table
+
+        table = Table("artifact", "loss", "before", "now", "change", "95 % interval", "windows", "")
+        for change in changes:
+            numbers = f"{change.before:.6f}", f"{change.now:.6f}", f"{change.now - change.before:+.6f}"
+            between = f"{change.low:+.6f} to {change.high:+.6f}"
+            table.add_row(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome)
+        _console().print(table)
+    worse = [change for change in changes if change.outcome == "worse"]
+    if worse:
+        raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))
 
 
 @cli.command()
@@ -222,7 +268,7 @@ def publish(
     A repository changes in one step from what it was to the whole release, after every byte was staged, downloaded again and
     compared. The same command continues an interrupted one.
     """
-    from qquant import hub, provenance
+    from qquant import card, hub, provenance
 
     if to == "dir" and out is None:
         raise UsageError("--to dir needs --out FOLDER")
@@ -232,7 +278,7 @@ def publish(
     for name, reason in release.refused.items():
         click.echo(f"not published: {name}: {reason}", err=True)
     facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
-    repositories = [provenance.complete(repository, facts) for repository in release.repositories]
+    repositories = [card.with_card(provenance.complete(repository, facts)) for repository in release.repositories]
     request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
     done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
     if as_json:
@@ -242,6 +288,24 @@ def publish(
         return
     for result in done:
         click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+
+
+@cli.command(epilog=EXITS)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--card", "with_card", is_flag=True, help="Also compare README.md with report.json and the manifest.")
+def verify(folders: tuple[Path, ...], with_card: bool) -> None:
+    """Compare the files of artifact or release FOLDERS with their manifest, byte by byte."""
+    from qquant import card, provenance
+    from qquant.errors import InputError
+
+    found = []
+    for folder in folders:
+        click.echo(f"{folder}: {provenance.verify(folder):,} bytes as the manifest says")
+        found += card.problems(folder) if with_card else []
+    if found:
+        raise InputError("\n".join(found))
+    if with_card:
+        click.echo(f"{len(folders)} cards agree with their reports")
 
 
 @cli.group("recipe")
@@ -308,12 +372,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def _show(report: Report, as_json: bool) -> None:
     """Print the result, and raise GateFailedError if something failed."""
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
-        from rich.console import Console
         from rich.table import Table
 
         from qquant.report import COLUMNS
@@ -323,19 +392,25 @@ def _show(report: Report, as_json: bool) -> None:
             table.add_column(
                 column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=column == "artifact"
             )
-        colours = {"pass": "green", "fail": "bold red"}
+        colours = {"pass": "green", "waived": "yellow", "inconclusive": "bold yellow", "fail": "bold red"}
         for row in report.rows():
             verdict = row[-1]
             table.add_row(*row[:-1], f"[{colours[verdict]}]{verdict}" if verdict else "")
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(table)
+        _console().print(table)
         for warning in report.warnings:
             click.echo(f"warning: {warning}", err=True)
-    failed = [artifact for artifact in report.artifacts if artifact.verdict.outcome != "pass"]
-    if failed:
-        raise GateFailedError(
-            "\n".join(f"{artifact.name}: {reason}" for artifact in failed for reason in artifact.verdict.reasons)
-        )
+        for artifact in report.artifacts:
+            if artifact.verdict.waiver:
+                click.echo(f"warning: {artifact.name}: {artifact.verdict.waiver}", err=True)
+    errors = {"fail": GateFailedError, "inconclusive": InconclusiveError}
+    if report.outcome in errors:
+        lines = [
+            f"{artifact.name}: {reason}"
+            for artifact in report.artifacts
+            if artifact.verdict.outcome in errors
+            for reason in artifact.verdict.reasons
+        ]
+        raise errors[report.outcome]("\n".join(lines))
 
 
 class Progress:

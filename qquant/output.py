@@ -2,7 +2,7 @@
 
 DIR/<artifact folders>      complete, each with qquant-manifest.json
 DIR/calibration/            the tokens that were used, with their provenance
-DIR/report.json, report.md
+DIR/report.json, report.md, report.html, evidence/
 DIR/source.json             which checkpoint, from where, under which licence
 DIR/.partial/               a build in progress, with its lock; gone when the build is done
 """
@@ -21,7 +21,7 @@ from qquant.errors import EnvironmentMissingError, InputError, LockedError, Usag
 
 PARTIAL = ".partial"
 MANIFEST = "qquant-manifest.json"
-OURS = {PARTIAL, "calibration", "report.json", "report.md", "report.html", "source.json"}
+OURS = {PARTIAL, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
 
 
 @contextmanager

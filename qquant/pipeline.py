@@ -14,7 +14,8 @@ from qquant import __version__, calibration, walk
 from qquant.artifact import Draft, finished, installed, read_manifest, write_synced
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
-from qquant.checks.review import Candidate, held_out, review
+from qquant.checks.evidence import Evidence
+from qquant.checks.review import Candidate, earlier_release, held_out, record, review
 from qquant.layout import PlannedArtifact
 from qquant.output import claim
 from qquant.plan import Plan
@@ -38,13 +39,15 @@ def build(
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens)
         inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+        earlier = {spec.name: earlier_release(spec.gates, spec.name, text) for spec in recipe.artifacts}
         drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         walk.quantize(checkpoint, samples, drafts, device, progress)
         for draft in drafts:
             draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs})
         tokens.save(out / "calibration")
-        found = review(checkpoint, [_candidate(artifact, out) for artifact in plan.artifacts], text, device, progress)
+        candidates = [_candidate(artifact, out, earlier[artifact.name]) for artifact in plan.artifacts]
+        found, measured = review(checkpoint, candidates, text, device, progress)
         report = Report(
             model=plan.model,
             recipe=recipe.name,
@@ -53,6 +56,7 @@ def build(
             calibration=tokens.provenance(),
             **vars(found),
         )
+        record(out, measured, text, checkpoint)
         write_synced(out / "report.json", report.to_json().encode())
         write_synced(out / "report.md", report.to_markdown().encode())
     return report
@@ -65,22 +69,30 @@ def check(
     gates: Gates,
     device: torch.device,
     progress: Progress,
+    out: Path | None = None,
 ) -> Report:
-    """Measure artifacts made by any tool against the checkpoint they came from."""
+    """Measure artifacts made by any tool against the checkpoint they came from; the report is kept in `out`, if given."""
     text = held_out(checks, Tokenizer.open(checkpoint.path))
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-        candidates.append(Candidate(str(path), path, size, 8 * size / parameters, gates))
-    found = review(checkpoint, candidates, text, device, progress)
-    return Report(
+        earlier = earlier_release(gates, str(path), text)
+        candidates.append(Candidate(str(path), path, size, 8 * size / parameters, gates, earlier=earlier))
+    found, measured = review(checkpoint, candidates, text, device, progress)
+    report = Report(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
         conditions={"text": text.facts} | versions(device),
         **vars(found),
     )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record(out, measured, text, checkpoint)
+        write_synced(out / "report.json", report.to_json().encode())
+        write_synced(out / "report.md", report.to_markdown().encode())
+    return report
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -99,7 +111,7 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
     return draft
 
 
-def _candidate(artifact: PlannedArtifact, out: Path) -> Candidate:
+def _candidate(artifact: PlannedArtifact, out: Path, earlier: Evidence | None) -> Candidate:
     return Candidate(
         name=artifact.name,
         path=installed(out, artifact),
@@ -108,4 +120,6 @@ def _candidate(artifact: PlannedArtifact, out: Path) -> Candidate:
         gates=artifact.spec.gates,
         fallbacks=artifact.fallbacks,
         layers=tuple(read_manifest(out / artifact.folder)["artifacts"][artifact.name]["layers"]),
+        fine=getattr(artifact.spec, "bits", 4) == 8 or getattr(artifact.spec, "type", "") in ("q8_0", "f16", "bf16"),
+        earlier=earlier,
     )

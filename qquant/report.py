@@ -1,8 +1,10 @@
-"""The record of a build or a check: report.json is the record, report.md a view of it, the table on the screen another."""
+"""The record of a build or a check: report.json is the record; report.md, report.html and the table on the screen are views."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +13,53 @@ SCHEMA = "qquant-report-1"
 
 
 @dataclass(frozen=True)
+class GateReport:
+    """One gate: what was measured, what is allowed, and what is proven."""
+
+    name: str
+    outcome: str  # pass, fail or inconclusive
+    value: float
+    limit: float
+    low: float  # 95 % interval of the value
+    high: float
+    p_within: float  # small: proven within the limit
+    p_beyond: float  # small: proven beyond it; before correction for several gates
+    detectable: float  # distance from the limit that is proven in 80 % of runs with this much text
+    windows: int
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """pass or fail, and why."""
+    """pass, fail, inconclusive or waived, and why."""
 
     outcome: str
     reasons: tuple[str, ...] = ()
+    gates: tuple[GateReport, ...] = ()
+    waiver: str = ""  # who waived the fail, until when, why
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """Fidelity on one text, or on one stretch of positions in its windows."""
+
+    name: str
+    tokens: int
+    perplexity: float
+    perplexity_baseline: float
+    perplexity_ratio: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token on which the artifact is far from its checkpoint."""
+
+    before: str
+    token: str
+    kl: float
+    nll: float
+    nll_baseline: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +78,13 @@ class ArtifactReport:
     verdict: Verdict
     fallbacks: tuple[str, ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()  # per linear: errors before and after the solver, damping, fallback
+    kl_percentiles: Mapping[str, float] = field(default_factory=dict)  # "50", "90", "99", "99.9"
+    delta_p: Mapping[str, float] = field(default_factory=dict)  # of the right token: mean, rms, percentiles
+    kl_histogram: tuple[int, ...] = ()  # tokens per bin of KL_BINS, below and above them at the ends
+    texts: tuple[TextReport, ...] = ()  # further texts
+    positions: tuple[TextReport, ...] = ()  # stretches of long windows
+    worst: tuple[WorstToken, ...] = ()
+    answers: Mapping[str, Any] = field(default_factory=dict)  # generated answers against the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -50,9 +101,15 @@ class Report:
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def outcome(self) -> str:
+        """The worst verdict: fail, inconclusive, waived or pass."""
+        outcomes = {artifact.verdict.outcome for artifact in self.artifacts}
+        return next((worst for worst in ("fail", "inconclusive", "waived") if worst in outcomes), "pass")
+
+    @property
     def passed(self) -> bool:
-        """Whether every artifact passed."""
-        return all(artifact.verdict.outcome == "pass" for artifact in self.artifacts)
+        """Whether every artifact passed, or its fail was waived."""
+        return self.outcome in ("pass", "waived")
 
     def to_json(self) -> str:
         """The record."""
@@ -60,35 +117,46 @@ class Report:
             "schema": SCHEMA,
             "model": self.model,
             "recipe": self.recipe,
-            "verdict": "pass" if self.passed else "fail",
+            "verdict": self.outcome,
             "baseline": {"bits_per_weight": self.baseline_bits, "perplexity": self.baseline_perplexity},
             "artifacts": [_artifact(artifact) for artifact in self.artifacts],
             "warnings": list(self.warnings),
             "calibration": dict(self.calibration),
             "conditions": dict(self.conditions),
         }
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         """For people and model cards."""
-        text = self.conditions.get("text", {})
-        lines = [f"# {self.model}: {'passed' if self.passed else 'FAILED'}", ""]
+        lines = [f"# {self.model}: {TITLES[self.outcome]}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
-        reasons = [
-            f"- **{artifact.name}**: {reason}" for artifact in self.artifacts for reason in artifact.verdict.reasons
-        ]
-        if reasons:
-            lines += ["", "## Why it failed", "", *reasons]
+        for title, outcome in HEADINGS.items():
+            entries = [
+                f"- **{artifact.name}**: {reason}"
+                for artifact in self.artifacts
+                if artifact.verdict.outcome == outcome
+                for reason in (artifact.verdict.waiver, *artifact.verdict.reasons)
+                if reason
+            ]
+            lines += ["", f"## {title}", "", *entries] if entries else []
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
-        lines += ["", "## Conditions", ""]
-        lines += [
-            f"- text: {text.get('name')}, {text.get('windows')} windows of {text.get('length')} tokens, second half scored"
-        ]
-        lines += [f"- {key}: {value}" for key, value in self.conditions.items() if key != "text"]
-        lines += [f"- calibration: {self.calibration.get('samples')} samples, {self.calibration.get('tokens')} tokens, sha256 {self.calibration.get('sha256')}"] if self.calibration else []  # fmt: skip
+        lines += ["", "## Conditions", "", *(f"- {line}" for line in self.condition_lines())]
         return "\n".join(lines) + "\n"
+
+    def condition_lines(self) -> list[str]:
+        """What the numbers depend on, one fact a line."""
+        text = self.conditions.get("text", {})
+        scored = "every token scored" if text.get("protocol") == "sliding" else "second half scored"
+        lines = [f"text: {text.get('name')}, {text.get('windows')} windows of {text.get('length')} tokens, {scored}"]
+        lines += [f"{key}: {value}" for key, value in self.conditions.items() if key != "text"]
+        if self.calibration:
+            made = self.calibration
+            lines += [
+                f"calibration: {made.get('samples')} samples, {made.get('tokens')} tokens, sha256 {made.get('sha256')}"
+            ]
+        return lines
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, the 16-bit baseline first."""
@@ -105,6 +173,9 @@ class Report:
         return [first, *(_row(artifact) for artifact in self.artifacts)]
 
 
+TITLES = {"pass": "passed", "fail": "FAILED", "inconclusive": "INCONCLUSIVE", "waived": "passed with a waiver"}
+HEADINGS = {"Why it failed": "fail", "What could not be decided": "inconclusive", "Waived": "waived"}
+KL_BINS = tuple(-8 + index / 4 for index in range(37))  # edges of the histogram, powers of ten: 1e-8 to 10 nats
 COLUMNS = (
     "artifact",
     "bytes",
@@ -131,11 +202,19 @@ def _row(artifact: ArtifactReport) -> tuple[str, ...]:
 
 
 def _artifact(artifact: ArtifactReport) -> dict[str, Any]:
-    content = dict(vars(artifact))
-    content["verdict"] = {"outcome": artifact.verdict.outcome, "reasons": list(artifact.verdict.reasons)}
-    content["fallbacks"] = list(artifact.fallbacks)
-    content["layers"] = [dict(layer) for layer in artifact.layers]
-    return content
+    return dataclasses.asdict(artifact)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: what is not finite becomes text."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -98,7 +98,7 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
                 assert path.read_bytes() == file.copy_of.read_bytes()
     assert {path.name for path in out.iterdir()} == {
         "Qwen1.5-Test-Chat-GPTQ-Int4", "Qwen1.5-Test-Chat-GPTQ-Int8", "Qwen1.5-Test-Chat-AWQ", "Qwen1.5-Test-Chat-GGUF",
-        "calibration", "report.json", "report.md",
+        "calibration", "evidence", "report.json", "report.md",
     }  # fmt: skip
     assert (out / "Qwen1.5-Test-Chat-GGUF" / "qwen1_5-test-chat-q8_0.gguf").is_file()
     rows = {artifact.name: artifact for artifact in (*report.artifacts, *other.artifacts)}
@@ -454,7 +454,7 @@ GOLDEN = Path(__file__).parent / "golden" / "artifacts"
 
 @pytest.mark.parametrize("name", ["autogptq-int4", "autogptq-int8", "gptqmodel-int4", "gptqmodel-awq"])
 def test_artifacts_of_other_tools_are_read(name):
-    checks = Checks(windows=2, length=256)
+    checks = Checks(windows=16, length=64)
     report = pipeline.check(
         [GOLDEN / name], Checkpoint.open(GOLDEN / "source"), checks, Gates(perplexity_ratio=1.05), CPU, quiet
     )
@@ -474,4 +474,4 @@ def test_broken_artifact_of_another_tool_fails():
         quiet,
     )
     assert not report.passed
-    assert report.artifacts[0].perplexity_ratio > 2
+    assert report.artifacts[0].perplexity_ratio > 1.5

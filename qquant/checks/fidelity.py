@@ -8,15 +8,18 @@ are stored. Then the heads are read once, in slices of the vocabulary, and per s
     NLL = ln Z - logit of the next token;  perplexity = exp(mean NLL)
 
 Equal logits give exactly zero. Weights are dequantized to float32 and activations are float32, so the numbers are about the
-artifact and not about a kernel. Protocol of llama-perplexity: windows do not overlap, the second half of each is scored.
+artifact and not about a kernel. Windows do not overlap. Protocol "llama.cpp" (llama-perplexity): the second half of each window
+is scored, so every token has half a window of context; "sliding" (GPTQ papers): all but its first token, which has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qquant.checkpoint import WeightSource
@@ -37,6 +40,20 @@ class Fidelity:
     kl: Tensor
     same_top: Tensor  # bool
     delta_p: Tensor  # probability of the right token, artifact minus baseline
+
+    def window_means(self) -> dict[str, NDArray[np.float64]]:
+        """Per gated loss its mean in each window, float64 [windows]: what the statistics resample."""
+        losses = {"nll": self.nll - self.nll_baseline, "kl": self.kl, "top1": 1 - self.same_top.double()}
+        return {name: loss.mean(1).numpy() for name, loss in losses.items()}
+
+    def part(self, windows: slice | Tensor) -> Fidelity:
+        """The same numbers for some of the windows."""
+        return Fidelity(**{name: column[windows] for name, column in vars(self).items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Fidelity]) -> Fidelity:
+        """The windows of `parts`, one after the other."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @property
     def perplexity(self) -> float:
@@ -62,6 +79,20 @@ class Fidelity:
     def top1(self) -> float:
         """Share of tokens on which both rank the same token first."""
         return float(self.same_top.double().mean())
+
+
+def first_scored(protocol: str, length: int) -> int:
+    """The position in a window of `length` from which the next token is scored."""
+    return length // 2 if protocol == "llama.cpp" else 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Windows int64 [W, L] of a text; positions from `first` on are scored against their next token."""
+
+    windows: Tensor
+    first: int
+    vocabulary: int  # token ids from here on are padding
 
 
 @dataclass
@@ -108,20 +139,29 @@ class _Sums:
 def measure(
     baseline: WeightSource,
     artifacts: Mapping[str, WeightSource],
-    windows: Tensor,
-    vocabulary: int,
+    text: Scored,
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Fidelity]:
-    """Compare artifacts with `baseline` on windows int64 [W, L]; token ids >= `vocabulary` are padding and never count.
+    """Compare artifacts with `baseline` on a text; token ids >= `text.vocabulary` are padding and never count.
 
     Raises:
         NumericalError: an activation of the baseline is not finite. An artifact's are measured as they are (infinite KL).
     """
     sources = [baseline, *artifacts.values()]
-    half = windows.shape[1] // 2
-    hidden = [[embed(source, window, torch.float32).to(device) for window in windows] for source in sources]
-    layers = baseline.config.layers
+    finals = final_states(sources, text, device, progress)
+    targets = text.windows[:, text.first + 1 :].reshape(-1).to(device)
+    sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
+    shape = (len(text.windows), text.windows.shape[1] - text.first - 1)
+    return {name: _fidelity(sums[0], sums[index], shape) for index, name in enumerate(artifacts, start=1)}
+
+
+def final_states(
+    sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress
+) -> list[Tensor]:
+    """Per source the input of its head at the scored positions, float32 [windows, scored, hidden]; the first source must stay finite."""
+    hidden = [[embed(source, window, torch.float32).to(device) for window in text.windows] for source in sources]
+    layers = sources[0].config.layers
     for layer in range(layers):
         for source, states in zip(sources, hidden, strict=True):
             block = source_block(source, layer, torch.float32, device)
@@ -129,20 +169,16 @@ def measure(
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
         progress("check", layer + 1, layers)
-    finals = [_final(source, states, half) for source, states in zip(sources, hidden, strict=True)]
-    del hidden
-    targets = windows[:, half + 1 :].reshape(-1).to(device)
-    sums = _heads(sources, finals, targets, vocabulary)
-    shape = (len(windows), windows.shape[1] - half - 1)
-    return {name: _fidelity(sums[0], sums[index], shape) for index, name in enumerate(artifacts, start=1)}
+    return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
 
 
-def _final(source: WeightSource, states: list[Tensor], half: int) -> Tensor:
-    scored = torch.cat([x[half:-1] for x in states])
+def _final(source: WeightSource, states: list[Tensor], first: int) -> Tensor:
+    scored = torch.stack([x[first:-1] for x in states])
+    states.clear()
     return rms_norm(scored, source.tensor(source.family.final_norm).to(scored), source.config.epsilon)
 
 
-def _heads(sources: list[WeightSource], finals: list[Tensor], targets: Tensor, vocabulary: int) -> list[_Sums]:
+def _heads(sources: Sequence[WeightSource], finals: list[Tensor], targets: Tensor, vocabulary: int) -> list[_Sums]:
     positions, device = len(targets), targets.device
     sums = [_Sums.start(positions, device) for _ in sources]
     cross = [torch.zeros(positions, dtype=torch.float64, device=device) for _ in sources]

@@ -1,23 +1,114 @@
-"""From measurements to verdicts: each limit of the recipe against its number."""
+"""From measurements to a verdict: each limit of the recipe against what is proven about its loss.
+
+perplexity ratio   mean NLL difference <= ln(limit)      8-bit artifacts: not gated where KL or top-1 is, since their
+                                                         perplexity differs by less than any text can resolve
+KL divergence      mean KL <= limit
+top-1 agreement    mean disagreement <= 1 - limit
+regression         mean (KL now - (1 + tolerance) KL then) <= 0, the same for disagreement; paired with stored evidence
+"""
 
 from __future__ import annotations
 
+import datetime
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from qquant.checks.fidelity import Fidelity
+from qquant.checks import statistics
+from qquant.checks.statistics import Loss, Vector
 from qquant.recipe import Gates
-from qquant.report import Verdict
+from qquant.report import GateReport, Verdict
+
+Means = Mapping[str, Vector]  # "nll", "kl", "top1": window means of the losses
 
 
-def judge(gates: Gates, fidelity: Fidelity) -> Verdict:
-    """Fail with every limit that is exceeded; a number that is not finite exceeds every limit."""
-    numbers = (
-        ("perplexity ratio", fidelity.perplexity_ratio, gates.perplexity_ratio, 1),
-        ("mean KL divergence", fidelity.mean_kl, gates.kl_divergence, 1),
-        ("top-1 agreement", fidelity.top1, gates.top1_agreement, -1),
-    )
-    reasons = []
-    for name, value, limit, direction in numbers:
-        if limit is not None and not (math.isfinite(value) and (value - limit) * direction <= 0):
-            reasons.append(f"{name} {value:.5g} is {'above' if direction > 0 else 'below'} the limit {limit:g}")
-    return Verdict("fail" if reasons else "pass", tuple(reasons))
+@dataclass(frozen=True)
+class _Gate:
+    """One limit: the loss it is about, in the units of the statistics and in those of the recipe."""
+
+    name: str
+    windows: Vector
+    limit: float  # of the loss
+    shown: Callable[[float], float]  # from the loss to what the recipe speaks of
+    word: str  # what a value on the wrong side is
+
+
+def _same(value: float) -> float:
+    return value
+
+
+def _agreement(value: float) -> float:
+    return 1 - value
+
+
+def _ratio(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _gates(gates: Gates, means: Means, earlier: Means | None, fine: bool) -> list[_Gate]:
+    found = []
+    resolved = not fine or (gates.kl_divergence is None and gates.top1_agreement is None)
+    if gates.perplexity_ratio is not None and resolved:
+        limit = math.log(gates.perplexity_ratio)
+        found.append(_Gate("perplexity ratio", means["nll"], limit, _ratio, "above"))
+    if gates.kl_divergence is not None:
+        found.append(_Gate("mean KL divergence", means["kl"], gates.kl_divergence, _same, "above"))
+    if gates.top1_agreement is not None:
+        found.append(_Gate("top-1 agreement", means["top1"], 1 - gates.top1_agreement, _agreement, "below"))
+    if earlier is not None:
+        more = 1 + gates.regression_tolerance
+        names = {"kl": "KL divergence against the earlier release", "top1": "disagreement against the earlier release"}
+        for key, name in names.items():
+            count = min(len(means[key]), len(earlier[key]))
+            excess = means[key][:count] - more * earlier[key][:count]
+            found.append(_Gate(name, excess, 0.0, _same, "above"))
+    return found
+
+
+def judge(gates: Gates, means: Means, earlier: Means | None = None, *, fine: bool = False, looks: int = 1) -> Verdict:
+    """Pass, fail or inconclusive for window means float64 [n] of an artifact; `earlier`: those of the release before.
+
+    `fine`: the artifact has 8 bits or more. `looks`: how often the question may be asked, with more text each time.
+    """
+    asked = _gates(gates, means, earlier, fine)
+    losses = {gate.name: statistics.measure_loss(gate.windows, gate.limit) for gate in asked}
+    outcome, each = statistics.decide(losses, looks)
+    reports = tuple(_report(gate, losses[gate.name], each[gate.name]) for gate in asked)
+    reasons = tuple(_reason(gate, report, losses[gate.name]) for gate, report in zip(asked, reports, strict=True))
+    return Verdict(outcome, tuple(reason for reason in reasons if reason), reports)
+
+
+def _report(gate: _Gate, loss: Loss, outcome: str) -> GateReport:
+    low, high = sorted(gate.shown(bound) for bound in statistics.interval(gate.windows))
+    reach = abs(gate.shown(gate.limit + loss.detectable) - gate.shown(gate.limit))
+    value, limit = gate.shown(loss.mean), gate.shown(gate.limit)
+    return GateReport(gate.name, outcome, value, limit, low, high, loss.p_within, loss.p_beyond, reach, loss.windows)
+
+
+def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
+    """Empty for a gate that passed."""
+    between = f"95 % interval {report.low:.5g} to {report.high:.5g}, {loss.windows} windows"
+    match report.outcome:
+        case "fail":
+            return f"{gate.name} {report.value:.5g} is {gate.word} the limit {report.limit:g} ({between})"
+        case "inconclusive":
+            return f"{gate.name} {report.value:.5g} cannot be told from the limit {report.limit:g} ({between}); more windows decide"
+    return ""
+
+
+def waived(verdict: Verdict, gates: Gates, today: datetime.date) -> Verdict:
+    """The verdict with the recipe's waiver applied: a fail becomes "waived" until the waiver's last day, with its reasons kept."""
+    waiver = gates.waiver
+    if verdict.outcome != "fail" or not waiver.reason:
+        return verdict
+    text = f"waived by {waiver.who} until {waiver.until}: {waiver.reason}"
+    if today > datetime.date.fromisoformat(waiver.until):
+        return replace(verdict, reasons=(*verdict.reasons, f"the waiver has ended ({text})"))
+    return replace(verdict, outcome="waived", waiver=text)
+
+
+def also(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
+    """The verdict with findings that are no matter of degree (structure, answers): any of them fails."""
+    if not problems:
+        return verdict
+    return replace(verdict, outcome="fail", reasons=(*problems, *verdict.reasons))

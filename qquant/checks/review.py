@@ -1,26 +1,37 @@
-"""Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is."""
+"""Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is.
+
+All candidates and the checkpoint read the text together. Where a gate is inconclusive, they read on, twice as much at each look,
+up to `max_windows`; a verdict that was reached stays.
+"""
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qquant import calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
-from qquant.checks import fidelity
-from qquant.checks.gate import judge
-from qquant.errors import InputError
+from qquant.checks import evidence, gate
+from qquant.checks.evidence import Evidence
+from qquant.checks.fidelity import Fidelity, Scored, first_scored, measure
+from qquant.errors import InputError, UsageError
 from qquant.recipe import Checks, Gates
-from qquant.report import ArtifactReport, warnings_of
+from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, warnings_of
 
 Progress = Callable[[str, int, int], None]
+WORST = 12  # tokens shown
+CONTEXT = 40  # characters before a token that are shown
+BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
 @dataclass(frozen=True)
@@ -34,15 +45,24 @@ class Candidate:
     gates: Gates
     fallbacks: tuple[str, ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
+    fine: bool = False  # 8 bits or more: perplexity resolves nothing
+    earlier: Evidence | None = None  # of the release before
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that judges: windows int64 [W, L], and where it comes from."""
+    """The text that judges: windows int64 [W, L], as many as there may be looks for; and further texts by name."""
 
     windows: torch.Tensor
-    vocabulary: int  # token ids from here on are padding
+    looks: tuple[int, ...]  # windows read at each look, ascending
+    further: Mapping[str, torch.Tensor]
+    first: int  # position from which the next token is scored
+    tokenizer: Tokenizer
     facts: Mapping[str, Any]
+
+    def scored(self, windows: torch.Tensor) -> Scored:
+        """Some windows, with what surrounds them."""
+        return Scored(windows, self.first, self.tokenizer.size)
 
 
 @dataclass(frozen=True)
@@ -54,30 +74,76 @@ class Review:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The numbers behind a review, by artifact."""
+
+    main: Mapping[str, Fidelity]
+    further: Mapping[str, Mapping[str, Fidelity]]  # by text
+    verdicts: Mapping[str, Verdict]
+
+
 def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None = None) -> HeldOut:
-    """The first windows of the held-out text.
+    """The first windows of the held-out texts.
 
     Raises:
-        InputError: it is shorter than a window, or shares text with the calibration tokens `used`.
+        InputError: one is shorter than a window, or shares text with the calibration tokens `used`.
     """
-    ids, facts = calibration.heldout(checks.text, tokenizer)
-    count = min(checks.windows, len(ids) // checks.length)
+    most = checks.max_windows or checks.windows
+    windows, facts = _windows(checks.text, checks.length, most, tokenizer, used)
+    further = {
+        text: _windows(text, checks.length, checks.windows, tokenizer, used)[0] for text in dict.fromkeys(checks.texts)
+    }
+    looks = [min(checks.windows, len(windows))]
+    while looks[-1] < len(windows):
+        looks.append(min(2 * looks[-1], len(windows)))
+    digest = hashlib.sha256(windows[0].numpy().tobytes()).hexdigest()
+    text = {"name": checks.text, "windows": looks[0], "length": checks.length, "protocol": checks.protocol}
+    text |= {"sha256": facts["sha256"], "tokens_sha256": digest}
+    if further:
+        text["further"] = {name: len(rows) for name, rows in further.items()}
+    return HeldOut(windows, tuple(looks), further, first_scored(checks.protocol, checks.length), tokenizer, text)
+
+
+def _windows(
+    name: str, length: int, most: int, tokenizer: Tokenizer, used: CalibrationSet | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    ids, facts = calibration.heldout(name, tokenizer)
+    count = min(most, len(ids) // length)
     if count == 0:
-        raise InputError(
-            f"{checks.text}: {len(ids)} tokens are less than one window of {checks.length}. Lower checks.length"
-        )
-    ids = ids[: count * checks.length]
+        raise InputError(f"{name}: {len(ids)} tokens are less than one window of {length}. Lower checks.length")
+    ids = ids[: count * length]
     if used is not None:
         calibration.require_apart(used, ids, tokenizer)
-    windows = torch.as_tensor(ids, dtype=torch.int64).view(count, checks.length)
-    text = {"name": checks.text, "windows": count, "length": checks.length, "sha256": facts["sha256"]}
-    return HeldOut(windows, tokenizer.size, text)
+    return torch.as_tensor(ids, dtype=torch.int64).view(count, length), facts
+
+
+def earlier_release(gates: Gates, name: str, text: HeldOut) -> Evidence | None:
+    """The evidence that the recipe compares artifact `name` with, if it names any.
+
+    Raises:
+        UsageError: it is not there, or has no such artifact.
+        InputError: it was measured on other tokens.
+    """
+    if gates.regression_vs is None:
+        return None
+    found = evidence.of_report(Path(gates.regression_vs))
+    if name not in found:
+        raise UsageError(
+            f"gates.regression_vs: {gates.regression_vs} has no artifact {name}; it has {', '.join(found)}"
+        )
+    evidence.require_comparable(text.facts, found[name].facts, f"gates.regression_vs: {gates.regression_vs}")
+    return found[name]
 
 
 def review(
-    checkpoint: Checkpoint, candidates: Sequence[Candidate], text: HeldOut, device: torch.device, progress: Progress
-) -> Review:
-    """Measure every candidate against the checkpoint in one pass, and judge it by its gates.
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    text: HeldOut,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Review, Measured]:
+    """Measure every candidate against the checkpoint, and judge it by its gates.
 
     Raises:
         InputError: a candidate was not made from a model of this shape.
@@ -90,12 +156,52 @@ def review(
                 f"{candidate.path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}"
             )
         sources[candidate.name] = source
-    measured = fidelity.measure(checkpoint, sources, text.windows, text.vocabulary, device, progress)
+    found = _read(checkpoint, candidates, sources, text, device, progress)
     warnings = tuple(
         f"{candidate.name}: {warning}" for candidate in candidates for warning in warnings_of(candidate.layers)
     )
-    rows = tuple(_row(candidate, measured[candidate.name]) for candidate in candidates)
-    return Review(measured[candidates[0].name].perplexity_baseline, rows, warnings)
+    rows = tuple(_row(candidate, found, text) for candidate in candidates)
+    return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
+
+
+def _read(
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    sources: Mapping[str, WeightSource],
+    text: HeldOut,
+    device: torch.device,
+    progress: Progress,
+) -> Measured:
+    """Look by look, until every verdict is reached or the budget is read."""
+    pieces = [text.windows[: text.looks[0]], *text.further.values()]
+    joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress)
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    main = {name: whole.part(slice(0, ends[0])) for name, whole in joined.items()}
+    further = {
+        title: {name: whole.part(slice(start, stop)) for name, whole in joined.items()}
+        for title, start, stop in zip(text.further, ends, ends[1:], strict=False)
+    }
+    verdicts = _judge(candidates, main, {}, len(text.looks))
+    for start, stop in zip(text.looks, text.looks[1:], strict=False):
+        if all(verdict.outcome != "inconclusive" for verdict in verdicts.values()):
+            break
+        more = measure(checkpoint, sources, text.scored(text.windows[start:stop]), device, progress)
+        main = {name: Fidelity.joined([main[name], more[name]]) for name in main}
+        verdicts = _judge(candidates, main, verdicts, len(text.looks))
+    return Measured(main, further, verdicts)
+
+
+def _judge(
+    candidates: Sequence[Candidate], main: Mapping[str, Fidelity], before: Mapping[str, Verdict], looks: int
+) -> dict[str, Verdict]:
+    verdicts = dict(before)
+    for candidate in candidates:
+        name = candidate.name
+        if name not in before or before[name].outcome == "inconclusive":
+            then = candidate.earlier.means if candidate.earlier else None
+            means = main[name].window_means()
+            verdicts[name] = gate.judge(candidate.gates, means, then, fine=candidate.fine, looks=looks)
+    return verdicts
 
 
 def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
@@ -109,7 +215,8 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
     return ", ".join(f"{key} is {theirs[key]}, not {ours[key]}" for key in differing)
 
 
-def _row(candidate: Candidate, measured: fidelity.Fidelity) -> ArtifactReport:
+def _row(candidate: Candidate, found: Measured, text: HeldOut) -> ArtifactReport:
+    measured = found.main[candidate.name]
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
@@ -118,9 +225,78 @@ def _row(candidate: Candidate, measured: fidelity.Fidelity) -> ArtifactReport:
         perplexity=measured.perplexity,
         perplexity_ratio=measured.perplexity_ratio,
         kl_divergence=measured.mean_kl,
-        kl_99=float(measured.kl.flatten().quantile(0.99)),
+        kl_99=float(np.quantile(measured.kl.numpy(), 0.99)),
         top1_agreement=measured.top1,
-        verdict=judge(candidate.gates, measured),
+        verdict=gate.waived(found.verdicts[candidate.name], candidate.gates, datetime.date.today()),
         fallbacks=candidate.fallbacks,
         layers=candidate.layers,
+        kl_percentiles=_percentiles(measured.kl, (50, 90, 99, 99.9)),
+        delta_p=_delta_p(measured),
+        kl_histogram=_histogram(measured.kl),
+        texts=tuple(_text(title, by_name[candidate.name]) for title, by_name in found.further.items()),
+        positions=_positions(measured, text.first),
+        worst=_worst(measured, text),
     )
+
+
+def _percentiles(values: torch.Tensor, at: Sequence[float]) -> dict[str, float]:
+    """By linear interpolation at f (n - 1), as llama-perplexity does."""
+    return dict(zip([f"{f:g}" for f in at], np.percentile(values.numpy(), at).tolist(), strict=True))
+
+
+def _delta_p(measured: Fidelity) -> dict[str, float]:
+    values = measured.delta_p
+    moments = {"mean": float(values.mean()), "rms": float(values.square().mean().sqrt())}
+    return moments | _percentiles(values, (0.1, 1, 10, 50, 90, 99, 99.9))
+
+
+def _histogram(kl: torch.Tensor) -> tuple[int, ...]:
+    values = np.nan_to_num(kl.numpy().ravel(), nan=np.inf, posinf=1e9)
+    edges = [-np.inf, *(10.0**power for power in KL_BINS), np.inf]
+    return tuple(np.histogram(values, edges)[0].tolist())
+
+
+def _text(name: str, measured: Fidelity) -> TextReport:
+    return TextReport(
+        name,
+        measured.kl.numel(),
+        measured.perplexity,
+        measured.perplexity_baseline,
+        measured.perplexity_ratio,
+        measured.mean_kl,
+        measured.top1,
+    )
+
+
+def _positions(measured: Fidelity, first: int) -> tuple[TextReport, ...]:
+    """By position in the window, where windows are long enough to tell."""
+    length = first + measured.kl.shape[1]
+    stretches = []
+    for start, stop in zip(BUCKETS, (*BUCKETS[1:], math.inf), strict=True):
+        low, high = max(start - first, 0), int(min(stop, length)) - first
+        if low < high:
+            columns = {name: column[:, low:high] for name, column in vars(measured).items()}
+            stretches.append(_text(f"{low + first} to {high + first}", Fidelity(**columns)))
+    return tuple(stretches) if len(stretches) > 1 else ()
+
+
+def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
+    scored = measured.kl.shape[1]
+    order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
+    found = []
+    for place in order.tolist():
+        row, column = divmod(place, scored)
+        window = text.windows[row].tolist()
+        at = text.first + 1 + column
+        before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]
+        token = text.tokenizer.decode(window[at : at + 1])
+        numbers = (measured.kl, measured.nll, measured.nll_baseline)
+        found.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
+    return tuple(found)
+
+
+def record(out: Path, found: Measured, text: HeldOut, checkpoint: Checkpoint) -> None:
+    """Write the evidence of every artifact below `out`."""
+    facts = {key: text.facts[key] for key in evidence.TEXT} | {"checkpoint": checkpoint.fingerprint}
+    for name, measured in found.main.items():
+        evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", measured, facts)

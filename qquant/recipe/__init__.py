@@ -36,6 +36,7 @@ from qquant.recipe.model import (
     GptqArtifact,
     Recipe,
     Source,
+    Waiver,
 )
 from qquant.recipe.page import Page, Reader
 from qquant.recipe.words import Shape, hint, nearest, shown, table
@@ -57,6 +58,7 @@ __all__ = [
     "GptqArtifact",
     "Recipe",
     "Source",
+    "Waiver",
     "dump",
     "fingerprint",
     "load",

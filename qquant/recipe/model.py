@@ -175,10 +175,12 @@ class Waiver(_Strict):
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if not all(isinstance(value, str) for value in given.values()):
+            return
         if any(given.values()) and not all(given.values()):
             missing = ", ".join(key for key in given if not given[key])
             yield (), f"incomplete, got no {missing}; allowed: reason, who and until, or none of them"
-        elif isinstance(given["until"], str) and given["until"] and not _is_day(given["until"]):
+        elif given["until"] and not _is_day(given["until"]):
             yield ("until",), f"not a day, got {shown(given['until'])}; allowed: YYYY-MM-DD"
 
 

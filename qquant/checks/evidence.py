@@ -1,0 +1,131 @@
+"""What was measured on every token, kept beside the report, so that a later release is compared without the old model.
+
+OUT/evidence/<artifact>.safetensors, about 2 bytes a token and 24 bytes a window:
+
+    nll  int8  [W, S]   NLL of artifact - checkpoint: code = round(127 asinh(d / 1e-4) / asinh(64 / 1e-4)), 6 % of the value
+    kl   uint8 [W, S]   KL divergence:                code = round(255 asinh(x / 1e-6) / asinh(64 / 1e-6)), 4 %
+    top1 uint8 [W, ceil(S / 8)]                       1: the same token first; most significant bit first
+    means float64 [3, W]                              window means of NLL difference, KL divergence, disagreement: exact
+
+The codes are for pictures and single tokens. Verdicts resample windows, so they only need the exact means. The metadata says which
+text, protocol and checkpoint; only measurements on the same tokens are compared. Bytes depend on nothing else (no times, no paths).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from qquant.checkpoint import read_json
+from qquant.checks.fidelity import Fidelity
+from qquant.errors import InputError, UsageError
+
+FOLDER = "evidence"
+SCHEMA = "qquant-evidence-1"
+NLL = (1e-4, 127)  # where the scale turns logarithmic, and the largest code
+KL = (1e-6, 255)
+LARGEST = 64.0  # nats; beyond is stored as this
+LOSSES = ("nll", "kl", "top1")
+TEXT = ("name", "sha256", "tokens_sha256", "length", "protocol")  # what two measurements must share
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Per token and per window, of one artifact."""
+
+    facts: Mapping[str, Any]  # text, protocol, checkpoint
+    nll: NDArray[np.float64]  # [W, S], NLL of the artifact minus the checkpoint's
+    kl: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    means: Mapping[str, NDArray[np.float64]]  # exact, [W]
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return len(self.means["nll"])
+
+
+def compress(value: NDArray[np.float64], scale: float, codes: int) -> NDArray[np.int64]:
+    """Codes of magnitude 0 ... codes, linear below `scale` and logarithmic above; what is not finite is the largest."""
+    finite = np.nan_to_num(value, nan=LARGEST, posinf=LARGEST, neginf=-LARGEST).clip(-LARGEST, LARGEST)
+    return np.rint(codes * np.arcsinh(finite / scale) / np.arcsinh(LARGEST / scale)).astype(np.int64)
+
+
+def expand(code: NDArray[Any], scale: float, codes: int) -> NDArray[np.float64]:
+    """The values of codes."""
+    return np.sinh(code.astype(np.float64) * np.arcsinh(LARGEST / scale) / codes) * scale
+
+
+def write(path: Path, measured: Fidelity, facts: Mapping[str, Any]) -> None:
+    """Store what was measured on a text; `facts` are JSON values and must have the keys `TEXT` and "checkpoint"."""
+    means = measured.window_means()
+    content: dict[str, NDArray[Any]] = {
+        "nll": compress((measured.nll - measured.nll_baseline).numpy(), *NLL).astype(np.int8),
+        "kl": compress(measured.kl.numpy(), *KL).astype(np.uint8),
+        "top1": np.packbits(measured.same_top.numpy(), axis=1),
+        "means": np.stack([means[name] for name in LOSSES]),
+    }
+    head = {"schema": SCHEMA, "tokens": measured.nll.shape[1], "facts": dict(facts)}
+    path.parent.mkdir(exist_ok=True)
+    # One key: the library writes several in random order.
+    path.write_bytes(save(content, {"evidence": json.dumps(head, sort_keys=True)}))
+
+
+def read(path: Path) -> Evidence:
+    """Evidence of a file.
+
+    Raises:
+        InputError: damaged, or of another kind.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            head = json.loads((file.metadata() or {})["evidence"])
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if head["schema"] != SCHEMA:
+            raise InputError(f"{path}: is not evidence of this version of qquant")
+        same = np.unpackbits(content["top1"], axis=1, count=int(head["tokens"])).astype(bool)
+        means = dict(zip(LOSSES, content["means"], strict=True))
+        return Evidence(head["facts"], expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: damaged evidence: {error}. Check the artifact again") from None
+
+
+def of_report(place: Path) -> dict[str, Evidence]:
+    """Evidence by artifact, for a report.json or the folder that holds one.
+
+    Raises:
+        UsageError: there is no report, or no evidence beside it.
+    """
+    report = place / "report.json" if place.is_dir() else place
+    if not report.is_file():
+        raise UsageError(f"{place}: no report.json; give the output folder of a build, or its report.json")
+    names = [str(entry["name"]) for entry in read_json(report).get("artifacts", ())]
+    found = {name: report.parent / FOLDER / f"{file_name(name)}.safetensors" for name in names}
+    missing = [path for path in found.values() if not path.is_file()]
+    if missing or not found:
+        raise UsageError(
+            f"{missing[0] if missing else report}: no evidence beside the report; keep the folder {FOLDER}/ with it"
+        )
+    return {name: read(path) for name, path in found.items()}
+
+
+def file_name(artifact: str) -> str:
+    """A name that a file system takes, for an artifact's name or path."""
+    return artifact.strip("/").replace("/", "~").replace("\\", "~")
+
+
+def require_comparable(now: Mapping[str, Any], then: Mapping[str, Any], where: str) -> None:
+    """Raise InputError unless both were measured on the same tokens in the same way."""
+    for key in TEXT:
+        if now.get(key) != then.get(key):
+            raise InputError(
+                f"{where}: measured with {key} {then.get(key)!r}, not {now.get(key)!r}; the two cannot be paired"
+            )

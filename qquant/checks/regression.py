@@ -1,0 +1,74 @@
+"""One release against another, from the evidence that each kept: neither model is needed.
+
+For every artifact that both have, paired on the windows both read: how the KL divergence, the disagreement and the NLL changed, with a
+bootstrap interval over windows. "worse" and "better" are proven (`statistics.LEVEL`, Holm over the three losses of one artifact).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qquant.checks import evidence, statistics
+from qquant.checks.evidence import Evidence
+from qquant.errors import InputError
+
+LOSSES = {"kl": "mean KL divergence", "top1": "top-1 disagreement", "nll": "mean NLL difference"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One loss of one artifact, then and now."""
+
+    artifact: str
+    loss: str
+    before: float
+    now: float
+    low: float  # 95 % interval of now - before
+    high: float
+    outcome: str  # worse, better, equal (to the bit), undecided
+    windows: int
+
+
+def compare(before: Path, now: Path) -> list[Change]:
+    """Changes from one report (or its folder) to another, by artifact.
+
+    Raises:
+        UsageError: a report or its evidence is missing.
+        InputError: they share no artifact, or read other tokens.
+    """
+    then, fresh = evidence.of_report(before), evidence.of_report(now)
+    shared = _pairs(then, fresh)
+    if not shared:
+        raise InputError(f"{before} has {', '.join(then)}, {now} has {', '.join(fresh)}: no artifact of one name")
+    changes = []
+    for old, new in shared.items():
+        evidence.require_comparable(fresh[new].facts, then[old].facts, str(before))
+        changes += _changes(new, then[old], fresh[new])
+    return changes
+
+
+def _pairs(then: Mapping[str, Evidence], fresh: Mapping[str, Evidence]) -> dict[str, str]:
+    """Artifacts of one name; two reports of one artifact each are about the same one, whatever its path."""
+    if len(then) == len(fresh) == 1:
+        return dict(zip(then, fresh, strict=True))
+    return {name: name for name in fresh if name in then}
+
+
+def _changes(name: str, then: Evidence, fresh: Evidence) -> list[Change]:
+    count = min(then.windows, fresh.windows)
+    moves = {loss: fresh.means[loss][:count] - then.means[loss][:count] for loss in LOSSES}
+    losses = {loss: statistics.measure_loss(move, 0.0) for loss, move in moves.items()}
+    worse = statistics.holm([loss.p_beyond for loss in losses.values()])
+    better = statistics.holm([loss.p_within for loss in losses.values()])
+    changes = []
+    for (loss, move), above, below in zip(moves.items(), worse, better, strict=True):
+        if not move.any():
+            outcome = "equal"
+        else:
+            outcome = "worse" if above <= statistics.LEVEL else "better" if below <= statistics.LEVEL else "undecided"
+        low, high = statistics.interval(move)
+        means = float(then.means[loss][:count].mean()), float(fresh.means[loss][:count].mean())
+        changes.append(Change(name, LOSSES[loss], *means, low, high, outcome, count))
+    return changes

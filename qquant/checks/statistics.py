@@ -1,0 +1,151 @@
+"""What a sample of windows says about a loss: proven within a limit, proven beyond it, or neither.
+
+A loss is a number per token, artifact against checkpoint on the same token: NLL difference, KL divergence, disagreement. Tokens of
+a window hang together, so windows are the sample (n of them, each the mean of its tokens), and
+
+    t = (mean - limit) / s,  s = standard error of the window means
+    p_within = P(T <= t) under mean = limit     small: the loss is proven below the limit
+    p_beyond = P(T >= t)                        small: it is proven above
+
+T is taken from a studentized bootstrap over windows (window means are skewed; the normal interval is too short on their long
+side), below `RESAMPLED` windows from Student's distribution. A loss that is the same in every window is known exactly.
+
+An artifact passes if every loss is proven within its limit: an intersection, which needs no correction. It fails if any one is
+proven beyond: a union, which does, by Holm. Looking again with more text divides the level by the number of looks. References:
+Miller, Adding Error Bars to Evals (2024); Hall, The Bootstrap and Edgeworth Expansion (1992); Holm (1979); Berger (1982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+LEVEL = 0.05  # of one artifact, over its gates and looks
+POWER = 0.8  # of the detectable effect
+RESAMPLED = 12  # windows from which on resampling knows the tails better than Student's distribution
+RESAMPLES = 4000
+SEED = 20240204
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One gated loss: its mean, what is allowed, and how sure it is."""
+
+    mean: float
+    limit: float
+    error: float  # standard error of the mean, from windows
+    p_within: float  # small: proven at or below the limit
+    p_beyond: float  # small: proven above
+    windows: int
+
+    @property
+    def detectable(self) -> float:
+        """Distance from the limit that would be proven in `POWER` of all runs."""
+        return (normal_quantile(1 - LEVEL) + normal_quantile(POWER)) * self.error
+
+
+def measure_loss(windows: Vector, limit: float) -> Loss:
+    """Test the window means float64 [n], n >= 1, of a loss against `limit`; a value that is not finite is beyond every limit."""
+    count = len(windows)
+    mean = float(windows.mean())
+    if not math.isfinite(mean):
+        return Loss(mean, limit, math.inf, 1.0, 0.0, count)
+    if bool((windows == windows[0]).all()) and (count > 1 or mean == 0):
+        exact = float(windows[0])
+        return Loss(exact, limit, 0.0, float(exact > limit), float(exact <= limit), count)
+    if count == 1:
+        return Loss(mean, limit, math.inf, 0.5, 0.5, count)
+    error = float(windows.std(ddof=1)) / math.sqrt(count)
+    t = (mean - limit) / error
+    if count < RESAMPLED:
+        below = student(t, count - 1)
+        return Loss(mean, limit, error, below, 1 - below, count)
+    drawn = _studentized(windows)
+    at_least = (1 + np.count_nonzero(drawn >= t)) / (1 + len(drawn))
+    at_most = (1 + np.count_nonzero(drawn <= t)) / (1 + len(drawn))
+    return Loss(mean, limit, error, float(at_most), float(at_least), count)
+
+
+def _studentized(windows: Vector) -> Vector:
+    """The distribution of (mean* - mean) / s* over resamples of the windows; resamples without spread count as infinite."""
+    count = len(windows)
+    picks = np.random.default_rng(SEED).integers(0, count, (RESAMPLES, count))
+    drawn = windows[picks]
+    shift = drawn.mean(1) - windows.mean()
+    spread = drawn.std(1, ddof=1) / math.sqrt(count)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(shift / spread, nan=0.0, posinf=np.inf, neginf=-np.inf)
+
+
+def interval(windows: Vector, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided bootstrap-t confidence interval of the mean of window means float64 [n]; (mean, mean) if they are all equal."""
+    count, mean = len(windows), float(windows.mean())
+    if count == 1 or not math.isfinite(mean):
+        return -math.inf, math.inf
+    error = float(windows.std(ddof=1)) / math.sqrt(count)
+    if error == 0:
+        return mean, mean
+    if count < RESAMPLED:
+        reach = student_quantile((1 + level) / 2, count - 1) * error
+        return mean - reach, mean + reach
+    low, high = np.quantile(_studentized(windows), [(1 - level) / 2, (1 + level) / 2])
+    return mean - float(high) * error, mean - float(low) * error
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for having tested all of them: reject those at or below the level, the chance of any false one is the level."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[str, dict[str, str]]:
+    """(outcome, outcome of each loss), each "pass", "fail" or "inconclusive", at `LEVEL` over all losses and `looks`."""
+    level = LEVEL / looks
+    beyond = dict(zip(losses, holm([loss.p_beyond for loss in losses.values()]), strict=True))
+    each = {
+        name: "fail" if beyond[name] <= level else "pass" if loss.p_within <= level else "inconclusive"
+        for name, loss in losses.items()
+    }
+    worst = [outcome for outcome in ("fail", "inconclusive") if outcome in each.values()]
+    return (worst[0] if worst else "pass"), each
+
+
+def student(t: float, degrees: int) -> float:
+    """P(T <= t) of Student's distribution with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for step in range(degrees // 2):
+        total += term
+        term *= square * (2 * step + 1 + odd) / (2 * step + 2 + odd)
+    between = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return (1 + between) / 2
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """The t below which Student's distribution has the share p, 0 < p < 1."""
+    low, high = -1e6, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, degrees) < p else (low, middle)
+    return (low + high) / 2
+
+
+def normal_quantile(p: float) -> float:
+    """The z below which the normal distribution has the share p, 0 < p < 1."""
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(p)
