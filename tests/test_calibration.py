@@ -893,7 +893,7 @@ def test_manifests_describe_the_files():
         assert len(entry.read()) == entry.size
         assert entry.licence
         assert entry.origin
-        assert entry.name in (data_dir("calibration") / "README.md").read_text()
+        assert f"| `{entry.name}` | {entry.size:,} |" in (data_dir("calibration") / "README.md").read_text()
     listed = {entry.file for entry in entries}
     there = {path.relative_to(data_dir("calibration")).as_posix() for path in data_dir("calibration").glob("[ch]*/*.*")}
     assert listed == there
