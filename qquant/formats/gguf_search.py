@@ -24,10 +24,11 @@ all J * S blocks of the piece. Left out: FMA builds of ggml (ARM), whose results
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qquant.resources import lazy
 
@@ -47,8 +48,8 @@ _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves round(x) in the low mantissa
 _SAFE = 2.0**21  # below this nearest_int() is round() with room to spare
 _SMALLEST_SPAN = 1e-36  # nmax / span stays finite above this
 _REACH = 280  # 2 * 140; a candidate's |x / scale| stays below 140
-_SLICE = 1 << 15  # values whose candidates are computed together, on a CPU
-_BATCH = 10  # candidates computed together
+_SLICE = 1 << 16  # values whose candidates are computed together, on a CPU
+_BATCH = 5  # candidates computed together
 
 
 @dataclass
@@ -105,13 +106,62 @@ def square_root(x: Tensor) -> Tensor:
 
 def sum_in_order(x: Tensor) -> Tensor:
     """Float32 sum over dimension -2 of `x` [..., E, B], strictly from left to right, starting at +0."""
+    return _Space(x).tensor(_sum(x))
+
+
+def _sum(x: Tensor) -> Array:
     if x.device.type == "cpu" and x.shape[-1] > 1:
         # numpy adds row to row along a slow axis; its pairwise summation is for the fast axis only
-        return torch.from_numpy(np.add.reduce(x.contiguous().numpy(), axis=-2, initial=0.0))
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return np.add.reduce(x.numpy(), axis=-2, initial=0.0)
     total = torch.zeros_like(x[..., 0, :])
     for element in x.unbind(-2):
         total.add_(element)
-    return total
+    return _Space(x).array(total)
+
+
+def _dot(*factors: Tensor) -> Array:
+    """Sum in order of the product of two or three `factors` [c, E, B] or [E, B], every product rounded on its own."""
+    if factors[0].device.type == "cpu" and factors[0].shape[-1] > 1 and _einsum_rounds_products():
+        inputs = ("ceb" if factor.dim() == 3 else "eb" for factor in factors)
+        output = "cb" if any(factor.dim() == 3 for factor in factors) else "b"
+        return np.einsum(f"{','.join(inputs)}->{output}", *(factor.numpy() for factor in factors))
+    return _sum(functools.reduce(torch.mul, factors))
+
+
+@functools.cache
+def _einsum_rounds_products() -> bool:
+    """Whether numpy's einsum, which saves passes through memory, multiplies and adds in order and without fusing the two.
+
+    It is so in the builds for x86-64, but nothing promises it: so try, with lengths that reach its vector loop and tail.
+    """
+    random = np.random.default_rng(0)
+    for width in (2, 16, 67):
+        a, b, c = random.standard_normal((3, 3, 32, width), np.float32)
+        for form, factors in (("ceb,ceb->cb", (a, b)), ("ceb,eb->cb", (a, b[0])), ("eb,ceb,ceb->cb", (a[0], b, c))):
+            total = np.zeros((3, width), np.float32)
+            products = functools.reduce(np.multiply, factors)
+            for index in range(32):
+                total += products[:, index]
+            if not (np.einsum(form, *factors) == total).all():
+                return False
+            if form == "ceb,ceb->cb" and not (np.einsum("eb,eb,eb->b", a[1], b[1], c[1]) == np.einsum("ceb,ceb,ceb->cb", a, b, c)[1]).all():
+                return False
+    return True
+
+
+class _Space:
+    """Where values of which there is one per block live: numpy on a CPU, whose calls cost a fraction of torch's."""
+
+    def __init__(self, x: Tensor) -> None:
+        cpu = x.device.type == "cpu"
+        self.xp: Any = np if cpu else torch
+        self.array: Callable[[Tensor], Array] = torch.Tensor.numpy if cpu else _same
+        self.tensor: Callable[[Array], Tensor] = torch.from_numpy if cpu else _same
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def divide(numerator: float, denominator: Tensor) -> Tensor:
@@ -127,92 +177,110 @@ def _numerators(offsets: Iterable[int], step: float, first: float, nmax: int) ->
 
 def signed_peak(x: Tensor) -> tuple[Tensor, Tensor]:
     """(value of largest magnitude, that magnitude) over dimension 0 of [E, B]; the first of equals, +0 for zeros."""
-    high, low = x.amax(0), x.amin(0)
-    magnitude = torch.maximum(high, -low)
-    peak = torch.where(high == magnitude, high, low)
-    tied = (high == -low).nonzero().squeeze(1)
-    if tied.numel():
-        columns = x[:, tied]
-        peak[tied] = columns.gather(0, columns.abs().argmax(0, keepdim=True)).squeeze(0)
-    return peak.masked_fill_(magnitude == 0, 0.0), magnitude
+    space = _Space(x)
+    values, xp = space.array(x), space.xp
+    high, low = xp.amax(values, 0), xp.amin(values, 0)
+    magnitude = xp.maximum(high, -low)
+    peak = xp.where(high == magnitude, high, low)
+    tied = high == -low
+    if bool(tied.any()):
+        columns = values[:, tied]
+        first = xp.argmax(abs(columns), 0)
+        peak[tied] = xp.where(magnitude[tied] == 0, 0.0, columns[first, xp.arange(len(first))])
+    return space.tensor(peak), space.tensor(magnitude)
 
 
 def lowest(x: Tensor) -> Tensor:
     """Smallest value over dimension 0 of [E, B]; a zero has the sign of the first zero."""
-    low = x.amin(0)
-    zero = (low == 0).nonzero().squeeze(1)
-    if zero.numel():
-        columns = x[:, zero]
-        low[zero] = columns.gather(0, columns.argmin(0, keepdim=True)).squeeze(0)
-    return low
+    space = _Space(x)
+    values, xp = space.array(x), space.xp
+    low = xp.amin(values, 0)
+    zero = low == 0
+    if bool(zero.any()):
+        columns = values[:, zero]
+        first = xp.argmin(columns, 0)
+        low[zero] = columns[first, xp.arange(len(first))]
+    return space.tensor(low)
 
 
 Piece = tuple["Tensor", "Tensor"]  # x and w, both float32 [E, J, S]
+Array = Any  # a numpy array on a CPU, else a tensor
 
 
 def symmetric(pieces: Iterable[Piece], nmax: int) -> Found:
     """Scales for codes -nmax .. nmax - 1."""
     numerators = -_numerators((0, *range(-9, 0), *range(1, 10)), 0.1, 0.0, nmax)
 
-    def sums(x: Tensor, w: Tensor, peak: Tensor, products: Tensor) -> Tensor:
-        wx = w * x
-        parts = []
-        for some in numerators.to(x.device).split(_BATCH):
-            lx, l2 = products[:, : len(some), :, : x.shape[1]]
-            codes = torch.mul(x, some.view(-1, 1, 1) / peak, out=lx).round_().clamp_(-nmax, nmax - 1)
-            torch.mul(w, codes, out=l2).mul_(codes)
-            codes.mul_(wx)
-            parts.append(sum_in_order(products[:, : len(some), :, : x.shape[1]]))
-        return torch.cat(parts, 1)
+    def inverses(peak: Tensor) -> Tensor:
+        return numerators.to(peak.device).unsqueeze(1) / peak
 
-    peaks, weights, lx, l2 = _candidates(pieces, sums)
-    scale, which = _best_projection(lx, l2)
-    live = peaks.abs() >= TINY
-    inverse = numerators.to(which.device)[which] / torch.where(live, peaks, 1.0)
-    return Found(torch.where(live, scale, 0.0), weights, torch.where(live, inverse, 0.0))
+    def sums(x: Tensor, w: Tensor, inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
+        codes = torch.mul(x, inverse, out=memory).round_().clamp_(-nmax, nmax - 1)
+        return _dot(w * x, codes), _dot(w, codes, codes)
+
+    return _search(pieces, inverses, sums)
 
 
-def _candidates(
-    pieces: Iterable[Piece], sums: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For blocks [J, S]: peaks, sums of weights, and [C, J, S] of each candidate: <x, l>, <l, l>.
+def _search(
+    pieces: Iterable[Piece],
+    inverses: Callable[[Tensor], Tensor],
+    sums: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Array, Array]],
+) -> Found:
+    """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
 
-    `sums(x, w, peak, products)` computes the latter, [2, C, b], for b blocks, in working memory `products`.
+    `sums(x, w, inverses, memory)` gives <x, l> and <l, l>, [c, b], of c candidates [c, 1, b] for `x`, `w` [E, b], in working
+    memory [c, E, b].
     """
-    peaks, weights, results = [], [], []
-    products: Tensor | None = None
+    parts = []
+    memory: Tensor | None = None
     for x, w in pieces:
-        blocks = x.flatten(1), w.flatten(1)
-        peak, magnitude = signed_peak(blocks[0])
+        space = _Space(x)
+        x_flat, w_flat = x.flatten(1), w.flatten(1)
+        peak, magnitude = signed_peak(x_flat)
+        live = magnitude >= TINY
+        candidates = inverses(torch.where(live, peak, 1.0))
+        lx, l2 = (space.array(part) for part in x.new_empty((2, *candidates.shape)))
         width = max(2, (_SLICE if x.device.type == "cpu" else x.numel()) // len(x))
-        if products is None:
-            products = x.new_empty((2, _BATCH, len(x), min(width, len(peak))))
-        safe = torch.where(magnitude >= TINY, peak, 1.0)
-        parts = zip(blocks[0].split(width, 1), blocks[1].split(width, 1), safe.split(width), strict=True)
-        result = torch.cat([sums(*part, products) for part in parts], -1)
-        results.append(result.view(*result.shape[:2], *x.shape[1:]))
-        peaks.append(peak.view(x.shape[1:]))
-        weights.append(sum_in_order(blocks[1]).view(x.shape[1:]))
-    lx, l2 = torch.cat(results, -1)
-    return torch.cat(peaks, -1), torch.cat(weights, -1), lx, l2
+        if memory is None:
+            memory = x.new_empty((_BATCH, len(x), min(width, len(peak))))
+        for first in range(0, len(peak), width):
+            blocks = slice(first, min(first + width, len(peak)))
+            some_x, some_w = x_flat[:, blocks].contiguous(), w_flat[:, blocks].contiguous()
+            for start in range(0, len(candidates), _BATCH):
+                tried = slice(start, min(start + _BATCH, len(candidates)))
+                part = memory[: tried.stop - start, :, : some_x.shape[1]]
+                lx[tried, blocks], l2[tried, blocks] = sums(some_x, some_w, candidates[tried, blocks].unsqueeze(1), part)
+        with np.errstate(all="ignore"):
+            ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space.xp))
+        scale, inverse = (values.gather(0, which.to(torch.int64).unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
+        found = (torch.where(live, scale, 0.0), sum_in_order(w_flat), torch.where(live, inverse, 0.0))
+        parts.append([value.view(x.shape[1:]) for value in found])
+    return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
-def _best_projection(lx: Tensor, l2: Tensor) -> tuple[Tensor, Tensor]:
-    """Of candidates with sums <x, l> and <l, l> [C, ...]: (scale, index) of the one that explains most of x.
+def _best_projection(lx: Array, l2: Array, xp: Any) -> tuple[Array, Array]:
+    """(scales [C, B], which of them explains most of x, uint8 [B]) for candidates with sums <x, l> and <l, l> [C, B].
 
     Candidate 0 is taken unless its codes are all zero; a later one has to win strictly, compared without a division.
     """
     ratio = lx / l2
-    ratio[0].masked_fill_(l2[0] == 0, 0.0)
+    ratio[0] = xp.where(l2[0] == 0, 0.0, ratio[0])
     gain = ratio * lx
     square = lx * lx
     best = gain[0]
-    which = torch.zeros_like(best, dtype=torch.int64)
+    which = (best != best).view(xp.uint8) * 0
     for index in range(1, len(lx)):
-        better = (square[index] > best * l2[index]).logical_and_(l2[index] > 0)
-        best = torch.where(better, gain[index], best)
-        which.masked_fill_(better, index)
-    return ratio.gather(0, which.unsqueeze(0)).squeeze(0), which
+        better = square[index] > best * l2[index]  # false where the codes are all zero: then square is zero
+        _put(best, better, gain[index])
+        which = xp.maximum(which, better.view(xp.uint8) * index)
+    return ratio, which
+
+
+def _put(target: Array, mask: Array, values: Array) -> None:
+    if isinstance(target, np.ndarray):
+        np.putmask(target, mask, values)
+    else:
+        torch.where(mask, values, target, out=target)
 
 
 def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int, bool]) -> Found:
@@ -223,48 +291,45 @@ def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int
     """
     parts = []
     for x, w in pieces:
-        parts.append([value.view(x.shape[1:]) for value in _affine(x.flatten(1), w.flatten(1), nmax, schedule, False)])
+        with np.errstate(all="ignore"):
+            values = _affine(x.flatten(1), w.flatten(1), nmax, schedule, False)
+        parts.append([value.view(x.shape[1:]) for value in values])
     return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
 def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, bool], exact: bool) -> list[Tensor]:
     """Scale, weight, inverse, low and base, each [B], for `x`, `w` [E, B]; `exact` rounds the slow way throughout."""
     first, step, count, absolute = schedule
-    smallest, high = lowest(x), x.amax(0)
-    start = torch.where(smallest > 0, 0.0, smallest)
-    dead = high <= start
-    high = torch.where(dead, start + 1.0, high)
     line = _Line(x, w, nmax, absolute, exact)
+    xp = line.xp
+    smallest, high = line.array(lowest(x)), line.array(x.amax(0))
+    start = xp.where(smallest > 0, 0.0, smallest)
+    dead = high <= start
+    high = xp.where(dead, start + 1.0, high)
 
     low = base = highest = start
-    chosen = inverse = divide(float(nmax), high - low)
+    chosen = inverse = line.array(_numerators([0], 0.0, 0.0, nmax).to(x.device)) / (high - low)
     line.round(inverse, low)
-    scale = divide(1.0, inverse)
+    scale = line.array(torch.ones(1, device=x.device)) / inverse
     best = line.error(scale, low)
-    for numerator in _numerators(range(count), step, first, nmax).to(x.device).unsqueeze(1):
+    for numerator in line.array(_numerators(range(count), step, first, nmax).to(x.device).unsqueeze(1)):
         inverse = numerator / (high - low)
         line.round(inverse, low)
         trial_scale, trial_low, valid = line.refit()
         error = line.error(trial_scale, trial_low)
-        better = (error < best).logical_and_(valid)
-        best = torch.where(better, error, best)
-        scale = torch.where(better, trial_scale, scale)
-        chosen = torch.where(better, inverse, chosen)
-        base = torch.where(better, low, base)
-        low = torch.where(better, trial_low, low)
-        highest = torch.maximum(highest, low)
-    fields = [
-        torch.where(dead, 0.0, scale),
-        line.weight,
-        chosen.masked_fill(dead, 0.0),
-        torch.where(dead, start, low),
-        base,
-    ]
+        better = (error < best) & valid
+        best = xp.where(better, error, best)
+        scale = xp.where(better, trial_scale, scale)
+        chosen = xp.where(better, inverse, chosen)
+        base = xp.where(better, low, base)
+        low = xp.where(better, trial_low, low)
+        highest = xp.maximum(highest, low)
+    scale, chosen = (xp.where(dead, 0.0, values) for values in (scale, chosen))
+    fields = [line.tensor(values) for values in (scale, line.weight, chosen, xp.where(dead, start, low), base)]
     if not exact:
         span = high - highest
-        reach = (highest - smallest).abs_().mul_(nmax + 2.0)
-        safe = (reach < _SAFE * span).logical_and_(span > _SMALLEST_SPAN).logical_or_(dead)
-        where = safe.logical_not_().nonzero().squeeze(1)
+        safe = (abs(highest - smallest) * (nmax + 2.0) < _SAFE * span) & (span > _SMALLEST_SPAN) | dead
+        where = line.tensor(~safe).nonzero().squeeze(1)
         if where.numel():
             slow = _affine(x[:, where].contiguous(), w[:, where].contiguous(), nmax, schedule, True)
             for field, values in zip(fields, slow, strict=True):
@@ -277,40 +342,35 @@ class _Line:
 
     def __init__(self, x: Tensor, w: Tensor, nmax: int, absolute: bool, exact: bool) -> None:
         self.x, self.w, self.nmax, self.absolute, self.exact = x, w, nmax, absolute, exact
-        self.codes = x.new_empty(x.shape)
-        self.products = x.new_empty((3, *x.shape))
-        self.weight = sum_in_order(w)
-        self.sum_x = sum_in_order(w * x)
+        space = _Space(x)
+        self.xp, self.array, self.tensor = space.xp, space.array, space.tensor
+        self.codes, self.difference = x.new_empty((2, *x.shape))
+        self.weight, self.sum_x = _sum(w), _dot(w, x)
 
-    def round(self, inverse: Tensor, low: Tensor) -> None:
-        codes = torch.sub(self.x, low, out=self.codes).mul_(inverse)
+    def round(self, inverse: Array, low: Array) -> None:
+        codes = torch.sub(self.x, self.tensor(low), out=self.codes).mul_(self.tensor(inverse))
         if self.exact:
             codes.copy_(nearest_int(codes))
         else:
             codes.round_()
         codes.clamp_(0, self.nmax)
 
-    def refit(self) -> tuple[Tensor, Tensor, Tensor]:
+    def refit(self) -> tuple[Array, Array, Array]:
         """(scale, minimum, whether the system is regular) of the weighted least-squares line through the codes."""
-        wl, wll, wlx = self.products
-        torch.mul(self.w, self.codes, out=wl)
-        torch.mul(wl, self.codes, out=wll)
-        torch.mul(wl, self.x, out=wlx)
-        sum_l, sum_ll, sum_lx = sum_in_order(self.products)
-        determinant = (self.weight * sum_ll).sub_(sum_l * sum_l)
-        scale = (self.weight * sum_lx).sub_(self.sum_x * sum_l).div_(determinant)
-        low = (sum_ll * self.sum_x).sub_(sum_l * sum_lx).div_(determinant)
-        if not bool(low.amax() <= 0):  # rare
+        sum_l, sum_ll, sum_lx = (_dot(self.w, self.codes, *factor) for factor in ((), (self.codes,), (self.x,)))
+        determinant = self.weight * sum_ll - sum_l * sum_l
+        scale = (self.weight * sum_lx - self.sum_x * sum_l) / determinant
+        low = (sum_ll * self.sum_x - sum_l * sum_lx) / determinant
+        if not bool(low.max() <= 0):  # rare
             above = low > 0
-            scale = torch.where(above, sum_lx / sum_ll, scale)
-            low = low.masked_fill_(above, 0.0)
+            scale = self.xp.where(above, sum_lx / sum_ll, scale)
+            low = self.xp.where(above, 0.0, low)
         return scale, low, determinant > 0
 
-    def error(self, scale: Tensor, low: Tensor) -> Tensor:
-        difference = self.products[0]
-        torch.mul(self.codes, scale, out=difference).add_(low).sub_(self.x)  # addcmul would round once
-        difference = difference.abs_() if self.absolute else difference.mul_(difference)
-        return sum_in_order(difference.mul_(self.w))
+    def error(self, scale: Array, low: Array) -> Array:
+        difference = torch.mul(self.codes, self.tensor(scale), out=self.difference)
+        difference.add_(self.tensor(low)).sub_(self.x)  # addcmul would round once
+        return _dot(difference.abs_(), self.w) if self.absolute else _dot(difference, difference, self.w)
 
 
 def positive(x: Tensor, w: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
@@ -408,6 +468,7 @@ def nearest_value(x: Tensor) -> Tensor:
     return _index_table(x.device).index_select(0, position.view(-1)).view(x.shape)
 
 
+@functools.cache
 def _index_table(device: torch.device) -> Tensor:
     middles = torch.tensor([below + above for below, above in itertools.pairwise(VALUES)], dtype=torch.int32)
     steps = torch.arange(-_REACH, _REACH, dtype=torch.int32)
@@ -418,21 +479,18 @@ def codebook(pieces: Iterable[Piece]) -> Found:
     """Scales for the 16 values of IQ4."""
     numerators = torch.arange(-7, 8, dtype=torch.float32) + float(VALUES[0])
 
-    def sums(x: Tensor, w: Tensor, peak: Tensor, products: Tensor) -> Tensor:
-        table = torch.tensor(VALUES, dtype=torch.float32, device=x.device)[_index_table(x.device).to(torch.int32)]
+    def inverses(peak: Tensor) -> Tensor:
         start = divide(1.0, (-peak).div_(torch.full_like(peak, VALUES[0])))
-        inverses = torch.cat([start.unsqueeze(0), numerators.to(x.device).unsqueeze(1) / peak]).mul_(2.0)
-        parts = []
-        for some in inverses.unsqueeze(1).split(_BATCH):
-            qx, q2 = products[:, : len(some), :, : x.shape[1]]
-            place = torch.mul(x, some, out=qx).floor_().add_(_REACH).to(torch.int32)
-            values = table.index_select(0, place.view(-1)).view(place.shape)
-            torch.mul(w, values, out=q2)
-            torch.mul(q2, x, out=qx)
-            q2.mul_(values)
-            parts.append(sum_in_order(products[:, : len(some), :, : x.shape[1]]))
-        return torch.cat(parts, 1)
+        return torch.cat([start.unsqueeze(0), numerators.to(peak.device).unsqueeze(1) / peak])
 
-    peaks, weights, qx, q2 = _candidates(pieces, sums)
-    scale = torch.where(peaks.abs() >= TINY, _best_projection(qx, q2)[0], 0.0)
-    return Found(scale, weights, torch.zeros_like(scale))
+    def sums(x: Tensor, w: Tensor, inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
+        place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
+        values = torch.index_select(_value_table(x.device), 0, place.view(-1)).view(place.shape)
+        return _dot(w, values, x), _dot(w, values, values)
+
+    return _search(pieces, inverses, sums)
+
+
+@functools.cache
+def _value_table(device: torch.device) -> Tensor:
+    return torch.tensor(VALUES, dtype=torch.float32, device=device)[_index_table(device).to(torch.int32)]
