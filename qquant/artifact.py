@@ -28,7 +28,7 @@ from qquant.checkpoint import Checkpoint, WeightSource, read_json
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.output import MANIFEST
+from qquant.output import MANIFEST, sync, write_synced
 
 CHUNK = 1 << 24
 
@@ -43,26 +43,6 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file whole: temporary sibling, sync, rename, sync the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync(path.parent)
 
 
 @dataclass

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qquant.checkpoint import Checkpoint
+    from qquant.formats.imatrix import Imatrix
     from qquant.recipe import Recipe
     from qquant.report import Report
 
@@ -53,6 +54,11 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--revision", help="Branch, tag or commit of a hub checkpoint."),
         click.option("--name", help="Name of the model in folder and file names; default: the checkpoint's."),
+        click.option(
+            "--imatrix",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="An importance matrix for GGUF files (.gguf or .dat).",
+        ),
     ):
         command = option(command)
     return command
@@ -73,6 +79,17 @@ def _open(
     return loaded, Checkpoint.open(reference, revision or loaded.revision, adapter)
 
 
+def _given(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
+    if path is None:
+        return None
+    from qquant.formats import imatrix
+    from qquant.moments import require_fit
+
+    found = imatrix.read(path)
+    require_fit(found, checkpoint, path)
+    return found
+
+
 @cli.command(epilog=EXITS)
 @source_options
 @click.option(
@@ -82,7 +99,7 @@ def _open(
 @JSON
 def build(
     checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, out: Path, device: str, as_json: bool,
+    name: str | None, imatrix: Path | None, out: Path, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
 
@@ -91,7 +108,7 @@ def build(
     from qquant.plan import Plan
 
     loaded, source = _open(recipe_name, checkpoint, revision, adapter)
-    plan = Plan.of(loaded, source, only, name)
+    plan = Plan.of(loaded, source, only, name, _given(imatrix, source))
     plan.require_room(out)
     from qquant import pipeline
 
@@ -110,13 +127,13 @@ def build(
 @JSON
 def plan(
     checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, tensors: bool, as_json: bool,
+    name: str | None, imatrix: Path | None, tensors: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Print every output file with its exact size, the memory and disk a build needs, and every tensor's type."""
     from qquant.plan import Plan
 
     loaded, source = _open(recipe_name, checkpoint, revision, adapter)
-    planned = Plan.of(loaded, source, only, name)
+    planned = Plan.of(loaded, source, only, name, _given(imatrix, source))
     if as_json:
         click.echo(json.dumps(planned.to_dict(), indent=2))
         return
@@ -239,7 +256,7 @@ def inspect(path: Path, as_json: bool) -> None:
 def _note_source(source: Checkpoint, reference: str, out: Path) -> None:
     """Keep what `publish` needs to know of the checkpoint."""
     from qquant import provenance
-    from qquant.artifact import write_synced
+    from qquant.output import write_synced
 
     write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference)))
 

@@ -74,3 +74,23 @@ def _only_ours(out: Path) -> None:
             raise UsageError(
                 f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
             )
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file whole: temporary sibling, sync, rename, sync the folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync(path.parent)

@@ -7,17 +7,20 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qquant import __version__, calibration, walk
-from qquant.artifact import Draft, finished, installed, read_manifest, write_synced
+from qquant.artifact import Draft, finished, installed, read_manifest
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import Candidate, earlier_release, held_out, record, review
+from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
-from qquant.output import claim
+from qquant.moments import Moments
+from qquant.output import claim, write_synced
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.report import Report
@@ -39,13 +42,17 @@ def build(
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens)
         inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+        if plan.imatrix:
+            inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
         earlier = {spec.name: earlier_release(spec.gates, spec.name, text) for spec in recipe.artifacts}
         drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
-        walk.quantize(checkpoint, samples, drafts, device, progress)
+        moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
+        walk.quantize(checkpoint, samples, drafts, moments, device, progress)
         for draft in drafts:
             draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs})
         tokens.save(out / "calibration")
+        write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [_candidate(artifact, out, earlier[artifact.name]) for artifact in plan.artifacts]
         found, measured = review(checkpoint, candidates, text, device, progress)
         report = Report(
@@ -95,6 +102,17 @@ def check(
     return report
 
 
+def write_imatrix(found: Imatrix | None, folder: Path) -> None:
+    """Leave the importance matrix beside the calibration tokens, in both formats that other tools read."""
+    if found is not None:
+        write_synced(folder / "imatrix.gguf", found.gguf_bytes())
+        write_synced(folder / "imatrix.dat", found.dat_bytes())
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def versions(device: torch.device) -> dict[str, str]:
     """What the bytes of an artifact depend on besides its inputs."""
     return {"qquant": __version__, "torch": torch.__version__, "device": device.type, "machine": platform.machine()}
@@ -102,8 +120,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inputs: Mapping[str, str]) -> Draft | None:
     """A draft, new or continued; None if `out` holds the artifact already."""
-    content = {"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": model, **inputs}
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    key = _key({"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": model, **inputs})
     if finished(out, artifact, key):
         return None
     draft = Draft(artifact, partial, key)

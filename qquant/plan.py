@@ -17,6 +17,7 @@ from typing import Any
 from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
+from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
 from qquant.recipe import Recipe
 from qquant.safetensors_file import SIZES
@@ -33,9 +34,17 @@ class Plan:
     artifacts: tuple[PlannedArtifact, ...]
     memory: int  # bytes
     disk: int  # bytes
+    imatrix: Imatrix | None = None  # the user's, instead of the measured one
 
     @classmethod
-    def of(cls, recipe: Recipe, checkpoint: Checkpoint, only: Sequence[str] = (), model: str | None = None) -> Plan:
+    def of(
+        cls,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        only: Sequence[str] = (),
+        model: str | None = None,
+        imatrix: Imatrix | None = None,
+    ) -> Plan:
         """Plan the artifacts of `recipe` (those named in `only`, if any) for `checkpoint`.
 
         Raises:
@@ -51,8 +60,10 @@ class Plan:
             )
         chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
         name = model or checkpoint.name
-        planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name) for spec in chosen)
-        return cls(name, planned, _memory(recipe, checkpoint), sum(artifact.size for artifact in planned) + MARGIN)
+        planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
+        return cls(
+            name, planned, _memory(recipe, checkpoint), sum(artifact.size for artifact in planned) + MARGIN, imatrix
+        )
 
     def require_room(self, out: Path) -> None:
         """Raise EnvironmentMissingError if the file system of `out` has less room than the build needs."""

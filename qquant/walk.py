@@ -29,6 +29,7 @@ from qquant.decoder import HEAD_ROWS, Block, embed
 from qquant.errors import NumericalError, QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
+from qquant.moments import Moments
 from qquant.stats import Gram
 from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
 
@@ -67,9 +68,14 @@ class Stream:
 
 
 def quantize(
-    checkpoint: Checkpoint, samples: Sequence[Tensor], drafts: Sequence[Draft], device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    samples: Sequence[Tensor],
+    drafts: Sequence[Draft],
+    moments: Moments,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
-    """Fill every draft. `samples`: int token ids [T] each, possibly of different lengths.
+    """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths.
 
     Raises:
         NumericalError: an activation is not finite.
@@ -90,13 +96,11 @@ def quantize(
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in checkpoint.block(layer).items()}
         for stream, followers in streams:
-            if not followers:
-                continue
             block = Block(checkpoint.family, checkpoint.config, weights, dtype)
             if stream is start:
-                _shared(checkpoint, layer, weights, block, stream, followers)
+                _shared(checkpoint, layer, weights, block, stream, followers, moments)
             else:
-                _propagated(checkpoint, layer, weights, block, stream, followers[0])
+                _propagated(checkpoint, layer, weights, block, stream, followers[0], moments)
         progress("quantize", layer + 1, layers)
 
 
@@ -127,19 +131,22 @@ def _shared(
     block: Block,
     stream: Stream,
     drafts: Sequence[Draft],
+    moments: Moments,
 ) -> None:
     todo = [draft for draft in drafts if _unit(layer) not in draft.units]
     shapes = checkpoint.family.linear_shapes(checkpoint.config)
     device = stream.hidden[0].device
     grams = (
         {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
-        if todo
+        if todo or not moments.path(layer).is_file()
         else {}
     )
     stream.advance(layer, block, grams)
+    if grams:
+        moments.save(layer, grams)
     for draft in todo:
         transformed = _transform(checkpoint, draft, layer, weights, grams)
-        solver = Solver(checkpoint, draft, layer)
+        solver = Solver(checkpoint, draft, layer, moments)
         for stage in checkpoint.family.stages:
             solver.solve(stage, transformed.weights, transformed.grams[stage.name])
         solver.record += [{"name": solver.prefix + choice.stage, "awq": vars(choice)} for choice in transformed.choices]
@@ -162,12 +169,18 @@ def _transform(
 
 
 def _propagated(
-    checkpoint: Checkpoint, layer: int, weights: Mapping[str, Tensor], block: Block, stream: Stream, draft: Draft
+    checkpoint: Checkpoint,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    block: Block,
+    stream: Stream,
+    draft: Draft,
+    moments: Moments,
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized."""
     shapes = checkpoint.family.linear_shapes(checkpoint.config)
     full = {name: value.float() for name, value in weights.items()}
-    solver = Solver(checkpoint, draft, layer)
+    solver = Solver(checkpoint, draft, layer, moments)
     if _unit(layer) in draft.units:
         block.weights |= {name: value.to(block.weights[name]) for name, value in solver.stored().items()}
         stream.advance(layer, block, {})
@@ -202,8 +215,9 @@ def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
 class Solver:
     """Solves the stages of one block for one artifact, and writes the block when all are done."""
 
-    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int, moments: Moments) -> None:
         self.checkpoint = checkpoint
+        self.moments = moments
         self.draft = draft
         self.format = FORMATS[draft.plan.format]
         self.layer = layer
@@ -231,7 +245,8 @@ class Solver:
         values = {}
         for linear, weight in linears.items():
             began = time.monotonic()
-            stored = self.format.store(self.draft.plan, self._name(linear), weight, gram.importance)
+            importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
+            stored = self.format.store(self.draft.plan, self._name(linear), weight, importance)
             values[linear] = self._keep(linear, stored)
             energy = float(gram.energy(weight).sum()) or 1.0
             error = float(gram.energy(values[linear] - weight).sum()) / energy

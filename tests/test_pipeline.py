@@ -279,6 +279,41 @@ def test_another_build_in_the_folder_is_not_overwritten(make_checkpoint, build):
         build(make_checkpoint("again/model", seed=1), "gptq-int4")
 
 
+def test_importance_matrix_is_left_for_other_tools_and_taken_back(make_checkpoint, build, tmp_path):
+    """The measured matrix, given back with --imatrix, gives the same blocks; another one gives others."""
+    from qquant.formats import imatrix
+
+    folder = make_checkpoint()
+    _, out = build(folder, "gguf-q4_0")
+    found = imatrix.read(out / "calibration" / "imatrix.gguf")
+    assert found.counts["blk.1.ffn_down.weight"] == 6 * 48
+    assert imatrix.read(out / "calibration" / "imatrix.dat").importance("blk.0.attn_q.weight").shape == (64,)
+    checkpoint, loaded = Checkpoint.open(folder), load_recipe(tmp_path, ["gguf-q4_0"])
+
+    def blocks(given, name):
+        plan = Plan.of(loaded, checkpoint, imatrix=given)
+        pipeline.build(loaded, checkpoint, plan, tmp_path / name, CPU, quiet)
+        data = (tmp_path / name / "model-GGUF" / "model-q4_0.gguf").read_bytes()
+        return data[plan.artifacts[0].files[0].tensors[0].offset :]
+
+    measured = (out / "model-GGUF" / "model-q4_0.gguf").read_bytes()
+    assert measured.endswith(blocks(found, "same"))
+    other = imatrix.Imatrix({name: torch.rand(len(sums)) for name, sums in found.sums.items()}, found.counts, "other")
+    assert not measured.endswith(blocks(other, "other"))
+
+
+def test_importance_matrix_survives_an_interruption(make_checkpoint, build, monkeypatch):
+    folder = make_checkpoint()
+    _, whole = build(folder, "gguf-q4_0", out="whole")
+    monkeypatch.setattr(Draft, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, "gguf-q4_0")
+    monkeypatch.undo()
+    _, out = build(folder, "gguf-q4_0")
+    for name in ("imatrix.gguf", "imatrix.dat"):
+        assert (out / "calibration" / name).read_bytes() == (whole / "calibration" / name).read_bytes()
+
+
 # --- bad input leaves the output folder untouched ---------------------------------------------------------------------
 
 

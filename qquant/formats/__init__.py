@@ -11,6 +11,7 @@ from qquant.errors import InputError
 from qquant.formats.awq import Awq
 from qquant.formats.gguf import Gguf
 from qquant.formats.gptq import Gptq
+from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
 from qquant.recipe import Recipe
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 class Format(Protocol):
     """What the rest of the program asks of a format."""
 
-    def plan(self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str) -> PlannedArtifact:
+    def plan(
+        self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+    ) -> PlannedArtifact:
         """Every file of an artifact of model `name`, to the byte."""
         ...
 

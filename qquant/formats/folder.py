@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qquant.checkpoint import Checkpoint, read_json, read_tensors
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
+from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact, copied_file, safetensors_files, small_file
 from qquant.recipe import Recipe
 from qquant.resources import lazy
@@ -75,7 +76,9 @@ class ModelFolder(ABC):
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
 
-    def plan(self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str) -> PlannedArtifact:
+    def plan(
+        self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+    ) -> PlannedArtifact:
         """Every file of the artifact, to the byte.
 
         Raises:

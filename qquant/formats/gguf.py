@@ -23,6 +23,7 @@ from qquant.errors import InputError, QQuantError
 from qquant.families import FAMILIES, Family, ModelConfig
 from qquant.formats import gguf_mix, gguf_types
 from qquant.formats.gguf_container import Field, Header, StoredTensor, header_bytes, read_header
+from qquant.formats.imatrix import CHUNK, Imatrix
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
@@ -38,8 +39,11 @@ else:
     torch = lazy("torch")
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
-SAMPLING = (("top_k", "i32"), ("top_p", "f32"), ("temperature", "f32"), ("repetition_penalty", "f32"))
-SAMPLING_KEYS = {"temperature": "temp", "repetition_penalty": "penalty_repeat"}
+SAMPLING = (
+    ("top_k", "top_k", "i32"),
+    ("top_p", "top_p", "f32"),
+    ("temperature", "temp", "f32"),
+)  # what the converter takes over
 
 
 def file_name(model: str, type_name: str) -> str:
@@ -56,14 +60,16 @@ def tensor_order(name: str) -> tuple[int, str]:
 class Gguf:
     """The `gguf` format of a recipe."""
 
-    def plan(self, checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str) -> PlannedArtifact:
+    def plan(
+        self, checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+    ) -> PlannedArtifact:
         """The file, to the byte."""
         family, config = checkpoint.family, checkpoint.config
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
         mix = gguf_mix.tensor_types(spec.type, _mix_shape(config), spec.imatrix)
         types = {tensor: mix.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
-        fields = metadata(checkpoint, spec, recipe, name)
+        fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: _nbytes(types[tensor], shapes[tensor]) for tensor in types}
         entries = [(tensor, shapes[tensor], gguf_types.TYPES[types[tensor]].ggml_id, sizes[tensor]) for tensor in types]
         head, offsets, size = header_bytes(fields, entries)
@@ -154,7 +160,9 @@ def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
 
 
-def metadata(checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str) -> list[Field]:
+def metadata(
+    checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+) -> list[Field]:
     """Every field of the file, in order."""
     config, arch = checkpoint.config, checkpoint.family.gguf_architecture
     fields = [Field("general.architecture", "str", arch), Field("general.type", "str", "model")]
@@ -174,12 +182,17 @@ def metadata(checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: s
         Field("general.quantization_version", "u32", 2),
         Field("general.file_type", "u32", gguf_mix.FILE_TYPES[spec.type]),
     ]
+    tokens = recipe.calibration.samples * recipe.calibration.length
     if spec.imatrix and spec.type not in ("f16", "bf16"):
         fields += [
             Field("quantize.imatrix.file", "str", "imatrix.gguf"),
-            Field("quantize.imatrix.dataset", "str", f"qquant recipe {recipe.name}"[:127]),
+            Field(
+                "quantize.imatrix.dataset",
+                "str",
+                (imatrix.dataset if imatrix else f"qquant recipe {recipe.name}")[:127],
+            ),
             Field("quantize.imatrix.entries_count", "u32", config.layers * len(checkpoint.family.linears)),
-            Field("quantize.imatrix.chunks_count", "u32", recipe.calibration.samples),
+            Field("quantize.imatrix.chunks_count", "u32", imatrix.chunks if imatrix else -(-tokens // CHUNK)),
         ]
     return fields
 
@@ -192,9 +205,9 @@ def _general(checkpoint: Checkpoint, name: str) -> list[Field]:
     fields = []
     generation = checkpoint.path / "generation_config.json"
     settings = read_json(generation) if generation.is_file() else {}
-    for key, kind in SAMPLING:
+    for key, name_there, kind in SAMPLING:
         if isinstance(settings.get(key), int | float):
-            fields.append(Field(f"general.sampling.{SAMPLING_KEYS.get(key, key)}", kind, settings[key]))
+            fields.append(Field(f"general.sampling.{name_there}", kind, settings[key]))
     _, _, base, finetune, version, label = Metadata.get_model_id_components(name, parameters)
     fields.append(Field("general.name", "str", Metadata.id_to_title(name)))
     for key, value in (("version", version), ("finetune", finetune), ("basename", base)):

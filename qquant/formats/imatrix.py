@@ -1,0 +1,165 @@
+"""Importance matrices of llama.cpp: for every linear, the sum of squares of each input channel over the calibration tokens.
+
+GGUF (llama-quantize since 2025): general.type = "imatrix"; imatrix.datasets [str], imatrix.chunk_count, imatrix.chunk_size u32; per
+weight two F32 tensors, sorted by name: `<weight>.in_sum2` [K] = sum of x^2, `<weight>.counts` [1] = number of tokens.
+
+Legacy .dat (ik_llama.cpp): i32 entries; per entry i32 length, name, i32 calls, i32 K, K x f32 = (sum x^2 / tokens) * calls, with
+calls = ceil(tokens / chunk_size); then i32 last chunk, i32 length, dataset name.
+
+The importance of a channel is sum / count. Zeros are legal (a channel that was never active); a count of zero means that nothing is
+known, and every channel counts the same; NaN, infinity and negative values are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qquant.errors import InputError
+from qquant.formats.gguf_container import Field, header_bytes, padded, read_header
+from qquant.resources import lazy
+from qquant.safetensors_file import TensorInfo, read_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+F32 = 0  # GGML type
+CHUNK = 512  # tokens of a chunk, as llama-imatrix counts them
+NAME_LIMIT = 512
+ENTRY_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Sums of squares float32 [K] and token counts by GGUF weight name."""
+
+    sums: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+    dataset: str
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 512 tokens, rounded up."""
+        return -(-max(self.counts.values(), default=0) // CHUNK)
+
+    def importance(self, name: str) -> Tensor | None:
+        """Mean square of each input channel of weight `name` (GGUF name), float32 [K]; None if it has no entry."""
+        if name not in self.sums:
+            return None
+        return self.sums[name] / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
+
+    def gguf_bytes(self) -> bytes:
+        """The file in the GGUF format."""
+        fields = [
+            Field("general.type", "str", "imatrix"),
+            Field("imatrix.datasets", "[str]", [self.dataset]),
+            Field("imatrix.chunk_count", "u32", self.chunks),
+            Field("imatrix.chunk_size", "u32", CHUNK),
+        ]
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(self.sums):
+            tensors[f"{name}.in_sum2"] = self.sums[name]
+            tensors[f"{name}.counts"] = torch.tensor([float(self.counts[name])])
+        head, _, _ = header_bytes(
+            fields, [(name, (len(value),), F32, 4 * len(value)) for name, value in tensors.items()]
+        )
+        data = b"".join(_raw(value).ljust(padded(4 * len(value)), b"\0") for value in tensors.values())
+        return head + data
+
+    def dat_bytes(self) -> bytes:
+        """The file in the legacy format."""
+        parts = [struct.pack("<i", len(self.sums))]
+        for name in sorted(self.sums):
+            calls = max(1, -(-self.counts[name] // CHUNK))
+            mean = self.importance(name)
+            assert mean is not None
+            text = name.encode()
+            parts += [struct.pack("<i", len(text)), text, struct.pack("<ii", calls, len(mean)), _raw(mean * calls)]
+        text = self.dataset.encode()
+        return b"".join([*parts, struct.pack("<ii", self.chunks, len(text)), text])
+
+
+def _raw(value: Tensor) -> bytes:
+    return value.float().contiguous().numpy().astype("<f4").tobytes()
+
+
+def read(path: Path) -> Imatrix:
+    """An importance matrix in either format.
+
+    Raises:
+        InputError: neither format, truncated, or values that are not finite or negative.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: not found")
+    with path.open("rb") as file:
+        found = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
+    for name, sums in found.sums.items():
+        if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
+            raise InputError(
+                f"{path}: {name} holds NaN, infinity or a negative value. Compute the importance matrix again"
+            )
+    return found
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    header = read_header(path)
+    if header.value("general.type") != "imatrix":
+        raise InputError(f"{path}: general.type is {header.value('general.type')!r}, not an importance matrix")
+    values = {}
+    for tensor in header.tensors.values():
+        size = 1
+        for length in tensor.shape:
+            size *= length
+        if tensor.type_id != F32 or tensor.offset + 4 * size > path.stat().st_size:
+            raise InputError(f"{path}: tensor {tensor.name} is not F32 or ends beyond the file")
+        values[tensor.name] = read_tensor(TensorInfo(tensor.name, "F32", (size,), path, tensor.offset, 4 * size))
+    names = [name.removesuffix(".in_sum2") for name in values if name.endswith(".in_sum2")]
+    missing = [name for name in names if f"{name}.counts" not in values]
+    if missing or not names:
+        raise InputError(
+            f"{path}: no importance entries" if not names else f"{path}: {missing[0]} has sums but no counts"
+        )
+    datasets = header.value("imatrix.datasets", [])
+    return Imatrix(
+        {name: values[f"{name}.in_sum2"] for name in names},
+        {name: int(values[f"{name}.counts"][0]) for name in names},
+        datasets[0] if datasets else "",
+    )
+
+
+def _read_dat(path: Path) -> Imatrix:
+    data = path.read_bytes()
+    place = 0
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        if count < 0 or place + count > len(data):
+            raise InputError(f"{path}: byte {place:,}: truncated, or not an importance matrix")
+        place += count
+        return data[place - count : place]
+
+    def number(limit: int) -> int:
+        value = struct.unpack("<i", take(4))[0]
+        if not 0 <= value <= limit:
+            raise InputError(f"{path}: byte {place - 4:,}: a count of {value}; not an importance matrix")
+        return int(value)
+
+    sums, calls = {}, {}
+    for _ in range(number(ENTRY_LIMIT)):
+        name = take(number(NAME_LIMIT)).decode("utf-8", "replace")
+        calls[name], length = number(1 << 30), number(1 << 24)
+        sums[name] = torch.frombuffer(bytearray(take(4 * length)), dtype=torch.float32).clone()
+    dataset = ""
+    if place < len(data):
+        number(1 << 30)
+        dataset = take(number(1 << 16)).decode("utf-8", "replace")
+    # A .dat holds means times calls: with counts of `calls` chunks the importance comes out the same.
+    return Imatrix(
+        {name: value * CHUNK for name, value in sums.items()}, {name: calls[name] * CHUNK for name in sums}, dataset
+    )

@@ -1,0 +1,71 @@
+"""What is kept of the calibration pass besides the artifacts: the second moments of every stage's input.
+
+    DIR/.partial/moments-<key>/block-<n>    sums of squares [K] of each stage, and the number of tokens, one file a block
+
+They become the importance matrix that a build leaves in DIR/calibration for other tools. A block's file is written before any
+artifact's block is journalled, so an interrupted build finds them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from qquant.checkpoint import Checkpoint
+from qquant.errors import InputError
+from qquant.formats.imatrix import Imatrix
+from qquant.output import write_synced
+from qquant.stats import Gram
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments by block; `given` is an importance matrix of the user's, used instead of the measured one."""
+
+    folder: Path
+    given: Imatrix | None = None
+
+    def path(self, layer: int) -> Path:
+        """The file of block `layer`."""
+        return self.folder / f"block-{layer}"
+
+    def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
+        """Keep the diagonals of a block's Gram matrices."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {stage: gram.matrix.diagonal().cpu().contiguous() for stage, gram in grams.items()}
+        tokens = torch.tensor(next(iter(grams.values())).tokens)
+        write_synced(self.path(layer), save(tensors | {"tokens": tokens}))
+
+    def importance(self, name: str, gram: Gram) -> torch.Tensor:
+        """The importance of each input of a linear (GGUF name): the given one, else the measured one."""
+        given = self.given.importance(name) if self.given else None
+        return gram.importance if given is None else given.to(gram.matrix)
+
+    def collect(self, checkpoint: Checkpoint, dataset: str) -> Imatrix | None:
+        """The importance matrix of the whole model; None if a block was not measured (everything was built before)."""
+        family, sums, counts = checkpoint.family, {}, {}
+        for layer in range(checkpoint.config.layers):
+            if not self.path(layer).is_file():
+                return None
+            stored = load_file(self.path(layer))
+            for stage in family.stages:
+                for linear in stage.linears:
+                    name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")
+                    sums[name], counts[name] = stored[stage.name], int(stored["tokens"])
+        return Imatrix(sums, counts, dataset)
+
+
+def require_fit(given: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
+    """Raise InputError unless `given` has an entry of the right width for every linear of the checkpoint."""
+    family = checkpoint.family
+    for layer in range(checkpoint.config.layers):
+        for linear, (_, columns) in family.linear_shapes(checkpoint.config).items():
+            name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")
+            found = given.importance(name)
+            if found is None or len(found) != columns:
+                has = "no entry" if found is None else f"{len(found)} values"
+                raise InputError(f"{path}: {has} for {name}, which has {columns} inputs; was it made from this model?")

@@ -1,0 +1,111 @@
+"""Importance matrices: both formats, against files of llama-imatrix."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from qquant.errors import InputError
+from qquant.formats import imatrix
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_reads_what_llama_imatrix_wrote():
+    ours = imatrix.read(GOLDEN / "tiny.imatrix.gguf")
+    theirs = {
+        tensor.name: torch.from_numpy(tensor.data.copy()).flatten()
+        for tensor in GGUFReader(GOLDEN / "tiny.imatrix.gguf").tensors
+    }
+    assert len(ours.sums) == 42
+    for name, sums in ours.sums.items():
+        assert torch.equal(sums, theirs[f"{name}.in_sum2"])
+        assert ours.counts[name] == int(theirs[f"{name}.counts"])
+    assert ours.chunks == 200
+
+
+def test_both_formats_say_the_same():
+    gguf, dat = imatrix.read(GOLDEN / "tiny.imatrix.gguf"), imatrix.read(GOLDEN / "tiny.imatrix.dat")
+    assert set(gguf.sums) == set(dat.sums)
+    for name in gguf.sums:
+        assert torch.allclose(gguf.importance(name), dat.importance(name), rtol=1e-6)
+    assert dat.chunks == gguf.chunks
+    assert dat.dataset == gguf.dataset
+
+
+@pytest.mark.parametrize("kind", ["gguf_bytes", "dat_bytes"])
+def test_round_trip(tmp_path, kind):
+    source = imatrix.read(GOLDEN / "tiny.imatrix.gguf")
+    path = tmp_path / "copy"
+    path.write_bytes(getattr(source, kind)())
+    copy = imatrix.read(path)
+    for name in source.sums:
+        assert torch.allclose(copy.importance(name), source.importance(name), rtol=1e-6)
+    assert copy.chunks == source.chunks
+
+
+def test_dat_is_byte_for_byte_llama_imatrix_own_format():
+    """Same entries, calls and means; the order of entries is llama-imatrix's hash order, so entries are compared."""
+
+    def entries(data):
+        (count,) = struct.unpack_from("<i", data)
+        place, found = 4, {}
+        for _ in range(count):
+            (length,) = struct.unpack_from("<i", data, place)
+            name = data[place + 4 : place + 4 + length].decode()
+            place += 4 + length
+            calls, size = struct.unpack_from("<ii", data, place)
+            found[name] = (calls, data[place + 8 : place + 8 + 4 * size])
+            place += 8 + 4 * size
+        return found, data[place:]
+
+    theirs, tail = entries((GOLDEN / "tiny.imatrix.dat").read_bytes())
+    ours, our_tail = entries(imatrix.read(GOLDEN / "tiny.imatrix.dat").dat_bytes())
+    assert our_tail == tail
+    assert {name: calls for name, (calls, _) in ours.items()} == {name: calls for name, (calls, _) in theirs.items()}
+    for name, (_, values) in theirs.items():
+        got = torch.frombuffer(bytearray(ours[name][1]), dtype=torch.float32)
+        assert torch.allclose(got, torch.frombuffer(bytearray(values), dtype=torch.float32), rtol=1e-6)
+
+
+def test_reader_of_gguf_reads_ours(tmp_path):
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(
+        imatrix.Imatrix({"blk.0.attn_q.weight": torch.arange(5.0)}, {"blk.0.attn_q.weight": 7}, "text").gguf_bytes()
+    )
+    tensors = {tensor.name: tensor.data.tolist() for tensor in GGUFReader(path).tensors}
+    assert tensors == {"blk.0.attn_q.weight.in_sum2": [0, 1, 2, 3, 4], "blk.0.attn_q.weight.counts": [7]}
+
+
+def test_no_count_means_nothing_is_known():
+    empty = imatrix.Imatrix({"a": torch.tensor([3.0, 0.0])}, {"a": 0}, "")
+    assert empty.importance("a").tolist() == [1, 1]
+    assert empty.importance("b") is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_values_that_cannot_be_are_refused(tmp_path, value):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(imatrix.Imatrix({"a": torch.tensor([1.0, value])}, {"a": 4}, "").gguf_bytes())
+    with pytest.raises(InputError, match="a holds NaN, infinity or a negative value"):
+        imatrix.read(path)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 10, 500, 20000])
+@pytest.mark.parametrize("name", ["tiny.imatrix.dat", "tiny.imatrix.gguf"])
+def test_truncated_files_are_refused(tmp_path, name, cut):
+    path = tmp_path / name
+    path.write_bytes((GOLDEN / name).read_bytes()[:cut])
+    with pytest.raises(InputError):
+        imatrix.read(path)
+
+
+def test_a_model_is_not_an_importance_matrix(tmp_path):
+    from qquant.formats.gguf_container import Field, header_bytes
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header_bytes([Field("general.type", "str", "model")], [])[0])
+    with pytest.raises(InputError, match="general.type is 'model', not an importance matrix"):
+        imatrix.read(path)
