@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qquant import __version__, calibration, walk
+from qquant import __version__, calibration, report_html, walk
 from qquant.artifact import Draft, finished, installed, read_manifest
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
@@ -64,8 +64,7 @@ def build(
             **vars(found),
         )
         record(out, measured, text, checkpoint)
-        write_synced(out / "report.json", report.to_json().encode())
-        write_synced(out / "report.md", report.to_markdown().encode())
+        _write(report, out)
     return report
 
 
@@ -97,8 +96,7 @@ def check(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         record(out, measured, text, checkpoint)
-        write_synced(out / "report.json", report.to_json().encode())
-        write_synced(out / "report.md", report.to_markdown().encode())
+        _write(report, out)
     return report
 
 
@@ -111,6 +109,13 @@ def write_imatrix(found: Imatrix | None, folder: Path) -> None:
 
 def _key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(report: Report, out: Path) -> None:
+    """The views first, the record last: where there is a report.json, everything else is there."""
+    write_synced(out / "report.md", report.to_markdown().encode())
+    write_synced(out / "report.html", report_html.render(report).encode())
+    write_synced(out / "report.json", report.to_json().encode())
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -98,7 +98,7 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
                 assert path.read_bytes() == file.copy_of.read_bytes()
     assert {path.name for path in out.iterdir()} == {
         "Qwen1.5-Test-Chat-GPTQ-Int4", "Qwen1.5-Test-Chat-GPTQ-Int8", "Qwen1.5-Test-Chat-AWQ", "Qwen1.5-Test-Chat-GGUF",
-        "calibration", "evidence", "report.json", "report.md",
+        "calibration", "evidence", "report.html", "report.json", "report.md",
     }  # fmt: skip
     assert (out / "Qwen1.5-Test-Chat-GGUF" / "qwen1_5-test-chat-q8_0.gguf").is_file()
     rows = {artifact.name: artifact for artifact in (*report.artifacts, *other.artifacts)}

@@ -1,0 +1,212 @@
+"""report.html: one file, no network, no scripts; verdict first, then the numbers, then pictures, drawn as SVG by hand.
+
+Colours come from CSS variables that follow the reader's light or dark mode and print as black on white. Every picture has a text
+for those who do not see it, and every number in it also stands in a table or a tooltip (<title>).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from qquant.report import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
+
+WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46  # margins
+SHADES = 8  # steps of the heat map
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A logarithmic axis from `low` to `high`, drawn from pixel `start` to `stop`."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], start: float, stop: float, margin: float = 1.25) -> Axis:
+        """An axis that shows all `values` > 0."""
+        return cls(min(values) / margin, max(values) * margin, start, stop)
+
+    def at(self, value: float) -> float:
+        """The pixel of a value."""
+        share = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return round(self.start + share * (self.stop - self.start), 1)
+
+    def ticks(self, most: int = 7) -> list[float]:
+        """Round values inside, 1-2-5 where there is room, else powers of ten."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for steps in ((1, 2, 5), (1, 3), (1,)):
+            found = [step * 10.0**power for power in powers for step in steps]
+            found = [value for value in found if self.low <= value <= self.high]
+            if len(found) <= most:
+                break
+        stride = -(-len(found) // most)
+        return found[::stride]
+
+
+def render(report: Report) -> str:
+    """The page."""
+    template = _environment().from_string((Path(__file__).with_name("report.html.jinja")).read_text("utf-8"))
+    artifacts = [artifact for artifact in report.artifacts if _usable(artifact)]
+    return template.render(
+        report=report,
+        title=TITLES[report.outcome],
+        columns=COLUMNS,
+        rows=list(zip(report.rows(), (None, *report.artifacts), strict=True)),
+        pareto=_pareto(artifacts),
+        heat=[_heat(artifact) for artifact in report.artifacts if len(artifact.layers) > 1],
+        headroom=_headroom(report.artifacts),
+        histograms=[(artifact, _histogram(artifact)) for artifact in artifacts if artifact.kl_histogram],
+        anchors={artifact.name: f"a{index}" for index, artifact in enumerate(report.artifacts)},
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"size": _size, "visible": _visible, "digits": _digits}
+    return environment
+
+
+def _usable(artifact: ArtifactReport) -> bool:
+    return math.isfinite(artifact.kl_divergence) and artifact.size > 0
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _digits(value: float, count: int = 4) -> str:
+    """A number with `count` digits that count, never in a form that only programmers read, unless it is tiny."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-5:
+        return f"{value:.1e}"
+    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _visible(text: str) -> str:
+    """Blanks and line ends as signs that can be seen."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return re.sub(r"^ | $", "␣", shown) if shown.strip() else "␣" * len(shown)
+
+
+def _pareto(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
+    """Points of size against KL divergence, and the line of those that nothing beats in both."""
+    if len(artifacts) < 2:
+        return None
+    floor = min((a.kl_divergence for a in artifacts if a.kl_divergence > 0), default=1e-6)
+    x = Axis.of([a.size for a in artifacts], LEFT, WIDTH - RIGHT)
+    y = Axis.of([max(a.kl_divergence, floor) for a in artifacts], HEIGHT - BOTTOM, TOP, 1.6)
+    points: list[dict[str, Any]] = []
+    for artifact in artifacts:
+        beaten = any(
+            other.size <= artifact.size and other.kl_divergence < artifact.kl_divergence for other in artifacts
+        )
+        place = x.at(artifact.size), y.at(max(artifact.kl_divergence, floor))
+        points.append({"a": artifact, "x": place[0], "y": place[1], "best": not beaten})
+    points.sort(key=lambda point: point["x"])
+    _place_labels(points)
+    best = [point for point in points if point["best"]]
+    line = " ".join(f"{point['x']},{point['y']}" for point in best)
+    return {"points": points, "line": line, "x": _marks(x), "y": _marks(y)}
+
+
+def _place_labels(points: list[dict[str, Any]]) -> None:
+    """Give each point a place for its name that no name before it takes: beside, above, below, further away."""
+    taken: list[tuple[float, float, float, float]] = []
+    for point in points:
+        width = 7.2 * len(point["a"].name)
+        for dx, dy in ((10, 4), (10, -12), (10, 20), (-10 - width, 4), (-10 - width, -12), (10, 36), (10, -28)):
+            left, top = point["x"] + dx, point["y"] + dy - 12
+            box = (left, top, left + width, top + 15)
+            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        point["label_x"], point["label_y"] = round(left, 1), round(top + 12, 1)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _marks(axis: Axis) -> list[tuple[float, float]]:
+    return [(axis.at(value), value) for value in axis.ticks()]
+
+
+def _place(name: str) -> tuple[int, str] | None:
+    """(block, linear) of a weight's name, such as (3, "mlp.up_proj")."""
+    found = re.search(r"layers\.(\d+)\.(.+?)\.weight$", name)
+    return (int(found[1]), found[2]) if found else None
+
+
+def _heat(artifact: ArtifactReport) -> dict[str, Any]:
+    """Relative squared error of each linear by block: the darker the more, on a logarithmic scale of this artifact."""
+    cells: dict[tuple[int, str], float] = {}
+    for layer in artifact.layers:
+        place = _place(str(layer.get("name", "")))
+        if place and isinstance(layer.get("error"), float | int):
+            cells[place] = float(layer["error"])
+    blocks = sorted({block for block, _ in cells})
+    linears = list(dict.fromkeys(linear for _, linear in cells))
+    positive = [value for value in cells.values() if value > 0]
+    low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 0.0)
+
+    def shade(value: float) -> int:
+        share = (math.log(value) - low) / (high - low) if value > 0 and high > low else 0.0
+        return min(SHADES - 1, int(share * SHADES))
+
+    rows = [
+        (linear, [(block, cells.get((block, linear)), shade(cells.get((block, linear)) or 0.0)) for block in blocks])
+        for linear in linears
+    ]
+    return {"artifact": artifact, "rows": rows, "blocks": blocks, "low": math.exp(low), "high": math.exp(high)}
+
+
+def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[int, float]]:
+    """Per block the largest |input of a linear| seen in calibration, as a share of what fp16 can hold."""
+    largest: dict[int, float] = {}
+    for artifact in artifacts[:1]:
+        for layer in artifact.layers:
+            place = _place(str(layer.get("name", "")))
+            if place and "largest" in layer:
+                largest[place[0]] = max(largest.get(place[0], 0.0), float(layer["largest"]) / FP16_MAX)
+    return sorted(largest.items())
+
+
+def _histogram(artifact: ArtifactReport) -> dict[str, Any]:
+    """Bars of the tokens per bin of KL divergence; ends gathered."""
+    counts = artifact.kl_histogram
+    total = sum(counts) or 1
+    width = (WIDTH - LEFT - RIGHT) / len(counts)
+    tallest = max(counts) or 1
+    height = 150
+    bars = []
+    for index, count in enumerate(counts):
+        low = _digits(10 ** KL_BINS[index - 1], 2) if index else "0"
+        high = _digits(10 ** KL_BINS[index], 2) if index < len(KL_BINS) else "more"
+        tall = round((height - 10) * count / tallest, 1)
+        text = f"{low} to {high}: {count / total:.1%} of the tokens"
+        bars.append({"x": round(LEFT + index * width, 1), "y": round(height - tall, 1), "h": tall, "text": text})
+    ticks = [
+        (round(LEFT + (index + 1) * width, 1), int(edge)) for index, edge in enumerate(KL_BINS) if edge == int(edge)
+    ]
+    return {"bars": bars, "ticks": ticks[::2], "width": round(width - 1, 1), "height": height}

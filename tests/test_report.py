@@ -1,0 +1,136 @@
+"""The record and its views: valid JSON whatever the numbers, and a page that needs nothing and shows everything."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from qquant import report_html
+from qquant.report import ArtifactReport, GateReport, Report, TextReport, Verdict, WorstToken
+
+GATE = GateReport("mean KL divergence", "fail", 0.06, 0.05, 0.055, 0.066, 1.0, 0.0002, 0.004, 40)
+LAYERS = tuple(
+    {"name": f"model.layers.{block}.{linear}.weight", "error": 0.001 * (block + 1), "largest": 10.0 * 100**block}
+    for block in range(3)
+    for linear in ("self_attn.q_proj", "mlp.down_proj")
+)
+
+
+def artifact(name="a", size=10**6, kl=0.01, outcome="pass", **more):
+    verdict = more.pop("verdict", Verdict(outcome))
+    numbers = {
+        "perplexity": 10.1,
+        "perplexity_ratio": 1.01,
+        "kl_divergence": kl,
+        "kl_99": 9 * kl,
+        "top1_agreement": 0.95,
+    }
+    parts = {"50": kl, "90": 2 * kl, "99": 3 * kl, "99.9": 4 * kl}
+    return ArtifactReport(
+        name, f"out/{name}", size, 4.5, **numbers, verdict=verdict, kl_percentiles=parts, kl_histogram=tuple(range(38)),
+        delta_p={"mean": -0.001, "rms": 0.02}, layers=LAYERS, **more,
+    )  # fmt: skip
+
+
+def report(*artifacts, **more):
+    conditions = {"text": {"name": "t", "windows": 4, "length": 64, "protocol": "llama.cpp"}, "torch": "2"}
+    return Report("m", "r", 16.0, conditions, 10.0, artifacts or (artifact(),), **more)
+
+
+class Page(HTMLParser):
+    """Tags that are opened and closed in order, and everything that could leave the page."""
+
+    VOID = ("meta", "br", "img", "link", "line", "circle", "rect", "polyline")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        self.links += [name for name, _ in attributes if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_is_whole_and_alone():
+    text = report_html.render(report(artifact(), artifact("b", 2 * 10**6, 0.001)))
+    page = Page(text)
+    assert page.open == []
+    assert page.links == []
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert page.tags.count("svg") == 3  # size against divergence, and one histogram each
+
+
+@pytest.mark.parametrize(
+    ("outcome", "title"),
+    [("pass", "passed"), ("fail", "FAILED"), ("inconclusive", "INCONCLUSIVE"), ("waived", "passed with a waiver")],
+)
+def test_verdict_comes_first_everywhere(outcome, title):
+    waiver = "waived by A. Person until 2030-01-01: known" if outcome == "waived" else ""
+    made = report(artifact(verdict=Verdict(outcome, ("too far off",) * (outcome != "pass"), (GATE,), waiver)))
+    shown = " ".join("".join(Page(report_html.render(made)).text).split())
+    assert shown.index(title) < shown.index("recipe r")
+    assert made.to_markdown().startswith(f"# m: {title}\n")
+    assert json.loads(made.to_json())["verdict"] == outcome
+    assert waiver in shown
+    assert waiver in made.to_markdown()
+    assert ("too far off" in shown) == ("too far off" in made.to_markdown()) == (outcome != "pass")
+
+
+def test_worst_verdict_is_that_of_the_report():
+    assert report(artifact(), artifact("b", outcome="inconclusive")).outcome == "inconclusive"
+    assert report(artifact("b", outcome="inconclusive"), artifact("c", outcome="fail")).outcome == "fail"
+    assert report(artifact(), artifact("b", outcome="waived")).passed
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+def test_numbers_that_cannot_be_drawn(value):
+    made = report(artifact(kl=value), artifact("b"), artifact("c", 3 * 10**6))
+    Page(report_html.render(made))
+    stored = json.loads(made.to_json(), parse_constant=lambda text: pytest.fail(text))
+    assert stored["artifacts"][0]["kl_divergence"] == (0.0 if value == 0 else str(value))
+
+
+def test_text_of_the_model_is_text():
+    worst = WorstToken("a <script>alert(1)</script>\n", " </code>", 3.0, 4.0, 1.0)
+    made = report(artifact(worst=(worst,), texts=(TextReport("<b>zh", 9, 2.0, 2.0, 1.0, 0.1, 0.9),)))
+    page = Page(report_html.render(made))
+    assert "script" not in page.tags
+    assert "a <script>alert(1)</script>⏎" in page.text
+    assert "␣</code>" in page.text
+
+
+def test_heat_map_shows_every_linear():
+    page = Page(report_html.render(report()))
+    text = " ".join("".join(page.text).split())
+    assert "mlp.down_proj" in text
+    assert "from 0.0010 (light) to 0.0030 (dark)" in text
+    assert "153 %" in text  # 10 * 100^2 / 65504: head-room of block 2
+
+
+def test_points_that_nothing_beats_are_filled():
+    made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01), artifact("c", 300, 0.05))
+    assert report_html.render(made).count('class="dot best"') == 2
+
+
+def test_axis_ticks_are_round_and_inside():
+    axis = report_html.Axis.of([4.2e6, 1.9e7], 0, 100)
+    assert axis.ticks() == [5e6, 1e7, 2e7]
+    assert axis.at(axis.low) == 0
+    assert axis.at(axis.high) == 100
+    wide = report_html.Axis.of([1e-9, 10], 0, 100)
+    assert len(wide.ticks()) <= 7
