@@ -1,0 +1,223 @@
+"""The numbers of `llama-perplexity --kl-divergence`, in its own arithmetic, and its file of base logits.
+
+Our own KL divergence (fidelity.py) is exact. llama-perplexity's is not: the base model's log probabilities go through 16-bit
+codes in a file, cut at 16 below the largest logit, and only tokens with log p_base > -16 count. To compare with numbers
+that people publish, this module repeats that arithmetic.
+
+    file   "_logits_" | i32 context, vocabulary V, chunks C | i32 tokens[C * context] | per chunk context - 1 - context / 2 rows
+    row    f32 scale, f32 least | u16 code[V], one more if V is odd       log p = scale * code + least
+           low = max(min, max - 16), scale = (max - low) / 65535, code = nearest((logit - low) / scale), 0 at or below low
+           least = low - max - ln sum exp(logit - max)
+
+Per token: nll, nll_base (from the codes), kl = sum over log p_base > -16 of p_base (log p_base - log p), the same largest, and the
+right token's p - p_base. Means come with sd / sqrt(n - 1), percentiles by interpolation at f (n - 1). The whole vocabulary of the
+file counts, padding included. Left out: quantization of activations, which llama.cpp does on the CPU and in its CUDA kernels.
+Reference: tools/perplexity of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qquant.checkpoint import WeightSource
+from qquant.checks.fidelity import Progress, Scored, final_states
+from qquant.errors import InputError
+
+MAGIC = b"_logits_"
+DEPTH = 16.0  # nats below the largest that are kept
+ROWS = 4096  # rows of the head at a time
+LIMIT = 1 << 20  # of each number in the head of a file
+
+
+def encode(logits: Tensor) -> NDArray[np.uint16]:
+    """Rows of the file, uint16 [T, 4 + V (+ 1)], for float32 logits [T, V]."""
+    count, vocabulary = logits.shape
+    largest = logits.amax(1)
+    low = torch.maximum(logits.amin(1), largest - DEPTH)
+    total = (logits - largest[:, None]).exp().double().sum(1)
+    scale = (largest - low) / 65535
+    least = (low - largest).double() - total.log()
+    codes = ((logits - low[:, None]) / scale[:, None]).round().clamp_(0, 65535).nan_to_num_(0)
+    rows = np.zeros((count, 4 + vocabulary + vocabulary % 2), np.uint16)
+    head = torch.stack((scale, least.float()), 1).cpu().numpy()
+    rows[:, :4] = head.view(np.uint16)
+    rows[:, 4 : 4 + vocabulary] = codes.cpu().numpy().astype(np.uint16)
+    return rows
+
+
+def decode(rows: NDArray[np.uint16], vocabulary: int) -> Tensor:
+    """Log probabilities float32 [T, V] of rows of the file."""
+    head = torch.from_numpy(np.ascontiguousarray(rows[:, :4]).view(np.float32))
+    codes = torch.from_numpy(rows[:, 4 : 4 + vocabulary].astype(np.float32))
+    return codes * head[:, :1] + head[:, 1:]
+
+
+@dataclass
+class BaseLogits:
+    """A file of base logits: windows int32 [C, context], and their rows, read one chunk at a time."""
+
+    path: Path
+    windows: NDArray[np.int32]
+    vocabulary: int
+
+    @classmethod
+    def open(cls, path: Path) -> BaseLogits:
+        """Read the head of a file.
+
+        Raises:
+            InputError: it is no such file, or has another size than its head says.
+        """
+        with path.open("rb") as file:
+            head = file.read(len(MAGIC) + 12)
+            if len(head) < len(MAGIC) + 12 or not head.startswith(MAGIC):
+                raise InputError(f"{path}: is not a file of base logits (llama-perplexity --kl-divergence-base)")
+            context, vocabulary, chunks = struct.unpack("<3i", head[len(MAGIC) :])
+            if not all(0 < number <= LIMIT for number in (context, vocabulary, chunks)):
+                raise InputError(f"{path}: context {context}, vocabulary {vocabulary}, {chunks} chunks: damaged")
+            expected = len(head) + 4 * context * chunks + 2 * chunks * _scored(context) * _width(vocabulary)
+            if path.stat().st_size != expected:
+                raise InputError(f"{path}: {path.stat().st_size:,} bytes, its head describes {expected:,}: truncated")
+            windows = np.frombuffer(file.read(4 * context * chunks), "<i4").reshape(chunks, context)
+        return cls(path, windows, vocabulary)
+
+    def rows(self) -> Iterator[NDArray[np.uint16]]:
+        """Rows of each chunk, uint16 [scored, width]."""
+        chunks, context = self.windows.shape
+        shape = (_scored(context), _width(self.vocabulary))
+        with self.path.open("rb") as file:
+            file.seek(len(MAGIC) + 12 + 4 * context * chunks)
+            for _ in range(chunks):
+                yield np.frombuffer(file.read(2 * math.prod(shape)), "<u2").reshape(shape)
+
+
+def _scored(context: int) -> int:
+    return context - 1 - context // 2
+
+
+def _width(vocabulary: int) -> int:
+    return 4 + vocabulary + vocabulary % 2
+
+
+@dataclass
+class Statistics:
+    """Per token, float64 [n]; filled chunk by chunk."""
+
+    nll: list[Tensor] = field(default_factory=list)
+    nll_base: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    delta_p: list[Tensor] = field(default_factory=list)
+    same_top: list[Tensor] = field(default_factory=list)
+
+    def add(self, base: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Take in log probabilities of the base [T, V], logits of the artifact [T, V], and the next tokens [T]."""
+        largest = logits.amax(1, keepdim=True)
+        log_sum = (logits - largest).exp().double().sum(1, keepdim=True).log().float()
+        log_p = logits - largest - log_sum
+        at = targets[:, None]
+        p_base = torch.where(base > -DEPTH, base.exp(), torch.zeros(()))
+        self.nll.append(-log_p.gather(1, at)[:, 0].double())
+        self.nll_base.append(-base.gather(1, at)[:, 0].double())
+        self.kl.append((p_base * (base - log_p)).double().sum(1))
+        self.delta_p.append((log_p.gather(1, at).exp() - base.gather(1, at).exp())[:, 0].double())
+        self.same_top.append((base.argmax(1) == log_p.argmax(1)).double())
+
+    def summary(self) -> dict[str, float]:
+        """The numbers that llama-perplexity prints, under short names; probabilities as shares, not per cent."""
+        columns = {name: torch.cat(column).numpy() for name, column in vars(self).items()}
+        nll, base, kl, move = (columns[name] for name in ("nll", "nll_base", "kl", "delta_p"))
+        found = {"ppl": math.exp(nll.mean()), "ppl_error": math.exp(nll.mean()) * _error(nll)}
+        found |= {"ppl_base": math.exp(base.mean()), "ln_ppl_ratio": float(nll.mean() - base.mean())}
+        found |= {"ln_ppl_ratio_error": _error(nll - base), "correlation": float(np.corrcoef(nll, base)[0, 1])}
+        found |= {"kld_mean": float(kl.mean()), "kld_error": _error(kl), "kld_max": float(kl.max())}
+        for name, values in (("kld", kl), ("dp", move)):
+            quantiles = np.percentile(values, PERCENTILES)
+            found |= {f"{name}_{f:g}": float(value) for f, value in zip(PERCENTILES, quantiles, strict=True)}
+        rms = float(np.sqrt((move**2).mean()))
+        found |= {"dp_mean": float(move.mean()), "dp_rms": rms}
+        found |= {"dp_rms_error": _error(move**2) / (2 * rms) if rms else 0.0}
+        share = float(columns["same_top"].mean())
+        found |= {"same_top": share, "same_top_error": math.sqrt(share * (1 - share) / (len(nll) - 1))}
+        return found
+
+
+PERCENTILES = (0.1, 1, 5, 10, 50, 90, 95, 99, 99.9)
+
+
+def _error(values: NDArray[np.float64]) -> float:
+    return math.sqrt(max(float((values**2).mean() - values.mean() ** 2), 0.0) / (len(values) - 1))
+
+
+def compare(
+    baseline: WeightSource,
+    artifacts: Mapping[str, WeightSource],
+    windows: Tensor,
+    device: torch.device,
+    progress: Progress,
+    target: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Statistics of artifacts against `baseline` on windows int64 [C, context]; the base logits are kept in `target`, if given."""
+    sources = [baseline, *artifacts.values()]
+    finals = _finals(sources, windows, device, progress)
+    vocabulary, first = baseline.config.vocab, windows.shape[1] // 2
+    found = {name: Statistics() for name in artifacts}
+    file = target.open("wb") if target else None
+    try:
+        if file:
+            file.write(MAGIC + struct.pack("<3i", windows.shape[1], vocabulary, len(windows)))
+            file.write(windows.numpy().astype("<i4").tobytes())
+        for chunk in range(len(windows)):
+            coded = encode(_logits(baseline, finals[0][chunk]))
+            if file:
+                file.write(coded.astype("<u2").tobytes())
+            base, next_tokens = decode(coded, vocabulary), windows[chunk, first + 1 :]
+            for states, (name, source) in zip(finals[1:], artifacts.items(), strict=True):
+                found[name].add(base, _logits(source, states[chunk]).cpu(), next_tokens)
+    finally:
+        if file:
+            file.close()
+    return {name: statistics.summary() for name, statistics in found.items()}
+
+
+def compare_with_file(
+    base: BaseLogits, artifacts: Mapping[str, WeightSource], device: torch.device, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Statistics of artifacts against a file of base logits, on the windows that the file names.
+
+    Raises:
+        InputError: an artifact has another vocabulary than the file.
+    """
+    for name, source in artifacts.items():
+        if source.config.vocab != base.vocabulary:
+            raise InputError(f"{base.path}: has {base.vocabulary} tokens, {name} has {source.config.vocab}")
+    windows = torch.from_numpy(base.windows.astype(np.int64))
+    finals = _finals(list(artifacts.values()), windows, device, progress)
+    first = windows.shape[1] // 2
+    found = {name: Statistics() for name in artifacts}
+    for chunk, rows in enumerate(base.rows()):
+        log_p = decode(rows, base.vocabulary)
+        for states, (name, source) in zip(finals, artifacts.items(), strict=True):
+            found[name].add(log_p, _logits(source, states[chunk]).cpu(), windows[chunk, first + 1 :])
+    return {name: statistics.summary() for name, statistics in found.items()}
+
+
+def _finals(sources: Sequence[WeightSource], windows: Tensor, device: torch.device, progress: Progress) -> list[Tensor]:
+    return final_states(sources, Scored(windows, windows.shape[1] // 2, sources[0].config.vocab), device, progress)
+
+
+def _logits(source: WeightSource, states: Tensor) -> Tensor:
+    """Float32 logits [T, V] of normed states [T, hidden], with the head read in slices."""
+    vocabulary = source.config.vocab
+    slices = range(0, vocabulary, ROWS)
+    head = source.family.head
+    return torch.cat(
+        [states @ source.rows(head, start, min(start + ROWS, vocabulary)).to(states).T for start in slices], 1
+    )
