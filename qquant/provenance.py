@@ -181,11 +181,6 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def waiver_of(artifact: Mapping[str, Any]) -> Any:
-    """The waiver of an artifact's report, wherever it stands; None if it has none."""
-    return artifact.get("waiver") or artifact["verdict"].get("waiver")
-
-
 def _refusal(entry: Mapping[str, Any], verdict: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str | None:
     if verdict is None:
         return f"{REPORT} has no verdict on it; run the same `qquant build` again"
@@ -194,7 +189,7 @@ def _refusal(entry: Mapping[str, Any], verdict: Mapping[str, Any] | None, report
     if checkpoint and built_from and checkpoint != built_from:
         return f"{REPORT} judged another checkpoint ({checkpoint[:12]}) than it was built from ({built_from[:12]})"
     outcome = verdict["verdict"]["outcome"]
-    if outcome in PASSED or waiver_of(verdict):
+    if outcome in PASSED:
         return None
     return "; ".join([f"verdict {outcome}", *map(str, verdict["verdict"].get("reasons", ()))])
 
@@ -210,7 +205,11 @@ def _repository(
     if licence and licence["name"] not in files:
         files[licence["name"]] = Payload.of(licence["text"].encode())
     facts = {key: source.get(key) for key in ("base_model", "revision", "card")}
-    rows = [artifact for artifact in report["artifacts"] if artifact["name"] in manifest["artifacts"]]
+    rows = [
+        {**artifact, "path": place.name}  # not where it lay on the machine that built it
+        for artifact in report["artifacts"]
+        if artifact["name"] in manifest["artifacts"]
+    ]
     return Repository(
         place.name, files, {**manifest, "release": {"repository": place.name, **facts}}, {**report, "artifacts": rows}
     )
@@ -225,6 +224,19 @@ def _verified(place: Path, name: str, facts: Mapping[str, Any]) -> Payload:
             f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
         )
     return Payload(facts["bytes"], facts["sha256"], path)
+
+
+def verify(folder: Path) -> int:
+    """Bytes of the files that the manifest of `folder` names, after each was hashed and compared.
+
+    Raises:
+        InputError: a file is missing or differs, or there is no manifest.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("schema") != "qquant-manifest-1":
+        raise InputError(f"{folder / MANIFEST}: not a manifest that this version of qquant understands")
+    facts = [item for entry in manifest["artifacts"].values() for item in entry["files"].items()]
+    return sum(_verified(folder, name, expected).size for name, expected in facts)
 
 
 def complete(repository: Repository, facts: Mapping[str, Any]) -> Repository:

@@ -189,7 +189,11 @@ def test_only_files_of_the_manifest_are_published(hub, build):
 
 def test_only_what_passed_or_was_waived_is_published(hub, tmp_path):
     failed = {"outcome": "fail", "reasons": ["KL divergence 0.3 > 0.1"]}
-    waived = {"outcome": "inconclusive", "reasons": [], "waiver": {"reason": "only for tests", "by": "me"}}
+    waived = {
+        "outcome": "waived",
+        "reasons": ["KL divergence 0.2 > 0.1"],
+        "waiver": "waived by me until 2099-01-01: a test",
+    }
     build = write_build(tmp_path / "build", outcomes={"q4_0": failed, "gptq-int4": waived})
     release = read_release(build)
     assert release.refused == {"q4_0": "verdict fail; KL divergence 0.3 > 0.1"}

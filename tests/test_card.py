@@ -1,0 +1,248 @@
+"""Model cards: every number from report.json, every name from the manifest, and a check that finds what does not."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+from ruamel.yaml import YAML
+
+from qquant import card
+from qquant.checkpoint import Checkpoint
+from qquant.errors import InputError
+from qquant.hub import Folder, Request
+from qquant.provenance import as_json, card_facts, complete, read_release, source_facts
+from tests.conftest import write_checkpoint
+from tests.test_hub import CONTENTS, GGUF, GPTQ, write_build
+
+FACTS = {"tag": "v1", "namespace": "org", "base_model": "Qwen/Qwen1.5-Test-Chat"}
+BASE_CARD = """---
+license: other
+license_name: tongyi-qianwen
+license_link: >-
+  https://huggingface.co/Qwen/Qwen1.5-Test-Chat/blob/main/LICENSE
+language:
+- en
+- "no"
+pipeline_tag: text-generation
+tags: [chat]
+secret: not copied
+---
+# Qwen
+"""
+
+
+def releases(build, **facts):
+    return {
+        repository.name: card.with_card(complete(repository, FACTS | facts))
+        for repository in read_release(build).repositories
+    }
+
+
+def text_of(repository):
+    return repository.files["README.md"].content.decode()
+
+
+def head_of(text):
+    return YAML(typ="safe").load(text.split("---\n")[1])
+
+
+@pytest.fixture
+def build(tmp_path):
+    folder = write_build(tmp_path / "build")
+    (tmp_path / "README.md").write_text(BASE_CARD)
+    source = {
+        "schema": "qquant-source-1",
+        "base_model": None,
+        "revision": None,
+        "card": card_facts(tmp_path / "README.md"),
+    }
+    (folder / "source.json").write_bytes(as_json(source | {"licence_file": {"name": "LICENSE", "text": "the terms\n"}}))
+    return folder
+
+
+@pytest.fixture
+def written(build, tmp_path):
+    """Release folders with cards."""
+    Folder(tmp_path / "release").publish(list(releases(build).values()), Request("org"))
+    return tmp_path / "release"
+
+
+def test_head_names_the_base_and_inherits_its_licence(build):
+    head = head_of(text_of(releases(build)[GPTQ]))
+    results = head.pop("model-index")
+    assert head == {
+        "base_model": "Qwen/Qwen1.5-Test-Chat",
+        "base_model_relation": "quantized",
+        "quantized_by": "org",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": "tongyi-qianwen",
+        "license_link": "https://huggingface.co/Qwen/Qwen1.5-Test-Chat/blob/main/LICENSE",
+        "language": ["en", "no"],
+        "tags": ["chat", "gptq", "qquant"],
+    }
+    assert results[0]["results"][0]["metrics"][0]["value"] == 10.25
+    assert head_of(text_of(releases(build)[GGUF]))["library_name"] == "gguf"
+
+
+def test_the_hubs_own_reader_takes_the_card(build):
+    for repository in releases(build).values():
+        data = ModelCard(text_of(repository)).data
+        assert data.base_model == "Qwen/Qwen1.5-Test-Chat"
+        assert data.language == ["en", "no"]
+        assert data.eval_results[0].metric_value == 10.25
+
+
+def test_commands_name_this_repository_and_its_files(build):
+    for name, repository in releases(build).items():
+        text = text_of(repository)
+        assert set(re.findall(r"\b(?:org|Qwen)/[\w.-]*\w", text.split("---\n", 2)[2])) == {
+            f"org/{name}", "Qwen/Qwen1.5-Test-Chat",
+        }  # fmt: skip
+        for file in re.findall(r"--hf-file (\S+)", text):
+            assert file in repository.files
+    gguf, gptq = text_of(releases(build)[GGUF]), text_of(releases(build)[GPTQ])
+    assert f"llama-cli --hf-repo org/{GGUF} --hf-file qwen1_5-test-chat-q4_0.gguf -cnv\n" in gguf
+    assert f"ollama run hf.co/org/{GGUF}:Q4_0\n" in gguf
+    assert f"https://huggingface.co/org/{GGUF}" in gguf
+    assert f"vllm serve org/{GPTQ}\n" in gptq
+    assert f"sglang.launch_server --model-path org/{GPTQ}\n" in gptq
+    assert "vllm" not in gguf
+    assert "llama" not in gptq
+
+
+def test_split_files_are_named_by_their_first_part(tmp_path):
+    parts = [f"qwen1_5-test-chat-q8_0-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    text = text_of(releases(write_build(tmp_path / "b", contents={GGUF: {"q8_0": parts}}))[GGUF])
+    assert f"--hf-file {parts[0]}" in text
+    assert parts[1] not in text
+    assert "3 parts" in text
+    assert "ollama" not in text  # it does not read split files
+
+
+def test_table_conditions_and_origin(build):
+    text = text_of(releases(build)[GGUF])
+    assert "| q8_0 | 50,000 | 4.50 | 10.250 | 1.0123 | 0.02130 | 95.12 % | pass |" in text
+    assert "| 16-bit checkpoint |  | 16.00 | 10.125 |" in text
+    assert "bundled:wikitext-2-test, 40 windows of 512 tokens" in text
+    assert f"- calibration: 8 samples, 384 tokens, `{'ab' * 32}`" in text
+
+
+def test_gates_and_waivers_are_on_the_card(tmp_path):
+    gate = {"name": "mean KL divergence", "outcome": "fail", "value": 0.25, "low": 0.21, "high": 0.28, "limit": 0.1}
+    waived = {"outcome": "waived", "reasons": [], "gates": [gate], "waiver": "waived by me until 2099-01-01: known"}
+    text = text_of(releases(write_build(tmp_path / "b", outcomes={"gptq-int4": waived}))[GPTQ])
+    assert "| gptq-int4 | mean KL divergence | 0.25 | 0.21 to 0.28 | 0.1 | fail |" in text
+    assert "## Known to miss a gate" in text
+    assert "- **gptq-int4**: waived by me until 2099-01-01: known" in text
+
+
+def test_nothing_says_where_it_was_built(build):
+    for repository in releases(build).values():
+        assert all(str(build).encode() not in payload.read() for payload in repository.files.values())
+
+
+def test_a_fresh_card_has_no_problems(written):
+    for folder in written.iterdir():
+        assert card.problems(folder) == []
+
+
+CHANGES = {
+    "a measurement": ("10.250", "10.150", r"is '\| q8_0 .*10\.150.* give '\| q8_0 .*10\.250"),
+    "a percentage": ("95.12 %", "98.12 %", r"98\.12 %"),
+    "a file name": ("test-chat-q8_0.gguf", "test-chat-q9_0.gguf", r"q9_0\.gguf"),
+    "a repository": (f"hf.co/org/{GGUF}:Q8_0", f"hf.co/org/{GPTQ}:Q8_0", "GPTQ-Int4:Q8_0"),
+    "the model index": ("value: 10.25", "value: 9.25", r"model-index is .*9\.25"),
+    "the relation": ("base_model_relation: quantized", "base_model_relation: finetune", "base_model_relation is"),
+    "the licence": ("license_name: tongyi-qianwen", "license_name: mit", "license_name is"),
+    "a mark": ("<!-- qquant: end -->", "", "marks around the generated part"),
+    "the head": ("---\nbase_model:", "---\n: [", "head is not valid YAML"),
+    "added numbers": ("<!-- qquant: end -->", "<!-- qquant: end -->\n\nMMLU is 71.3 here.", r"71\.3 in the added text"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_found(written, change):
+    old, new, message = CHANGES[change]
+    path = written / GGUF / "README.md"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    found = card.problems(written / GGUF)
+    assert found
+    assert re.search(message, "\n".join(found)), found
+
+
+def test_a_changed_report_is_found(written):
+    path = written / GGUF / "report.json"
+    report = json.loads(path.read_text())
+    report["artifacts"][0]["kl_divergence"] = 0.5
+    path.write_text(json.dumps(report))
+    assert re.search(r"README\.md:\d+: is .*0\.02130.* give .*0\.50000", "\n".join(card.problems(written / GGUF)))
+
+
+def test_text_may_be_added(written):
+    path = written / GGUF / "README.md"
+    path.write_text(
+        path.read_text().replace("---\nbase", "---\nnew_version: org/x\nbase")
+        + "\nPerplexity is 10.250; see 3 notes.\n"
+    )
+    assert card.problems(written / GGUF) == []
+
+
+def test_a_build_folder_has_no_card_yet(build):
+    with pytest.raises(InputError, match=r"README\.md: not found"):
+        card.problems(build / GPTQ)
+
+
+def verify(*arguments):
+    command = [sys.executable, "-m", "qquant.cli", "verify", *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_the_command_checks_files_and_card(written):
+    done = verify("--card", written / GPTQ)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    readme = written / GPTQ / "README.md"
+    readme.write_text(readme.read_text().replace("10.250", "9.250"))
+    done = verify("--card", written / GPTQ)
+    assert done.returncode == 5
+    assert "9.250" in done.stderr
+    weights = written / GPTQ / "model-00001-of-00002.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    done = verify(written / GPTQ)
+    assert done.returncode == 5
+    assert "model-00001-of-00002.safetensors: does not match" in done.stderr
+
+
+def test_source_facts_of_a_checkpoint(tmp_path):
+    folder = write_checkpoint(tmp_path / "Qwen1.5-Test-Chat")
+    (folder / "README.md").write_text(BASE_CARD)
+    (folder / "LICENSE").write_text("the terms\n")
+    facts = source_facts(Checkpoint.open(folder), str(folder))
+    assert facts["card"]["license_name"] == "tongyi-qianwen"
+    assert "secret" not in facts["card"]
+    assert facts["licence_file"] == {"name": "LICENSE", "text": "the terms\n"}
+    assert facts["base_model"] is None  # a local folder is no hub id
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no head", "---\n[1, 2\n---\n", "---\n- a list\n---\n", "x\n---\nlicense: mit\n---\n"]
+)
+def test_cards_without_a_head_say_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert card_facts(tmp_path / "README.md") == {}
+
+
+@pytest.mark.parametrize("value", ["no", "1.5", "a: b", "- x", "ünï", "plain-word", "multi\nline", "#", ""])
+def test_yaml_keeps_every_text(value):
+    content = {"a": value, "b": [value, {"c": value, "d": [1.5, None, True]}], "e": {"f": value}}
+    assert YAML(typ="safe").load(card.yaml(content)) == content
+
+
+def test_contents_cover_both_kinds():
+    assert set(CONTENTS) == {GPTQ, GGUF}
