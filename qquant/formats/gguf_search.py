@@ -48,7 +48,6 @@ _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves round(x) in the low mantissa
 _SAFE = 2.0**21  # below this nearest_int() is round() with room to spare
 _SMALLEST_SPAN = 1e-36  # nmax / span stays finite above this
 _REACH = 280  # 2 * 140; a candidate's |x / scale| stays below 140
-_SLICE = 1 << 16  # values whose candidates are computed together, on a CPU
 _BATCH = 5  # candidates computed together
 
 
@@ -74,7 +73,7 @@ class Found:
         inverse = self.inverse.t().reshape(-1, 1)[at]
         scaled = x * inverse if self.base is None else (x - self.base.t().reshape(-1, 1)[at]).mul_(inverse)
         codes = nearest_code(scaled, centre, top)
-        dead = (inverse == 0).squeeze(1).nonzero().squeeze(1)
+        dead = indices((inverse == 0).squeeze(1))
         if dead.numel():
             codes[dead] = 0
         return codes
@@ -145,7 +144,10 @@ def _einsum_rounds_products() -> bool:
                 total += products[:, index]
             if not (np.einsum(form, *factors) == total).all():
                 return False
-            if form == "ceb,ceb->cb" and not (np.einsum("eb,eb,eb->b", a[1], b[1], c[1]) == np.einsum("ceb,ceb,ceb->cb", a, b, c)[1]).all():
+            if (
+                form == "ceb,ceb->cb"
+                and not (np.einsum("eb,eb,eb->b", a[1], b[1], c[1]) == np.einsum("ceb,ceb,ceb->cb", a, b, c)[1]).all()
+            ):
                 return False
     return True
 
@@ -154,14 +156,21 @@ class _Space:
     """Where values of which there is one per block live: numpy on a CPU, whose calls cost a fraction of torch's."""
 
     def __init__(self, x: Tensor) -> None:
+        self.device = x.device
         cpu = x.device.type == "cpu"
         self.xp: Any = np if cpu else torch
         self.array: Callable[[Tensor], Array] = torch.Tensor.numpy if cpu else _same
         self.tensor: Callable[[Array], Tensor] = torch.from_numpy if cpu else _same
+        self.indices: Callable[[Array], Array] = np.flatnonzero if cpu else indices
 
 
 def _same(value: Any) -> Any:
     return value
+
+
+def indices(mask: Tensor) -> Tensor:
+    """Int64: where `mask` [B] is true."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().squeeze(1)
 
 
 def divide(numerator: float, denominator: Tensor) -> Tensor:
@@ -240,47 +249,39 @@ def _search(
         live = magnitude >= TINY
         candidates = inverses(torch.where(live, peak, 1.0))
         lx, l2 = (space.array(part) for part in x.new_empty((2, *candidates.shape)))
-        width = max(2, (_SLICE if x.device.type == "cpu" else x.numel()) // len(x))
         if memory is None:
-            memory = x.new_empty((_BATCH, len(x), min(width, len(peak))))
-        for first in range(0, len(peak), width):
-            blocks = slice(first, min(first + width, len(peak)))
-            some_x, some_w = x_flat[:, blocks].contiguous(), w_flat[:, blocks].contiguous()
-            for start in range(0, len(candidates), _BATCH):
-                tried = slice(start, min(start + _BATCH, len(candidates)))
-                part = memory[: tried.stop - start, :, : some_x.shape[1]]
-                lx[tried, blocks], l2[tried, blocks] = sums(some_x, some_w, candidates[tried, blocks].unsqueeze(1), part)
+            memory = x.new_empty((_BATCH, *x_flat.shape))
+        for start in range(0, len(candidates), _BATCH):
+            tried = candidates[start : start + _BATCH]
+            part = memory[: len(tried), :, : x_flat.shape[1]]
+            found = sums(x_flat, w_flat, tried.unsqueeze(1), part)
+            lx[start : start + _BATCH], l2[start : start + _BATCH] = found
         with np.errstate(all="ignore"):
-            ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space.xp))
-        scale, inverse = (values.gather(0, which.to(torch.int64).unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
-        found = (torch.where(live, scale, 0.0), sum_in_order(w_flat), torch.where(live, inverse, 0.0))
-        parts.append([value.view(x.shape[1:]) for value in found])
+            ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
+        scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
+        chosen = (torch.where(live, scale, 0.0), sum_in_order(w_flat), torch.where(live, inverse, 0.0))
+        parts.append([value.view(x.shape[1:]) for value in chosen])
     return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
-def _best_projection(lx: Array, l2: Array, xp: Any) -> tuple[Array, Array]:
-    """(scales [C, B], which of them explains most of x, uint8 [B]) for candidates with sums <x, l> and <l, l> [C, B].
+def _best_projection(lx: Array, l2: Array, space: _Space) -> tuple[Array, Array]:
+    """(scales [C, B], which of them explains most of x, int64 [B]) for candidates with sums <x, l> and <l, l> [C, B].
 
     Candidate 0 is taken unless its codes are all zero; a later one has to win strictly, compared without a division.
     """
     ratio = lx / l2
-    ratio[0] = xp.where(l2[0] == 0, 0.0, ratio[0])
+    ratio[0] = space.xp.where(l2[0] == 0, 0.0, ratio[0])
     gain = ratio * lx
     square = lx * lx
     best = gain[0]
-    which = (best != best).view(xp.uint8) * 0
+    which = space.array(torch.zeros(best.shape, dtype=torch.int64, device=space.device))
     for index in range(1, len(lx)):
-        better = square[index] > best * l2[index]  # false where the codes are all zero: then square is zero
-        _put(best, better, gain[index])
-        which = xp.maximum(which, better.view(xp.uint8) * index)
+        better = space.indices(
+            square[index] > best * l2[index]
+        )  # nowhere where the codes are all zero: then square is zero
+        best[better] = gain[index][better]
+        which[better] = index
     return ratio, which
-
-
-def _put(target: Array, mask: Array, values: Array) -> None:
-    if isinstance(target, np.ndarray):
-        np.putmask(target, mask, values)
-    else:
-        torch.where(mask, values, target, out=target)
 
 
 def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int, bool]) -> Found:
@@ -301,35 +302,34 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, 
     """Scale, weight, inverse, low and base, each [B], for `x`, `w` [E, B]; `exact` rounds the slow way throughout."""
     first, step, count, absolute = schedule
     line = _Line(x, w, nmax, absolute, exact)
-    xp = line.xp
-    smallest, high = line.array(lowest(x)), line.array(x.amax(0))
+    space, xp = line.space, line.space.xp
+    smallest, high = space.array(lowest(x)), space.array(x.amax(0))
     start = xp.where(smallest > 0, 0.0, smallest)
     dead = high <= start
     high = xp.where(dead, start + 1.0, high)
 
-    low = base = highest = start
-    chosen = inverse = line.array(_numerators([0], 0.0, 0.0, nmax).to(x.device)) / (high - low)
+    low, base, highest = start * 1.0, start * 1.0, start
+    inverse = space.array(_numerators([0], 0.0, 0.0, nmax).to(x.device)) / (high - low)
     line.round(inverse, low)
-    scale = line.array(torch.ones(1, device=x.device)) / inverse
+    scale = space.array(torch.ones(1, device=x.device)) / inverse
     best = line.error(scale, low)
-    for numerator in line.array(_numerators(range(count), step, first, nmax).to(x.device).unsqueeze(1)):
+    chosen = inverse
+    for numerator in space.array(_numerators(range(count), step, first, nmax).to(x.device).unsqueeze(1)):
         inverse = numerator / (high - low)
         line.round(inverse, low)
         trial_scale, trial_low, valid = line.refit()
         error = line.error(trial_scale, trial_low)
-        better = (error < best) & valid
-        best = xp.where(better, error, best)
-        scale = xp.where(better, trial_scale, scale)
-        chosen = xp.where(better, inverse, chosen)
-        base = xp.where(better, low, base)
-        low = xp.where(better, trial_low, low)
+        better = space.indices((error < best) & valid)
+        base[better] = low[better]
+        for old, new in ((best, error), (scale, trial_scale), (chosen, inverse), (low, trial_low)):
+            old[better] = new[better]
         highest = xp.maximum(highest, low)
     scale, chosen = (xp.where(dead, 0.0, values) for values in (scale, chosen))
-    fields = [line.tensor(values) for values in (scale, line.weight, chosen, xp.where(dead, start, low), base)]
+    fields = [space.tensor(values) for values in (scale, line.weight, chosen, xp.where(dead, start, low), base)]
     if not exact:
         span = high - highest
         safe = (abs(highest - smallest) * (nmax + 2.0) < _SAFE * span) & (span > _SMALLEST_SPAN) | dead
-        where = line.tensor(~safe).nonzero().squeeze(1)
+        where = indices(space.tensor(~safe))
         if where.numel():
             slow = _affine(x[:, where].contiguous(), w[:, where].contiguous(), nmax, schedule, True)
             for field, values in zip(fields, slow, strict=True):
@@ -342,13 +342,13 @@ class _Line:
 
     def __init__(self, x: Tensor, w: Tensor, nmax: int, absolute: bool, exact: bool) -> None:
         self.x, self.w, self.nmax, self.absolute, self.exact = x, w, nmax, absolute, exact
-        space = _Space(x)
-        self.xp, self.array, self.tensor = space.xp, space.array, space.tensor
+        self.space = _Space(x)
         self.codes, self.difference = x.new_empty((2, *x.shape))
         self.weight, self.sum_x = _sum(w), _dot(w, x)
 
     def round(self, inverse: Array, low: Array) -> None:
-        codes = torch.sub(self.x, self.tensor(low), out=self.codes).mul_(self.tensor(inverse))
+        tensor = self.space.tensor
+        codes = torch.sub(self.x, tensor(low), out=self.codes).mul_(tensor(inverse))
         if self.exact:
             codes.copy_(nearest_int(codes))
         else:
@@ -363,13 +363,14 @@ class _Line:
         low = (sum_ll * self.sum_x - sum_l * sum_lx) / determinant
         if not bool(low.max() <= 0):  # rare
             above = low > 0
-            scale = self.xp.where(above, sum_lx / sum_ll, scale)
-            low = self.xp.where(above, 0.0, low)
+            scale = self.space.xp.where(above, sum_lx / sum_ll, scale)
+            low = self.space.xp.where(above, 0.0, low)
         return scale, low, determinant > 0
 
     def error(self, scale: Array, low: Array) -> Array:
-        difference = torch.mul(self.codes, self.tensor(scale), out=self.difference)
-        difference.add_(self.tensor(low)).sub_(self.x)  # addcmul would round once
+        tensor = self.space.tensor
+        difference = torch.mul(self.codes, tensor(scale), out=self.difference)
+        difference.add_(tensor(low)).sub_(self.x)  # addcmul would round once
         return _dot(difference.abs_(), self.w) if self.absolute else _dot(difference, difference, self.w)
 
 
@@ -382,24 +383,25 @@ def positive(x: Tensor, w: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
     live = top >= TINY
     top = torch.where(live, top, 1.0)
     inverse = divide(float(nmax), top)
-    best = _weighted_error(x, w, nearest_int(x * inverse).bitwise_and_(0xFF), divide(1.0, inverse))
+    best = _weighted_error(x, w, nearest_int(x * inverse).bitwise_and_(0xFF).float(), divide(1.0, inverse))
     offsets = (-4, -3, -2, -1, 1, 2, 3, 4)
     for numerator in _numerators(offsets, 0.1, 0.0, nmax).to(x.device).unsqueeze(1):
         trial = numerator / top
-        error = _weighted_error(x, w, nearest_int(x * trial).clamp_(max=nmax), divide(1.0, trial))
+        error = _weighted_error(x, w, nearest_int(x * trial).clamp_(max=nmax).float(), divide(1.0, trial))
         better = error < best
         best = torch.where(better, error, best)
         inverse = torch.where(better, trial, inverse)
-    signed = nearest_int(x * inverse).clamp_(max=nmax)
+    integers = nearest_int(x * inverse).clamp_(max=nmax)
+    signed = integers.float()
     lx, l2 = sum_in_order(torch.stack([w * x * signed, w * signed * signed]))
-    codes = (signed & 0xFF).float()
+    codes = integers.bitwise_and_(0xFF).float()
     _descend(x, w, codes, (lx, l2), (None, nmax))
     scale = torch.where(l2 > 0, lx / l2, 0.0)
     return torch.where(live, scale, 0.0), torch.where(live, codes, 0.0).to(torch.int32)
 
 
 def _weighted_error(x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    difference = x - scale * codes
+    difference = x - codes.mul_(scale)
     return sum_in_order((w * difference).mul_(difference))
 
 
@@ -426,7 +428,7 @@ def _descend(x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], b
     A block without a change in one sweep has none in the next, so only blocks that changed go on.
     """
     lx, l2 = sums
-    active = _sweep(x, w, codes, sums, bounds).nonzero().squeeze(1)
+    active = indices(_sweep(x, w, codes, sums, bounds))
     for _ in range(4):
         if not active.numel():
             break
@@ -451,9 +453,9 @@ def _sweep(x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], bou
         new_l2 = (weight * trial).mul_(trial).add_(rest_l2)
         better.logical_and_((rest_l2 if lower is None else new_l2) > 0)
         better.logical_and_((new_lx * new_lx).mul_(l2) > (lx * lx).mul_(new_l2))
-        stored = trial if lower is not None else torch.remainder(trial, 256)
-        for old, new in ((code, stored), (lx, new_lx), (l2, new_l2)):
-            torch.where(better, new, old, out=old)
+        moved = indices(better)
+        for old, new in ((code, trial if lower is not None else trial.remainder_(256)), (lx, new_lx), (l2, new_l2)):
+            old[moved] = new[moved]
         changed.logical_or_(better)
     return changed
 

@@ -22,8 +22,9 @@ b + 2 run, ... from its low bits up. Left out: IQ1, IQ2, IQ3, TQ, MXFP4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats import gguf_search as search
@@ -40,6 +41,7 @@ else:
 _PIECE = {"cpu": 1 << 17}  # values searched or coded at once: the working set stays in the cache
 _BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
 _ACCELERATOR = 1 << 24  # both, elsewhere
+Result = TypeVar("Result")
 
 
 def _given(value: Tensor | None) -> Tensor:
@@ -489,7 +491,7 @@ class _KQuant(BlockType):
             x = rows.x[some].view(-1, self.width)
             scaled = x / step[at] if low is None else (x - low.view(-1, 1)[at]).div_(step[at])
             codes = search.nearest_code(scaled, self.centre, top)
-            kept = (step[at] == 0).squeeze(1).nonzero().squeeze(1)
+            kept = search.indices((step[at] == 0).squeeze(1))
             if kept.numel():
                 codes[kept] = found.codes(x[kept], self.centre, top, kept + at.start)
             return codes.view(rows.x[some].shape)
@@ -813,10 +815,13 @@ def quantize(weight: Tensor, type_name: str, importance: Tensor | None = None) -
     kind = block_type(type_name)
     importance = _checked(kind, weight, importance)
     out = torch.empty((len(weight), kind.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
-    for place, rows in _batches(weight, importance):
+
+    def encode(place: slice) -> None:
         target = out[place]
-        for part, data in kind.encode(rows):
+        for part, data in kind.encode(_rows(weight, importance, place)):
             target[part] = data
+
+    _over_threads(weight, encode)
     return out
 
 
@@ -861,7 +866,7 @@ class BlockGrid:
             return unpack(quantize(weight, self.type.name, importance), self.type.name)[1]
         importance = _checked(self.type, weight, importance)
         self.type.row_bytes(weight.shape[1])
-        parts = [self.type.choose(rows)[0] for _, rows in _batches(weight, importance)]
+        parts = _over_threads(weight, lambda place: self.type.choose(_rows(weight, importance, place))[0])
 
         def joined(name: str) -> Tensor | None:
             arrays = [getattr(part, name) for part in parts]
@@ -932,18 +937,35 @@ def _blocks_per_row(kind: BlockType, blocks: Tensor) -> int:
     return blocks.shape[1] // kind.bytes
 
 
-def _batches(weight: Tensor, importance: Tensor | None) -> Iterator[tuple[slice, Rows]]:
-    """(place, rows) of bounded size, checked to be finite."""
-    for place in Rows(weight, None).batches(_BATCH.get(weight.device.type, _ACCELERATOR)):
-        x = weight[place].detach().to(torch.float32).contiguous()
-        if not bool((x.amax() - x.amin()).isfinite()):
-            bad = (~x.isfinite()).nonzero()
-            if len(bad):
-                row, column = bad[0].tolist()
-                raise NumericalError(
-                    f"weight [{place.start + row}, {column}] is {float(x[row, column])}: no block can hold it"
-                )
-        yield place, Rows(x, importance)
+def _over_threads(weight: Tensor, work: Callable[[slice], Result]) -> list[Result]:
+    """`work` for row ranges of bounded size, on a CPU by as many threads as torch may use.
+
+    Most of the time goes into numpy and torch calls too short to be split by themselves; both release the interpreter lock.
+    """
+    device = weight.device.type
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    share = max(_PIECE.get(device, _ACCELERATOR), -(-weight.numel() // threads))
+    places = list(Rows(weight, None).batches(min(_BATCH.get(device, _ACCELERATOR), share)))
+    if threads == 1 or len(places) == 1:
+        return [work(place) for place in places]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, places))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(weight: Tensor, importance: Tensor | None, place: slice) -> Rows:
+    """Some rows in float32, checked to be finite."""
+    x = weight[place].detach().to(torch.float32).contiguous()
+    if not bool((x.amax() - x.amin()).isfinite()):
+        bad = (~x.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise NumericalError(
+                f"weight [{place.start + row}, {column}] is {float(x[row, column])}: no block can hold it"
+            )
+    return Rows(x, importance)
 
 
 def _checked(kind: BlockType, weight: Tensor, importance: Tensor | None) -> Tensor | None:
