@@ -11,10 +11,6 @@ import sys
 import time
 
 import pytest
-
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 from huggingface_hub import HfApi
 
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, PublishError, UsageError
@@ -86,7 +82,9 @@ class Waits(list):
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
+    """Pauses are recorded, not taken; the stand-in speaks LFS, not xet."""
     taken = Waits()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", taken)
     return taken
 
