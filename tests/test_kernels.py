@@ -1,5 +1,6 @@
 """The operators: torch references against float64, Triton kernels in the interpreter, the runtime layout bit by bit."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -41,10 +42,13 @@ def run_python(*arguments, **environment):
 
 
 @pytest.fixture(scope="session")
-def interpreted(tmp_path_factory, worker_id="master"):
+def interpreted(tmp_path_factory):
     """Results of `tests/interpreter_cases.py`, run once for all workers of a session."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        pytest.skip("this triton's interpreter cannot loop to a run-time bound with this numpy")
     shared = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
