@@ -74,7 +74,7 @@ def build(tmp_path, kernel, arguments, constants, **options):
     }
     signature = {n: arguments[n].removesuffix("/16") if n in arguments else "constexpr" for n in names}
     source = ASTSource(kernel, signature, constants, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True, **options})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True} | options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     dump = {
@@ -91,8 +91,6 @@ def product(
     tmp_path, bits=4, kind="fp16", rows=16, height=64, warps=4, stages=3, group=128, symmetric=True, inline=True
 ):
     """`wq_mm` for up to `rows` rows, and the number of weights that a thread handles in one step of the loop."""
-    tile = 512 // bits
-    sizes = {"M": "i32", "N": "i32/16", "K": "i32/16", "tiles": "i32", "groups": "i32", "splits": "i32"}
     pointers = {
         "x_at": f"*{kind}",
         "words_at": "*i32",
@@ -102,22 +100,12 @@ def product(
         "partial_at": "*fp32",
         "counters_at": "*i32",
     }
-    constants = {
-        "BN": height,
-        "BM": rows,
-        "SPLIT": True,
-        "STAGES": stages,
-        "BITS": bits,
-        "PARTS": max(1, tile // group),
-        "TILES_PER_GROUP": max(1, group // tile),
-        "RAGGED": False,
-        "SYMMETRIC": symmetric,
-        "BIAS": True,
-        "INLINE": inline,
-        "WIDE": False,
-    }
-    machine = build(tmp_path, wq_mm._kernel, {**pointers, **sizes}, constants, num_warps=warps, num_stages=stages)
-    return machine, height * tile / (32 * warps)
+    sizes = {"M": "i32", "N": "i32/16", "K": "i32/16", "tiles": "i32", "groups": "i32", "splits": "i32"}
+    config = wq_mm.Config(height, 4, warps, stages)
+    constants = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias=True) | {"INLINE": inline}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    machine = build(tmp_path, wq_mm._kernel, {**pointers, **sizes}, constants, **options)
+    return machine, height * 512 / bits / (32 * warps)
 
 
 # case -> (arguments of `product`, most registers, instructions per weight in the main loop by Triton version)

@@ -193,6 +193,31 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
         _write(acc, bias_at, row, y_at, at, inside, BIAS)
 
 
+def constants(
+    rows: int, columns: int, bits: int, group_size: int, config: Config, symmetric: bool, bias: bool
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for, besides the types and alignments of its arguments."""
+    size = tile(bits)
+    one_group = group_size == columns
+    return {
+        "BN": config.rows,
+        "BM": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "SPLIT": config.splits > 1,
+        "STAGES": config.stages,
+        "BITS": bits,
+        "PARTS": 1 if one_group else max(1, size // group_size),
+        "TILES_PER_GROUP": 0 if one_group else max(1, group_size // size),
+        "RAGGED": columns % size != 0,
+        "SYMMETRIC": symmetric,
+        "BIAS": bias,
+        "INLINE": not INTERPRETED and torch.version.hip is None,
+        "WIDE": INTERPRETED,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def launch(  # noqa: PLR0913 the operator's arguments and two more
     x: Tensor,
     qweight: Tensor,
@@ -204,10 +229,9 @@ def launch(  # noqa: PLR0913 the operator's arguments and two more
     counters: Tensor,
 ) -> Tensor:
     """Run the kernel as `config` says; `counters` int32, zero, one per block of rows. Arguments as of `wq_mm`, contiguous."""
-    (rows, columns), outputs, groups = x.shape, len(qweight), params.shape[1]
-    size = tile(bits)
+    (rows, columns), outputs = x.shape, len(qweight)
     y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    partial = (
+    sums = (
         y if config.splits == 1 else torch.empty((config.splits, rows, outputs), dtype=torch.float32, device=x.device)
     )
     _kernel[(blocks(outputs, config.rows), config.splits)](
@@ -216,29 +240,15 @@ def launch(  # noqa: PLR0913 the operator's arguments and two more
         params,
         y if bias is None else bias,
         y,
-        partial,
+        sums,
         counters,
         rows,
         outputs,
         columns,
         qweight.shape[1] // WORDS,
-        groups,
+        params.shape[1],
         config.splits,
-        BN=config.rows,
-        BM=16 if rows <= 16 else 32 if rows <= 32 else 64,
-        SPLIT=config.splits > 1,
-        STAGES=config.stages,
-        BITS=bits,
-        PARTS=1 if groups == 1 else max(1, size // group_size),
-        TILES_PER_GROUP=0 if groups == 1 else max(1, group_size // size),
-        RAGGED=columns % size != 0,
-        SYMMETRIC=params.dtype == torch.float16,
-        BIAS=bias is not None,
-        INLINE=not INTERPRETED and torch.version.hip is None,
-        WIDE=INTERPRETED,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        enable_fp_fusion=True,
+        **constants(rows, columns, bits, group_size, config, params.dtype == torch.float16, bias is not None),
     )
     return y
 
