@@ -214,6 +214,7 @@ def lowest(x: Tensor) -> Tensor:
 
 Piece = tuple["Tensor", "Tensor"]  # x and w, both float32 [E, J, S]
 Array = Any  # a numpy array on a CPU, else a tensor
+Sums = Callable[["Tensor", "Tensor"], tuple[Array, Array]]
 
 
 def symmetric(pieces: Iterable[Piece], nmax: int) -> Found:
@@ -223,22 +224,26 @@ def symmetric(pieces: Iterable[Piece], nmax: int) -> Found:
     def inverses(peak: Tensor) -> Tensor:
         return numerators.to(peak.device).unsqueeze(1) / peak
 
-    def sums(x: Tensor, w: Tensor, inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
-        codes = torch.mul(x, inverse, out=memory).round_().clamp_(-nmax, nmax - 1)
-        return _dot(w * x, codes), _dot(w, codes, codes)
+    def prepare(x: Tensor, w: Tensor) -> Sums:
+        wx = w * x
 
-    return _search(pieces, inverses, sums)
+        def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
+            codes = torch.mul(x, inverse, out=memory).round_().clamp_(-nmax, nmax - 1)
+            return _dot(wx, codes), _dot(w, codes, codes)
+
+        return sums
+
+    return _search(pieces, inverses, prepare)
 
 
 def _search(
     pieces: Iterable[Piece],
     inverses: Callable[[Tensor], Tensor],
-    sums: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Array, Array]],
+    prepare: Callable[[Tensor, Tensor], Sums],
 ) -> Found:
     """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
 
-    `sums(x, w, inverses, memory)` gives <x, l> and <l, l>, [c, b], of c candidates [c, 1, b] for `x`, `w` [E, b], in working
-    memory [c, E, b].
+    `prepare(x, w)`, both [E, b], gives a function from c inverses [c, 1, b] and working memory [c, E, b] to <x, l>, <l, l> [c, b].
     """
     parts = []
     memory: Tensor | None = None
@@ -249,13 +254,13 @@ def _search(
         live = magnitude >= TINY
         candidates = inverses(torch.where(live, peak, 1.0))
         lx, l2 = (space.array(part) for part in x.new_empty((2, *candidates.shape)))
+        sums = prepare(x_flat, w_flat)
         if memory is None:
             memory = x.new_empty((_BATCH, *x_flat.shape))
         for start in range(0, len(candidates), _BATCH):
             tried = candidates[start : start + _BATCH]
             part = memory[: len(tried), :, : x_flat.shape[1]]
-            found = sums(x_flat, w_flat, tried.unsqueeze(1), part)
-            lx[start : start + _BATCH], l2[start : start + _BATCH] = found
+            lx[start : start + _BATCH], l2[start : start + _BATCH] = sums(tried.unsqueeze(1), part)
         with np.errstate(all="ignore"):
             ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
         scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
@@ -485,12 +490,17 @@ def codebook(pieces: Iterable[Piece]) -> Found:
         start = divide(1.0, (-peak).div_(torch.full_like(peak, VALUES[0])))
         return torch.cat([start.unsqueeze(0), numerators.to(peak.device).unsqueeze(1) / peak])
 
-    def sums(x: Tensor, w: Tensor, inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
-        place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
-        values = torch.index_select(_value_table(x.device), 0, place.view(-1)).view(place.shape)
-        return _dot(w, values, x), _dot(w, values, values)
+    def prepare(x: Tensor, w: Tensor) -> Sums:
+        table = _value_table(x.device)
 
-    return _search(pieces, inverses, sums)
+        def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
+            place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
+            values = torch.index_select(table, 0, place.view(-1)).view(place.shape)
+            return _dot(w, values, x), _dot(w, values, values)
+
+        return sums
+
+    return _search(pieces, inverses, prepare)
 
 
 @functools.cache

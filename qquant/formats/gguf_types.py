@@ -41,6 +41,8 @@ else:
 _PIECE = {"cpu": 1 << 17}  # values searched or coded at once: the working set stays in the cache
 _BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
 _ACCELERATOR = 1 << 24  # both, elsewhere
+_ENERGY = 1 << 20  # values whose row sums are computed at once: long vectors across the rows
+_RETAINED = 31 << 20  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
 Result = TypeVar("Result")
 
 
@@ -135,14 +137,12 @@ class Bits:
         values = arrays[self.name]
         if self.bits == 8:
             return values
+        values = (values >> self.shift if self.shift else values) & ((1 << self.bits) - 1)
         values = values.view(len(values), self.bytes // self.run, self.planes, self.run)
-        mask = (1 << self.bits) - 1
-        data: Tensor | None = None
-        for plane in range(self.planes):
-            part = values[:, :, plane]
-            part = (part >> self.shift if self.shift else part) & mask
-            data = part if data is None else data.bitwise_or_(part << (plane * self.bits))
-        return _given(data).view(len(values), self.bytes)
+        data = values[:, :, 0].clone(memory_format=torch.contiguous_format)
+        for plane in range(1, self.planes):
+            data.add_(values[:, :, plane], alpha=1 << (plane * self.bits))
+        return data.view(len(values), self.bytes)
 
     def read(self, data: Tensor, arrays: dict[str, Tensor]) -> None:
         """The inverse of `write`, from `data` uint8 [blocks, bytes]; adds to what is there."""
@@ -251,14 +251,15 @@ class Rows:
     def pieces(self, kind: BlockType) -> Iterator[Piece]:
         """(x, weights), both float32 [width, J, S], for the searches."""
         rule = kind.weights[self.importance is not None]
+        row_energy = _row_energy(self) if rule.endswith("row") else None
         spread: Tensor | None = None
         for rows in self.batches(_PIECE.get(self.x.device.type, _ACCELERATOR)):
             part = self.x[rows]
             blocks = _transposed(part.view(-1, kind.block))
             x = _groups(blocks, kind.width)
             energy = None
-            if rule.endswith("row"):
-                energy = _row_energy(part).repeat_interleave(part.shape[1] // kind.block)
+            if row_energy is not None:
+                energy = row_energy[rows].repeat_interleave(part.shape[1] // kind.block)
             if self.importance is not None and (spread is None or spread.shape != x.shape):
                 spread = _groups(self.importance.view(-1, kind.block).t().repeat(1, len(part)), kind.width)
             yield x, WEIGHTS[rule](_Cut(blocks, x, spread, energy))
@@ -275,11 +276,14 @@ def _groups(blocks: Tensor, width: int) -> Tensor:
     return groups if len(blocks) == width else groups.clone(memory_format=torch.contiguous_format)
 
 
-def _row_energy(x: Tensor) -> Tensor:
+def _row_energy(rows: Rows) -> Tensor:
     """Float32 [R]: mean square of each row, summed from left to right."""
-    columns = _transposed(x)
-    total = search.sum_in_order(columns.mul_(columns))
-    return total.div_(torch.full_like(total, len(columns)))
+    parts = []
+    for some in rows.batches(_ENERGY):
+        columns = _transposed(rows.x[some])
+        total = search.sum_in_order(columns.mul_(columns))
+        parts.append(total.div_(torch.full_like(total, len(columns))))
+    return torch.cat(parts)
 
 
 class BlockType:
@@ -944,6 +948,7 @@ def _over_threads(weight: Tensor, work: Callable[[slice], Result]) -> list[Resul
     """
     device = weight.device.type
     threads = torch.get_num_threads() if device == "cpu" else 1
+    torch.empty(_RETAINED if device == "cpu" else 0, dtype=torch.uint8)
     share = max(_PIECE.get(device, _ACCELERATOR), -(-weight.numel() // threads))
     places = list(Rows(weight, None).batches(min(_BATCH.get(device, _ACCELERATOR), share)))
     if threads == 1 or len(places) == 1:
