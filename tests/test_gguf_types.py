@@ -63,6 +63,44 @@ def test_bytes_are_ggmls(case):
     assert np.array_equal(blocks.numpy(), GOLDEN[case])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_ggmls_without_numpy(case, monkeypatch):
+    """What an accelerator runs: torch alone, element by element."""
+    monkeypatch.setattr(gguf_search, "on_cpu", lambda x: False)
+    name, mode = case.split(".")
+    assert np.array_equal(quantize(WEIGHT, name.lower(), WEIGHTED[mode]).numpy(), GOLDEN[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_ggmls_on_a_gpu(case):
+    name, mode = case.split(".")
+    importance = None if mode == "none" else IMPORTANCE.cuda()
+    assert np.array_equal(quantize(WEIGHT.cuda(), name.lower(), importance).cpu().numpy(), GOLDEN[case])
+
+
+def test_threads_do_not_matter():
+    weight, importance = WEIGHT.repeat(9, 1), IMPORTANCE
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append((quantize(weight, "q4_k", importance), grid("q4_k").fit(weight, importance).levels()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_einsum_is_used_only_if_it_rounds_products(monkeypatch):
+    """On a machine where numpy fuses multiply and add, the slower sums give the same bytes."""
+    monkeypatch.setattr(gguf_search, "_einsum_rounds_products", lambda: False)
+    for name in ("q4_k", "q6_k", "iq4_nl"):
+        assert np.array_equal(quantize(WEIGHT, name, IMPORTANCE).numpy(), GOLDEN[f"{reference(name).name}.importance"])
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_constants_are_ggufs(name):
     kind = TYPES[name]
@@ -256,11 +294,13 @@ def test_rounding_wraps_as_ggml_does():
 def test_sums_run_from_left_to_right():
     for columns in (1, 2, 33):
         x = torch.randn(100, columns) * 10.0 ** torch.randint(-5, 5, (100, columns))
-        total = torch.zeros(columns)
+        total, product = torch.zeros(2, columns)
         for row in x:
             total += row
+            product += row * (row + 1)
         assert torch.equal(gguf_search.sum_in_order(x), total)
         assert torch.equal(gguf_search.sum_in_order(x.t().contiguous().t()), total)
+        assert np.array_equal(gguf_search._dot(x, x + 1), product)
 
 
 def test_square_roots_are_correctly_rounded():

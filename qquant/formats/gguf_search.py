@@ -79,6 +79,11 @@ class Found:
         return codes
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether numpy does what there is one of per block, and sums."""
+    return x.device.type == "cpu"
+
+
 def nearest_int(x: Tensor) -> Tensor:
     """Int32: nearest integer, ties to even, for |x| < 2^22; outside, the wrapped value that ggml's bit trick gives."""
     return _mantissa(x + _MAGIC).sub_(0x400000)
@@ -90,14 +95,14 @@ def nearest_code(x: Tensor, centre: int, top: int) -> Tensor:
 
 
 def _mantissa(shifted: Tensor) -> Tensor:
-    if shifted.device.type != "cpu":
+    if not on_cpu(shifted):
         shifted.masked_fill_(shifted.isnan(), _MAGIC)  # x86's NaN has the mantissa of MAGIC, others' differ
     return shifted.view(torch.int32).bitwise_and_(0x7FFFFF)
 
 
 def square_root(x: Tensor) -> Tensor:
     """Correctly rounded float32 square root, in place."""
-    if x.device.type == "cpu":
+    if on_cpu(x):
         np.sqrt(x.numpy(), out=x.numpy())
         return x
     return x.copy_(x.double().sqrt_())
@@ -109,7 +114,7 @@ def sum_in_order(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Array:
-    if x.device.type == "cpu" and x.shape[-1] > 1:
+    if on_cpu(x) and x.shape[-1] > 1:
         # numpy adds row to row along a slow axis; its pairwise summation is for the fast axis only
         x = x if x.stride(-1) == 1 else x.contiguous()
         return np.add.reduce(x.numpy(), axis=-2, initial=0.0)
@@ -121,7 +126,7 @@ def _sum(x: Tensor) -> Array:
 
 def _dot(*factors: Tensor) -> Array:
     """Sum in order of the product of two or three `factors` [c, E, B] or [E, B], every product rounded on its own."""
-    if factors[0].device.type == "cpu" and factors[0].shape[-1] > 1 and _einsum_rounds_products():
+    if on_cpu(factors[0]) and factors[0].shape[-1] > 1 and _einsum_rounds_products():
         inputs = ("ceb" if factor.dim() == 3 else "eb" for factor in factors)
         output = "cb" if any(factor.dim() == 3 for factor in factors) else "b"
         return np.einsum(f"{','.join(inputs)}->{output}", *(factor.numpy() for factor in factors))
@@ -157,7 +162,7 @@ class _Space:
 
     def __init__(self, x: Tensor) -> None:
         self.device = x.device
-        cpu = x.device.type == "cpu"
+        cpu = on_cpu(x)
         self.xp: Any = np if cpu else torch
         self.array: Callable[[Tensor], Array] = torch.Tensor.numpy if cpu else _same
         self.tensor: Callable[[Array], Tensor] = torch.from_numpy if cpu else _same
@@ -170,7 +175,7 @@ def _same(value: Any) -> Any:
 
 def indices(mask: Tensor) -> Tensor:
     """Int64: where `mask` [B] is true."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if on_cpu(mask) else mask.nonzero().squeeze(1)
 
 
 def divide(numerator: float, denominator: Tensor) -> Tensor:
@@ -193,9 +198,9 @@ def signed_peak(x: Tensor) -> tuple[Tensor, Tensor]:
     peak = xp.where(high == magnitude, high, low)
     tied = high == -low
     if bool(tied.any()):
-        columns = values[:, tied]
-        first = xp.argmax(abs(columns), 0)
-        peak[tied] = xp.where(magnitude[tied] == 0, 0.0, columns[first, xp.arange(len(first))])
+        columns = x[:, space.tensor(tied)]
+        first = columns.gather(0, columns.abs().argmax(0, keepdim=True)).squeeze(0)
+        peak[tied] = xp.where(magnitude[tied] == 0, 0.0, space.array(first))
     return space.tensor(peak), space.tensor(magnitude)
 
 
@@ -206,9 +211,8 @@ def lowest(x: Tensor) -> Tensor:
     low = xp.amin(values, 0)
     zero = low == 0
     if bool(zero.any()):
-        columns = values[:, zero]
-        first = xp.argmin(columns, 0)
-        low[zero] = columns[first, xp.arange(len(first))]
+        columns = x[:, space.tensor(zero)]
+        low[zero] = space.array(columns.gather(0, columns.argmin(0, keepdim=True)).squeeze(0))
     return space.tensor(low)
 
 

@@ -42,7 +42,9 @@ _PIECE = {"cpu": 1 << 17}  # values searched or coded at once: the working set s
 _BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
 _ACCELERATOR = 1 << 24  # both, elsewhere
 _ENERGY = 1 << 20  # values whose row sums are computed at once: long vectors across the rows
-_RETAINED = 31 << 20  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
+_RETAINED = (
+    31 << 20
+)  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
 Result = TypeVar("Result")
 
 
