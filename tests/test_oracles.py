@@ -1,0 +1,288 @@
+"""Other tools read what qquant writes, and compute what qquant's own dequantized weights compute.
+
+Needs the side environments of `make oracles` (tests/oracles/README.md); run with `make test-oracles`. An artifact's logits
+in another tool are compared with those of transformers' Qwen2 holding `open_weights(artifact)` in float32. That a
+tool loads a folder without an error proves nothing: some fill what they do not find with random numbers.
+
+A tool that multiplies in float32 must agree to rounding. One that rounds activations (bf16, or 8 bits in llama.cpp) may
+differ by a KL divergence a fifth of what 4-bit quantization itself costs on the demo checkpoint (0.003).
+"""
+
+import dataclasses
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qquant.artifact import open_weights
+from qquant.resources import data_dir
+from tests.conftest import write_checkpoint
+
+pytestmark = pytest.mark.oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNERS = ROOT / "tests" / "oracles"
+ORACLES = ROOT / ".oracles"
+GGUF_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+FOLDERS = ("GPTQ-Int4", "GPTQ-Int8", "AWQ")
+CHECKPOINTS = ("demo", "grouped")
+RECIPE = """
+version: 1
+name: oracles
+calibration:
+  sources: [{bundled: wikitext-2-valid}]
+  samples: 16
+  length: 256
+  default_system_share: 0
+checks: {text: "bundled:wikitext-2-test", windows: 2, length: 128}
+artifacts:
+  - {name: gptq-int4, format: gptq, bits: 4}
+  - {name: gptq-int8, format: gptq, bits: 8}
+  - {name: awq, format: awq}
+"""
+HELD_OUT = "wikitext-2-test.txt.gz"
+
+
+def needs(name):
+    """Skip where the side environment `name` was not made."""
+    ready = (ORACLES / name / ".stamp").is_file()
+    return pytest.mark.skipif(not ready, reason=f".oracles/{name} is missing: run `make oracles`")
+
+
+def run(name, script, *arguments):
+    """What a runner of tests/oracles prints last, parsed; the test fails with its error output if it fails."""
+    command = [ORACLES / name / "bin" / "python", RUNNERS / script, *arguments]
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{script} exited {done.returncode}:\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclasses.dataclass
+class Built:
+    """A checkpoint, what `qquant build` made of it, and some held-out tokens int32 [rows, length]."""
+
+    checkpoint: Path
+    out: Path
+    tokens: Path
+    expected: dict = dataclasses.field(default_factory=dict)
+
+    def folder(self, suffix):
+        (found,) = self.out.glob(f"*-{suffix}")
+        return found
+
+    def gguf(self, kind):
+        (found,) = self.out.glob(f"*-GGUF/*-{kind}.gguf")
+        return found
+
+    def reference(self, path):
+        """(logits float32 [rows, length, vocabulary] of the dequantized weights of `path`, a model that holds them)."""
+        if path not in self.expected:
+            config = AutoConfig.from_pretrained(self.checkpoint)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            state = dequantized_state(path)
+            missing, unexpected = model.load_state_dict(state, strict=False)
+            assert not unexpected
+            assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
+            model.tie_weights()
+            with torch.inference_mode():
+                rows = load_file(self.tokens)["tokens"].long()
+                logits = torch.stack([model(row[None]).logits[0] for row in rows])
+            self.expected[path] = logits, model
+        return self.expected[path]
+
+
+def dequantized_state(path):
+    """Every tensor of an artifact by its checkpoint name, dequantized by qquant, float32."""
+    source = open_weights(path)
+    return {name: source.tensor(name).float() for name in source.family.shapes(source.config)}
+
+
+def held_out_text():
+    return gzip.decompress((data_dir("calibration") / "heldout" / HELD_OUT).read_bytes()).decode()
+
+
+def build(checkpoint, folder):
+    recipe = folder / "oracles.yaml"
+    kinds = "".join(f"  - {{name: gguf-{kind}, format: gguf, type: {kind}, imatrix: false}}\n" for kind in GGUF_TYPES)
+    recipe.write_text(RECIPE + kinds)
+    command = [
+        Path(sys.executable).with_name("qquant"),
+        "build",
+        checkpoint,
+        "--recipe",
+        recipe,
+        "--out",
+        folder / "out",
+    ]
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-6000:]
+    ids = AutoTokenizer.from_pretrained(checkpoint)(held_out_text()[:8000]).input_ids
+    tokens = torch.tensor(ids[: 3 * 128], dtype=torch.int32).view(3, 128)
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
+    return Built(checkpoint, folder / "out", folder / "tokens.safetensors")
+
+
+@pytest.fixture(scope="session")
+def built(demo, tmp_path_factory):
+    """What `qquant build` makes of the trained demo checkpoint, with every kind of artifact."""
+    return build(demo, tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def grouped(tmp_path_factory):
+    """The same of random fp16 weights with grouped queries and tied embeddings."""
+    folder = tmp_path_factory.mktemp("grouped")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return build(write_checkpoint(folder / "tiny", torch.float16, **sizes), folder)
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def model(request):
+    """Either of the two."""
+    return request.getfixturevalue({"demo": "built", "grouped": "grouped"}[request.param])
+
+
+def divergence(expected, found):
+    """Mean KL divergence of `found` logits from `expected`, in nats per token, and their top-1 agreement."""
+    expected, found = (logits.double().log_softmax(-1) for logits in (expected, found))
+    mean = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    return mean, (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
+
+
+def assert_equal_to_rounding(expected, found, relative):
+    """No logit off by more than `relative` times the spread of the logits."""
+    worst = (expected - found).abs().max().item() / expected.std().item()
+    assert worst < relative, f"a logit is off by {worst:.2g} standard deviations"
+
+
+def assert_close(expected, found):
+    mean, agreement = divergence(expected, found)
+    assert mean < 6e-4, f"KL divergence {mean:.2g}"
+    assert agreement > 0.95, f"top-1 agreement {agreement:.3f}"
+
+
+@needs("transformers")
+@pytest.mark.parametrize("suffix", FOLDERS)
+def test_transformers_multiplies_with_our_weights(model, suffix, tmp_path):
+    """from_pretrained, and gptqmodel's plain kernels: float32 for GPTQ, fp16 for AWQ."""
+    folder = model.folder(suffix)
+    out = tmp_path / "logits.safetensors"
+    run("transformers", "transformers_logits.py", folder, model.tokens, out, "--kernel", "reference")
+    expected, _ = model.reference(folder)
+    assert_equal_to_rounding(expected, load_file(out)["logits"], 1e-2 if suffix == "AWQ" else 1e-4)
+
+
+@needs("transformers")
+@pytest.mark.parametrize("suffix", FOLDERS)
+def test_transformers_as_users_load_it(model, suffix, tmp_path):
+    """from_pretrained with nothing but a path: the kernels that gptqmodel picks, in the checkpoint's own precision."""
+    folder = model.folder(suffix)
+    out = tmp_path / "logits.safetensors"
+    said = run("transformers", "transformers_logits.py", folder, model.tokens, out)
+    blocks = AutoConfig.from_pretrained(model.checkpoint).num_hidden_layers
+    assert sum(count for kernel, count in said["kernels"].items() if kernel != "Linear") == 7 * blocks
+    expected, _ = model.reference(folder)
+    assert_close(expected, load_file(out)["logits"])
+
+
+@needs("auto-gptq")
+@pytest.mark.parametrize("suffix", ["GPTQ-Int4", "GPTQ-Int8"])
+def test_auto_gptq_multiplies_with_our_weights(built, suffix, tmp_path):
+    folder = built.folder(suffix)
+    out = tmp_path / "logits.safetensors"
+    said = run("auto-gptq", "autogptq_logits.py", folder, built.tokens, out)
+    assert sum(said["kernels"].values()) == 7 * 6
+    expected, _ = built.reference(folder)
+    assert_equal_to_rounding(expected, load_file(out)["logits"], 1e-4)
+
+
+@needs("vllm")
+@pytest.mark.parametrize("suffix", ["GPTQ-Int4", "AWQ"])
+def test_vllm_serves_chats_from_our_weights(built, suffix, tmp_path):
+    """Its CPU build has no 8-bit kernel, so GPTQ-Int8 is not asked for."""
+    folder = built.folder(suffix)
+    out = tmp_path / "answers.json"
+    run("vllm", "vllm_serve.py", folder, built.tokens, out)
+    answers = json.loads(out.read_text())
+    (choice,) = answers["chat"]["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"].strip()
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Tell me about the city of London."},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(built.checkpoint)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert answers["prompt"] == rendered
+    assert answers["chat"]["usage"]["prompt_tokens"] == len(rendered)
+    expected = built.reference(folder)[0].log_softmax(-1)[:, :-1]
+    following = load_file(built.tokens)["tokens"].long()[:, 1:]
+    ours = expected.gather(-1, following.unsqueeze(-1)).squeeze(-1)
+    error = (ours - torch.tensor(answers["logprobs"])).abs()
+    assert error.mean() < 0.03, f"log-probabilities off by {error.mean():.3f} on average"
+    assert error.max() < 0.3
+    assert (expected.argmax(-1) == torch.tensor(answers["top"])).double().mean() > 0.95
+
+
+@needs("llama")
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_llama_cpp_decodes_our_blocks_and_continues_a_prompt(model, kind, tmp_path):
+    """libllama dequantizes the file to f32 itself, so only the order of float32 sums is left to differ."""
+    plain, out = tmp_path / "plain.gguf", tmp_path / "logits.safetensors"
+    run("llama", "llama_quantize.py", model.gguf(kind), plain, "f32", "--requantize")
+    run("llama", "llama_logits.py", plain, model.tokens, out)
+    found = load_file(out)
+    expected, twin = model.reference(model.gguf(kind))
+    assert_equal_to_rounding(expected, found["logits"], 1e-2)
+    prompt = load_file(model.tokens)["tokens"].long()
+    count = found["continuation"].shape[1]
+    with torch.inference_mode():
+        for row, continuation in zip(prompt, found["continuation"].long(), strict=True):
+            logits = twin(torch.cat([row, continuation])[None]).logits[0, len(row) - 1 : -1]
+            chosen = logits.gather(-1, continuation.unsqueeze(-1)).squeeze(-1)
+            assert (logits.max(-1).values - chosen).max() < 0.02 * logits.std(), f"another word within {count} tokens"
+
+
+@needs("llama")
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_llama_cpp_as_users_run_it(built, kind, tmp_path):
+    """Its quantized multiplications round activations to 8 bits."""
+    out = tmp_path / "logits.safetensors"
+    run("llama", "llama_logits.py", built.gguf(kind), built.tokens, out)
+    assert_close(built.reference(built.gguf(kind))[0], load_file(out)["logits"])
+
+
+@needs("llama")
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_llama_quantize_writes_the_same_tensors(model, kind, tmp_path):
+    """Same types, same bytes, from the checkpoint as an f32 GGUF that owes nothing to qquant."""
+    from gguf import GGUFReader
+
+    source, target = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
+    run("llama", "llama_convert.py", model.checkpoint, source)
+    run("llama", "llama_quantize.py", source, target, kind)
+    theirs = {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in GGUFReader(target).tensors}
+    ours = {
+        tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in GGUFReader(model.gguf(kind)).tensors
+    }
+    assert ours.keys() == theirs.keys()
+    assert {name: ours[name][0] for name in ours} == {name: theirs[name][0] for name in theirs}
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+@needs("llama")
+def test_llama_cpp_finds_the_perplexity_that_the_report_states(built, tmp_path):
+    """Same text, windows and scored half; f16 weights, so only the f16 cache differs."""
+    text = tmp_path / "held-out.txt"
+    text.write_text(held_out_text())
+    settings = ("--context", "128", "--chunks", "2")
+    found = run("llama", "llama_perplexity.py", built.gguf("f16"), text, *settings)
+    rows = json.loads((built.out / "report.json").read_text())["artifacts"]
+    (stated,) = [row for row in rows if row["name"] == "gguf-f16"]
+    assert found["ppl"] == pytest.approx(stated["perplexity"], rel=2e-3)
