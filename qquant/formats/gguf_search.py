@@ -127,10 +127,13 @@ def _sum(x: Tensor) -> Array:
 def _dot(*factors: Tensor) -> Array:
     """Sum in order of the product of two or three `factors` [c, E, B] or [E, B], every product rounded on its own."""
     if on_cpu(factors[0]) and factors[0].shape[-1] > 1 and _einsum_rounds_products():
-        inputs = ("ceb" if factor.dim() == 3 else "eb" for factor in factors)
-        output = "cb" if any(factor.dim() == 3 for factor in factors) else "b"
-        return np.einsum(f"{','.join(inputs)}->{output}", *(factor.numpy() for factor in factors))
+        return _einsum(*(factor.numpy() for factor in factors))
     return _sum(functools.reduce(torch.mul, factors))
+
+
+def _einsum(*factors: Array) -> Array:
+    inputs = ["ceb" if factor.ndim == 3 else "eb" for factor in factors]
+    return np.einsum(f"{','.join(inputs)}->{'cb' if 'ceb' in inputs else 'b'}", *factors)
 
 
 @functools.cache
@@ -141,18 +144,12 @@ def _einsum_rounds_products() -> bool:
     """
     random = np.random.default_rng(0)
     for width in (2, 16, 67):
-        a, b, c = random.standard_normal((3, 3, 32, width), np.float32)
-        for form, factors in (("ceb,ceb->cb", (a, b)), ("ceb,eb->cb", (a, b[0])), ("eb,ceb,ceb->cb", (a[0], b, c))):
-            total = np.zeros((3, width), np.float32)
+        a, b = random.standard_normal((2, 32, width), np.float32)
+        c, d = random.standard_normal((2, 3, 32, width), np.float32)
+        for factors in ((a, b), (a, b, a), (a, c), (a, c, b), (a, c, d)):
             products = functools.reduce(np.multiply, factors)
-            for index in range(32):
-                total += products[:, index]
-            if not (np.einsum(form, *factors) == total).all():
-                return False
-            if (
-                form == "ceb,ceb->cb"
-                and not (np.einsum("eb,eb,eb->b", a[1], b[1], c[1]) == np.einsum("ceb,ceb,ceb->cb", a, b, c)[1]).all()
-            ):
+            total = functools.reduce(np.add, np.moveaxis(products, -2, 0))
+            if not (_einsum(*factors) == total).all():
                 return False
     return True
 
@@ -276,7 +273,8 @@ def _search(
 def _best_projection(lx: Array, l2: Array, space: _Space) -> tuple[Array, Array]:
     """(scales [C, B], which of them explains most of x, int64 [B]) for candidates with sums <x, l> and <l, l> [C, B].
 
-    Candidate 0 is taken unless its codes are all zero; a later one has to win strictly, compared without a division.
+    Candidate 0 is taken unless its codes are all zero; a later one has to win strictly, compared without a division (never
+    where its codes are all zero: then both sides are).
     """
     ratio = lx / l2
     ratio[0] = space.xp.where(l2[0] == 0, 0.0, ratio[0])
@@ -285,9 +283,7 @@ def _best_projection(lx: Array, l2: Array, space: _Space) -> tuple[Array, Array]
     best = gain[0]
     which = space.array(torch.zeros(best.shape, dtype=torch.int64, device=space.device))
     for index in range(1, len(lx)):
-        better = space.indices(
-            square[index] > best * l2[index]
-        )  # nowhere where the codes are all zero: then square is zero
+        better = space.indices(square[index] > best * l2[index])
         best[better] = gain[index][better]
         which[better] = index
     return ratio, which
@@ -318,7 +314,7 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, 
     high = xp.where(dead, start + 1.0, high)
 
     low, base, highest = start * 1.0, start * 1.0, start
-    inverse = space.array(_numerators([0], 0.0, 0.0, nmax).to(x.device)) / (high - low)
+    inverse = space.array(torch.full((1,), float(nmax), device=x.device)) / (high - low)
     line.round(inverse, low)
     scale = space.array(torch.ones(1, device=x.device)) / inverse
     best = line.error(scale, low)
