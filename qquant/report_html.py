@@ -18,7 +18,7 @@ import jinja2
 from qquant.report import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46  # margins
+LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
 SHADES = 8  # steps of the heat map
 FP16_MAX = 65504.0
 

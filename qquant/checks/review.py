@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from qquant import calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
-from qquant.checks import evidence, gate
+from qquant.checks import evidence, gate, sanity, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Scored, first_scored, measure
+from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
+from qquant.formats import detect
 from qquant.recipe import Checks, Gates
 from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, warnings_of
 
@@ -59,6 +61,7 @@ class HeldOut:
     first: int  # position from which the next token is scored
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
+    answers: int = 0  # tokens per answer to the bundled prompts
 
     def scored(self, windows: torch.Tensor) -> Scored:
         """Some windows, with what surrounds them."""
@@ -102,7 +105,8 @@ def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None =
     text |= {"sha256": facts["sha256"], "tokens_sha256": digest}
     if further:
         text["further"] = {name: len(rows) for name, rows in further.items()}
-    return HeldOut(windows, tuple(looks), further, first_scored(checks.protocol, checks.length), tokenizer, text)
+    first = first_scored(checks.protocol, checks.length)
+    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length)
 
 
 def _windows(
@@ -148,24 +152,42 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources = {}
+    sources, baseline = {}, Remembered(checkpoint)
     for candidate in candidates:
         source = open_weights(candidate.path)
         if _difference(source, checkpoint):
             raise InputError(
                 f"{candidate.path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}"
             )
-        sources[candidate.name] = source
-    found = _read(checkpoint, candidates, sources, text, device, progress)
+        sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
+    faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
+    found = _read(baseline, candidates, sources, text, device, progress)
+    for name, watched in sources.items():
+        faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
+    plain = {name: watched.source for name, watched in sources.items()}
+    answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress) if text.answers else {}
+    for name, answered in answers.items():
+        faults[name] += sanity.problems(answered["runs"])
     warnings = tuple(
-        f"{candidate.name}: {warning}" for candidate in candidates for warning in warnings_of(candidate.layers)
+        f"{candidate.name}: {warning}"
+        for candidate in candidates
+        for warning in (
+            *structure.missing(candidate.path, checkpoint),
+            *warnings_of(candidate.layers),
+            *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
+        )
     )
-    rows = tuple(_row(candidate, found, text) for candidate in candidates)
+    if text.answers and not answers:
+        warnings += ("no answers were generated: the model in 16 bits does not fit in memory",)
+    rows = tuple(
+        replace(_row(candidate, found, faults[candidate.name], text), answers=answers.get(candidate.name, {}))
+        for candidate in candidates
+    )
     return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
 
 
 def _read(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     candidates: Sequence[Candidate],
     sources: Mapping[str, WeightSource],
     text: HeldOut,
@@ -215,8 +237,9 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
     return ", ".join(f"{key} is {theirs[key]}, not {ours[key]}" for key in differing)
 
 
-def _row(candidate: Candidate, found: Measured, text: HeldOut) -> ArtifactReport:
+def _row(candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut) -> ArtifactReport:
     measured = found.main[candidate.name]
+    verdict = gate.also(found.verdicts[candidate.name], faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
@@ -227,7 +250,7 @@ def _row(candidate: Candidate, found: Measured, text: HeldOut) -> ArtifactReport
         kl_divergence=measured.mean_kl,
         kl_99=float(np.quantile(measured.kl.numpy(), 0.99)),
         top1_agreement=measured.top1,
-        verdict=gate.waived(found.verdicts[candidate.name], candidate.gates, datetime.date.today()),
+        verdict=gate.waived(verdict, candidate.gates, datetime.date.today()),
         fallbacks=candidate.fallbacks,
         layers=candidate.layers,
         kl_percentiles=_percentiles(measured.kl, (50, 90, 99, 99.9)),

@@ -1,0 +1,211 @@
+"""What is wrong with an artifact whatever its perplexity, each fault by its name.
+
+Weights are looked at as they pass by, in the same reading that measures fidelity. With W of the checkpoint, A of the artifact:
+
+    holds NaN                not every value is finite
+    in another order         |A - W| > 0.7 |W|, but rows of A, moved within groups of 8, are those of W: a packing order
+    of another weight        |A - W| > 0.7 |W| otherwise: a swapped shard, a wrong tensor, a head that is not the tied one
+    shifted                  the error is the same sign over whole groups (mean over 32 columns, root mean square, at least 0.6
+                             of the error's): zero points that are off by a step
+
+AWQ folds scales into neighbouring weights, A = r W c by row and column: r and c are fitted first, for formats that fold.
+Files are compared with the checkpoint's: vocabulary, template, stop tokens, config numbers. Left out: files the loader ignores.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qquant.calibration import Tokenizer
+from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.families import Family, ModelConfig
+from qquant.formats import detect
+from qquant.formats.gguf_container import read_header
+
+FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
+LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance
+GROUP = 32  # columns that every format's group holds whole
+ALIKE = 0.6  # cosine of two rows that are the same but for rounding and scales; a seventh of it by chance
+PACKED = 8  # rows that share an int32 in the AWQ layout
+IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+STOPS = ("generation_config.json", "config.json")
+
+
+@dataclass
+class Remembered:
+    """A checkpoint that keeps the tensors of the block it was last asked for, so that artifacts are compared without reading twice."""
+
+    source: WeightSource
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take over what the source says about itself."""
+        self.family: Family = self.source.family
+        self.config: ModelConfig = self.source.config
+
+    def tensor(self, name: str) -> Tensor:
+        """As the source's."""
+        if name not in self.kept:
+            if _block(name) != _block(next(iter(self.kept), name)):
+                self.kept.clear()
+            self.kept[name] = self.source.tensor(name)
+        return self.kept[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """As the source's."""
+        return self.source.rows(name, start, stop)
+
+
+def _block(name: str) -> str:
+    return ".".join(name.split(".")[:3])
+
+
+@dataclass
+class Watched:
+    """An artifact whose weights are compared with the checkpoint's as they are read; `problems` gathers what is found."""
+
+    source: WeightSource
+    checkpoint: Remembered
+    folds: bool  # scales are folded into neighbouring weights
+    problems: dict[str, str] = field(default_factory=dict)  # by tensor
+
+    def __post_init__(self) -> None:
+        """Take over what the source says about itself."""
+        self.family: Family = self.source.family
+        self.config: ModelConfig = self.source.config
+
+    def tensor(self, name: str) -> Tensor:
+        """As the source's."""
+        value = self.source.tensor(name)
+        self._look(name, value, self.checkpoint.tensor(name))
+        return value
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """As the source's."""
+        value = self.source.rows(name, start, stop)
+        self._look(name, value, self.checkpoint.rows(name, start, stop))
+        return value
+
+    def _look(self, name: str, value: Tensor, truth: Tensor) -> None:
+        if name not in self.problems:
+            problem = fault(value.float(), truth.float(), self.folds)
+            if problem:
+                self.problems[name] = problem
+
+
+def fault(value: Tensor, truth: Tensor, folds: bool) -> str:
+    """What is wrong with a weight [N, K] or a vector [N] of the artifact, against the checkpoint's; empty: nothing."""
+    if not bool(torch.isfinite(value).all()):
+        return "holds NaN or infinity"
+    if truth.dim() == 1:
+        far = not folds and float((value - truth).norm()) > FAR * float(truth.norm())
+        return "is not the checkpoint's vector" if far else ""
+    fitted = _scaled_like(truth, value) if folds else truth
+    error = value - fitted
+    size = float(error.norm())
+    if size > FAR * float(fitted.norm()):
+        if _reordered(value, truth):
+            return (
+                f"has the checkpoint's rows in another order within groups of {PACKED}: packed in another nibble order"
+            )
+        return "is not the checkpoint's weight: swapped, or of another model"
+    columns = truth.shape[1] - truth.shape[1] % GROUP
+    if size == 0 or columns == 0:
+        return ""
+    means = error[:, :columns].reshape(-1, GROUP).mean(1)
+    spread = float(error[:, :columns].square().mean().sqrt())
+    if spread and float(means.square().mean().sqrt()) > LEANING * spread:
+        return "is shifted by whole groups against the checkpoint: zero points are off"
+    return ""
+
+
+def _scaled_like(truth: Tensor, value: Tensor) -> Tensor:
+    """Rows and columns of `truth` scaled to fit `value` best, by alternating least squares."""
+    fitted = truth
+    for _ in range(2):
+        for axis in (0, 1):
+            scale = (fitted * value).sum(axis, keepdim=True) / fitted.square().sum(axis, keepdim=True).clamp(min=1e-30)
+            fitted = fitted * scale
+    return fitted
+
+
+def _reordered(value: Tensor, truth: Tensor) -> bool:
+    """Whether each row of the first groups looks most like another row of its group, and very much so."""
+    count = min(len(truth) // PACKED, 4) * PACKED
+    if count == 0:
+        return False
+    mine = torch.nn.functional.normalize(value[:count]).view(-1, PACKED, value.shape[1])
+    theirs = torch.nn.functional.normalize(truth[:count]).view(-1, PACKED, truth.shape[1])
+    best = (mine @ theirs.transpose(1, 2)).max(2)
+    order = best.indices.unique(dim=0)  # of the rows in each group
+    moved = len(order) == 1 and bool((order[0] != torch.arange(PACKED, device=order.device)).any())
+    return moved and bool((best.values > ALIKE).float().mean() > 0.9)
+
+
+def of_files(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is wrong with the files around the weights, each with the file's name; missing ones are `missing`'s matter.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    if detect(path) == "gguf":
+        return tuple(_gguf(path, Tokenizer.open(checkpoint.path)))
+    found = _stops(path, checkpoint.path)
+    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        found += _tokenizer(Tokenizer.open(path), Tokenizer.open(checkpoint.path))
+    return tuple(found)
+
+
+def missing(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files beside the checkpoint's weights that are not beside the artifact's."""
+    if detect(path) == "gguf":
+        return ()
+    return tuple(f"{file.name}: missing" for file in checkpoint.side_files if not (path / file.name).exists())
+
+
+def _stops(path: Path, source: Path) -> list[str]:
+    found = []
+    for name in STOPS:
+        if (path / name).is_file() and (source / name).is_file():
+            mine, theirs = read_json(path / name), read_json(source / name)
+            found += [
+                f"{name}: {key} is {json.dumps(mine.get(key))}, the checkpoint's is {json.dumps(theirs.get(key))}"
+                for key in IDS
+                if mine.get(key) != theirs.get(key)
+            ]
+    return found
+
+
+def _tokenizer(mine: Tokenizer, theirs: Tokenizer) -> list[str]:
+    found = []
+    probe = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2 <|im_end|>"
+    same = mine.size == theirs.size and mine.special == theirs.special and mine.encode(probe) == theirs.encode(probe)
+    if not same or mine.decode(range(mine.size)) != theirs.decode(range(theirs.size)):
+        found.append("tokenizer: is not the checkpoint's; the same text gets other tokens")
+    if mine.template != theirs.template:
+        found.append("chat template: is not the checkpoint's")
+    if set(mine.eos) != set(theirs.eos):
+        found.append(f"stop tokens: {sorted(mine.eos)}, the checkpoint's are {sorted(theirs.eos)}")
+    return found
+
+
+def _gguf(path: Path, tokenizer: Tokenizer) -> list[str]:
+    fields: dict[str, Any] = {entry.key: entry.value for entry in read_header(path).fields.values()}
+    found = []
+    eos = fields.get("tokenizer.ggml.eos_token_id")
+    if eos is not None and eos not in tokenizer.eos:
+        found.append(f"tokenizer.ggml.eos_token_id is {eos}, the checkpoint stops on {sorted(tokenizer.eos)}")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    known = {token: index for token, index in tokenizer.special.items()}
+    if tokens is not None and any(index >= len(tokens) or tokens[index] != token for token, index in known.items()):
+        found.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary")
+    template = fields.get("tokenizer.chat_template")
+    if template is not None and tokenizer.template is not None and template != tokenizer.template:
+        found.append("tokenizer.chat_template: is not the checkpoint's")
+    return found

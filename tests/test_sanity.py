@@ -1,0 +1,242 @@
+"""Injected faults, each caught by its name; and the rules that judge answers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qquant import pipeline, recipe
+from qquant.calibration import Tokenizer
+from qquant.checkpoint import Checkpoint
+from qquant.checks import sanity, structure
+from qquant.plan import Plan
+from qquant.recipe import Checks, Gates
+from tests.conftest import write_checkpoint
+
+CPU = torch.device("cpu")
+RECIPE = """
+version: 1
+name: faults
+calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
+checks: {windows: 2, length: 32}
+artifacts:
+  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn}
+  - {name: q2, format: gguf, type: q4_0, imatrix: false}
+"""
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """(checkpoint folder, output folder) of a small build without faults."""
+    place = tmp_path_factory.mktemp("faults")
+    folder = write_checkpoint(place / "model", **SHAPE)
+    (place / "recipe.yaml").write_text(RECIPE)
+    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
+    report = pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), place / "out", CPU, quiet)
+    assert report.passed, report.artifacts
+    return folder, place / "out"
+
+
+@pytest.fixture
+def damaged(built, tmp_path):
+    """`damaged("gptq" or "awq")` -> (copy of the artifact, reasons()): the findings of a check."""
+    folder, out = built
+
+    def copy(kind):
+        (origin,) = [path for path in out.iterdir() if path.name.lower().endswith({"gptq": "int4", "awq": "awq"}[kind])]
+        made = tmp_path / "artifact"
+        shutil.copytree(origin, made)
+
+        def reasons():
+            report = pipeline.check([made], Checkpoint.open(folder), Checks(windows=2, length=32), Gates(), CPU, quiet)
+            assert report.artifacts[0].verdict.outcome == ("fail" if report.artifacts[0].verdict.reasons else "pass")
+            return "; ".join(report.artifacts[0].verdict.reasons)
+
+        return made, reasons
+
+    return copy
+
+
+def edit(folder, change):
+    """Apply `change` to the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.1.self_attn.q_proj"
+O = "model.layers.1.self_attn.o_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_no_fault_no_finding(damaged, kind):
+    assert damaged(kind)[1]() == ""
+
+
+def test_wrong_eos(damaged):
+    made, reasons = damaged("gptq")
+    path = made / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 5}))
+    assert "generation_config.json: eos_token_id is 5, the checkpoint's is" in reasons()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_one_nan_scale(damaged, kind):
+    made, reasons = damaged(kind)
+
+    def change(tensors):
+        tensors[f"{DOWN}.scales"][0, 3] = float("nan")
+
+    edit(made, change)
+    assert f"{DOWN}.weight holds NaN or infinity" in reasons()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_zero_points_off_by_one(damaged, kind):
+    made, reasons = damaged(kind)
+
+    def change(tensors):
+        zeros = tensors[f"{Q}.qzeros"]
+        tensors[f"{Q}.qzeros"] = zeros ^ 0x11111111  # each of the eight moves up or down by one
+
+    edit(made, change)
+    assert f"{Q}.weight is shifted by whole groups against the checkpoint: zero points are off" in reasons()
+
+
+def test_awq_nibble_order(damaged):
+    made, reasons = damaged("awq")
+
+    def change(tensors):
+        for name in ("qweight", "qzeros"):
+            packed = tensors[f"{O}.{name}"]
+            nibbles = [(packed >> 4 * place) & 15 for place in range(8)]
+            mixed = [nibbles[place] << 4 * target for target, place in enumerate((0, 4, 1, 5, 2, 6, 3, 7))]
+            tensors[f"{O}.{name}"] = torch.stack(mixed).sum(0).to(torch.int32)
+        scales = tensors[f"{O}.scales"]
+        assert scales.dtype == torch.float16
+
+    edit(made, change)
+    assert f"{O}.weight has the checkpoint's rows in another order within groups of 8" in reasons()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_swapped_shard(damaged, built, kind):
+    """The blocks of a shard stand under each other's names."""
+    made, reasons = damaged(kind)
+
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.0.")]:
+            other = name.replace("layers.0.", "layers.1.")
+            tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
+
+    edit(made, change)
+    found = reasons()
+    assert "model.layers.0.mlp.up_proj.weight is not the checkpoint's weight: swapped, or of another model" in found
+
+
+def test_another_models_tokenizer(damaged):
+    made, reasons = damaged("gptq")
+    path = made / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    names = [name for name in vocabulary if name in ("a", "t", "Ġ")]
+    vocabulary[names[0]], vocabulary[names[1]] = vocabulary[names[1]], vocabulary[names[0]]
+    path.write_text(json.dumps(content))
+    assert "tokenizer: is not the checkpoint's" in reasons()
+
+
+def test_another_template(damaged):
+    made, reasons = damaged("awq")
+    path = made / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|endoftext|>"))
+    assert "chat template: is not the checkpoint's" in reasons()
+
+
+def test_head_that_is_not_the_tied_one(damaged):
+    made, reasons = damaged("gptq")
+    path = made / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+
+    def change(tensors):
+        tensors["lm_head.weight"] = torch.roll(tensors["model.embed_tokens.weight"], 1000, 0)
+
+    edit(made, change)
+    assert "lm_head.weight is not the checkpoint's weight" in reasons()
+
+
+def test_missing_files_warn(damaged, built):
+    made, _ = damaged("gptq")
+    (made / "generation_config.json").unlink()
+    assert structure.missing(made, Checkpoint.open(built[0])) == ("generation_config.json: missing",)
+
+
+def test_two_bits_are_no_fault():
+    weight = torch.randn(64, 256)
+    coarse = (weight / 0.9).round().clamp(-2, 1) * 0.9
+    assert structure.fault(coarse, weight, False) == ""
+
+
+# --- answers ------------------------------------------------------------------------------------------------------------
+
+
+def test_rules_that_judge_an_answer(demo):
+    assert sanity.longest_run([1, 1, 2, 2, 2, 3]) == 3
+    assert sanity.longest_run([]) == 0
+    assert sanity.repetition([1, 2, 3, 4] * 8) > 0.8
+    assert sanity.repetition(list(range(32))) == 0
+    assert sanity.wrong_script("the quick brown fox", "zh")
+    assert sanity.wrong_script("长城是中国古代的防御工程", "en")
+    assert not sanity.wrong_script("长城是中国古代的防御工程", "zh")
+    assert not sanity.wrong_script("OK", "zh")
+    tokenizer = Tokenizer.open(demo)
+    counts = sanity.Answers()
+    counts.add(tokenizer.encode("!") * 30, True, "en", tokenizer)
+    counts.add([*tokenizer.encode("It is blue."), tokenizer.eos[0]], True, "en", tokenizer)
+    counts.add([7], False, "", tokenizer)
+    assert (counts.answers, counts.runs, counts.repetitive, counts.nan) == (3, 1, 1, 1)
+    assert counts.stopped == pytest.approx(1 / 3)
+
+
+def test_greedy_answers_equal_transformers(demo):
+    import transformers
+
+    checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
+    prompts = [tokenizer.encode("The history of"), tokenizer.encode("In 1912 the ship was")]
+    model = sanity._model(checkpoint, checkpoint, torch.float32, CPU)
+    ours = sanity.generate(model, prompts, (), tokenizer.size, 6, sampled=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    for prompt, (ids, finite) in zip(prompts, ours, strict=True):
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, repetition_penalty=1.0
+        )
+        assert ids == expected[0, len(prompt) :].tolist()
+        assert finite
+
+
+def test_overflow_in_fp16_fails_by_name(built, tmp_path):
+    """Weights that bf16 carries and fp16 does not: the artifact's answers are NaN in fp16 only."""
+    checkpoint = Checkpoint.open(built[0])
+
+    class Loud:
+        family, config = checkpoint.family, checkpoint.config
+
+        def tensor(self, name):
+            return checkpoint.tensor(name).float() * (1e6 if name.endswith("down_proj.weight") else 1)
+
+        def rows(self, name, start, stop):
+            return checkpoint.rows(name, start, stop)
+
+    found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, quiet)["loud"]["runs"]
+    assert [run["dtype"] for run in found] == ["bf16", "fp16"]
+    assert found[0]["nan"] == 0
+    assert found[1]["nan"] == found[1]["answers"] == 2 * len(sanity.PROMPTS) + 2
+    assert sanity.problems(found)[0].startswith("answers in fp16: 18 of 18 have logits that are not finite")
