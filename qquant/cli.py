@@ -6,6 +6,7 @@ Heavy modules are imported by the commands that need them, so that `--help` and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,12 @@ Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 4 a gate i
 7 numerical, 8 not published, 9 output locked, 1 a bug.
 """
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+JUNIT = click.option(
+    "--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write the verdicts as JUnit XML."
+)
+GITHUB = click.option(
+    "--github", is_flag=True, help="Print workflow annotations, and add to the step summary ($GITHUB_STEP_SUMMARY)."
+)
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 
 
@@ -95,11 +102,14 @@ def _given(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."
 )
+@JUNIT
+@GITHUB
 @DEVICE
 @JSON
 def build(
     checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, imatrix: Path | None, out: Path, device: str, as_json: bool,
+    name: str | None, imatrix: Path | None, out: Path, junit: Path | None, github: bool, device: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
 
@@ -118,6 +128,7 @@ def build(
     _note_source(source, checkpoint or loaded.checkpoint or "", out)
     if not as_json:
         click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
+    _watched(report, junit, github)
     _show(report, as_json)
 
 
@@ -178,12 +189,14 @@ def plan(
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep report and evidence in this folder."
 )
+@JUNIT
+@GITHUB
 @DEVICE
 @JSON
 def check(
     artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
     length: int, protocol: Any, max_perplexity_ratio: float, max_kl: float | None, min_top1: float | None,
-    out: Path | None, device: str, as_json: bool,
+    out: Path | None, junit: Path | None, github: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
     from pydantic import ValidationError
@@ -203,6 +216,26 @@ def check(
     source = Checkpoint.open(against)
     with Progress() as progress:
         report = pipeline.check(artifacts, source, checks, gates, _device(device), progress, out)
+    _watched(report, junit, github)
+    _show(report, as_json)
+
+
+@cli.command("report", epilog=EXITS)
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file.")
+@JUNIT
+@GITHUB
+@JSON
+def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
+    """Show the report of an earlier build or check again: an output folder, or its report.json."""
+    from qquant import report_html
+    from qquant.checkpoint import read_json
+    from qquant.report import Report
+
+    report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
+    if html is not None:
+        html.write_text(report_html.render(report), "utf-8")
+    _watched(report, junit, github)
     _show(report, as_json)
 
 
@@ -387,6 +420,20 @@ def _device(name: str) -> torch.device:
             f"--device {name}: this torch ({torch.__version__}) sees no CUDA device. Use --device cpu"
         )
     return device
+
+
+def _watched(report: Report, junit: Path | None, github: bool) -> None:
+    """Tell those who watch the build, before the verdict ends it."""
+    from qquant.checks import ci
+
+    if junit is not None:
+        junit.write_text(ci.junit(report), "utf-8")
+    if github:
+        click.echo(ci.commands(report), nl=False, err=True)
+        summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if summary:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(ci.github(report))
 
 
 def _console() -> Console:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qquant.errors import InputError
+
 SCHEMA = "qquant-report-1"
 
 
@@ -126,6 +128,31 @@ class Report:
         }
         return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Report:
+        """The report of a record that this version wrote.
+
+        Raises:
+            InputError: it is of another kind.
+        """
+        if content.get("schema") != SCHEMA:
+            raise InputError(
+                f"report.json: schema {content.get('schema')!r} is not {SCHEMA}. Check the artifacts again"
+            )
+        try:
+            return cls(
+                model=content["model"],
+                recipe=content["recipe"],
+                baseline_bits=content["baseline"]["bits_per_weight"],
+                conditions=content["conditions"],
+                baseline_perplexity=_number(content["baseline"]["perplexity"]),
+                artifacts=tuple(_read(entry) for entry in content["artifacts"]),
+                warnings=tuple(content["warnings"]),
+                calibration=content["calibration"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"report.json: damaged: {error}") from None
+
     def to_markdown(self) -> str:
         """For people and model cards."""
         lines = [f"# {self.model}: {TITLES[self.outcome]}", ""]
@@ -203,6 +230,30 @@ def _row(artifact: ArtifactReport) -> tuple[str, ...]:
 
 def _artifact(artifact: ArtifactReport) -> dict[str, Any]:
     return dataclasses.asdict(artifact)
+
+
+def _number(value: Any) -> Any:
+    """The reverse of `_finite` for one value."""
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _number(value) if isinstance(value, str) else value for key, value in entry.items()}
+
+
+def _read(entry: Mapping[str, Any]) -> ArtifactReport:
+    names = {item.name for item in dataclasses.fields(ArtifactReport)}
+    fields = {key: value for key, value in _numbers(entry).items() if key in names}
+    verdict = entry["verdict"]
+    gates = tuple(GateReport(**_numbers(gate)) for gate in verdict["gates"])
+    fields["verdict"] = Verdict(verdict["outcome"], tuple(verdict["reasons"]), gates, verdict["waiver"])
+    for key, kind in (("texts", TextReport), ("positions", TextReport), ("worst", WorstToken)):
+        fields[key] = tuple(kind(**_numbers(item)) for item in entry[key])
+    for key in ("fallbacks", "layers", "kl_histogram"):
+        fields[key] = tuple(entry[key])
+    for key in ("kl_percentiles", "delta_p"):
+        fields[key] = _numbers(entry[key])
+    return ArtifactReport(**fields)
 
 
 def _finite(value: Any) -> Any:

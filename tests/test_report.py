@@ -1,5 +1,6 @@
 """The record and its views: valid JSON whatever the numbers, and a page that needs nothing and shows everything."""
 
+import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -7,6 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from qquant import report_html
+from qquant.checks import ci
+from qquant.errors import InputError
 from qquant.report import ArtifactReport, GateReport, Report, TextReport, Verdict, WorstToken
 
 GATE = GateReport("mean KL divergence", "fail", 0.06, 0.05, 0.055, 0.066, 1.0, 0.0002, 0.004, 40)
@@ -134,3 +137,72 @@ def test_axis_ticks_are_round_and_inside():
     assert axis.at(axis.high) == 100
     wide = report_html.Axis.of([1e-9, 10], 0, 100)
     assert len(wide.ticks()) <= 7
+
+
+# --- the record read again, and what machines read -------------------------------------------------------------------------
+
+
+def everything():
+    waived = Verdict("waived", ("mean KL divergence 0.06 is above",), (GATE,), "waived by A until 2030-01-01: known")
+    return report(
+        artifact("good", verdict=Verdict("pass", (), (dataclasses.replace(GATE, outcome="pass"),))),
+        artifact("bad", kl=math.inf, verdict=Verdict("fail", ("tokenizer: is not the checkpoint's", "mean KL divergence 0.06 is above the limit: 5 %\n2"), (GATE,))),
+        artifact("open", verdict=Verdict("inconclusive", ("mean KL divergence",), (dataclasses.replace(GATE, outcome="inconclusive", high=math.inf),))),
+        artifact("late", verdict=waived, texts=(TextReport("zh", 9, 2.0, 2.0, 1.0, 0.1, 0.9),), worst=(WorstToken("a", "b", 1.0, 2.0, math.nan),)),
+        warnings=("w",),
+    )  # fmt: skip
+
+
+def test_record_is_read_back_whole():
+    made = everything()
+    back = Report.from_json(json.loads(made.to_json()))
+    assert back.to_json() == made.to_json()
+    assert report_html.render(back) == report_html.render(made)
+    assert math.isinf(back.artifacts[1].kl_divergence)
+
+
+@pytest.mark.parametrize("change", [{"schema": "other"}, {"artifacts": [{"name": "a"}]}, {"baseline": 3}])
+def test_damaged_record_is_refused(change):
+    content = json.loads(everything().to_json()) | change
+    with pytest.raises(InputError, match=r"report\.json"):
+        Report.from_json(content)
+
+
+def test_junit():
+    from xml.etree import ElementTree
+
+    suites = ElementTree.fromstring(ci.junit(everything()))
+    assert {key: suites.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "8", "failures": "2", "errors": "1", "skipped": "1",
+    }  # fmt: skip
+    bad = suites.find("testsuite[@name='m.bad']")
+    assert bad.find("testcase[@name='structure and answers']/failure").text == "tokenizer: is not the checkpoint's"
+    assert bad.find("testcase[@name='mean KL divergence']/failure").get("message").startswith("0.06, limit 0.05")
+    late = suites.find("testsuite[@name='m.late']/testcase[@name='mean KL divergence']/skipped")
+    assert "waived by A until 2030-01-01" in late.get("message")
+
+
+def test_workflow_commands():
+    lines = ci.commands(everything()).splitlines()
+    assert "::error title=bad::tokenizer%3A is not the checkpoint's" in lines
+    assert "::error title=bad::mean KL divergence 0.06 is above the limit%3A 5 %25%0A2" in lines
+    assert [line for line in lines if line.startswith("::warning title=late::waived by A")]
+    assert not [line for line in lines if "title=good" in line]
+    assert ci.github(everything()).startswith("❌ **m**: FAILED\n")
+
+
+def test_report_command(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from qquant.cli import cli
+
+    (tmp_path / "report.json").write_text(everything().to_json())
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    options = ["--junit", str(tmp_path / "j.xml"), "--github", "--html", str(tmp_path / "r.html")]
+    result = CliRunner().invoke(cli, ["report", str(tmp_path), *options])
+    assert type(result.exception).__name__ == "GateFailedError"
+    assert "good" in result.output
+    assert "::error title=bad" in result.stderr
+    assert (tmp_path / "summary.md").read_text().startswith("❌")
+    assert (tmp_path / "j.xml").is_file()
+    assert (tmp_path / "r.html").read_text() == report_html.render(everything())

@@ -1,0 +1,82 @@
+"""Reports for machines that watch builds: JUnit XML, and a summary for GitHub's step page.
+
+One test case per gate, named artifact.gate: a fail is a failure, an undecided gate an error, a waived fail is skipped with the waiver as
+its message, so that it shows and does not block. Findings of structure and answers stand in a case of their own.
+"""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from qquant.report import TITLES, ArtifactReport, Report
+
+MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "waived": "⚠️"}
+KINDS = {"fail": "failure", "inconclusive": "error"}
+
+
+def junit(report: Report) -> str:
+    """The report as JUnit XML."""
+    suites = ElementTree.Element("testsuites", name=f"qquant {report.model}")
+    for artifact in report.artifacts:
+        suite = ElementTree.SubElement(suites, "testsuite", name=f"{report.model}.{artifact.name}")
+        _whole(suite, artifact)
+        for gate in artifact.verdict.gates:
+            case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name=gate.name)
+            numbers = f"{gate.value:.6g}, limit {gate.limit:g}, 95 % interval {gate.low:.6g} to {gate.high:.6g}, {gate.windows} windows"
+            _result(case, gate.outcome, numbers, artifact.verdict.waiver)
+        _count(suite)
+    _count(suites)
+    ElementTree.indent(suites)
+    return ElementTree.tostring(suites, "unicode", xml_declaration=True) + "\n"
+
+
+def _whole(suite: ElementTree.Element, artifact: ArtifactReport) -> None:
+    """What is no matter of degree: findings that belong to no gate."""
+    gates = tuple(gate.name for gate in artifact.verdict.gates)
+    faults = (
+        [reason for reason in artifact.verdict.reasons if not reason.startswith(gates)]
+        if gates
+        else artifact.verdict.reasons
+    )
+    case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name="structure and answers")
+    _result(case, "fail" if faults else "pass", "\n".join(faults), artifact.verdict.waiver)
+
+
+def _result(case: ElementTree.Element, outcome: str, text: str, waiver: str) -> None:
+    if outcome == "fail" and waiver:
+        ElementTree.SubElement(case, "skipped", message=f"{waiver} ({text})")
+    elif outcome in KINDS:
+        first = text.partition("\n")[0]
+        ElementTree.SubElement(case, KINDS[outcome], message=first, type=outcome).text = text
+    else:
+        ElementTree.SubElement(case, "system-out").text = text
+
+
+def _count(element: ElementTree.Element) -> None:
+    element.set("tests", str(len(list(element.iter("testcase")))))
+    for name, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        element.set(name, str(len(list(element.iter(tag)))))
+
+
+def github(report: Report) -> str:
+    """The report as Markdown for the summary page of a step, which GitHub names in GITHUB_STEP_SUMMARY."""
+    text = report.to_markdown()
+    lines = [f"{MARKS[report.outcome]} **{report.model}**: {TITLES[report.outcome]}", ""]
+    return "\n".join(lines) + text.partition("\n")[2].lstrip("\n")
+
+
+def commands(report: Report) -> str:
+    """Workflow commands that GitHub shows beside the run, one line per reason."""
+    kinds = {"fail": "error", "inconclusive": "error", "waived": "warning"}
+    lines = [
+        f"::{kinds[artifact.verdict.outcome]} title={_escaped(artifact.name)}::{_escaped(reason)}"
+        for artifact in report.artifacts
+        if artifact.verdict.outcome in kinds
+        for reason in (artifact.verdict.waiver, *artifact.verdict.reasons)
+        if reason
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A").replace(":", "%3A").replace(",", "%2C")
