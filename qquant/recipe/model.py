@@ -304,7 +304,7 @@ class Checks(_Strict):
         description="llama.cpp: the second half of each window is scored; sliding: all of it, as in the GPTQ papers (length 2048)",
     )
     answer_length: int = Field(
-        default=48, ge=0, le=4096, description="tokens per answer to the bundled prompts, greedy and sampled; 0: none"
+        default=0, ge=0, le=4096, description="tokens per answer to the bundled prompts, greedy and sampled; 0: none"
     )
 
     @staticmethod
