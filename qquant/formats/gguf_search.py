@@ -80,7 +80,7 @@ class Found:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether numpy does what there is one of per block, and sums."""
+    """Whether sums, and values of which there is one per block, are left to numpy."""
     return x.device.type == "cpu"
 
 
