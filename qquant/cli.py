@@ -76,6 +76,7 @@ def _open(
 ) -> tuple[Recipe, Checkpoint]:
     from qquant import recipe
     from qquant.checkpoint import Checkpoint
+    from qquant.padding import padded
 
     loaded = recipe.load(recipe_name)
     reference = checkpoint or loaded.checkpoint
@@ -83,7 +84,7 @@ def _open(
         raise UsageError(
             f"recipe {loaded.name} names no checkpoint; give one: qquant build CHECKPOINT --recipe {recipe_name}"
         )
-    return loaded, Checkpoint.open(reference, revision or loaded.revision, adapter)
+    return loaded, padded(Checkpoint.open(reference, revision or loaded.revision, adapter), loaded)
 
 
 def _given(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
@@ -218,6 +219,53 @@ def check(
         report = pipeline.check(artifacts, source, checks, gates, _device(device), progress, out)
     _watched(report, junit, github)
     _show(report, as_json)
+
+
+@cli.command(epilog=EXITS)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
+@click.option(
+    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
+)
+@click.option("--windows", default=8, show_default=True, help="Windows of text.")
+@click.option("--length", default=256, show_default=True, help="Tokens per window.")
+@DEVICE
+@JSON
+def bisect(
+    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, device: str, as_json: bool
+) -> None:
+    """Find which linears carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
+
+    Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears.
+    """
+    from qquant import pipeline
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Checks
+
+    source = Checkpoint.open(against)
+    checks = Checks(text=text, windows=windows, length=length)
+    with Progress() as progress:
+        found = pipeline.bisect(artifact, source, checks, max_kl, _device(device), progress)
+    chosen = [part.name for part in found.chosen]
+    if as_json:
+        gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in found.gains]
+        content = {"schema": "qquant-bisection-1", "kl_divergence": found.kl, "limit": found.limit, "gains": gains}
+        click.echo(json.dumps(content | {"restored": chosen, "kl_restored": found.kl_chosen}, indent=2))
+    else:
+        from rich.table import Table
+
+        table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
+        for part, gain in found.gains[:12]:
+            table.add_row(part.name, f"{part.size:,}", f"{gain:+.6f}", f"{gain / found.kl:.1%}" if found.kl else "")
+        _console().print(table)
+        if not chosen:
+            click.echo(f"mean KL divergence {found.kl:.6f} is within {max_kl:g} as it is")
+        else:
+            click.echo(f"mean KL divergence {found.kl:.6f}; {found.kl_chosen:.6f} with these in 16 bits:")
+            click.echo("\n".join(f"  {name}" for name in chosen))
+    if found.kl_chosen > max_kl:
+        raise GateFailedError(f"{artifact}: {found.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere")
 
 
 @cli.command("report", epilog=EXITS)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from qquant import __version__, calibration, report_html, walk
-from qquant.artifact import Draft, finished, installed, read_manifest
+from qquant.artifact import Draft, finished, installed, open_weights, read_manifest
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
+from qquant.checks import bisect as bisection
 from qquant.checks.evidence import Evidence
-from qquant.checks.review import Candidate, earlier_release, held_out, record, review
+from qquant.checks.review import Candidate, earlier_release, held_out, record, require_same_shape, review
+from qquant.formats import detect
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
 from qquant.moments import Moments
@@ -109,6 +111,18 @@ def write_imatrix(found: Imatrix | None, folder: Path) -> None:
 
 def _key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def bisect(
+    artifact: Path, checkpoint: Checkpoint, checks: Checks, limit: float, device: torch.device, progress: Progress
+) -> bisection.Found:
+    """Which linears of an artifact carry its loss, and a small set that would bring its mean KL divergence to `limit`."""
+    text = held_out(checks, Tokenizer.open(checkpoint.path))
+    source = open_weights(artifact)
+    require_same_shape(artifact, source, checkpoint)
+    candidates = bisection.whole_blocks(source) if detect(artifact) == "awq" else bisection.parts(source)
+    search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
+    return bisection.bisect(search, candidates, limit)
 
 
 def _write(report: Report, out: Path) -> None:

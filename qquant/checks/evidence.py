@@ -34,7 +34,7 @@ NLL = (1e-4, 127)  # where the scale turns logarithmic, and the largest code
 KL = (1e-6, 255)
 LARGEST = 64.0  # nats; beyond is stored as this
 LOSSES = ("nll", "kl", "top1")
-TEXT = ("name", "sha256", "tokens_sha256", "length", "protocol")  # what two measurements must share
+TEXT = ("name", "sha256", "length", "protocol", "tokens_sha256")  # what two measurements must share
 
 
 @dataclass(frozen=True)

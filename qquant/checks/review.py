@@ -155,10 +155,7 @@ def review(
     sources, baseline = {}, Remembered(checkpoint)
     for candidate in candidates:
         source = open_weights(candidate.path)
-        if _difference(source, checkpoint):
-            raise InputError(
-                f"{candidate.path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}"
-            )
+        require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
     found = _read(baseline, candidates, sources, text, device, progress)
@@ -224,6 +221,12 @@ def _judge(
             means = main[name].window_means()
             verdicts[name] = gate.judge(candidate.gates, means, then, fine=candidate.fine, looks=looks)
     return verdicts
+
+
+def require_same_shape(path: Path, source: WeightSource, checkpoint: Checkpoint) -> None:
+    """Raise InputError, with the numbers that differ, unless `source` has the shape of the checkpoint's model."""
+    if _difference(source, checkpoint):
+        raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
 
 
 def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:

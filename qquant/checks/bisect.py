@@ -1,0 +1,143 @@
+"""Which linears carry the loss of an artifact, and which of them in 16 bits would make its gate pass.
+
+A mixed model takes some linears from the checkpoint and the rest from the artifact. One reading of the text, all mixtures in lockstep,
+gives the KL divergence with each linear restored alone; gain(i) = KL(artifact) - KL(i restored). Linears are then restored in the order
+of gain per byte, cheapest first, until the mean KL divergence is within the limit; the set is tried as a whole (gains add up only
+roughly), found by bisection over how many are taken, and then thinned: what can go back to the artifact without missing the limit does.
+
+The stages of a block are candidates as a whole (q, k, v are one), so that runtimes that fuse them still can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qquant.checkpoint import WeightSource
+from qquant.checks.fidelity import Progress, Scored, measure
+from qquant.families import Family, ModelConfig
+
+TOGETHER = 16  # mixtures read at a time
+
+
+@dataclass
+class Mixed:
+    """An artifact with some weights taken from the checkpoint."""
+
+    artifact: WeightSource
+    checkpoint: WeightSource
+    restored: frozenset[str]  # names of weights
+
+    def __post_init__(self) -> None:
+        """Take over what the artifact says about itself."""
+        self.family: Family = self.artifact.family
+        self.config: ModelConfig = self.artifact.config
+
+    def tensor(self, name: str) -> Tensor:
+        """From whichever it is to come."""
+        return (self.checkpoint if name in self.restored else self.artifact).tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """From whichever it is to come."""
+        return (self.checkpoint if name in self.restored else self.artifact).rows(name, start, stop)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Linears that are restored together: one stage of one block, or the head."""
+
+    name: str
+    weights: tuple[str, ...]
+    size: int  # parameters
+
+
+@dataclass(frozen=True)
+class Found:
+    """What restoring brings."""
+
+    kl: float  # of the artifact
+    limit: float
+    gains: tuple[tuple[Part, float], ...]  # largest first
+    chosen: tuple[Part, ...]  # the smallest set that was found; empty if nothing has to be restored
+    kl_chosen: float  # with `chosen` in 16 bits
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a bisection reads, and how."""
+
+    checkpoint: WeightSource
+    artifact: WeightSource
+    text: Scored
+    device: torch.device
+    progress: Progress
+
+    def kl(self, sets: Sequence[Iterable[Part]]) -> list[float]:
+        """Mean KL divergence with each of `sets` restored."""
+        found: list[float] = []
+        for start in range(0, len(sets), TOGETHER):
+            group = sets[start : start + TOGETHER]
+            mixed: Mapping[str, WeightSource] = {
+                str(index): Mixed(self.artifact, self.checkpoint, frozenset(n for part in parts for n in part.weights))
+                for index, parts in enumerate(group)
+            }
+            measured = measure(self.checkpoint, mixed, self.text, self.device, self.progress)
+            found += [measured[name].mean_kl for name in mixed]
+        return found
+
+
+def parts(source: WeightSource) -> list[Part]:
+    """Every stage of every block, in order. AWQ's folded scales keep a block's stages together."""
+    family, config = source.family, source.config
+    shapes = family.linear_shapes(config)
+    found = []
+    for layer in range(config.layers):
+        prefix = family.block.format(layer)
+        for stage in family.stages:
+            weights = tuple(f"{prefix}{linear}.weight" for linear in stage.linears)
+            found.append(Part(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears)))
+    return found
+
+
+def whole_blocks(source: WeightSource) -> list[Part]:
+    """Every block with its norms and biases: what can be restored where scales are folded between neighbours."""
+    family, config = source.family, source.config
+    found = []
+    for layer in range(config.layers):
+        shapes = family.block_shapes(config, layer)
+        name = family.block.format(layer).rstrip(".")
+        found.append(Part(name, tuple(shapes), sum(math.prod(shape) for shape in shapes.values())))
+    return found
+
+
+def bisect(search: Search, candidates: Sequence[Part], limit: float) -> Found:
+    """Find a small set of `candidates` that brings the mean KL divergence to `limit`, cheapest gain first."""
+    start, *alone = search.kl([(), *((part,) for part in candidates)])
+    gains = sorted(zip(candidates, (start - kl for kl in alone), strict=True), key=lambda pair: -pair[1])
+    if start <= limit:
+        return Found(start, limit, tuple(gains), (), start)
+    order = [part for part, gain in sorted(gains, key=lambda pair: -pair[1] / pair[0].size)]
+    low, high = 0, len(order)
+    reached = search.kl([order])[0]
+    while high - low > 1:
+        middle = (low + high) // 2
+        kl = search.kl([order[:middle]])[0]
+        low, high, reached = (low, middle, kl) if kl <= limit else (middle, high, reached)
+    return _thinned(search, Found(start, limit, tuple(gains), tuple(order[:high]), reached))
+
+
+def _thinned(search: Search, found: Found) -> Found:
+    """Without the parts that turn out not to be needed; the largest is tried first."""
+    chosen, reached = list(found.chosen), found.kl_chosen
+    if reached > found.limit:
+        return found
+    for part in sorted(found.chosen, key=lambda part: -part.size):
+        fewer = [other for other in chosen if other != part]
+        kl = search.kl([fewer])[0]
+        if fewer and kl <= found.limit:
+            chosen, reached = fewer, kl
+    return Found(found.kl, found.limit, found.gains, tuple(chosen), reached)

@@ -1,0 +1,244 @@
+"""What is measured: protocols, texts, stretches, looks, llama-perplexity's arithmetic and file, and the search for the loss."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qquant import pipeline, recipe
+from qquant.checkpoint import Checkpoint
+from qquant.checks import bisect as bisection
+from qquant.checks import evidence, llama_cpp, regression
+from qquant.checks.fidelity import Scored, final_states, first_scored, measure
+from qquant.errors import InputError
+from qquant.plan import Plan
+from qquant.recipe import Checks, Gates
+from tests.conftest import write_checkpoint
+
+CPU = torch.device("cpu")
+RECIPE = """
+version: 1
+name: fidelity
+calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
+checks: {windows: 2, length: 32}
+artifacts:
+  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn}
+"""
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """(checkpoint folder, output folder) of a small build."""
+    place = tmp_path_factory.mktemp("fidelity")
+    folder = write_checkpoint(place / "model", tie_word_embeddings=True)
+    (place / "recipe.yaml").write_text(RECIPE)
+    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
+    pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), place / "out", CPU, quiet)
+    return folder, place / "out"
+
+
+def check(built, checks, gates=None, out=None):
+    folder, made = built
+    (path,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
+    return pipeline.check([path], Checkpoint.open(folder), checks, gates or Gates(), CPU, quiet, out).artifacts[0]
+
+
+class Rolled:
+    """A checkpoint with other embeddings: a model that is wrong."""
+
+    def __init__(self, source):
+        self.source, self.family, self.config = source, source.family, source.config
+
+    def tensor(self, name):
+        return self.source.tensor(name)
+
+    def rows(self, name, start, stop):
+        return self.source.rows(name, start, stop) * 0.9
+
+
+@pytest.fixture
+def pair(built):
+    source = Checkpoint.open(built[0])
+    windows = torch.randint(0, 8000, (3, 24), generator=torch.Generator().manual_seed(0))
+    return source, Rolled(source), windows
+
+
+def test_protocols_score_what_they_say(pair):
+    source, other, windows = pair
+    assert first_scored("llama.cpp", 512) == 256
+    assert first_scored("llama.cpp", 25) == 12
+    assert first_scored("sliding", 2048) == 0
+    half = measure(source, {"o": other}, Scored(windows, 12, 8000), CPU, quiet)["o"]
+    every = measure(source, {"o": other}, Scored(windows, 0, 8000), CPU, quiet)["o"]
+    assert half.nll.shape == (3, 11)
+    assert every.nll.shape == (3, 23)
+    for name in ("nll", "nll_baseline", "kl", "same_top"):
+        assert torch.equal(getattr(half, name), getattr(every, name)[:, 12:]), name
+
+
+def test_windows_are_independent(pair):
+    source, other, windows = pair
+    whole = measure(source, {"o": other}, Scored(windows, 12, 8000), CPU, quiet)["o"]
+    first = measure(source, {"o": other}, Scored(windows[:1], 12, 8000), CPU, quiet)["o"]
+    rest = measure(source, {"o": other}, Scored(windows[1:], 12, 8000), CPU, quiet)["o"]
+    joined = first.joined([first, rest])
+    assert torch.allclose(joined.kl, whole.kl, atol=1e-9)
+    assert np.allclose(joined.window_means()["nll"], whole.window_means()["nll"], atol=1e-9)
+
+
+def test_report_has_texts_percentiles_and_worst_tokens(built):
+    row = check(built, Checks(windows=4, length=32, texts=("bundled:code-test", "bundled:zh-test")))
+    assert [text.name for text in row.texts] == ["bundled:code-test", "bundled:zh-test"]
+    assert all(text.tokens == 4 * 15 for text in row.texts)
+    assert row.texts[0].perplexity != row.texts[1].perplexity
+    values = [row.kl_percentiles[key] for key in ("50", "90", "99", "99.9")]
+    assert values == sorted(values)
+    assert values[2] == pytest.approx(row.kl_99)
+    assert sum(row.kl_histogram) == 4 * 15
+    assert len(row.worst) == 12
+    assert row.worst[0].kl >= row.worst[-1].kl
+    assert row.worst[0].kl > values[2]
+    assert abs(row.delta_p["mean"]) <= row.delta_p["rms"]
+
+
+def test_long_windows_are_told_apart_by_position(built, monkeypatch):
+    from qquant.checks import review
+
+    monkeypatch.setattr(review, "BUCKETS", (0, 8, 24))
+    row = check(built, Checks(windows=2, length=32, protocol="sliding"))
+    assert [stretch.name for stretch in row.positions] == ["0 to 8", "8 to 24", "24 to 31"]
+    assert [stretch.tokens for stretch in row.positions] == [16, 32, 14]
+    mean = sum(stretch.kl_divergence * stretch.tokens for stretch in row.positions) / 62
+    assert mean == pytest.approx(row.kl_divergence)
+
+
+def test_more_text_is_read_only_where_it_is_needed(built):
+    sure = check(built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=5.0))
+    assert (sure.verdict.outcome, sure.verdict.gates[0].windows) == ("pass", 8)
+    close = check(built, Checks(windows=40, length=32)).kl_divergence
+    unsure = check(built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=close * 1.02))
+    assert unsure.verdict.gates[0].windows in (16, 32)
+
+
+def test_comparison_of_two_reports(built, tmp_path):
+    checks = Checks(windows=16, length=32)
+    check(built, checks, out=tmp_path / "a")
+    check(built, checks, out=tmp_path / "b")
+    assert {change.outcome for change in regression.compare(tmp_path / "a", tmp_path / "b")} == {"equal"}
+    path = next((tmp_path / "b" / "evidence").iterdir())
+    worse = evidence.read(path)
+    tensors = {"nll": torch.zeros(16, 15), "kl": torch.zeros(16, 15), "top1": torch.zeros(16, 2, dtype=torch.uint8)}
+    means = torch.from_numpy(np.stack([worse.means[name] * (1.5 if name == "kl" else 1) for name in evidence.LOSSES]))
+    head = {"schema": evidence.SCHEMA, "tokens": 15, "facts": dict(worse.facts)}
+    save_file(tensors | {"means": means}, path, metadata={"evidence": json.dumps(head)})
+    outcomes = {change.loss: change.outcome for change in regression.compare(tmp_path / "a", tmp_path / "b")}
+    assert outcomes == {"mean KL divergence": "worse", "top-1 disagreement": "equal", "mean NLL difference": "equal"}
+    backwards = {change.loss: change.outcome for change in regression.compare(tmp_path / "b", tmp_path / "a")}
+    assert backwards["mean KL divergence"] == "better"
+
+
+def test_regression_gate_reads_the_earlier_report(built, tmp_path):
+    checks = Checks(windows=16, length=32)
+    check(built, checks, out=tmp_path / "a")
+    row = check(built, checks, Gates(regression_vs=str(tmp_path / "a")))
+    assert row.verdict.outcome == "pass"
+    assert len(row.verdict.gates) == 2
+    with pytest.raises(InputError, match="length"):
+        check(built, Checks(windows=16, length=64), Gates(regression_vs=str(tmp_path / "a")))
+
+
+# --- llama-perplexity ---------------------------------------------------------------------------------------------------
+
+
+def test_codes_of_the_base_file():
+    logits = torch.tensor([[0.0, -1.0, -40.0, 3.0, 2.5]])
+    rows = llama_cpp.encode(logits)
+    assert rows.shape == (1, 4 + 5 + 1)
+    scale, least = struct.unpack("<2f", rows[0, :4].tobytes())
+    assert scale == pytest.approx(16 / 65535)
+    log_sum = math.log(sum(math.exp(x - 3) for x in logits[0].tolist()))
+    assert least == pytest.approx(-16 - log_sum, rel=1e-6)
+    assert rows[0, 4:].tolist() == [53247, 49151, 0, 65535, 63487, 0]
+    assert llama_cpp.decode(rows, 5)[0, 3] == pytest.approx(-log_sum, abs=1e-5)
+
+
+def test_file_of_base_logits_round_trip(pair, tmp_path):
+    source, other, windows = pair
+    path = tmp_path / "base.kld"
+    written = llama_cpp.compare(source, {"o": other}, windows, CPU, quiet, path)["o"]
+    base = llama_cpp.BaseLogits.open(path)
+    assert np.array_equal(base.windows, windows.numpy())
+    assert path.stat().st_size == 20 + 4 * 72 + 3 * 11 * 2 * (4 + 8192)
+    assert llama_cpp.compare_with_file(base, {"o": other}, CPU, quiet)["o"] == pytest.approx(written, abs=1e-9)
+    for damage in (path.read_bytes()[:-2], b"_logits_", b"x" * 100):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=r"base\.kld"):
+            llama_cpp.BaseLogits.open(path)
+
+
+def test_statistics_agree_with_the_exact_ones(pair):
+    source, other, windows = pair
+    exact = measure(source, {"o": other}, Scored(windows, 12, 8192), CPU, quiet)["o"]
+    theirs = llama_cpp.compare(source, {"o": other}, windows, CPU, quiet)["o"]
+    assert theirs["ppl"] == pytest.approx(exact.perplexity, rel=1e-5)
+    assert theirs["ppl_base"] == pytest.approx(exact.perplexity_baseline, rel=1e-3)
+    assert theirs["kld_mean"] == pytest.approx(exact.mean_kl, rel=0.02)
+    assert theirs["dp_rms"] == pytest.approx(float(exact.delta_p.square().mean().sqrt()), rel=0.02)
+    assert theirs["same_top"] == pytest.approx(exact.top1)
+    assert theirs["kld_50"] == pytest.approx(float(np.median(exact.kl.numpy())), rel=0.02)
+
+
+# --- bisection ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_broken_linear_is_found(built, tmp_path):
+    import shutil
+
+    folder, made = built
+    (origin,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
+    broken = tmp_path / "broken"
+    shutil.copytree(origin, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.scales"] *= 1.6
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    checks = Checks(windows=2, length=32)
+    source = Checkpoint.open(folder)
+    fine = check(built, checks).kl_divergence
+    found = pipeline.bisect(broken, source, checks, fine * 1.05, CPU, quiet)
+    assert found.kl > 1.5 * fine
+    assert found.gains[0][0].weights == ("model.layers.1.mlp.down_proj.weight",)
+    assert [part.weights for part in found.chosen] == [("model.layers.1.mlp.down_proj.weight",)]
+    assert found.kl_chosen <= fine * 1.05
+    nothing = pipeline.bisect(origin, source, checks, fine * 1.05, CPU, quiet)
+    assert nothing.chosen == ()
+
+
+def test_awq_is_searched_by_blocks(built):
+    folder, made = built
+    (path,) = [path for path in made.iterdir() if path.name.endswith("AWQ")]
+    found = pipeline.bisect(path, Checkpoint.open(folder), Checks(windows=2, length=32), 1e-9, CPU, quiet)
+    assert [part.name for part in found.chosen] == ["model.layers.0", "model.layers.1"] or len(found.chosen) == 2
+    assert found.kl_chosen == 0.0
+
+
+def test_all_linears_in_16_bits_leave_nothing(built):
+    folder, made = built
+    (path,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
+    found = pipeline.bisect(path, Checkpoint.open(folder), Checks(windows=1, length=32), 0.0, CPU, quiet)
+    assert found.kl_chosen == 0.0
+    assert len(found.chosen) == len(bisection.parts(Checkpoint.open(folder)))
+
+
+def test_finals_are_those_of_the_windows(pair):
+    source, _, windows = pair
+    (states,) = final_states([source], Scored(windows, 20, 8192), CPU, quiet)
+    assert states.shape == (3, 3, 64)
