@@ -159,7 +159,7 @@ def _place(name: str) -> tuple[int, str] | None:
 
 
 def _heat(artifact: ArtifactReport) -> dict[str, Any]:
-    """Relative squared error of each linear by block: the darker the more, on a logarithmic scale of this artifact."""
+    """Relative squared error of each linear by block: the stronger the more, on a logarithmic scale of this artifact."""
     cells: dict[tuple[int, str], float] = {}
     for layer in artifact.layers:
         place = _place(str(layer.get("name", "")))

@@ -121,7 +121,7 @@ def test_heat_map_shows_every_linear():
     page = Page(report_html.render(report()))
     text = " ".join("".join(page.text).split())
     assert "mlp.down_proj" in text
-    assert "from 0.0010 (light) to 0.0030 (dark)" in text
+    assert "from 0.0010 (faint) to 0.0030 (strong)" in text
     assert "153 %" in text  # 10 * 100^2 / 65504: head-room of block 2
 
 

@@ -45,8 +45,9 @@ def main():
     parser.add_argument("--spread", type=float, default=0.35, help="standard deviation of a window's own NLL, nats")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    print(f"{'artifact':<14}{'loss':<6}{'false fail':>11}{'false pass':>11}{'unpaired rule, false fail':>27}")
+    print(f"{'artifact':<24}{'loss':<6}{'false fail':>11}{'false pass':>11}{'unpaired rule, false fail':>27}")
     for name, found in evidence.of_report(options.out).items():
+        name = name.rpartition("/")[2]
         for loss in ("kl", "nll"):
             means = found.means[loss]
             margin = options.margin * means.mean() if loss == "kl" else options.nll
@@ -57,7 +58,7 @@ def main():
             if loss == "nll":
                 harmless = means - means.mean()
                 habit = f"{unpaired(harmless, options.spread, margin, options.windows, options.runs, rng):.1%}"
-            print(f"{name:<14}{loss:<6}{failed:>11.1%}{passed:>11.1%}{habit:>27}")
+            print(f"{name:<24}{loss:<6}{failed:>11.1%}{passed:>11.1%}{habit:>27}")
 
 
 if __name__ == "__main__":
