@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qquant.kernels.gram import gram
+
 
 @dataclass
 class Gram:
@@ -31,9 +33,8 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Add the rows of x [T, K] (any float dtype)."""
-        wide = x.float()
-        self.matrix.addmm_(wide.T, wide)
-        magnitude = wide.abs()
+        gram(self.matrix, x.contiguous())
+        magnitude = x.float().abs()
         self.absolute += magnitude.sum(0)
         self.largest = max(self.largest, float(magnitude.max()))
         self.tokens += len(x)

@@ -186,7 +186,7 @@ def check_solver(rows_list, failures, worst):
             problem = [t.to(DEVICE) for t in gptq_problem(rows, columns, levels, per_column=columns == 96)]
             with poisoned():
                 codes, errors = gptq_block.gptq_block(*problem, levels)
-            true_codes, true_errors = gptq_definition(*problem, levels)
+            true_codes, true_errors = (t.to(DEVICE) for t in gptq_definition(*problem, levels))
             different = float((codes != true_codes).float().mean())
             same = (codes == true_codes).all(1)
             error = relative(errors[same], true_errors[same])
