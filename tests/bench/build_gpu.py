@@ -1,0 +1,116 @@
+"""A build on random weights of a real shape on a GPU: seconds by phase, and peak GPU memory.
+
+    python -m tests.bench.build_gpu --work /dev/shm/build --out FOLDER [--shape 7B] [--artifacts gptq-int4 ...] [--samples 128]
+
+Random bf16 weights of the exact shape, calibration tokens of the bundled corpora (128 x 2048 by default). The check runs on a few
+windows; its seconds are listed apart. Results go to FOLDER/build.json after every artifact set.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from qquant import artifact, pipeline, recipe, walk
+from qquant.checkpoint import Checkpoint
+from qquant.plan import Plan
+from tests.bench.memory import write_random
+
+RECIPE = """
+version: 1
+name: build-gpu
+calibration:
+  sources: [{{bundled: code}}, {{bundled: wikitext-2-valid}}, {{bundled: docs-zh}}, {{bundled: docs-en}}, {{bundled: books-en}}]
+  samples: {samples}
+  length: 2048
+  default_system_share: 0
+checks: {{text: "bundled:zh-test", windows: 4, length: 512}}
+artifacts:
+  - {{name: gptq-int4, format: gptq, bits: 4}}
+  - {{name: gptq-int8, format: gptq, bits: 8}}
+  - {{name: awq, format: awq}}
+"""
+GGUF = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
+
+
+class Clock:
+    """Seconds spent in functions, by name; nested ones count in both."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    def watch(self, owner, name, label):
+        """Replace owner.name by a timed version."""
+        inner = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            torch.cuda.synchronize()
+            began = time.monotonic()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                torch.cuda.synchronize()
+                self.seconds[label] += time.monotonic() - began
+
+        setattr(owner, name, timed)
+
+
+def main():
+    """Build each requested set and print its phases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default="7B")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sets", nargs="*", default=["gptq-int4"], help="comma-separated artifacts, or all")
+    options = parser.parse_args()
+    began = time.monotonic()
+    folder = options.work / "model"
+    if not folder.exists():
+        write_random(folder, options.shape, options.layers, "cuda")
+    print(f"random checkpoint: {time.monotonic() - began:.1f} s", flush=True)
+    path = options.work / "recipe.yaml"
+    path.write_text(RECIPE.format(samples=options.samples) + "".join(f"  - {{name: gguf-{t}, format: gguf, type: {t}}}\n" for t in GGUF))
+    loaded, results = recipe.load(str(path)), {}
+    clock = Clock()
+    for owner, name, label in (
+        (pipeline.calibration, "load", "calibration"),
+        (Checkpoint, "content_hash", "hash of the checkpoint"),
+        (Checkpoint, "block", "read blocks"),
+        (walk.Stream, "advance", "forward and Gram"),
+        (walk, "_transform", "AWQ search"),
+        (walk, "factorize", "factorise"),
+        (walk.Solver, "_round", "solve"),
+        (walk.Solver, "_store", "GGUF blocks"),
+        (artifact.Draft, "write", "write"),
+        (artifact.Draft, "finish", "read back and rename"),
+        (walk, "_rest", "other tensors"),
+        (pipeline, "review", "check"),
+    ):
+        clock.watch(owner, name, label)
+    for chosen in options.sets:
+        only = () if chosen == "all" else chosen.split(",")
+        checkpoint = Checkpoint.open(folder)
+        out = options.work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        clock.seconds.clear()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
+        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), lambda *_: None)
+        total = time.monotonic() - began
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        results[chosen] = {"total": total, "peak_gpu_gb": peak, **clock.seconds}
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "build.json").write_text(json.dumps(results, indent=1))
+        print(f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check, peak GPU memory {peak:.1f} GB")
+        for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+            print(f"  {seconds:7.1f} s  {label}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
