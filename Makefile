@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/qquant build --recipe demo --out $(OUT)
 
 test: $(READY)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 check: lint types layers test
 lint: $(READY)
