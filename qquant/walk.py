@@ -30,6 +30,7 @@ from qquant.errors import NumericalError, QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.moments import Moments
+from qquant.padding import narrow, widened, widened_codes, widens
 from qquant.stats import Gram
 from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
 
@@ -83,6 +84,7 @@ def quantize(
     for draft in drafts:
         if REST not in draft.units:
             draft.write(REST, _rest(checkpoint, draft), [])
+    source = narrow(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(_unit(layer) not in draft.units for layer in range(layers))]
@@ -94,9 +96,9 @@ def quantize(
         (Stream(list(start.hidden)), [draft]) for draft in waiting if getattr(draft.plan.spec, "propagate", False)
     ]
     for layer in range(layers):
-        weights = {name: value.to(device) for name, value in checkpoint.block(layer).items()}
+        weights = {name: value.to(device) for name, value in source.block(layer).items()}
         for stream, followers in streams:
-            block = Block(checkpoint.family, checkpoint.config, weights, dtype)
+            block = Block(source.family, source.config, weights, dtype)
             if stream is start:
                 _shared(checkpoint, layer, weights, block, stream, followers, moments)
             else:
@@ -134,7 +136,7 @@ def _shared(
     moments: Moments,
 ) -> None:
     todo = [draft for draft in drafts if _unit(layer) not in draft.units]
-    shapes = checkpoint.family.linear_shapes(checkpoint.config)
+    shapes = checkpoint.family.linear_shapes(narrow(checkpoint).config)
     device = stream.hidden[0].device
     grams = (
         {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
@@ -178,7 +180,7 @@ def _propagated(
     moments: Moments,
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized."""
-    shapes = checkpoint.family.linear_shapes(checkpoint.config)
+    shapes = checkpoint.family.linear_shapes(narrow(checkpoint).config)
     full = {name: value.float() for name, value in weights.items()}
     solver = Solver(checkpoint, draft, layer, moments)
     if _unit(layer) in draft.units:
@@ -212,6 +214,17 @@ def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
     return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
 
 
+def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of a stored matrix that is not padding."""
+    return value[: shape[0], : shape[1]]
+
+
+def _widened_gram(gram: Gram, columns: int) -> Gram:
+    """The statistics with channels that were always zero."""
+    matrix, absolute = widened(gram.matrix, (columns, columns)), widened(gram.absolute, (columns,))
+    return gram if matrix is gram.matrix else Gram(matrix, absolute, gram.tokens, gram.largest)
+
+
 class Solver:
     """Solves the stages of one block for one artifact, and writes the block when all are done."""
 
@@ -222,6 +235,7 @@ class Solver:
         self.format = FORMATS[draft.plan.format]
         self.layer = layer
         self.prefix = checkpoint.family.block.format(layer)
+        self.shapes = checkpoint.family.linear_shapes(checkpoint.config)  # as stored; solved without padding
         self.tensors: dict[str, Tensor] = {}
         self.record: list[dict[str, Any]] = []
 
@@ -236,7 +250,7 @@ class Solver:
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             values |= self._store(same, gram) if grid is None else self._round(same, gram, grid)
-        return values
+        return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
 
     def _name(self, linear: str) -> str:
         return f"{self.prefix}{linear}.weight"
@@ -246,16 +260,21 @@ class Solver:
         for linear, weight in linears.items():
             began = time.monotonic()
             importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
-            stored = self.format.store(self.draft.plan, self._name(linear), weight, importance)
+            shape = self.shapes[linear]
+            wide = widened(weight, shape), widened(importance, shape[1:])
+            stored = self.format.store(self.draft.plan, self._name(linear), *wide)
             values[linear] = self._keep(linear, stored)
             energy = float(gram.energy(weight).sum()) or 1.0
-            error = float(gram.energy(values[linear] - weight).sum()) / energy
+            error = float(gram.energy(_inside(values[linear], weight.shape) - weight).sum()) / energy
             self._note(linear, values[linear], gram, began, error=error)
         return values
 
     def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid) -> dict[str, Tensor]:
         """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
         began = time.monotonic()
+        if not widens(grid, len(gram.absolute)):
+            linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
+            gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
         weight = torch.cat(list(linears.values()))
         plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
         solved, damping, fallback = plain, None, None
@@ -272,6 +291,7 @@ class Solver:
             chosen, note = solved[linear], fallback
             if errors[1] < errors[0]:
                 chosen, note = plain[linear], f"rtn: solved error {errors[0]:.3g} was not below {errors[1]:.3g}"
+            chosen = widened_codes(chosen, self.shapes[linear])
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
             if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
@@ -321,7 +341,10 @@ class Solver:
         """The float32 linears of this block as an earlier run wrote them."""
         path = next(self.draft.folder / file.name for file in self.draft.plan.files if file.tensors)
         source = self.format.read(path if path.suffix == ".gguf" else self.draft.folder)
-        return {f"{linear}.weight": source.tensor(self._name(linear)) for linear in self.checkpoint.family.linears}
+        shapes = self.checkpoint.family.linear_shapes(narrow(self.checkpoint).config)
+        return {
+            f"{linear}.weight": _inside(source.tensor(self._name(linear)), shape) for linear, shape in shapes.items()
+        }
 
     def finish(self, weights: Mapping[str, Tensor]) -> None:
         """Write the block: solved linears, and the norms and biases of `weights`."""

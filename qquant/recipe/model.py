@@ -90,6 +90,12 @@ def _truth(value: object) -> object:
     return value
 
 
+def _no_float(value: object) -> object:
+    if type(value) not in (int, str):
+        raise PydanticCustomError("literal_error", "neither a whole number nor a word")
+    return value
+
+
 Whole = BeforeValidator(_whole)
 Truth = BeforeValidator(_truth)
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -329,6 +335,10 @@ class Recipe(_Strict):
         default=None, description="path, hub id, or bundled:NAME; the command line overrides it"
     )
     revision: Text | None = Field(default=None, description="commit, branch or tag of a hub id")
+    pad_intermediate: Annotated[Literal["none", "auto", 256, 512, 1024, 2048], BeforeValidator(_no_float)] = Field(
+        default="none",
+        description="zero-pads the MLP to a multiple; auto: until 8 tensor-parallel ranks hold whole groups of every artifact",
+    )
     calibration: Calibration = Field(description="what the model reads while it is measured")
     artifacts: tuple[ArtifactSpec, ...] = Field(min_length=1, max_length=100, description="what is built, in order")
     checks: Checks = Field(default=Checks(), description="what the artifacts are compared on")

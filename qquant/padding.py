@@ -1,0 +1,167 @@
+"""A checkpoint with a wider MLP and the same function, so that groups divide among tensor-parallel ranks.
+
+    gate, up   [I, hidden] -> [I', hidden]   new rows are zero:     silu(0) * 0 = 0
+    down       [hidden, I] -> [hidden, I']   new columns are zero
+
+config.json says I'. Qwen published its 14B (13696 -> 14336) and 32B (27392 -> 27648) this way. Calibration and solver work on the
+model as it is, and what they found is widened when it is packed, by codes that mean zero (symmetric: 2^(b-1), asymmetric: the zero
+point). So a GPTQ or AWQ artifact is that of the unpadded model bit for bit, and exactly zero beside it. The block types of GGUF are
+quantized by rows that end in zeros, as llama-quantize would quantize the padded model.
+
+A tensor-parallel rank of T holds I' / T channels, which have to be whole groups: T divides I' / group (`parallel_sizes`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from qquant.checkpoint import Checkpoint
+from qquant.families import ModelConfig
+from qquant.recipe import Recipe
+from qquant.resources import lazy
+from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qquant.tensor import Grid
+else:
+    torch = lazy("torch")
+
+RANKS = (1, 2, 4, 8)
+WIDEST = max(RANKS)
+SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
+
+
+@dataclass
+class PaddedCheckpoint(Checkpoint):
+    """The view; `config` and `raw_config` hold the padded size."""
+
+    unpadded: int = 0  # intermediate size of the files
+
+    @property
+    def narrow(self) -> ModelConfig:
+        """The numbers of the model without padding."""
+        return replace(self.config, intermediate=self.unpadded)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with its zero rows or columns."""
+        return self._widen(name, super().tensor(name), 0)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the padded matrix."""
+        if name not in self._matrices(0):
+            return self._widen(name, super().rows(name, start, stop), stop - start)
+        real = super().rows(name, min(start, self.unpadded), min(stop, self.unpadded))
+        return torch.nn.functional.pad(real, (0, 0, 0, stop - start - len(real)))
+
+    def _widen(self, name: str, value: Tensor, rows: int) -> Tensor:
+        missing = self.config.intermediate - self.unpadded
+        if name in self._matrices(1):
+            return torch.nn.functional.pad(value, (0, missing))
+        if name in self._matrices(0):
+            return torch.nn.functional.pad(value, (0, 0, 0, missing))
+        return value
+
+    def _matrices(self, axis: int) -> set[str]:
+        """Matrices of a block that are padded along `axis`, in every layer."""
+        linears = self.family.stages[2].linears if axis == 0 else self.family.stages[3].linears
+        return {
+            f"{self.family.block.format(layer)}{linear}.weight"
+            for layer in range(self.config.layers)
+            for linear in linears
+        }
+
+
+def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """`checkpoint` as `recipe.pad_intermediate` wants it; itself where nothing is to be padded."""
+    size = padded_size(checkpoint.config.intermediate, recipe.pad_intermediate, recipe.artifacts)
+    if size == checkpoint.config.intermediate:
+        return checkpoint
+    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    mark = f"{checkpoint.fingerprint} padded to {size}"
+    given |= {
+        "config": replace(checkpoint.config, intermediate=size),
+        "raw_config": dict(checkpoint.raw_config) | {"intermediate_size": size},
+        "fingerprint": hashlib.sha256(mark.encode()).hexdigest(),
+    }
+    return PaddedCheckpoint(**given, unpadded=checkpoint.config.intermediate)
+
+
+def narrow(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without padding."""
+    if not isinstance(checkpoint, PaddedCheckpoint):
+        return checkpoint
+    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    return Checkpoint(**given | {"config": checkpoint.narrow})
+
+
+def widened(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A matrix (or vector) with zeros after its rows and columns, up to `shape`."""
+    missing = [
+        size for have, want in zip(reversed(value.shape), reversed(shape), strict=True) for size in (0, want - have)
+    ]
+    return torch.nn.functional.pad(value, missing) if any(missing) else value
+
+
+def widens(grid: Grid | None, columns: int) -> bool:
+    """Whether `widened_codes` can widen what was solved on `grid`; else the solver has to see the zeros."""
+    return isinstance(grid, UniformGrid) and columns % grid.width == 0
+
+
+def widened_codes(quantized: QuantizedTensor, shape: tuple[int, int]) -> QuantizedTensor:
+    """Codes on a `UniformGrid` with new rows and columns that mean zero."""
+    grid, params = quantized.grid, quantized.params
+    rows, columns = quantized.codes.shape
+    if (rows, columns) == shape:
+        return quantized
+    assert isinstance(grid, UniformGrid)
+    assert isinstance(params, UniformParams)
+    if grid.width == columns:
+        grid = replace(grid, width=shape[1])
+    zero = grid.levels // 2 if grid.symmetric else 0
+    groups = (shape[0], shape[1] // grid.width)
+    codes = torch.full(shape, zero, dtype=torch.uint8, device=quantized.codes.device)
+    scales = torch.ones(groups, dtype=params.scales.dtype, device=codes.device)
+    zeros = torch.full(groups, float(zero), device=codes.device)
+    inside = slice(0, params.scales.shape[1])
+    if grid is not quantized.grid:  # one group a row, which has its own zero point
+        codes[:rows] = params.zeros.to(torch.uint8)
+    codes[:rows, :columns] = quantized.codes
+    scales[:rows, inside], zeros[:rows, inside] = params.scales, params.zeros
+    return QuantizedTensor(codes, UniformParams(scales, zeros), grid)
+
+
+def padded_size(intermediate: int, wanted: int | str, artifacts: Sequence[Any]) -> int:
+    """The size after padding. "auto": the smallest on which 8 ranks hold whole groups of every artifact."""
+    if wanted == "none":
+        return intermediate
+    unit = int(wanted) if wanted != "auto" else WIDEST * math.lcm(*(group_of(spec) for spec in artifacts))
+    return math.ceil(intermediate / unit) * unit
+
+
+def group_of(spec: Any) -> int:
+    """Columns of the down projection that a rank cannot share: a group, or a block of a GGUF type; 1 for whole rows."""
+    if spec.format == "gguf":
+        return SUPER_BLOCK if "_k" in spec.type or spec.type == "iq4_xs" else 32
+    return int(spec.group_size) if spec.group_size > 0 else 1
+
+
+def parallel_sizes(config: ModelConfig, group: int) -> tuple[int, ...]:
+    """Tensor-parallel sizes at which every rank holds whole heads and whole groups of the MLP.
+
+    Key-value heads are repeated where there are fewer than ranks, so only one number has to divide the other.
+    """
+    return tuple(
+        ranks
+        for ranks in RANKS
+        if config.heads % ranks == 0
+        and (config.kv_heads % ranks == 0 or ranks % config.kv_heads == 0)
+        and config.intermediate % (ranks * group) == 0
+        and config.heads * config.head_dim % (ranks * group) == 0
+    )
