@@ -31,7 +31,7 @@ RUN = 12
 SEED = 20240204
 TEMPERATURE = 0.7
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LONG = "The list of stations is: " + ", ".join(f"station {number} at kilometre {number * 7}" for number in range(1, 60))
+LONG = "The list of stations is: " + ", ".join(f"station {number} at kilometre {number * 7}" for number in range(1, 40))
 PROMPTS: tuple[
     tuple[str, str | None, str], ...
 ] = (  # (script of a good answer, system turn or None for the default, question)
@@ -42,6 +42,7 @@ PROMPTS: tuple[
     ("", None, "Write a Python function that returns the n-th Fibonacci number."),
     ("", None, 'Return a JSON object with the keys "name" and "age" for a cat called Mia, three years old. JSON only.'),
     ("en", None, "Hi"),
+    ("zh", None, "你好"),
     ("en", None, f"{LONG}. At which kilometre is station 12?"),
 )
 
@@ -190,8 +191,8 @@ def _model(checkpoint: Checkpoint, source: WeightSource, dtype: torch.dtype, dev
 def _run(model: Any, tokenizer: Tokenizer, prompts: Sequence[list[int]], length: int) -> Answers:
     counts = Answers()
     scripts = [script for script, _, _ in PROMPTS]
-    everything = range(len(prompts))
-    for group, sampled in ((everything, False), (everything, True), ([0], False), ([len(prompts) - 1], False)):
+    *short, long = range(len(prompts))  # the long one alone: it would pad all others to its length
+    for group, sampled in ((short, False), (short, True), ([0], False), ([long], False)):
         found = generate(model, [prompts[index] for index in group], tokenizer.eos, tokenizer.size, length, sampled)
         for index, (ids, finite) in zip(group, found, strict=True):
             counts.add(ids, finite, scripts[index], tokenizer)
