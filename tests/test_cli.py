@@ -33,9 +33,23 @@ def recipe_file(tmp_path):
 
 
 def test_build_prints_the_table_and_writes_reports(qquant, make_checkpoint, recipe_file, tmp_path):
-    code, out, err = qquant("build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
+    code, out, err = qquant(
+        "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
+    )
     assert code == 0, err
-    for word in ("artifact", "bytes", "bits per weight", "perplexity", "ratio", "mean KL", "top-1", "verdict", "gptq-int4", "gguf-q4_0", "baseline"):
+    for word in (
+        "artifact",
+        "bytes",
+        "bits per weight",
+        "perplexity",
+        "ratio",
+        "mean KL",
+        "top-1",
+        "verdict",
+        "gptq-int4",
+        "gguf-q4_0",
+        "baseline",
+    ):
         assert word in out
     assert "block 2 of 2" in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -44,14 +58,30 @@ def test_build_prints_the_table_and_writes_reports(qquant, make_checkpoint, reci
 
 
 def test_build_json_is_one_document(qquant, make_checkpoint, recipe_file, tmp_path):
-    code, out, _ = qquant("build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--only", "gguf-q4_0", "--json", "--device", "cpu")
+    code, out, _ = qquant(
+        "build",
+        make_checkpoint(),
+        "--recipe",
+        recipe_file,
+        "--out",
+        tmp_path / "out",
+        "--only",
+        "gguf-q4_0",
+        "--json",
+        "--device",
+        "cpu",
+    )
     assert code == 0
     assert [artifact["name"] for artifact in json.loads(out)["artifacts"]] == ["gguf-q4_0"]
 
 
 def test_failed_gate_exits_3_with_the_reason(qquant, make_checkpoint, recipe_file, tmp_path):
-    recipe_file.write_text(recipe_file.read_text().replace("group_size: 32", "group_size: 32, gates: {kl_divergence: 0.0000001}"))
-    code, out, err = qquant("build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
+    recipe_file.write_text(
+        recipe_file.read_text().replace("group_size: 32", "group_size: 32, gates: {kl_divergence: 0.0000001}")
+    )
+    code, out, err = qquant(
+        "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
+    )
     assert code == 3
     assert "fail" in out
     assert "gptq-int4: mean KL divergence" in err
@@ -104,10 +134,18 @@ def test_check_another_tools_file(qquant, make_checkpoint, recipe_file, tmp_path
 def test_inspect(qquant, make_checkpoint, recipe_file, tmp_path, what):
     folder = make_checkpoint()
     qquant("build", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
-    path = {"checkpoint": folder, "folder": tmp_path / "out" / "model-GPTQ-Int4", "gguf": tmp_path / "out" / "model-GGUF" / "model-q4_0.gguf"}[what]
+    path = {
+        "checkpoint": folder,
+        "folder": tmp_path / "out" / "model-GPTQ-Int4",
+        "gguf": tmp_path / "out" / "model-GGUF" / "model-q4_0.gguf",
+    }[what]
     code, out, _ = qquant("inspect", path)
     assert code == 0
-    expected = {"checkpoint": "num_hidden_layers: 2", "folder": "up_proj.qweight", "gguf": "general.architecture: qwen2"}[what]
+    expected = {
+        "checkpoint": "num_hidden_layers: 2",
+        "folder": "up_proj.qweight",
+        "gguf": "general.architecture: qwen2",
+    }[what]
     assert expected in out
     code, out, _ = qquant("inspect", path, "--json")
     assert json.loads(out)["tensors"]
@@ -115,7 +153,11 @@ def test_inspect(qquant, make_checkpoint, recipe_file, tmp_path, what):
 
 ERRORS = {
     "no such recipe": (2, lambda f, r, o: ["build", f, "--recipe", "nothing", "--out", o], "nothing"),
-    "no such artifact": (2, lambda f, r, o: ["build", f, "--recipe", r, "--out", o, "--only", "gptq-int2"], "it has gptq-int4, gguf-q4_0"),
+    "no such artifact": (
+        2,
+        lambda f, r, o: ["build", f, "--recipe", r, "--out", o, "--only", "gptq-int2"],
+        "it has gptq-int4, gguf-q4_0",
+    ),
     "no checkpoint": (2, lambda f, r, o: ["build", "--recipe", r, "--out", o], "names no checkpoint"),
     "no such folder": (2, lambda f, r, o: ["build", "no/such/folder", "--recipe", r, "--out", o], "not a folder"),
     "no such option": (2, lambda f, r, o: ["build", f, "--recipe", r, "--out", o, "--fast"], "No such option"),
@@ -147,7 +189,9 @@ def test_damaged_checkpoint_exits_5(qquant, make_checkpoint, recipe_file, tmp_pa
 
 def test_cuda_that_is_not_there_exits_6(qquant, make_checkpoint, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    code, _, err = qquant("build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cuda")
+    code, _, err = qquant(
+        "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cuda"
+    )
     assert code == 6
     assert "sees no CUDA device" in err
 
@@ -157,14 +201,21 @@ def test_interrupt_exits_75(qquant, make_checkpoint, recipe_file, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qquant.walk.quantize", interrupt)
-    code, _, err = qquant("build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
+    code, _, err = qquant(
+        "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
+    )
     assert code == 75
     assert "the same command continues" in err
 
 
 def test_bug_is_called_a_bug(tmp_path, make_checkpoint, recipe_file):
     code = "import sys, qquant.plan\nfrom qquant.cli import main\nqquant.plan.Plan.of = lambda *a: 1 / 0\nmain(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, "plan", make_checkpoint(), "--recipe", recipe_file], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", make_checkpoint(), "--recipe", recipe_file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert f"this is a bug in qquant {__version__}" in done.stderr

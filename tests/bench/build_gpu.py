@@ -75,7 +75,10 @@ def main():
         write_random(folder, options.shape, options.layers, "cuda")
     print(f"random checkpoint: {time.monotonic() - began:.1f} s", flush=True)
     path = options.work / "recipe.yaml"
-    path.write_text(RECIPE.format(samples=options.samples) + "".join(f"  - {{name: gguf-{t}, format: gguf, type: {t}}}\n" for t in GGUF))
+    path.write_text(
+        RECIPE.format(samples=options.samples)
+        + "".join(f"  - {{name: gguf-{t}, format: gguf, type: {t}}}\n" for t in GGUF)
+    )
     loaded, results = recipe.load(str(path)), {}
     clock = Clock()
     for owner, name, label in (
@@ -101,13 +104,17 @@ def main():
         clock.seconds.clear()
         torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
-        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), lambda *_: None)
+        pipeline.build(
+            loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), lambda *_: None
+        )
         total = time.monotonic() - began
         peak = torch.cuda.max_memory_allocated() / 1e9
         results[chosen] = {"total": total, "peak_gpu_gb": peak, **clock.seconds}
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "build.json").write_text(json.dumps(results, indent=1))
-        print(f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check, peak GPU memory {peak:.1f} GB")
+        print(
+            f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check, peak GPU memory {peak:.1f} GB"
+        )
         for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
             print(f"  {seconds:7.1f} s  {label}", flush=True)
 

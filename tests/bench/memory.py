@@ -21,7 +21,13 @@ from qquant.resources import data_dir
 from qquant.safetensors_file import header_bytes
 
 SHAPES = {
-    "0.5B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "tie_word_embeddings": True},
+    "0.5B": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
     "1.8B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
@@ -63,7 +69,19 @@ def build(folder, out, options):
     recipe = out.parent / "memory.yaml"
     recipe.write_text(RECIPE.format(samples=options.samples, length=options.length))
     code = "import sys; from qquant.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "build", str(folder), "--recipe", str(recipe), "--out", str(out), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "build",
+        str(folder),
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:

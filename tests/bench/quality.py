@@ -45,8 +45,18 @@ def theirs(name, source, tokens, imatrix, work):
     """(tool, command, result) for every rival of artifact `name`."""
     if name.startswith("gptq"):
         bits = ["--bits", name[-1]]
-        yield "auto-gptq", "auto-gptq", ["autogptq_quantize.py", source, tokens, work / "auto-gptq", *bits], work / "auto-gptq"
-        yield "gptqmodel", "transformers", ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", *bits], work / "gptqmodel"
+        yield (
+            "auto-gptq",
+            "auto-gptq",
+            ["autogptq_quantize.py", source, tokens, work / "auto-gptq", *bits],
+            work / "auto-gptq",
+        )
+        yield (
+            "gptqmodel",
+            "transformers",
+            ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", *bits],
+            work / "gptqmodel",
+        )
     elif name == "awq":
         yield "autoawq", "auto-awq", ["autoawq_quantize.py", source, tokens, work / "autoawq"], work / "autoawq"
         command = ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", "--method", "awq"]
@@ -75,11 +85,17 @@ def build_ours(base, checkpoint, name, out):
     """(path, seconds, peak megabytes of this process so far) of our artifact."""
     import resource
 
-    loaded = base.model_copy(update={"artifacts": (OURS[name],), "checks": Checks(text="bundled:zh-test", windows=1, length=32)})
+    loaded = base.model_copy(
+        update={"artifacts": (OURS[name],), "checks": Checks(text="bundled:zh-test", windows=1, length=32)}
+    )
     plan = Plan.of(loaded, checkpoint)
     began = time.monotonic()
     pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), lambda *_: None)
-    return installed(out, plan.artifacts[0]), round(time.monotonic() - began, 1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return (
+        installed(out, plan.artifacts[0]),
+        round(time.monotonic() - began, 1),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    )
 
 
 def interval(ours, other, draws=2000):
@@ -115,20 +131,28 @@ def main():
         path, seconds, peak = build_ours(base, checkpoint, name, folder / "qquant")
         built[name, "qquant"], facts[name, "qquant"] = path, (seconds, peak)
         imatrix = folder / "qquant" / "calibration" / "imatrix.gguf"
-        for tool, environment, command, result in theirs(name, checkpoint.path, work / "tokens.safetensors", imatrix, folder):
+        for tool, environment, command, result in theirs(
+            name, checkpoint.path, work / "tokens.safetensors", imatrix, folder
+        ):
             if not result.exists():
                 facts[name, tool] = run(environment, command)
             built[name, tool] = result
         print(f"built {name}", file=sys.stderr)
     text = held_out(Checks(text="bundled:wikitext-2-test", windows=options.windows, length=512), tokenizer)
     sources = {f"{name} {tool}": open_weights(path) for (name, tool), path in built.items()}
-    measured = fidelity.measure(checkpoint, sources, text.windows, text.vocabulary, torch.device("cpu"), lambda *_: None)
-    print("| format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB |")
+    measured = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None)
+    print(
+        "| format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, tool in built:
         found, path = measured[f"{name} {tool}"], built[name, tool]
-        size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        ratio = "" if tool == "qquant" else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(measured[f"{name} qquant"], found))
+        size = (
+            path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        )
+        ratio = (
+            "" if tool == "qquant" else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(measured[f"{name} qquant"], found))
+        )
         seconds, peak = facts.get((name, tool), ("", ""))
         high = float(found.kl.flatten().quantile(0.99))
         print(

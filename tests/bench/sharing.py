@@ -28,7 +28,9 @@ ARTIFACTS = (
 
 def seconds(base, checkpoint, artifacts):
     """(seconds, calibration tokens that went through a linear) of one build into a fresh folder."""
-    loaded = base.model_copy(update={"artifacts": artifacts, "checks": Checks(text="bundled:zh-test", windows=1, length=32)})
+    loaded = base.model_copy(
+        update={"artifacts": artifacts, "checks": Checks(text="bundled:zh-test", windows=1, length=32)}
+    )
     counted, linear = [0], decoder.Block.linear
 
     def counting(self, name, x):
@@ -38,7 +40,9 @@ def seconds(base, checkpoint, artifacts):
     decoder.Block.linear = counting
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), Path(folder) / "out", torch.device("cpu"), lambda *_: None)
+        pipeline.build(
+            loaded, checkpoint, Plan.of(loaded, checkpoint), Path(folder) / "out", torch.device("cpu"), lambda *_: None
+        )
         took = time.monotonic() - began
     decoder.Block.linear = linear
     return took, counted[0]
