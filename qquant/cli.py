@@ -406,6 +406,33 @@ def verify(folders: tuple[Path, ...], with_card: bool) -> None:
         click.echo(f"{len(folders)} cards agree with their reports")
 
 
+@cli.command()
+@click.argument("matrix", type=click.Path(path_type=Path))
+@click.option("--shard", metavar="I/N", help="Only part I of N of the cells.")
+@click.option("--github-matrix", is_flag=True, help="Print the jobs as `strategy.matrix` of GitHub Actions takes them.")
+@JSON
+def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) -> None:
+    """Plan a release: the checkpoints of a MATRIX file times the artifacts of their recipes.
+
+    Sizes, repositories, licences, fallbacks and tensor-parallel sizes before and after padding, from headers alone.
+    """
+    from qquant import release
+
+    jobs = release.plan(release.shard(release.load(matrix), shard))
+    broken = [f"{job.model}: {job.problem}" for job in jobs if job.plan is None]
+    if github_matrix:
+        click.echo(json.dumps(release.github_matrix(jobs)))
+    elif as_json:
+        click.echo(json.dumps(release.to_dict(jobs), indent=2))
+    else:
+        for job in jobs:
+            click.echo("\n".join(release.lines(job)))
+        total = sum(job.plan.disk for job in jobs if job.plan)
+        click.echo(f"{len(jobs)} jobs, {total:,} bytes of disk in all")
+    if broken:
+        raise UsageError("\n".join(broken))
+
+
 @cli.group("recipe")
 def recipes() -> None:
     """List, show and validate recipes."""
