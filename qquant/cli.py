@@ -389,6 +389,32 @@ def publish(
 
 
 @cli.command(epilog=EXITS)
+@click.argument("setting")
+@click.option("--repos", multiple=True, required=True, metavar="OWNER/PATTERN", help="Repositories, with * and ?.")
+@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--dry-run", is_flag=True, help="Show the changes and make none.")
+@click.option("--yes", is_flag=True, help="Make them without a question.")
+def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: bool, yes: bool) -> None:
+    """Change one setting (FILE.json:KEY=VALUE) in all repositories of a family, one commit each.
+
+    Every change is shown as a diff first; without --yes it is asked for.
+    """
+    from qquant import hub
+
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
+
+    def show(change: hub.Change) -> bool:
+        click.echo(change.diff or f"{change.repository}: has it already")
+        return not dry_run and bool(change.diff) and (yes or click.confirm(f"Change {change.repository}?", err=True))
+
+    client = hub.HuggingFace.connect(endpoint, lambda text: click.echo(text, err=True))
+    changes = hub.patch(client, hub.Setting.parse(setting), repos, show)
+    made = [change for change in changes if change.commit]
+    click.echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
+
+
+@cli.command(epilog=EXITS)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--card", "with_card", is_flag=True, help="Also compare README.md with report.json and the manifest.")
 def verify(folders: tuple[Path, ...], with_card: bool) -> None:

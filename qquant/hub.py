@@ -16,6 +16,9 @@ weights go first and the files that make a reader load them last), and a folder.
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+import hashlib
 import json
 import logging
 import os
@@ -26,12 +29,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qquant.errors import EnvironmentMissingError, PublishError, QQuantError, UsageError
 from qquant.output import MANIFEST
-from qquant.provenance import Payload, Repository, named_files, sha256_of
+from qquant.provenance import REPORT, Payload, Repository, as_json, named_files, sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,6 +47,8 @@ WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".safetensors.index.j
 LOGIN = (
     "\nLog in with `hf auth login`, or set HF_TOKEN; in CI, HF_OIDC_RESOURCE. The token must be allowed to write there"
 )
+VISIBLE, CHANGED = "Complete and visible", "Changed"
+NOTHING = {VISIBLE: "Nothing of this release is visible on main", CHANGED: "Nothing was changed"}
 HINTS = {401: LOGIN, 403: LOGIN}
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{6,}|ms-[A-Za-z0-9-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+)|(?<=[?&]X-Amz-)\S+")
 
@@ -139,21 +145,22 @@ class HuggingFace:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            refs = self._try(f"{name}: refs", lambda: self.api.list_repo_refs(name, include_pull_requests=True))
+            refs = self.attempt(f"{name}: refs", lambda: self.api.list_repo_refs(name, include_pull_requests=True))
         except RepositoryNotFoundError:
             return Remote(None)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
         pulls = {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
         remote = Remote(branches.get("main"), {}, branches | pulls, {ref.name: ref.target_commit for ref in refs.tags})
         if remote.head:
-            remote.files = self._tree(name, remote.head)
+            remote.files = self.tree(name, remote.head)
             remote.stale = self._stale(name, remote, repository)
         return remote
 
-    def _tree(self, name: str, revision: str) -> dict[str, str]:
+    def tree(self, name: str, revision: str) -> dict[str, str]:
+        """Path -> sha256 of a large file, git id of another."""
         from huggingface_hub.hf_api import RepoFile
 
-        entries = self._try(
+        entries = self.attempt(
             f"{name}: files", lambda: list(self.api.list_repo_tree(name, recursive=True, revision=revision))
         )
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
@@ -166,7 +173,7 @@ class HuggingFace:
         """
         ours: set[str] = set()
         if MANIFEST in remote.files and remote.head:
-            ours = named_files([json.loads(self._download(name, remote.head, MANIFEST))])
+            ours = named_files([json.loads(self.download(name, remote.head, MANIFEST))])
         foreign = [
             file
             for file in remote.files
@@ -179,7 +186,8 @@ class HuggingFace:
             )
         return tuple(sorted(file for file in ours if file in remote.files and file not in repository.files))
 
-    def _download(self, name: str, revision: str, file: str) -> bytes:
+    def download(self, name: str, revision: str, file: str) -> bytes:
+        """A small file."""
         with tempfile.TemporaryDirectory() as folder:
             return self._fetch(name, revision, file, folder).read_bytes()
 
@@ -187,7 +195,7 @@ class HuggingFace:
         def download() -> Path:
             return Path(self.api.hf_hub_download(name, file, revision=revision, local_dir=folder, cache_dir=folder))
 
-        return self._try(f"{name}: {file}", download)
+        return self.attempt(f"{name}: {file}", download)
 
     def _is_published(self, repository: Repository, remote: Remote, request: Request) -> bool:
         """Whether the tag marks this very release.
@@ -199,7 +207,7 @@ class HuggingFace:
         if commit is None:
             return False
         name = f"{request.namespace}/{repository.name}"
-        if _missing(repository, self._tree(name, commit)):
+        if _missing(repository, self.tree(name, commit)):
             raise PublishError(
                 f"{name}: tag {request.tag} marks another release ({commit[:12]}), and tags are never moved. Give a new --tag"
             )
@@ -218,7 +226,7 @@ class HuggingFace:
         """(what main was, the ref with everything on it, its verified commit)."""
         name = f"{request.namespace}/{repository.name}"
         if remote.head is None:
-            self._try(
+            self.attempt(
                 f"{name}: create", lambda: self.api.create_repo(name, private=request.private or None, exist_ok=True)
             )
             remote = self._look(name, repository)
@@ -226,19 +234,20 @@ class HuggingFace:
             raise PublishError(f"{name}: has no branch main after it was created. Nothing was published")
         ref = self._pull_request(name, repository, request) if request.pull_request else self._branch(name, repository)
         self._upload(name, ref, repository, request.tag, remote.stale if request.pull_request else ())
-        commit = self._refs(name)[ref]
+        commit = self.refs(name)[ref]
         self._verify(name, commit, repository)
         return remote, ref, commit
 
-    def _refs(self, name: str) -> dict[str, str]:
-        refs = self._try(f"{name}: refs", lambda: self.api.list_repo_refs(name, include_pull_requests=True))
+    def refs(self, name: str) -> dict[str, str]:
+        """Branches and pull requests -> commit."""
+        refs = self.attempt(f"{name}: refs", lambda: self.api.list_repo_refs(name, include_pull_requests=True))
         return {ref.name: ref.target_commit for ref in refs.branches} | {
             ref.ref: ref.target_commit for ref in refs.pull_requests or ()
         }
 
     def _branch(self, name: str, repository: Repository) -> str:
         branch = f"qquant-{repository.digest[:16]}"
-        self._try(f"{name}: branch", lambda: self.api.create_branch(name, branch=branch, exist_ok=True))
+        self.attempt(f"{name}: branch", lambda: self.api.create_branch(name, branch=branch, exist_ok=True))
         return branch
 
     def _pull_request(self, name: str, repository: Repository, request: Request) -> str:
@@ -250,11 +259,11 @@ class HuggingFace:
                     return found.num
             return self.api.create_pull_request(name, title=title, description="Staged by `qquant publish`.").num
 
-        return f"refs/pr/{self._try(f'{name}: pull request', open_one)}"
+        return f"refs/pr/{self.attempt(f'{name}: pull request', open_one)}"
 
     def _upload(self, name: str, ref: str, repository: Repository, tag: str, stale: Sequence[str]) -> None:
         """Bring `ref` to the files of `repository`: each large file in its own commit, then all others in one."""
-        there = self._tree(name, ref)
+        there = self.tree(name, ref)
         missing = _missing(repository, there)
         large = [file for file in missing if file.endswith(WEIGHTS) or repository.files[file].size > LARGE]
         small = [file for file in missing if file not in large]
@@ -266,7 +275,7 @@ class HuggingFace:
             self.say(f"{name}: staging {len(batch)} files, {size:,} bytes")
 
             def send(batch: list[str] = batch, removed: list[str] = removed) -> None:
-                files = self._tree(name, ref)
+                files = self.tree(name, ref)
                 added = {file: repository.files[file] for file in _missing(repository, files) if file in batch}
                 left = [file for file in removed if file in files]
                 if added or left:
@@ -274,7 +283,7 @@ class HuggingFace:
                         name, _operations(added, left), commit_message=f"Stage {tag}", revision=ref, num_threads=2
                     )
 
-            self._try(f"{name}: upload", send)
+            self.attempt(f"{name}: upload", send)
 
     def _verify(self, name: str, commit: str, repository: Repository) -> None:
         """Download every file of the staged commit and compare its sha256.
@@ -282,7 +291,7 @@ class HuggingFace:
         Raises:
             PublishError: one is missing or differs.
         """
-        missing = _missing(repository, self._tree(name, commit))
+        missing = _missing(repository, self.tree(name, commit))
         if missing:
             raise PublishError(f"{name}: {missing[0]} did not arrive as it was sent. Run the same command again")
         self.say(f"{name}: verifying {repository.size:,} bytes at {commit[:12]}")
@@ -303,14 +312,14 @@ class HuggingFace:
         if request.pull_request and not request.merge:
             return Published(name, remote.head, uploaded, "waiting")
         advance = self._merge if request.pull_request else self._commit
-        head = self._try(f"{name}: main", lambda: advance(name, repository, remote, ref, commit, request.tag))
-        if _missing(repository, self._tree(name, head)):
+        head = self.attempt(f"{name}: main", lambda: advance(name, repository, remote, ref, commit, request.tag))
+        if _missing(repository, self.tree(name, head)):
             raise PublishError(
                 f"{name}: main ({head[:12]}) does not hold what was staged. Compare it with {commit[:12]}"
             )
         self._tag(name, request.tag, head)
         if not request.pull_request:
-            self._try(f"{name}: branch", lambda: self._drop(name, ref))
+            self.attempt(f"{name}: branch", lambda: self._drop(name, ref))
         self.say(f"{name}: {request.tag} is {head[:12]}")
         return Published(name, head, uploaded)
 
@@ -318,8 +327,8 @@ class HuggingFace:
         """Move main to the release in one commit, large files by reference to the verified commit; the new head."""
         from huggingface_hub import CommitOperationCopy
 
-        head = self._refs(name)["main"]
-        files = self._tree(name, head)
+        head = self.refs(name)["main"]
+        files = self.tree(name, head)
         missing, stale = _missing(repository, files), [file for file in remote.stale if file in files]
         if not missing and not stale:
             return head
@@ -341,20 +350,20 @@ class HuggingFace:
     def _tree_of(self, name: str, commit: str) -> dict[str, str]:
         """Tree of a commit that cannot change any more; kept for the last one asked for."""
         if getattr(self, "_kept", ("", {}))[0] != name + commit:
-            self._kept = (name + commit, self._tree(name, commit))
+            self._kept = (name + commit, self.tree(name, commit))
         return self._kept[1]
 
     def _merge(self, name: str, repository: Repository, remote: Remote, ref: str, commit: str, tag: str) -> str:
         """Merge the pull request `ref`; the new head."""
-        head = self._refs(name)["main"]
-        if head != remote.head and not _missing(repository, self._tree(name, head)):
+        head = self.refs(name)["main"]
+        if head != remote.head and not _missing(repository, self.tree(name, head)):
             return head
         self._require_head(name, head, remote)
         number = int(ref.rsplit("/", 1)[-1])
         if self.api.get_discussion_details(name, number).status == "draft":
             self.api.change_discussion_status(name, number, "open")
         self.api.merge_pull_request(name, number)
-        return self._refs(name)["main"]
+        return self.refs(name)["main"]
 
     @staticmethod
     def _require_head(name: str, head: str, remote: Remote) -> None:
@@ -365,7 +374,7 @@ class HuggingFace:
             )
 
     def _tag(self, name: str, tag: str, head: str) -> None:
-        self._try(f"{name}: tag {tag}", lambda: self.api.create_tag(name, tag=tag, revision=head, exist_ok=True))
+        self.attempt(f"{name}: tag {tag}", lambda: self.api.create_tag(name, tag=tag, revision=head, exist_ok=True))
 
     def _drop(self, name: str, branch: str) -> None:
         from huggingface_hub.errors import RevisionNotFoundError
@@ -387,9 +396,9 @@ class HuggingFace:
                 if name not in there:
                     self.api.add_collection_item(found.slug, name, "model", exists_ok=True)
 
-        self._try(f"collection {title}", collect)
+        self.attempt(f"collection {title}", collect)
 
-    def _try(self, what: str, step: Callable[[], Result]) -> Result:
+    def attempt(self, what: str, step: Callable[[], Result]) -> Result:
         """`step`, repeated while the server is busy or unreachable."""
         for attempt in range(ATTEMPTS):
             try:
@@ -436,24 +445,24 @@ def clean(text: str) -> str:
 
 
 @contextmanager
-def _reported(visible: Sequence[str]) -> Iterator[None]:
+def _reported(visible: Sequence[str], what: str = VISIBLE) -> Iterator[None]:
     """Turn every failure of the hub into a PublishError that says what readers see."""
     try:
         yield
     except PublishError as error:
-        raise PublishError(f"{error}\n{_seen(visible)}") from None
+        raise PublishError(f"{error}\n{_seen(visible, what)}") from None
     except QQuantError:
         raise
     except _failures() as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = int(getattr(getattr(cause, "response", None), "status_code", 0))
-        raise PublishError(f"{clean(str(cause))}{HINTS.get(status, '')}\n{_seen(visible)}") from None
+        raise PublishError(f"{clean(str(cause))}{HINTS.get(status, '')}\n{_seen(visible, what)}") from None
 
 
-def _seen(visible: Sequence[str]) -> str:
-    if not visible:
-        return "Nothing of this release is visible on main; the same command continues."
-    return f"Complete and visible: {', '.join(visible)}. Of the others nothing is visible; the same command continues."
+def _seen(visible: Sequence[str], what: str) -> str:
+    if visible:
+        return f"{what}: {', '.join(visible)}. The others are as they were; the same command continues."
+    return f"{NOTHING[what]}; the same command continues."
 
 
 def _missing(repository: Repository, there: Mapping[str, str]) -> list[str]:
@@ -472,6 +481,153 @@ def _operations(added: Mapping[str, Payload], removed: Sequence[str]) -> list[An
 
     additions = [CommitOperationAdd(name, payload.path or payload.content) for name, payload in added.items()]
     return [*additions, *(CommitOperationDelete(name) for name in removed)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of one JSON file, as `FILE:KEY=VALUE` says it; dots in KEY go into mappings, VALUE is JSON or plain text."""
+
+    file: str
+    keys: tuple[str, ...]
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """Raise UsageError unless `text` has that form."""
+        match = re.fullmatch(r"([\w.-]+\.json):([\w.-]+)=(.*)", text, re.DOTALL)
+        if match is None or match[1] in (MANIFEST, REPORT):
+            raise UsageError(
+                f"{text!r}: must be FILE.json:KEY=VALUE, such as generation_config.json:pad_token_id=151643"
+            )
+        try:
+            value = json.loads(match[3])
+        except ValueError:
+            value = match[3]
+        return cls(match[1], tuple(match[2].split(".")), value)
+
+    def apply(self, content: bytes, where: str) -> bytes:
+        """The file with this value; the very same bytes if it has it already."""
+        try:
+            document = json.loads(content)
+        except ValueError:
+            raise PublishError(f"{where}: {self.file} is not valid JSON. Nothing was changed in it") from None
+        place = document
+        for key in self.keys[:-1]:
+            place = place.get(key) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise PublishError(
+                f"{where}: {self.file} has no mapping {'.'.join(self.keys[:-1])}. Nothing was changed in it"
+            )
+        last = self.keys[-1]
+        if last in place and place[last] == self.value and type(place[last]) is type(self.value):
+            return content
+        place[last] = self.value
+        end = b"\n" if content.endswith(b"\n") else b""
+        return json.dumps(document, indent=2, ensure_ascii=False).encode() + end
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a setting changes in one repository."""
+
+    repository: str
+    diff: str  # empty: nothing
+    commit: str | None = None
+
+
+def patch(
+    client: HuggingFace, setting: Setting, patterns: Sequence[str], show: Callable[[Change], bool]
+) -> list[Change]:
+    """Change one setting in every repository that a pattern (ORG/NAME with * and ?) matches; one commit each.
+
+    All changes are computed before the first is made; `show` sees each one and says whether to make it. The manifest's hash of the
+    file changes in the same commit, so that `qquant verify` still holds. What already has the value is left alone.
+
+    Raises:
+        PublishError: a repository lacks the file or cannot be changed; the message says which ones were.
+    """
+    done: list[str] = []
+    with _reported(done, CHANGED):
+        names = _matching(client, patterns)
+        if not names:
+            raise UsageError(f"{', '.join(patterns)}: matches no repository")
+        planned = [(name, *_patched(client, name, setting)) for name in names]
+        changes = []
+        for name, head, files, diff in planned:
+            change = Change(name, diff)
+            if show(change) and diff:
+                change = Change(name, diff, _commit_patch(client, name, head, files, setting))
+                done.append(name)
+            changes.append(change)
+    return changes
+
+
+def _matching(client: HuggingFace, patterns: Sequence[str]) -> list[str]:
+    owners = dict.fromkeys(pattern.split("/")[0] for pattern in patterns)
+    if any("/" not in pattern for pattern in patterns) or any(set("*?[") & set(owner) for owner in owners):
+        raise UsageError("--repos: must be OWNER/PATTERN; the owner is a name")
+    found: list[str] = []
+    for owner in owners:
+        listed = client.attempt(f"{owner}: repositories", partial(_models, client, owner))
+        found += [info.id for info in listed]
+    return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _models(client: HuggingFace, owner: str) -> list[Any]:
+    return list(client.api.list_models(author=owner))
+
+
+def _patched(client: HuggingFace, name: str, setting: Setting) -> tuple[str, dict[str, bytes], str]:
+    """(head, new contents by file, unified diff) of one repository."""
+    head = client.refs(name)["main"]
+    there = client.tree(name, head)
+    if setting.file not in there:
+        raise PublishError(f"{name}: has no {setting.file}")
+    old = client.download(name, head, setting.file)
+    new = setting.apply(old, name)
+    if new == old:
+        return head, {}, ""
+    files = {setting.file: new}
+    if MANIFEST in there:
+        files[MANIFEST] = _patched_manifest(json.loads(client.download(name, head, MANIFEST)), setting, new)
+    lines = difflib.unified_diff(
+        old.decode().splitlines(),
+        new.decode().splitlines(),
+        f"{name}/{setting.file}",
+        f"{name}/{setting.file}",
+        lineterm="",
+    )
+    return head, files, "\n".join(lines)
+
+
+def _patched_manifest(manifest: dict[str, Any], setting: Setting, content: bytes) -> bytes:
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for entry in manifest["artifacts"].values():
+        if setting.file in entry["files"]:
+            entry["files"][setting.file] = facts
+    manifest.setdefault("patches", []).append(
+        {"file": setting.file, "key": ".".join(setting.keys), "value": setting.value, **facts}
+    )
+    return as_json(manifest)
+
+
+def _commit_patch(client: HuggingFace, name: str, head: str, files: Mapping[str, bytes], setting: Setting) -> str:
+    payloads = {file: Payload.of(content) for file, content in files.items()}
+
+    def send() -> str:
+        now = client.refs(name)["main"]
+        tree = client.tree(name, now)
+        if all(_same(payload, tree.get(file)) for file, payload in payloads.items()):
+            return now
+        made = client.api.create_commit(
+            name,
+            _operations(payloads, ()),
+            commit_message=f"Set {'.'.join(setting.keys)} in {setting.file}",
+            parent_commit=head,
+        )
+        return str(made.oid)
+
+    return client.attempt(f"{name}: commit", send)
 
 
 class Folder:

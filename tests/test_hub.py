@@ -13,8 +13,9 @@ import time
 import pytest
 from huggingface_hub import HfApi
 
+from qquant import provenance
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, PublishError, UsageError
-from qquant.hub import Folder, HuggingFace, ModelScope, Request, clean, pause
+from qquant.hub import Folder, HuggingFace, ModelScope, Request, Setting, clean, patch, pause
 from qquant.provenance import complete, read_release
 from tests.hub_server import TOKEN, serve
 
@@ -321,7 +322,7 @@ def test_giving_up_says_what_is_visible(hub, build, waits):
     with pytest.raises(PublishError) as caught:
         publish(hub, build, waits)
     assert caught.value.exit_code == 8
-    assert f"Complete and visible: org/{GGUF}. Of the others nothing is visible" in str(caught.value)
+    assert f"Complete and visible: org/{GGUF}. The others are as they were" in str(caught.value)
     assert hub.files(f"org/{GPTQ}") == {}
 
 
@@ -480,3 +481,111 @@ def test_the_command_publishes_and_never_shows_its_token(hub, build):
 def test_the_command_asks_for_what_is_missing(build):
     done = run(build)
     assert (done.returncode, done.stderr) == (2, "error: --to hf needs --namespace USER_OR_ORGANISATION\n")
+
+
+@pytest.fixture
+def family(hub, tmp_path):
+    """Two sibling repositories, published."""
+    contents = {
+        name: {"a": ["config.json", "model.safetensors"]} for name in ("Qwen1.5-7B-Chat-AWQ", "Qwen1.5-14B-Chat-AWQ")
+    }
+    contents = {name: {f"{name}-a": files["a"]} for name, files in contents.items()}
+    folder = write_build(tmp_path / "family", contents=contents)
+    publish(hub, folder)
+    return [f"org/{name}" for name in contents]
+
+
+def change(hub, text, *patterns, accept=True):
+    shown = []
+    client = HuggingFace(HfApi(hub.url, TOKEN), lambda text: None, Waits())
+    changes = patch(client, Setting.parse(text), patterns, lambda change: shown.append(change.diff) or accept)
+    return changes, shown
+
+
+def test_one_setting_changes_in_all_siblings(hub, family, tmp_path):
+    weights = {name: hub.files(name)["model.safetensors"] for name in family}
+    changes, shown = change(hub, "config.json:eos_token_id=[151645, 151643]", "org/Qwen1.5-*-Chat-*")
+    assert [found.repository for found in changes] == sorted(family)
+    for name, diff in zip(sorted(family), shown, strict=True):
+        assert f"--- {name}/config.json" in diff
+        files = hub.files(name)
+        assert json.loads(files["config.json"])["eos_token_id"] == [151645, 151643]
+        assert files["model.safetensors"] == weights[name]
+        assert len(hub.history[name]) == 3  # created, released, changed: one commit
+        assert "eos_token_id" not in hub.files(name, "v1")["config.json"].decode()
+        copy = tmp_path / name.replace("/", "-")
+        copy.mkdir()
+        for path, content in files.items():
+            (copy / path).write_bytes(content)
+        provenance.verify(copy)  # the manifest knows the new hash
+    again, _ = change(hub, "config.json:eos_token_id=[151645, 151643]", "org/Qwen1.5-*-Chat-*")
+    assert all(found.commit is None and not found.diff for found in again)
+    assert all(len(hub.history[name]) == 3 for name in family)
+
+
+def test_nothing_changes_without_consent_or_when_one_cannot(hub, family):
+    _, shown = change(hub, "config.json:a=1", "org/*", accept=False)
+    assert len(shown) == 2
+    with pytest.raises(PublishError, match=r"has no generation_config\.json"):
+        change(hub, "generation_config.json:a=1", "org/*")
+    assert all(len(hub.history[name]) == 2 for name in family)
+
+
+def test_a_patch_survives_a_lost_answer_and_stops_at_somebody_elses_commit(hub, family):
+    hub.fail("POST .*commit/main", "lost")
+    change(hub, "config.json:a=1", f"{family[0]}")
+    assert len(hub.history[family[0]]) == 3
+    moved = []
+
+    def meddle(method, path):
+        if path.endswith(f"{family[1]}/commit/main") and not moved:
+            moved.append(hub.push(family[1], notes__txt=b"theirs"))
+
+    hub.faults.append(meddle)
+    with pytest.raises(PublishError, match="A commit has happened since"):
+        change(hub, "config.json:a=1", family[1])
+    assert b'"a"' not in hub.files(family[1])["config.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["config.json", "config.json:a", "../x.json:a=1", "qquant-manifest.json:a=1", "a.txt:b=1"]
+)
+def test_a_setting_has_one_form(text):
+    with pytest.raises(UsageError, match=r"must be FILE\.json:KEY=VALUE"):
+        Setting.parse(text)
+
+
+def test_settings_go_into_mappings_and_keep_the_rest():
+    setting = Setting.parse("config.json:quantization_config.desc_act=false")
+    assert setting.apply(b'{"b": 1, "quantization_config": {}}', "x") == (
+        b'{\n  "b": 1,\n  "quantization_config": {\n    "desc_act": false\n  }\n}'
+    )
+    assert Setting.parse("a.json:k=plain text").value == "plain text"
+    with pytest.raises(PublishError, match="has no mapping quantization_config"):
+        setting.apply(b"{}", "x")
+    same = b'{"k":   1}'
+    assert Setting.parse("a.json:k=1").apply(same, "x") == same
+    assert Setting.parse("a.json:k=true").apply(same, "x") != same  # True == 1 in Python, not in JSON
+
+
+def test_the_patch_command_asks_first(hub, family):
+    command = [
+        sys.executable,
+        "-m",
+        "qquant.cli",
+        "patch",
+        "config.json:a=1",
+        "--repos",
+        "org/*",
+        "--endpoint",
+        hub.url,
+    ]
+    settings = os.environ | {"HF_TOKEN": TOKEN}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=settings, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    done = subprocess.run([*command, "--dry-run"], check=False, capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr
+    assert '+  "a": 1' in done.stdout
+    assert all(len(hub.history[name]) == 2 for name in family)
+    done = subprocess.run([*command, "--yes"], check=False, capture_output=True, text=True, env=settings)
+    assert "2 of 2 repositories changed" in done.stderr
