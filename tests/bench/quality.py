@@ -145,8 +145,8 @@ def main():
         "| format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for name, tool in built:
-        found, path = measured[f"{name} {tool}"], built[name, tool]
+    for (name, tool), path in built.items():
+        found = measured[f"{name} {tool}"]
         size = (
             path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
         )
