@@ -376,7 +376,10 @@ def publish(
     for name, reason in release.refused.items():
         click.echo(f"not published: {name}: {reason}", err=True)
     facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
-    repositories = [card.with_card(provenance.complete(repository, facts)) for repository in release.repositories]
+    repositories = [
+        provenance.with_statements(card.with_card(provenance.complete(repository, facts)))
+        for repository in release.repositories
+    ]
     request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
     done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
     if as_json:
@@ -412,6 +415,21 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
     changes = hub.patch(client, hub.Setting.parse(setting), repos, show)
     made = [change for change in changes if change.commit]
     click.echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
+
+
+@cli.command(epilog=EXITS)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Private key (PEM, elliptic curve); default: Sigstore.",
+)
+def sign(folders: tuple[Path, ...], key: Path | None) -> None:
+    """Sign release FOLDERS (of `publish --to dir`): model.sig, which `model_signing verify` checks."""
+    from qquant import provenance
+
+    for folder in folders:
+        click.echo(provenance.sign(folder, key))
 
 
 @cli.command(epilog=EXITS)

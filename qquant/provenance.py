@@ -7,6 +7,11 @@
     one folder -> one `Repository`: those files, the manifest cut to them (with a `release` entry: base model, licence, tag),
     and the report cut to them.
 
+    with_statements adds               qquant-bom.cdx.json      CycloneDX 1.6 bill of materials: model, base model, data, tools
+                                       qquant-provenance.json   in-toto statement with a SLSA predicate: sha256 of every file,
+                                                                recipe, inputs; no times, so the same build gives the same bytes
+    sign adds                          model.sig                OpenSSF model signature over all of it (extra `sign`)
+
 Files that no manifest names (a temporary file of a killed process, notes) are never part of a release.
 """
 
@@ -14,19 +19,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qquant.checkpoint import Checkpoint, read_json
-from qquant.errors import GateFailedError, InputError, UsageError
+from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
 from qquant.output import MANIFEST
 
 REPORT = "report.json"
 SOURCE = "source.json"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 CARD_LIMIT = 1_000_000  # bytes of a base card that are looked at
+BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
+BUILD_TYPE = "urn:qquant:build:1"
 PASSED = ("pass", "waived")
 
 
@@ -250,3 +258,131 @@ def complete(repository: Repository, facts: Mapping[str, Any]) -> Repository:
 def named_files(manifests: Iterable[Mapping[str, Any]]) -> set[str]:
     """Every file that manifests name."""
     return {name for manifest in manifests for entry in manifest["artifacts"].values() for name in entry["files"]}
+
+
+def with_statements(repository: Repository) -> Repository:
+    """The repository with its bill of materials and its provenance statement, the last over all other files."""
+    listed = repository.with_files({BOM: as_json(bill_of_materials(repository))})
+    return listed.with_files({STATEMENT: as_json(statement(listed))})
+
+
+def bill_of_materials(repository: Repository) -> dict[str, Any]:
+    """CycloneDX 1.6: the model, what it is made from, and what made it."""
+    release, report = repository.manifest["release"], repository.report
+    reference = f"{release.get('namespace') or 'local'}/{repository.name}"
+    base = release.get("base_model") or report["model"]
+    sources = report.get("calibration", {}).get("sources", ())
+    model = {
+        "type": "machine-learning-model",
+        "bom-ref": reference,
+        "name": repository.name,
+        "version": release.get("tag") or "0",
+        "licenses": _licences(release.get("card") or {}),
+        "modelCard": {"quantitativeAnalysis": {"performanceMetrics": list(_metrics(report))}},
+        "components": [
+            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": payload.sha256}]}
+            for name, payload in sorted(repository.files.items())
+        ],
+    }
+    used = [
+        {
+            "type": "machine-learning-model",
+            "bom-ref": f"base:{base}",
+            "name": base,
+            "version": release.get("revision") or "",
+        },
+        *(
+            {
+                "type": "data",
+                "bom-ref": f"data:{source['name']}",
+                "name": source["name"],
+                "version": str(source.get("revision") or ""),
+                "licenses": _licences({"license": source.get("licence")}),
+            }
+            for source in sources
+        ),
+    ]
+    tools = [
+        {"type": "application", "name": name, "version": str(_inputs(repository)[name])}
+        for name in ("qquant", "torch")
+        if name in _inputs(repository)
+    ]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, repository.digest)}",
+        "version": 1,
+        "metadata": {"component": model, "tools": {"components": tools}},
+        "components": used,
+        "dependencies": [{"ref": reference, "dependsOn": [component["bom-ref"] for component in used]}],
+    }
+
+
+def statement(repository: Repository) -> dict[str, Any]:
+    """in-toto statement v1 with a SLSA provenance v1 predicate."""
+    release, inputs = repository.manifest["release"], _inputs(repository)
+    entries = repository.manifest["artifacts"]
+    base = release.get("base_model") or repository.report["model"]
+    materials = [{"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}]
+    if release.get("revision"):
+        materials[0]["uri"] += f"@{release['revision']}"
+    if "calibration" in inputs:
+        materials.append({"name": "calibration tokens", "digest": {"sha256": inputs["calibration"]}})
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [
+            {"name": name, "digest": {"sha256": payload.sha256}} for name, payload in sorted(repository.files.items())
+        ],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"recipe": next(iter(entries.values()))["recipe"], "artifacts": list(entries)},
+                "internalParameters": {
+                    key: value for key, value in inputs.items() if key not in ("checkpoint", "calibration")
+                },
+                "resolvedDependencies": materials,
+            },
+            "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": str(inputs.get("qquant", ""))}}},
+        },
+    }
+
+
+def _inputs(repository: Repository) -> Mapping[str, Any]:
+    return next(iter(repository.manifest["artifacts"].values())).get("inputs", {})
+
+
+def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name = card.get("license_name") or card.get("license")
+    return [{"license": {"name": str(name)}}] if name else []
+
+
+def _metrics(report: Mapping[str, Any]) -> Iterable[dict[str, str]]:
+    for artifact in report["artifacts"]:
+        for kind in ("perplexity", "kl_divergence", "top1_agreement"):
+            yield {"type": kind, "value": str(artifact[kind]), "slice": artifact["name"]}
+
+
+def sign(folder: Path, key: Path | None = None) -> Path:
+    """Sign a release folder as the OpenSSF model signing specification says: with a private key, or keyless through Sigstore.
+
+    Raises:
+        EnvironmentMissingError: the `model-signing` package is not installed.
+        InputError: the folder is not as its manifest says, or the key cannot be used.
+    """
+    try:
+        from model_signing import hashing, signing  # type: ignore[import-not-found]  # the extra
+    except ImportError:
+        raise EnvironmentMissingError("sign needs the model-signing package: pip install 'qquant[sign]'") from None
+    verify(folder)
+    target = folder / SIGNATURE
+    config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=[target]))
+    try:
+        if key:
+            config.use_elliptic_key_signer(private_key=key)
+        else:
+            config.use_sigstore_signer(use_ambient_credentials=True)
+        config.sign(folder, target)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{key or folder}: cannot sign: {error}") from None
+    return target

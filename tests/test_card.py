@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from qquant import card
+from qquant import card, provenance
 from qquant.checkpoint import Checkpoint
-from qquant.errors import InputError
+from qquant.errors import EnvironmentMissingError, InputError
 from qquant.hub import Folder, Request
-from qquant.provenance import as_json, card_facts, complete, read_release, source_facts
+from qquant.provenance import as_json, card_facts, complete, read_release, source_facts, with_statements
 from tests.conftest import write_checkpoint
 from tests.test_hub import CONTENTS, GGUF, GPTQ, write_build
 
@@ -246,3 +246,58 @@ def test_yaml_keeps_every_text(value):
 
 def test_contents_cover_both_kinds():
     assert set(CONTENTS) == {GPTQ, GGUF}
+
+
+def test_the_statement_covers_every_other_file(build):
+    for repository in releases(build).values():
+        stated = with_statements(repository)
+        statement = json.loads(stated.files["qquant-provenance.json"].content)
+        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+        assert subjects == {n: p.sha256 for n, p in stated.files.items() if n != "qquant-provenance.json"}
+        assert statement["predicate"]["buildDefinition"]["resolvedDependencies"][0]["digest"] == {"sha256": "c0ffee"}
+        assert with_statements(repository).digest == stated.digest  # no times: the same build is the same release
+
+
+def test_the_bill_names_model_data_and_numbers(build):
+    bill = json.loads(with_statements(releases(build)[GGUF]).files["qquant-bom.cdx.json"].content)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    model = bill["metadata"]["component"]
+    assert model["licenses"] == [{"license": {"name": "tongyi-qianwen"}}]
+    assert {file["name"] for file in model["components"]} >= {"qwen1_5-test-chat-q8_0.gguf", "README.md", "LICENSE"}
+    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {"type": "perplexity", "value": "10.25", "slice": "q8_0"} in metrics
+    assert [c["name"] for c in bill["components"]] == ["Qwen/Qwen1.5-Test-Chat"]
+    references = {model["bom-ref"], *(c["bom-ref"] for c in bill["components"])}
+    assert {d["ref"] for d in bill["dependencies"]} | {
+        r for d in bill["dependencies"] for r in d["dependsOn"]
+    } == references
+
+
+def test_signing_needs_its_extra(written, monkeypatch):
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(EnvironmentMissingError, match=r"pip install 'qquant\[sign\]'"):
+        provenance.sign(written / GPTQ)
+
+
+def test_a_signed_folder_is_verified_by_the_reference_package(written, tmp_path):
+    model_signing = pytest.importorskip("model_signing", reason="the extra `sign`")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    key, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    key.write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    public.write_bytes(private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    folder = written / GPTQ
+    signature = provenance.sign(folder, key)
+
+    def check():
+        config = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public)
+        hashing = model_signing.hashing.Config().set_ignored_paths(paths=[signature])
+        config.set_hashing_config(hashing).verify(folder, signature)
+
+    check()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="mismatch|hash"):
+        check()
