@@ -121,7 +121,7 @@ def test_check_another_tools_file(qquant, make_checkpoint, recipe_file, tmp_path
     folder = make_checkpoint()
     qquant("build", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
     gguf = tmp_path / "out" / "model-GGUF" / "model-q4_0.gguf"
-    common = ("--against", folder, "--windows", 2, "--length", 64, "--device", "cpu")
+    common = ("--against", folder, "--windows", 16, "--length", 64, "--device", "cpu", "--max-perplexity-ratio", 3)
     code, out, _ = qquant("check", gguf, tmp_path / "out" / "model-GPTQ-Int4", *common, "--json")
     assert code == 0
     assert len(json.loads(out)["artifacts"]) == 2
