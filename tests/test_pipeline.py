@@ -314,6 +314,18 @@ def test_importance_matrix_survives_an_interruption(make_checkpoint, build, monk
         assert (out / "calibration" / name).read_bytes() == (whole / "calibration" / name).read_bytes()
 
 
+def test_artifact_without_a_template_is_warned_about_and_not_failed(make_checkpoint, build):
+    """AutoAWQ leaves the chat template behind; its weights are judged all the same."""
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int8")
+    (out / "model-GPTQ-Int8" / "chat_template.jinja").unlink()
+    report = pipeline.check(
+        [out / "model-GPTQ-Int8"], Checkpoint.open(folder), Checks(windows=2, length=64), Gates(), CPU, quiet
+    )
+    assert report.artifacts[0].verdict.outcome == "pass"
+    assert any("chat_template.jinja: missing" in warning for warning in report.warnings)
+
+
 # --- bad input leaves the output folder untouched ---------------------------------------------------------------------
 
 

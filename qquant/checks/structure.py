@@ -188,7 +188,7 @@ def _tokenizer(mine: Tokenizer, theirs: Tokenizer) -> list[str]:
     same = mine.size == theirs.size and mine.special == theirs.special and mine.encode(probe) == theirs.encode(probe)
     if not same or mine.decode(range(mine.size)) != theirs.decode(range(theirs.size)):
         found.append("tokenizer: is not the checkpoint's; the same text gets other tokens")
-    if mine.template != theirs.template:
+    if mine.template is not None and mine.template != theirs.template:  # none at all is `missing`'s matter
         found.append("chat template: is not the checkpoint's")
     if set(mine.eos) != set(theirs.eos):
         found.append(f"stop tokens: {sorted(mine.eos)}, the checkpoint's are {sorted(theirs.eos)}")
