@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.checkpoint import Checkpoint, read_json
-from qquant.errors import InputError, QQuantError
+from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families import FAMILIES, Family, ModelConfig
 from qquant.formats import gguf_mix, gguf_types
 from qquant.formats.gguf_container import Field, Header, StoredTensor, header_bytes, read_header
@@ -73,6 +73,11 @@ class Gguf:
         sizes = {tensor: _nbytes(types[tensor], shapes[tensor]) for tensor in types}
         entries = [(tensor, shapes[tensor], gguf_types.TYPES[types[tensor]].ggml_id, sizes[tensor]) for tensor in types]
         head, offsets, size = header_bytes(fields, entries)
+        if size > recipe.gguf_split_size:
+            raise UsageError(
+                f"artifact {spec.name}: {file_name(name, spec.type)} takes {size:,} bytes, gguf_split_size is "
+                f"{recipe.gguf_split_size:,}; qquant does not split GGUF files yet. Raise it, and split with llama-gguf-split"
+            )
         planned = tuple(
             PlannedTensor(tensor, types[tensor], shapes[tensor], offsets[tensor], sizes[tensor]) for tensor in types
         )
@@ -198,9 +203,6 @@ def metadata(
 
 
 def _general(checkpoint: Checkpoint, name: str) -> list[Field]:
-    from gguf.metadata import Metadata  # how llama.cpp splits a model's name
-    from gguf.utility import size_label
-
     parameters = checkpoint.family.parameters(checkpoint.config)
     fields = []
     generation = checkpoint.path / "generation_config.json"
@@ -208,13 +210,28 @@ def _general(checkpoint: Checkpoint, name: str) -> list[Field]:
     for key, name_there, kind in SAMPLING:
         if isinstance(settings.get(key), int | float):
             fields.append(Field(f"general.sampling.{name_there}", kind, settings[key]))
-    _, _, base, finetune, version, label = Metadata.get_model_id_components(name, parameters)
-    fields.append(Field("general.name", "str", Metadata.id_to_title(name)))
-    for key, value in (("version", version), ("finetune", finetune), ("basename", base)):
-        if value:
-            fields.append(Field(f"general.{key}", "str", value))
-    fields.append(Field("general.size_label", "str", label or size_label(parameters, 0, 0, 0)))
+    fields.append(Field("general.name", "str", " ".join(_titled(word) for word in name.replace("-", " ").split())))
+    match = re.fullmatch(r"(?P<basename>[A-Za-z].*?)-(?P<size>\d+(\.\d+)?[KMBT])(-(?P<finetune>.+))?", name)
+    for key in ("finetune", "basename"):
+        if match and match[key]:
+            fields.append(Field(f"general.{key}", "str", match[key]))
+    fields.append(Field("general.size_label", "str", match["size"] if match else _size_label(parameters)))
     return fields
+
+
+def _titled(word: str) -> str:
+    """As llama.cpp's converter writes names: words in lower case get a capital, numbers and mixed case stay."""
+    return word if not word.islower() or re.match(r"v?\d", word) else word.title()
+
+
+def _size_label(parameters: int) -> str:
+    """Two digits and a unit: 9.3M, 620M, 7.7B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if parameters > size:
+            break
+    else:
+        unit, size = "K", 1e3
+    return f"{parameters / size:.{1 if round(parameters / size) < 10 else 0}f}{unit}"
 
 
 def _tokenizer(checkpoint: Checkpoint) -> list[Field]:

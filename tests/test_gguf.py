@@ -1,0 +1,130 @@
+"""The GGUF container and its metadata, read back by the `gguf` package."""
+
+import json
+
+import pytest
+from gguf import GGUFReader
+from gguf.metadata import Metadata
+from gguf.utility import size_label
+
+from qquant.checkpoint import Checkpoint
+from qquant.errors import InputError, UsageError
+from qquant.formats import FORMATS, gguf
+from qquant.formats.gguf_container import Field, header_bytes, read_header
+from qquant.recipe import GgufArtifact, load
+
+
+def fields_of(folder, name, **changes):
+    spec = GgufArtifact(**{"name": "x", "format": "gguf", "type": "q8_0", "imatrix": False} | changes)
+    return {field.key: field.value for field in gguf.metadata(Checkpoint.open(folder), spec, load("demo"), name)}
+
+
+@pytest.mark.parametrize("name", ["Qwen1.5-0.5B-Chat", "Qwen1.5-7B", "tiny-qwen1.5", "Qwen1.5-110B-Chat", "my-model"])
+def test_names_are_split_as_the_converter_splits_them(make_checkpoint, monkeypatch, name):
+    folder = make_checkpoint()
+    size = {"0.5B": 620_000_000, "7B": 7_700_000_000, "110B": 111_000_000_000}
+    parameters = next((count for part, count in size.items() if part in name.split("-")), 9_300_000)
+    monkeypatch.setattr(gguf.Family, "parameters", lambda *_: parameters)
+    ours = fields_of(folder, name)
+    _, _, base, finetune, _, label = Metadata.get_model_id_components(name, parameters)
+    assert ours["general.name"] == Metadata.id_to_title(name)
+    assert ours.get("general.basename") == base
+    assert ours.get("general.finetune") == finetune
+    assert ours["general.size_label"] == (label or size_label(parameters, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "parameters", [999, 12_345, 1_500_000, 9_331_968, 12_600_000, 463_987_712, 7_721_324_544, 72_000_000_000]
+)
+def test_size_labels(parameters):
+    assert gguf._size_label(parameters) == size_label(parameters, 0, 0, 0)
+
+
+def test_metadata_is_what_llama_cpp_needs(make_checkpoint):
+    folder = make_checkpoint(vocab_size=8200, num_key_value_heads=2)
+    fields = fields_of(folder, "Qwen1.5-0.5B-Chat", type="q4_0", imatrix=True)
+    assert fields["general.architecture"] == "qwen2"
+    assert fields["tokenizer.ggml.pre"] == "qwen2"
+    assert fields["qwen2.attention.head_count_kv"] == 2
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == 8200
+    assert fields["tokenizer.ggml.tokens"][8190:8194] == ["<|im_start|>", "<|im_end|>", "[PAD8192]", "[PAD8193]"]
+    assert fields["tokenizer.ggml.token_type"][8189:8194] == [gguf.CONTROL] * 3 + [gguf.UNUSED] * 2
+    assert fields["tokenizer.ggml.eos_token_id"] == 8191
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
+    assert fields["general.file_type"] == 2
+    assert fields["quantize.imatrix.entries_count"] == 14
+    assert list(fields)[-6:-4] == ["general.quantization_version", "general.file_type"]
+
+
+def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
+    planned = FORMATS["gguf"].plan(
+        Checkpoint.open(make_checkpoint()), GgufArtifact(name="x", format="gguf", type="q8_0"), load("demo"), "model"
+    )
+    (file,) = planned.files
+    path = tmp_path / file.name
+    path.write_bytes(file.head + b"\0" * (file.size - len(file.head)))
+    reader = GGUFReader(path)
+    assert [(tensor.name, int(tensor.data_offset)) for tensor in reader.tensors] == [
+        (t.name, t.offset) for t in file.tensors
+    ]
+    ours = read_header(path)
+    for key, field in ours.fields.items():
+        value = reader.get_field(key).contents()
+        assert (value == field.value) if not isinstance(value, float) else value == pytest.approx(field.value)
+    assert [tensor.name for tensor in ours.tensors.values()] == [tensor.name for tensor in reader.tensors]
+
+
+def test_a_file_over_the_limit_is_refused_before_work(make_checkpoint):
+    limited = load("demo").model_copy(update={"gguf_split_size": 1_000_000})
+    spec = GgufArtifact(name="x", format="gguf", type="q8_0")
+    with pytest.raises(UsageError, match=r"model-q8_0\.gguf takes [\d,]+ bytes, gguf_split_size is 1,000,000"):
+        FORMATS["gguf"].plan(Checkpoint.open(make_checkpoint()), spec, limited, "model")
+
+
+def test_token_beyond_the_vocabulary_is_refused(make_checkpoint):
+    folder = make_checkpoint(vocab_size=8000)
+    with pytest.raises(InputError, match=r"token 8191 .* lies beyond vocab_size 8000"):
+        fields_of(folder, "model")
+
+
+def test_tokenizer_of_pairs_and_of_strings_give_the_same_merges(make_checkpoint):
+    folder = make_checkpoint()
+    before = fields_of(folder, "model")["tokenizer.ggml.merges"]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    merges = content["model"]["merges"]
+    pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in merges]
+    content["model"]["merges"] = [" ".join(pair) for pair in pairs] if isinstance(merges[0], list) else pairs
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert fields_of(folder, "model")["tokenizer.ggml.merges"] == before
+
+
+BOMB = (
+    b"GGUF"
+    + (3).to_bytes(4, "little")
+    + (0).to_bytes(8, "little")
+    + (1).to_bytes(8, "little")
+    + (1).to_bytes(8, "little")
+    + b"k"
+)
+BOMB += (9).to_bytes(4, "little") + (8).to_bytes(4, "little") + (1 << 40).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "does not start|needs 4 bytes"),
+        (b"GGML", "does not start with 'GGUF'"),
+        (b"GGUF" + (9).to_bytes(4, "little"), "GGUF version 9"),
+        (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16, "tensors and"),
+        (BOMB, r"array of 1,099,511,627,776 values"),
+        (header_bytes([Field("a", "u32", 1), Field("a", "u32", 2)], [])[0], "appears twice"),
+        (header_bytes([Field("general.alignment", "u32", 3)], [])[0], "general.alignment 3"),
+        (header_bytes([Field("a", "u32", 1)], [("t", (2, 2, 2, 2, 2), 0, 128)])[0], "5 dimensions"),
+    ],
+)
+def test_malformed_files_are_refused_at_once(tmp_path, data, message):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        read_header(path)
