@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qquant.checkpoint import Checkpoint, read_json, read_tensors
@@ -146,11 +147,13 @@ class ModelFolder(ABC):
         import safetensors  # the independent reader
 
         for path in files:
-            with safetensors.safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a mapping
+            for name in _names(safetensors, path):
+                # Opened for each tensor: the library maps the file, and what was read stays in memory until it is closed.
+                with safetensors.safe_open(path, framework="pt") as file:
                     data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
                     if hashlib.sha256(data).hexdigest() != written[name]:
                         raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
+                    del data
         source = self.read(files[0].parent)
         for name, value in values.items():
             if checksum(source.tensor(name)) != value:
@@ -171,6 +174,11 @@ class ModelFolder(ABC):
         )
         source.verify()
         return source
+
+
+def _names(library: ModuleType, path: Path) -> list[str]:
+    with library.safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 @dataclass

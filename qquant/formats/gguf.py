@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,8 +135,11 @@ class Gguf:
 
         names = {_gguf_name(name): value for name, value in values.items()}
         for path in files:
-            for tensor in gguf.GGUFReader(path).tensors:
-                if hashlib.sha256(tensor.data.tobytes()).hexdigest() != written[tensor.name]:
+            reader = gguf.GGUFReader(path)
+            pages: Any = reader.data.base
+            for tensor in reader.tensors:
+                pages.madvise(mmap.MADV_DONTNEED)  # the file is mapped, and what was read would stay in memory
+                if hashlib.sha256(tensor.data.data).hexdigest() != written[tensor.name]:
                     raise QQuantError(f"{path}: tensor {tensor.name} read back differs from what was written")
                 if tensor.name in names:
                     decoded = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
