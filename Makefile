@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/qquant build --recipe demo --out $(OUT)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 check: lint types layers test
 lint: $(READY)
