@@ -8,7 +8,6 @@ folder, builds GPTQ-Int4 and q8_0 from each in a process of its own, and prints 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -46,6 +45,18 @@ artifacts:
 """
 
 
+# VmHWM belongs to the new program's memory; ru_maxrss would start from the memory of the process that started it.
+CHILD = """
+import pathlib, re, sys
+from qquant.cli import main
+try:
+    main(sys.argv[2:])
+finally:
+    status = pathlib.Path("/proc/self/status").read_text()
+    pathlib.Path(sys.argv[1]).write_text(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+"""
+
+
 def write_random(folder, shape, layers, device="cpu"):
     """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor."""
     config = COMMON | SHAPES[shape] | {"num_hidden_layers": layers}
@@ -68,25 +79,10 @@ def build(folder, out, options):
     """Peak resident bytes of `qquant build` in a process of its own."""
     recipe = out.parent / "memory.yaml"
     recipe.write_text(RECIPE.format(samples=options.samples, length=options.length))
-    code = "import sys; from qquant.cli import main; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "build",
-        str(folder),
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the build failed: {status}")
-    return usage.ru_maxrss * 1024
+    peak = out.parent / "peak"
+    command = [sys.executable, "-c", CHILD, str(peak), "build", str(folder), "--recipe", str(recipe), "--out", str(out)]
+    subprocess.run([*command, "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
+    return 1024 * int(peak.read_text())
 
 
 def main():
