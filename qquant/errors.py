@@ -1,4 +1,4 @@
-"""Every error a user can meet, by exit code. Raised where the fact is known, formatted once in `cli.py`.
+"""Every error a user can meet, by exit code. Raised where the fact is known, formatted once in `cli`.
 
 A message says what is wrong, where, with which value, and what to do about it.
 """

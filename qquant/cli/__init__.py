@@ -1,0 +1,74 @@
+"""The command line: the only place that prints. stdout carries the result, stderr progress and errors.
+
+Heavy modules are imported by the commands that need them, so that `--help` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NoReturn
+
+import click
+
+from qquant import __version__
+from qquant.cli.build import build, plan
+from qquant.cli.check import bisect, check, compare, show_report
+from qquant.cli.look import inspect, verify
+from qquant.cli.options import EXITS
+from qquant.cli.publish import matrix, patch, publish, sign
+from qquant.cli.recipes import recipes
+from qquant.errors import QQuantError
+
+
+@click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Quantize a Qwen1.5 checkpoint once into GPTQ, AWQ and GGUF, and check every artifact against it."""
+
+
+for command in (
+    build,
+    plan,
+    check,
+    bisect,
+    show_report,
+    compare,
+    inspect,
+    verify,
+    matrix,
+    publish,
+    patch,
+    sign,
+    recipes,
+):
+    cli.add_command(command)
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    click.echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; every error that a user can cause becomes one message and an exit status."""
+    sys.excepthook = _bug
+    try:
+        result: Any = cli.main(args=arguments, prog_name="qquant", standalone_mode=False)
+        status = result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command continues", err=True)
+        status = 75
+    except QQuantError as error:
+        click.echo(f"error: {error}", err=True)
+        status = error.exit_code
+    except BrokenPipeError:
+        status = 0
+    except MemoryError:
+        click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
+        status = 6
+    sys.exit(status)

@@ -1,0 +1,5 @@
+"""`python -m qquant.cli`."""
+
+from qquant.cli import main
+
+main()

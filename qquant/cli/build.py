@@ -1,0 +1,103 @@
+"""`qquant build` and `qquant plan`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qquant.cli.options import (
+    DEVICE,
+    EXITS,
+    GITHUB,
+    JSON,
+    JUNIT,
+    device_named,
+    given_imatrix,
+    open_source,
+    source_options,
+)
+from qquant.cli.terminal import Progress, show, tell_watchers
+
+if TYPE_CHECKING:
+    from qquant.checkpoint import Checkpoint
+
+
+@click.command(epilog=EXITS)
+@source_options
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."
+)
+@JUNIT
+@GITHUB
+@DEVICE
+@JSON
+def build(
+    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
+    name: str | None, imatrix: Path | None, out: Path, junit: Path | None, github: bool, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
+
+    The same command continues an interrupted build.
+    """
+    from qquant.plan import Plan
+
+    loaded, source = open_source(recipe_name, checkpoint, revision, adapter)
+    plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
+    plan.require_room(out)
+    from qquant import pipeline
+
+    began = time.monotonic()
+    with Progress() as progress:
+        report = pipeline.build(loaded, source, plan, out, device_named(device), progress)
+    _note_source(source, checkpoint or loaded.checkpoint or "", out)
+    if not as_json:
+        click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
+    tell_watchers(report, junit, github)
+    show(report, as_json)
+
+
+@click.command()
+@source_options
+@click.option("--tensors", is_flag=True, help="Also print what every tensor is stored as.")
+@JSON
+def plan(
+    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
+    name: str | None, imatrix: Path | None, tensors: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Print every output file with its exact size, the memory and disk a build needs, and every tensor's type."""
+    from qquant.plan import Plan
+
+    loaded, source = open_source(recipe_name, checkpoint, revision, adapter)
+    planned = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
+    if as_json:
+        click.echo(json.dumps(planned.to_dict(), indent=2))
+        return
+    for artifact in planned.artifacts:
+        click.echo(f"{artifact.name}: {artifact.size:,} bytes, {artifact.bits_per_weight:.2f} bits per weight")
+        for file in artifact.files:
+            click.echo(f"  {file.size:>16,}  {artifact.folder}/{file.name}")
+        if artifact.fallbacks:
+            click.echo(
+                f"  {len(artifact.fallbacks)} tensors cannot have the type of the mix, e.g. {artifact.fallbacks[0]}"
+            )
+        types: dict[str, list[str]] = {}
+        for tensor, kind in artifact.grids.items():
+            types.setdefault(kind, []).append(tensor)
+        for kind, members in types.items():
+            click.echo(f"  {kind}: {len(members)} tensors")
+            for tensor in members if tensors else ():
+                click.echo(f"    {tensor}")
+    click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
+
+
+def _note_source(source: Checkpoint, reference: str, out: Path) -> None:
+    """Keep what `publish` needs to know of the checkpoint."""
+    from qquant import provenance
+    from qquant.output import write_synced
+
+    write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference)))

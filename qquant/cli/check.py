@@ -1,0 +1,163 @@
+"""`qquant check`, `bisect`, `report`, `compare`: what an artifact lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, device_named
+from qquant.cli.terminal import Progress, console, show, tell_watchers
+from qquant.errors import GateFailedError, UsageError
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@click.option(
+    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
+)
+@click.option("--also", multiple=True, metavar="TEXT", help="A further text, measured and not gated; may be repeated.")
+@click.option("--windows", default=40, show_default=True, help="Windows of text.")
+@click.option("--max-windows", type=int, help="Read on up to so many where a gate is inconclusive.")
+@click.option("--length", default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["llama.cpp", "sliding"]),
+    default="llama.cpp",
+    show_default=True,
+    help="Score the second half of each window, or all of it (GPTQ papers: --length 2048).",
+)
+@click.option("--max-perplexity-ratio", default=1.1, show_default=True, help="Fail above this ratio to the checkpoint.")
+@click.option("--max-kl", type=float, help="Fail above this mean KL divergence (nats per token).")
+@click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1).")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep report and evidence in this folder."
+)
+@JUNIT
+@GITHUB
+@DEVICE
+@JSON
+def check(
+    artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
+    length: int, protocol: Any, max_perplexity_ratio: float, max_kl: float | None, min_top1: float | None,
+    out: Path | None, junit: Path | None, github: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
+    from pydantic import ValidationError
+
+    from qquant import pipeline
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Checks, Gates
+
+    try:
+        checks = Checks(
+            text=text, texts=also, windows=windows, max_windows=max_windows, length=length, protocol=protocol
+        )
+        gates = Gates(perplexity_ratio=max_perplexity_ratio, kl_divergence=max_kl, top1_agreement=min_top1)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+    source = Checkpoint.open(against)
+    with Progress() as progress:
+        report = pipeline.check(artifacts, source, checks, gates, device_named(device), progress, out)
+    tell_watchers(report, junit, github)
+    show(report, as_json)
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
+@click.option(
+    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
+)
+@click.option("--windows", default=8, show_default=True, help="Windows of text.")
+@click.option("--length", default=256, show_default=True, help="Tokens per window.")
+@DEVICE
+@JSON
+def bisect(
+    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, device: str, as_json: bool
+) -> None:
+    """Find which linears carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
+
+    Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears.
+    """
+    from qquant import pipeline
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Checks
+
+    source = Checkpoint.open(against)
+    checks = Checks(text=text, windows=windows, length=length)
+    with Progress() as progress:
+        found = pipeline.bisect(artifact, source, checks, max_kl, device_named(device), progress)
+    chosen = [part.name for part in found.chosen]
+    if as_json:
+        gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in found.gains]
+        content = {"schema": "qquant-bisection-1", "kl_divergence": found.kl, "limit": found.limit, "gains": gains}
+        click.echo(json.dumps(content | {"restored": chosen, "kl_restored": found.kl_chosen}, indent=2))
+    else:
+        from rich.table import Table
+
+        table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
+        for part, gain in found.gains[:12]:
+            table.add_row(part.name, f"{part.size:,}", f"{gain:+.6f}", f"{gain / found.kl:.1%}" if found.kl else "")
+        console().print(table)
+        if not chosen:
+            click.echo(f"mean KL divergence {found.kl:.6f} is within {max_kl:g} as it is")
+        else:
+            click.echo(f"mean KL divergence {found.kl:.6f}; {found.kl_chosen:.6f} with these in 16 bits:")
+            click.echo("\n".join(f"  {name}" for name in chosen))
+    if found.kl_chosen > max_kl:
+        raise GateFailedError(f"{artifact}: {found.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere")
+
+
+@click.command("report", epilog=EXITS)
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file.")
+@JUNIT
+@GITHUB
+@JSON
+def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
+    """Show the report of an earlier build or check again: an output folder, or its report.json."""
+    from qquant import report_html
+    from qquant.checkpoint import read_json
+    from qquant.report import Report
+
+    report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
+    if html is not None:
+        html.write_text(report_html.render(report), "utf-8")
+    tell_watchers(report, junit, github)
+    show(report, as_json)
+
+
+@click.command(epilog=EXITS)
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("now", type=click.Path(path_type=Path))
+@JSON
+def compare(before: Path, now: Path, as_json: bool) -> None:
+    """What changed from one report to another, token by token on the same text; neither model is needed.
+
+    BEFORE and NOW are output folders, or their report.json with the folder evidence/ beside it. Exit status 3: something is
+    proven worse.
+    """
+    from qquant.checks import regression
+
+    changes = regression.compare(before, now)
+    if as_json:
+        content = {"schema": "qquant-comparison-1", "changes": [vars(change) for change in changes]}
+        click.echo(json.dumps(content, indent=2))
+    else:
+        from rich.table import Table
+
+        table = Table("artifact", "loss", "before", "now", "change", "95 % interval", "windows", "")
+        for change in changes:
+            numbers = f"{change.before:.6f}", f"{change.now:.6f}", f"{change.now - change.before:+.6f}"
+            between = f"{change.low:+.6f} to {change.high:+.6f}"
+            table.add_row(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome)
+        console().print(table)
+    worse = [change for change in changes if change.outcome == "worse"]
+    if worse:
+        raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))

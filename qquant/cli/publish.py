@@ -1,0 +1,129 @@
+"""`qquant matrix`, `publish`, `patch`, `sign`: from a release's plan to its repositories."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from qquant.cli.options import EXITS, JSON
+from qquant.errors import UsageError
+
+
+@click.command()
+@click.argument("matrix", type=click.Path(path_type=Path))
+@click.option("--shard", metavar="I/N", help="Only part I of N of the cells.")
+@click.option("--github-matrix", is_flag=True, help="Print the jobs as `strategy.matrix` of GitHub Actions takes them.")
+@JSON
+def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) -> None:
+    """Plan a release: the checkpoints of a MATRIX file times the artifacts of their recipes.
+
+    Sizes, repositories, licences, fallbacks and tensor-parallel sizes before and after padding, from headers alone.
+    """
+    from qquant import release
+
+    jobs = release.plan(release.shard(release.load(matrix), shard))
+    broken = [f"{job.model}: {job.problem}" for job in jobs if job.plan is None]
+    if github_matrix:
+        click.echo(json.dumps(release.github_matrix(jobs)))
+    elif as_json:
+        click.echo(json.dumps(release.to_dict(jobs), indent=2))
+    else:
+        for job in jobs:
+            click.echo("\n".join(release.lines(job)))
+        total = sum(job.plan.disk for job in jobs if job.plan)
+        click.echo(f"{len(jobs)} jobs, {total:,} bytes of disk in all")
+    if broken:
+        raise UsageError("\n".join(broken))
+
+
+@click.command(epilog=EXITS)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["hf", "modelscope", "dir"]), default="hf", show_default=True)
+@click.option("--namespace", default="", help="User or organisation that will own the repositories.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --to dir: where the release folders go.")
+@click.option("--only", multiple=True, metavar="ARTIFACT", help="Publish these artifacts only; may be repeated.")
+@click.option("--tag", default="v1", show_default=True, help="Tag of the release; never moved once it is set.")
+@click.option("--base-model", help="Hub id of the checkpoint, where the build had a local folder.")
+@click.option("--collection", help="Title of a collection that gets every repository.")
+@click.option("--private", is_flag=True, help="Create repositories that only the namespace can read.")
+@click.option("--pr", is_flag=True, help="Stage on a pull request, and merge it once it is verified.")
+@click.option("--no-merge", is_flag=True, help="With --pr: leave the verified pull request open.")
+@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--dry-run", is_flag=True, help="Look and say what would be uploaded; change nothing.")
+@JSON
+def publish(
+    folder: Path, to: str, namespace: str, out: Path | None, only: tuple[str, ...], tag: str, base_model: str | None,
+    collection: str | None, private: bool, pr: bool, no_merge: bool, endpoint: str | None, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Publish what passed: FOLDER is the output of `qquant build`; one repository per artifact folder.
+
+    A repository changes in one step from what it was to the whole release, after every byte was staged, downloaded again and
+    compared. The same command continues an interrupted one.
+    """
+    from qquant import card, hub, provenance
+
+    if to == "dir" and out is None:
+        raise UsageError("--to dir needs --out FOLDER")
+    if to != "dir" and not namespace:
+        raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
+    release = provenance.read_release(folder, only)
+    for name, reason in release.refused.items():
+        click.echo(f"not published: {name}: {reason}", err=True)
+    facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
+    repositories = [
+        provenance.with_statements(card.with_card(provenance.complete(repository, facts)))
+        for repository in release.repositories
+    ]
+    request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
+    done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
+    if as_json:
+        click.echo(
+            json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2)
+        )
+        return
+    for result in done:
+        click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+
+
+@click.command(epilog=EXITS)
+@click.argument("setting")
+@click.option("--repos", multiple=True, required=True, metavar="OWNER/PATTERN", help="Repositories, with * and ?.")
+@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--dry-run", is_flag=True, help="Show the changes and make none.")
+@click.option("--yes", is_flag=True, help="Make them without a question.")
+def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: bool, yes: bool) -> None:
+    """Change one setting (FILE.json:KEY=VALUE) in all repositories of a family, one commit each.
+
+    Every change is shown as a diff first; without --yes it is asked for.
+    """
+    from qquant import hub
+
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
+
+    def show(change: hub.Change) -> bool:
+        click.echo(change.diff or f"{change.repository}: has it already")
+        return not dry_run and bool(change.diff) and (yes or click.confirm(f"Change {change.repository}?", err=True))
+
+    client = hub.HuggingFace.connect(endpoint, lambda text: click.echo(text, err=True))
+    changes = hub.patch(client, hub.Setting.parse(setting), repos, show)
+    made = [change for change in changes if change.commit]
+    click.echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
+
+
+@click.command(epilog=EXITS)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Private key (PEM, elliptic curve); default: Sigstore.",
+)
+def sign(folders: tuple[Path, ...], key: Path | None) -> None:
+    """Sign release FOLDERS (of `publish --to dir`): model.sig, which `model_signing verify` checks."""
+    from qquant import provenance
+
+    for folder in folders:
+        click.echo(provenance.sign(folder, key))

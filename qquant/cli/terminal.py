@@ -1,0 +1,107 @@
+"""What a person sees: tables and verdicts on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+from qquant.errors import GateFailedError, InconclusiveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qquant.report import Report
+
+
+def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
+    """Tell those who watch the build, before the verdict ends it."""
+    from qquant.checks import ci
+
+    if junit is not None:
+        junit.write_text(ci.junit(report), "utf-8")
+    if github:
+        click.echo(ci.commands(report), nl=False, err=True)
+        summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if summary:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(ci.github(report))
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print the result, and raise GateFailedError if something failed."""
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        from rich.table import Table
+
+        from qquant.report import COLUMNS
+
+        table = Table(title=f"{report.model} · {report.recipe}")
+        for column in COLUMNS:
+            table.add_column(
+                column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=column == "artifact"
+            )
+        colours = {"pass": "green", "waived": "yellow", "inconclusive": "bold yellow", "fail": "bold red"}
+        for row in report.rows():
+            verdict = row[-1]
+            table.add_row(*row[:-1], f"[{colours[verdict]}]{verdict}" if verdict else "")
+        console().print(table)
+        for warning in report.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        for artifact in report.artifacts:
+            if artifact.verdict.waiver:
+                click.echo(f"warning: {artifact.name}: {artifact.verdict.waiver}", err=True)
+    errors = {"fail": GateFailedError, "inconclusive": InconclusiveError}
+    if report.outcome in errors:
+        lines = [
+            f"{artifact.name}: {reason}"
+            for artifact in report.artifacts
+            if artifact.verdict.outcome in errors
+            for reason in artifact.verdict.reasons
+        ]
+        raise errors[report.outcome]("\n".join(lines))
+
+
+class Progress:
+    """A bar with an estimate on a terminal, one line per block otherwise; on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+
+        self.bars = Bars(console=Console(stderr=True)) if sys.stderr.isatty() else None
+        self.tasks: dict[str, Any] = {}
+        self.began: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """Block `done` of `of` of phase `what` is done."""
+        now = time.monotonic()
+        began = self.began.setdefault(what, self.last)
+        self.last = now
+        if self.bars is None:
+            left = (now - began) / done * (of - done)
+            click.echo(f"{what}: block {done} of {of}, {now - began:.0f} s, about {left:.0f} s left", err=True)
+            return
+        if what not in self.tasks:
+            self.bars.start()
+            self.tasks[what] = self.bars.add_task(what, total=of)
+        self.bars.update(self.tasks[what], completed=done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
