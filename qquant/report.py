@@ -65,6 +65,43 @@ class WorstToken:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Tokens per second in one setting, artifact and 16-bit model taking turns in one process."""
+
+    phase: str  # prefill or decode
+    batch: int
+    tokens: int  # in the cache when it begins: prefill 0, decode the prompt's
+    rate: float  # tokens per second of the whole batch, median
+    rate_baseline: float
+    ratio: float  # artifact over baseline, median over pairs
+    low: float  # 95 % interval of the ratio
+    high: float
+    noise: float  # half the width of that interval for the baseline against itself
+    ceiling: float  # the ratio that bytes and arithmetic allow
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """How fast an artifact runs and what memory it takes, against the same modules with 16-bit linears."""
+
+    outcome: str  # pass, fail or inconclusive
+    device: str
+    runtime: str  # what ran: kernels, graph or eager, dtype of the activations
+    definition: str  # what is counted and timed, for a reader who compares with other numbers
+    paces: tuple[Pace, ...]
+    weights: int  # bytes in memory
+    weights_baseline: int
+    cache: int  # bytes of keys and values at the longest setting; the same for both
+    peak: int  # bytes at the worst moment
+    peak_baseline: int
+    reasons: tuple[str, ...] = ()  # why it failed, or could not be decided
+
+    def pace(self, phase: str) -> Pace | None:
+        """The first setting of a phase: what stands in tables and pictures."""
+        return next((pace for pace in self.paces if pace.phase == phase), None)
+
+
+@dataclass(frozen=True)
 class ArtifactReport:
     """One row of the table, and what is behind it."""
 
@@ -87,6 +124,7 @@ class ArtifactReport:
     positions: tuple[TextReport, ...] = ()  # stretches of long windows
     worst: tuple[WorstToken, ...] = ()
     answers: Mapping[str, Any] = field(default_factory=dict)  # generated answers against the checkpoint's
+    speed: SpeedReport | None = None  # null: not measured
 
 
 @dataclass(frozen=True)
@@ -253,7 +291,15 @@ def _read(entry: Mapping[str, Any]) -> ArtifactReport:
         fields[key] = tuple(entry[key])
     for key in ("kl_percentiles", "delta_p"):
         fields[key] = _numbers(entry[key])
+    fields["speed"] = _speed(entry["speed"])
     return ArtifactReport(**fields)
+
+
+def _speed(entry: Mapping[str, Any] | None) -> SpeedReport | None:
+    if entry is None:
+        return None
+    paces = tuple(Pace(**_numbers(pace)) for pace in entry["paces"])
+    return SpeedReport(**dict(entry) | {"paces": paces, "reasons": tuple(entry["reasons"])})
 
 
 def _finite(value: Any) -> Any:
@@ -266,6 +312,29 @@ def _finite(value: Any) -> Any:
         case list() | tuple():
             return [_finite(item) for item in value]
     return value
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of report.json; numbers that are not finite are text there."""
+    from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Numbers(GenerateJsonSchema):
+        def float_schema(self, schema: Any) -> dict[str, Any]:
+            return {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}
+
+    whole = TypeAdapter(Report).json_schema(schema_generator=Numbers)
+    shapes = whole.pop("$defs")
+    fields = whole["properties"]
+    baseline = {"bits_per_weight": fields.pop("baseline_bits"), "perplexity": fields.pop("baseline_perplexity")}
+    shapes["Baseline"] = {"type": "object", "properties": baseline}
+    fields["schema"] = {"const": SCHEMA}
+    fields["baseline"] = {"$ref": "#/$defs/Baseline"}
+    fields["verdict"] = shapes["Verdict"]["properties"]["outcome"] = {"enum": list(TITLES)}
+    for shape in (whole, *shapes.values()):
+        shape |= {"required": list(shape["properties"]), "additionalProperties": False}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:{SCHEMA.replace('-', ':', 1)}"}
+    return head | whole | {"$defs": shapes}
 
 
 def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from qquant import __version__
@@ -54,6 +55,9 @@ def test_build_prints_the_table_and_writes_reports(qquant, make_checkpoint, reci
     assert "block 2 of 2" in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [artifact["name"] for artifact in report["artifacts"]] == ["gptq-int4", "gguf-q4_0"]
+    code, published, _ = qquant("recipe", "schema", "--report")
+    assert code == 0
+    jsonschema.validate(report, json.loads(published))
     assert "| gptq-int4 |" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -10,7 +10,17 @@ import pytest
 from qquant import report_html
 from qquant.checks import ci
 from qquant.errors import InputError
-from qquant.report import ArtifactReport, GateReport, Report, TextReport, Verdict, WorstToken
+from qquant.report import (
+    ArtifactReport,
+    GateReport,
+    Pace,
+    Report,
+    SpeedReport,
+    TextReport,
+    Verdict,
+    WorstToken,
+    schema,
+)
 
 GATE = GateReport("mean KL divergence", "fail", 0.06, 0.05, 0.055, 0.066, 1.0, 0.0002, 0.004, 40)
 LAYERS = tuple(
@@ -18,6 +28,13 @@ LAYERS = tuple(
     for block in range(3)
     for linear in ("self_attn.q_proj", "mlp.down_proj")
 )
+
+
+PACES = (
+    Pace("prefill", 1, 0, 900.0, 1000.0, 0.9, 0.85, 0.95, 0.01, 1.0),
+    Pace("decode", 1, 512, 210.0, 100.0, 2.1, 2.0, 2.2, 0.01, 3.4),
+)
+SPEED = SpeedReport("pass", "cpu", "int4, bf16", "new tokens", PACES, 10**6, 3 * 10**6, 10**5, 2 * 10**6, 4 * 10**6)
 
 
 def artifact(name="a", size=10**6, kl=0.01, outcome="pass", **more):
@@ -149,8 +166,27 @@ def everything():
         artifact("bad", kl=math.inf, verdict=Verdict("fail", ("tokenizer: is not the checkpoint's", "mean KL divergence 0.06 is above the limit: 5 %\n2"), (GATE,))),
         artifact("open", verdict=Verdict("inconclusive", ("mean KL divergence",), (dataclasses.replace(GATE, outcome="inconclusive", high=math.inf),))),
         artifact("late", verdict=waived, texts=(TextReport("zh", 9, 2.0, 2.0, 1.0, 0.1, 0.9),), worst=(WorstToken("a", "b", 1.0, 2.0, math.nan),)),
+        artifact("fast", speed=SPEED),
         warnings=("w",),
     )  # fmt: skip
+
+
+def test_record_fits_its_published_schema():
+    import jsonschema
+
+    published = json.loads(json.dumps(schema()))
+    jsonschema.Draft202012Validator.check_schema(published)
+    validator = jsonschema.Draft202012Validator(published)
+    content = json.loads(everything().to_json())
+    assert list(validator.iter_errors(content)) == []
+    for damage in (
+        {"verdict": "good"},
+        {"schema": "qquant-report-0"},
+        {"artifacts": [content["artifacts"][0] | {"size": "many"}]},
+        {"artifacts": [content["artifacts"][0] | {"extra": 1}]},
+        {"baseline": {"perplexity": 3.0}},
+    ):
+        assert not validator.is_valid(content | damage), damage
 
 
 def test_record_is_read_back_whole():
@@ -173,7 +209,7 @@ def test_junit():
 
     suites = ElementTree.fromstring(ci.junit(everything()))
     assert {key: suites.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "8", "failures": "2", "errors": "1", "skipped": "1",
+        "tests": "9", "failures": "2", "errors": "1", "skipped": "1",
     }  # fmt: skip
     bad = suites.find("testsuite[@name='m.bad']")
     assert bad.find("testcase[@name='structure and answers']/failure").text == "tokenizer: is not the checkpoint's"
