@@ -63,6 +63,17 @@ class QuantizedTensor:
         return value_of(self.codes, *self.params.levels(), self.grid)
 
 
+@dataclass(frozen=True)
+class Integers:
+    """A weight as the operators of a runtime take it: value = scale * (code - zero), in the numbers that the file stores."""
+
+    codes: Tensor  # uint8 [N, K]
+    scales: Tensor  # [N, G], of the file's dtype
+    zeros: Tensor | None  # float32 [N, G], whole numbers; None: 2^(bits-1) everywhere
+    bits: int  # 4 or 8: the width that codes are held in
+    order: Tensor | None = None  # int64 [K]: the input column of every column of `codes`; None: their own
+
+
 def nearest(weight: Tensor, step: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     """Codes uint8 [N, K] of the nearest grid values (ties to even) to `weight` float32 [N, K]; step, offset [N, K / width].
 

@@ -171,23 +171,44 @@ def test_linear_takes_any_number_of_rows():
         assert relative(y, x.double() @ truth.T + bias.double()) <= 8e-3
 
 
-def test_cpu_int4_is_close():
-    for symmetric in (True, False):
-        qweight, params, truth = weights(64, 4, 128, 4, symmetric)
-        packed, affine = cpu_int4.pack_cpu_int4(qweight, params, 128)
-        x, bias = torch.randn(3, 512).bfloat16(), torch.randn(64)
-        y = cpu_int4.cpu_int4_mm(x, packed, affine, bias, 128)
-        assert y.dtype == torch.bfloat16
+def cpu_weights(bits, width, symmetric, rows=128, groups=4):
+    codes = torch.randint(0, 1 << bits, (rows, groups * width), dtype=torch.uint8)
+    scales = (torch.rand(rows, groups) * 0.02 + 0.001).half()
+    zeros = None if symmetric else torch.randint(0, 1 << bits, (rows, groups)).float()
+    zero = 1 << (bits - 1) if zeros is None else zeros.double().repeat_interleave(width, 1)
+    return codes, scales, zeros, (codes.double() - zero) * scales.double().repeat_interleave(width, 1)
+
+
+needs_int4 = pytest.mark.skipif(cpu_int4.block_rows() is None, reason="this machine's torch has no int4 product for it")
+
+
+@needs_int4
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [32, 128, 512])
+def test_cpu_products_are_close_and_the_codes_stay(bits, symmetric, width):
+    codes, scales, zeros, truth = cpu_weights(bits, width, symmetric)
+    packed = cpu_int4.pack_cpu(codes, scales, zeros, bits)
+    assert torch.equal(cpu_int4.unpack_cpu(packed), codes)
+    assert torch.equal(cpu_int4.dequantize_cpu(packed, torch.float32).double(), truth)
+    block = cpu_int4.block_rows()
+    assert torch.equal(cpu_int4.dequantize_cpu(packed, torch.float32, slice(block, None)).double(), truth[block:])
+    bias = torch.randn(128)
+    for rows in (3, cpu_int4.MAX_ROWS[bits] + 1):
+        x = torch.randn(rows, 4 * width).bfloat16()
+        y = cpu_int4.cpu_linear(x, packed, bias)
         assert relative(y, x.double() @ truth.T + bias.double()) <= 8e-3
-        assert cpu_int4.cpu_int4_mm(x.half(), packed, affine, None, 128).dtype == torch.float16
+        assert cpu_int4.cpu_linear(x.half(), packed, bias.half()).dtype == torch.float16
 
 
+@needs_int4
 def test_cpu_int4_refuses_what_the_operator_cannot_do():
-    qweight, params, _ = weights(70, 2, 128, 4, True)
-    assert not cpu_int4.available(70, 128)
-    assert not cpu_int4.available(64, 512)
-    with pytest.raises(InputError, match="sixteens"):
-        cpu_int4.pack_cpu_int4(qweight, params, 128)
+    codes, scales, zeros, _ = cpu_weights(4, 128, True, rows=70)
+    assert not cpu_int4.available(70, 512, 128)
+    assert not cpu_int4.available(64, 480, 96)
+    assert cpu_int4.operator_group(1024, 512) == 128
+    with pytest.raises(InputError, match="rows in blocks"):
+        cpu_int4.pack_cpu(codes, scales, zeros, 4)
 
 
 # -- the solver's operators

@@ -164,11 +164,15 @@ def _compile(template: str, origin: str) -> jinja2.Template:
 class Tokenizer:
     """A checkpoint's own tokenizer and chat template."""
 
-    def __init__(self, path: Path, backend: tokenizers.Tokenizer) -> None:
-        """Read what surrounds `backend` in the checkpoint folder `path`. Raises InputError on unreadable files."""
+    def __init__(self, path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None) -> None:
+        """Read what surrounds `backend` in the checkpoint folder `path`; `config` stands for its tokenizer_config.json.
+
+        Raises:
+            InputError: unreadable files.
+        """
         self.path = path
         self._backend = backend
-        config = _json(path / "tokenizer_config.json")
+        config = _json(path / "tokenizer_config.json") if config is None else config
         self.template, self.template_origin = _template(path, config)
         added = backend.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: i for i, token in added.items()}

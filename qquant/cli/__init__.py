@@ -19,6 +19,7 @@ from qquant.cli.look import inspect, verify
 from qquant.cli.options import EXITS
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
+from qquant.cli.run import run
 from qquant.errors import QQuantError
 
 
@@ -42,6 +43,7 @@ for command in (
     patch,
     sign,
     recipes,
+    run,
 ):
     cli.add_command(command)
 

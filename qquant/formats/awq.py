@@ -23,7 +23,7 @@ from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import ModelFolder, QuantizedLayout
 from qquant.recipe import AwqArtifact
 from qquant.resources import lazy
-from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,11 @@ class AwqLayout(QuantizedLayout):
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"AWQ 4 bit, groups of {self.group_size}"
 
     def problems(self, shape: tuple[int, int]) -> str | None:
         """Why a weight of this shape cannot be stored, or None."""
@@ -85,6 +90,12 @@ class AwqLayout(QuantizedLayout):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """float32 [N, K]."""
         return self.unpack(tensors).dequantize()
+
+    def integers(self, tensors: Mapping[str, Tensor]) -> Integers:
+        """What a runtime's operators compute with."""
+        quantized = self.unpack(tensors)
+        assert isinstance(quantized.params, UniformParams)
+        return Integers(quantized.codes, quantized.params.scales, quantized.params.zeros, 4)
 
 
 class Awq(ModelFolder):

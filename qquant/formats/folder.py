@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid, QuantizedTensor
+    from qquant.tensor import Grid, Integers, QuantizedTensor
 else:
     torch = lazy("torch")
 
@@ -41,6 +41,11 @@ class QuantizedLayout(ABC):
     """How a quantized linear lies in a file; one subclass per format."""
 
     suffixes: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """For people: the format, its bits and its groups."""
 
     @abstractmethod
     def problems(self, shape: tuple[int, int]) -> str | None:
@@ -57,6 +62,10 @@ class QuantizedLayout(ABC):
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """float32 [N, K] of stored tensors."""
+
+    @abstractmethod
+    def integers(self, tensors: Mapping[str, Tensor]) -> Integers:
+        """What a runtime's operators compute with."""
 
 
 class ModelFolder(ABC):
@@ -227,8 +236,25 @@ class FolderSource:
             return self.tensor(self.family.embedding)
         if f"{module}.qweight" not in self.tensors:
             return read_tensor(self.tensors[name]).float()
-        stored = {suffix: read_tensor(self.tensors[f"{module}.{suffix}"]) for suffix in self.layout.suffixes}
-        return self.layout.dequantize(stored)
+        return self.layout.dequantize(self._stored(module))
+
+    def integers(self, name: str, device: torch.device) -> Integers | None:
+        """Weight `name` for the operators of a runtime, unpacked on `device`; None if it is not quantized."""
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" not in self.tensors:
+            return None
+        return self.layout.integers({suffix: value.to(device) for suffix, value in self._stored(module).items()})
+
+    def stored_as(self, name: str) -> str:
+        """For people: the file's type of `name`."""
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in self.tensors:
+            return self.layout.label
+        name = self.family.embedding if name not in self.tensors and name == self.family.head else name
+        return self.tensors[name].dtype.lower()
+
+    def _stored(self, module: str) -> dict[str, Tensor]:
+        return {suffix: read_tensor(self.tensors[f"{module}.{suffix}"]) for suffix in self.layout.suffixes}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of an unquantized matrix, float32."""

@@ -29,7 +29,7 @@ from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.safetensors_file import TensorInfo, read_bytes
-from qquant.tensor import checksum
+from qquant.tensor import Integers, checksum
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+RUNTIME_BITS = {
+    "q4_0": 4,
+    "q5_0": 8,
+    "q8_0": 8,
+}  # types that `GgufSource.integers` gives, and the width it gives them in
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 SAMPLING = (
     ("top_k", "top_k", "i32"),
@@ -362,17 +367,38 @@ class GgufSource:
         """Rows start:stop, float32."""
         return self._rows(self._stored(name), start, stop)
 
+    def integers(self, name: str, device: torch.device) -> Integers | None:
+        """Matrix `name` for the operators of a runtime; None if its type has no scale of its own in every group.
+
+        q4_0, q5_0 and q8_0 are fp16 scales times integers, which is what those operators take. The others are left out: the scales
+        of K-quants are products that fp16 does not hold, and the affine types have zero points that are not whole.
+        """
+        stored = self._stored(name)
+        kind = _TYPE_NAMES[stored.type_id]
+        if kind not in RUNTIME_BITS:
+            return None
+        codes, params = gguf_types.unpack(self._blocks(stored, 0, math.prod(stored.shape[:-1])).to(device), kind)
+        bits = RUNTIME_BITS[kind]
+        codes += (1 << (bits - 1)) - gguf_types.TYPES[kind].centre
+        return Integers(codes, params.d, None, bits)
+
+    def stored_as(self, name: str) -> str:
+        """For people: the file's type of `name`."""
+        return _TYPE_NAMES[self._stored(name).type_id]
+
     def _stored(self, name: str) -> StoredTensor:
         if name == self.family.head and self.config.tied:
             name = self.family.embedding
         return self.header.tensors[self.family.gguf_name(name)]
 
     def _rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        return gguf_types.dequantize(self._blocks(stored, start, stop), _TYPE_NAMES[stored.type_id])
+
+    def _blocks(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         kind = _TYPE_NAMES[stored.type_id]
         row = _nbytes(kind, stored.shape[-1:])
         info = TensorInfo(stored.name, "U8", stored.shape, self.path, stored.offset, _nbytes(kind, stored.shape))
-        data = torch.frombuffer(read_bytes(info, start * row, stop * row), dtype=torch.uint8).view(stop - start, row)
-        return gguf_types.dequantize(data, kind)
+        return torch.frombuffer(read_bytes(info, start * row, stop * row), dtype=torch.uint8).view(stop - start, row)
 
 
 _TYPE_NAMES = {kind.ggml_id: name for name, kind in gguf_types.TYPES.items()}

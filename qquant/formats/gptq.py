@@ -26,7 +26,7 @@ from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import ModelFolder, QuantizedLayout
 from qquant.recipe import GptqArtifact
 from qquant.resources import lazy
-from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,12 @@ class GptqLayout(QuantizedLayout):
         self.bits = bits
         self.group_size = group_size
         self.shift = shift  # what v1 subtracts from a zero point before storing it; 0 in gptq_v2
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        groups = "one group a row" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"GPTQ {self.bits} bit, {groups}"
 
     @property
     def slots(self) -> int:
@@ -106,9 +112,33 @@ class GptqLayout(QuantizedLayout):
         if index is None or bool((index == natural).all()):
             return quantized.dequantize()
         step, offset = quantized.params.levels()
-        if int(index.min()) < 0 or int(index.max()) >= step.shape[1]:
-            raise InputError(f"g_idx holds group {int(index.max())}; there are {step.shape[1]} groups")
+        _require_groups(index, step.shape[1])
         return quantized.codes.float() * step[:, index.long()] - offset[:, index.long()]
+
+    def integers(self, tensors: Mapping[str, Tensor]) -> Integers:
+        """Codes by groups: with activation order, a group's columns are brought together and `order` says where they were.
+
+        Raises:
+            InputError: g_idx names a group that is not there, or gives groups of different sizes.
+        """
+        quantized = self.unpack(tensors)
+        params = quantized.params
+        assert isinstance(params, UniformParams)
+        codes, width, index = quantized.codes, quantized.grid.width, tensors.get("g_idx")
+        natural = torch.arange(codes.shape[1], device=codes.device) // width
+        order = None
+        if index is not None and bool((index != natural).any()):
+            _require_groups(index, params.scales.shape[1])
+            order = index.argsort(stable=True)
+            if bool((index[order] != natural).any()):
+                raise InputError(f"g_idx gives groups of different sizes; every group must hold {width} columns")
+            codes = codes[:, order]
+        return Integers(codes, params.scales, params.zeros, self.bits, order)
+
+
+def _require_groups(index: Tensor, groups: int) -> None:
+    if int(index.min()) < 0 or int(index.max()) >= groups:
+        raise InputError(f"g_idx holds group {int(index.max())}; there are {groups} groups")
 
 
 class Gptq(ModelFolder):

@@ -1,57 +1,168 @@
-"""`cpu_int4_mm`: torch's own int4 matrix product for the CPU, for few rows.
+"""Integer weights on the CPU: torch's own int4 product for few rows, and the same bytes back to floats for many.
 
-    y = x @ W',    W[n, k] = (code[n, k] - 8) * scale[n, k // g] + shift[n, k // g],    shift = (8 - zero) * scale
+    y = x @ W' + b,    W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g]
 
-`aten::_weight_int4pack_mm_for_cpu` wants bfloat16 activations (float16 and float32 run on a scalar path, some 80 times
-slower), its own packing, and scale and shift in bfloat16. That moves every scale by up to 2^-9 of itself, and a shift by up to
-2^-6 of a step: small against the half step that rounding the weights cost, but not exact. So this is for generating text;
-fidelity is measured on `qquant::dequant`, which is exact. `rounding` says what it costs for given parameters.
+`aten::_weight_int4pack_mm_for_cpu` computes (nibble - 8) * scale + shift with bfloat16 activations (float16 and float32 run on a
+scalar path, some 80 times slower), its own packing, and scale and shift in bfloat16. A code of 4 bits is a nibble, with
+shift = (8 - zero) * scale. A code of 8 bits is two, 16 * high + low, and takes two products:
 
-The product wins where reading weights is the time: with AVX-512 up to about 48 rows against dequantizing and the bfloat16
-product (MAX_ROWS), 4 times faster at one row. With AVX2 it gains little at one row and nothing above. 8-bit groups have no
-such operator: dequantize.
+    high: scale 16 s, shift 0                   low: scale s, shift (136 - zero) s
+
+bfloat16 moves every scale by up to 2^-9 of itself, and a shift by up to 2^-6 of a step: small against the half step that rounding
+the weights cost, but not exact. So this is for generating text; fidelity is measured on exact weights.
+
+The packing puts blocks of B rows (B depends on the machine's instructions) behind one another, column after column of a block:
+
+    byte [n / B, k, j], j < B / 2       low nibble: row j of the block, column k       high nibble: row B / 2 + j
+
+so the bytes can be read back, and one copy of the weights serves both ways: `dequantize_cpu` is exact, with the scales as stored.
+The product wins where reading weights is the time. Above MAX_ROWS rows of x, dequantize and multiply in the dtype of x.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qquant.errors import InputError
-from qquant.kernels.unpack import unpack_params, unpack_runtime
 
 GROUP_SIZES = (32, 64, 128, 256)
-MAX_ROWS = 48
+MAX_ROWS = {4: 80, 8: 40}  # by bits, as measured: tests/bench/README.md
+BLOCKS = (64, 32)  # rows behind one another, by instruction set
+CHUNK = 256  # rows dequantized at a time: they stay in the cache
 
 
-def available(outputs: int, group_size: int) -> bool:
-    """Whether the operator takes 4-bit weights with this many rows and this group size."""
-    return group_size in GROUP_SIZES and outputs % 16 == 0 and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+@dataclass(frozen=True)
+class Packed:
+    """Weights of one matrix as the CPU product wants them."""
+
+    nibbles: Tensor  # uint8 [1 or 2, N, K/2]: the codes; or their high and low halves
+    affine: Tensor  # bf16 [1 or 2, K/g', N, 2]: scale and shift; g' = min(g, 128) where g is not a group size of the operator
+    scales: Tensor  # fp16 [N, K/g]: as stored
+    zeros: Tensor | None  # float32 [N, K/g]; None: 2^(bits-1)
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 * len(self.nibbles)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory."""
+        return sum(t.nbytes for t in (self.nibbles, self.affine, self.scales, self.zeros) if t is not None)
 
 
-def pack_cpu_int4(qweight: Tensor, params: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [N, K/2], affine bf16 [K/g, N, 2]) of 4-bit weights in the runtime layout.
+@functools.lru_cache
+def block_rows() -> int | None:
+    """Rows of a block of the operator's packing on this machine; None where it has no such operator, or packs otherwise."""
+    if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
+        return None
+    codes = torch.arange(128 * 32, dtype=torch.int32).mul_(2654435761).bitwise_right_shift_(20).bitwise_and_(15)
+    codes = codes.view(128, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return next((rows for rows in BLOCKS if torch.equal(_codes(packed, rows), codes.to(torch.uint8))), None)
+
+
+def _codes(packed: Tensor, block: int) -> Tensor:
+    rows, half = packed.shape
+    bytes_ = packed.view(rows // block, 2 * half, block // 2).transpose(1, 2)
+    return torch.cat([bytes_ & 15, bytes_ >> 4], dim=1).view(rows, 2 * half)
+
+
+def operator_group(columns: int, group_size: int) -> int | None:
+    """The group size to call the operator with, None if it cannot take these weights."""
+    if group_size in GROUP_SIZES:
+        return group_size
+    return 128 if group_size % 128 == 0 and columns % 128 == 0 else None
+
+
+def available(outputs: int, columns: int, group_size: int) -> bool:
+    """Whether the operator takes weights of this shape and group size here."""
+    block = block_rows()
+    return block is not None and outputs % block == 0 and operator_group(columns, group_size) is not None
+
+
+def pack_cpu(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Packed:
+    """Codes uint8 [N, K] of 4 or 8 bits, scales fp16 [N, K/g], zeros [N, K/g] or None, as any format unpacks them.
 
     The packing depends on the instruction set of this machine; it is for this process, not for a file.
 
     Raises:
         InputError: rows or a group size that the operator does not take.
     """
-    rows, groups = params.shape
-    if not available(rows, group_size):
+    (rows, columns), groups = codes.shape, scales.shape[1]
+    if not available(rows, columns, columns // groups):
         raise InputError(
-            f"int4 on the CPU takes groups of {GROUP_SIZES} and rows in sixteens, not {group_size} and {rows}"
+            f"int4 on the CPU takes groups of {GROUP_SIZES} (or multiples of 128) and rows in blocks of {block_rows()}, "
+            f"not groups of {columns // groups} and {rows} rows"
         )
-    codes = unpack_runtime(qweight, 4, groups * group_size)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    scales, zeros = unpack_params(params, 4)
-    affine = torch.stack([scales, (8 - zeros) * scales], dim=-1).to(torch.bfloat16)
-    return packed, affine.transpose(0, 1).contiguous()
+    middle = 1 << (bits - 1)
+    if zeros is not None and bool((zeros == middle).all()):
+        zeros = None
+    step = scales.float()
+    zero = torch.full_like(step, middle) if zeros is None else zeros.float()
+    if bits == 4:
+        parts = [(codes, step, (8 - zero) * step)]
+    else:
+        parts = [(codes >> 4, 16 * step, torch.zeros_like(step)), (codes & 15, step, (136 - zero) * step)]
+    repeats = columns // groups // (operator_group(columns, columns // groups) or 1)
+    nibbles, affine = [], []
+    for nibble, scale, shift in parts:
+        nibbles.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibble.to(torch.int32), 1))
+        pair = torch.stack([scale, shift], dim=-1).repeat_interleave(repeats, dim=1)
+        affine.append(pair.to(torch.bfloat16).transpose(0, 1).contiguous())
+    return Packed(torch.stack(nibbles), torch.stack(affine), scales.contiguous(), zeros)
 
 
-def cpu_int4_mm(x: Tensor, packed: Tensor, affine: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    """X [M, K] times packed weights -> [M, N] of x's dtype; computed with bfloat16 activations and float32 sums."""
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16).contiguous(), packed, group_size, affine)
-    if bias is not None:
-        y += bias.to(y.dtype)
+def unpack_cpu(packed: Packed) -> Tensor:
+    """Codes uint8 [N, K]; inverse of `pack_cpu`."""
+    block = block_rows() or BLOCKS[0]
+    parts = [_codes(nibbles, block) for nibbles in packed.nibbles]
+    return parts[0] if len(parts) == 1 else parts[0] << 4 | parts[1]
+
+
+def dequantize_cpu(packed: Packed, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    """Weights [n, K] of `dtype` of a slice of rows in whole blocks: exact in float32, rounded once."""
+    some = Packed(
+        packed.nibbles[:, rows],
+        packed.affine,
+        packed.scales[rows],
+        None if packed.zeros is None else packed.zeros[rows],
+    )
+    groups = some.scales.shape[1]
+    codes = unpack_cpu(some)
+    weight = codes.view(len(codes), groups, -1).float()
+    weight -= 1 << (packed.bits - 1) if some.zeros is None else some.zeros.unsqueeze(-1)
+    weight *= some.scales.float().unsqueeze(-1)
+    return weight.view(codes.shape).to(dtype)
+
+
+def few_rows(x: Tensor, packed: Packed) -> Tensor:
+    """X [M, K] times packed weights -> [M, N] of x's dtype; bfloat16 activations, float32 sums."""
+    group = x.shape[1] // packed.affine.shape[1]
+    wide = x.to(torch.bfloat16).contiguous()
+    y: Tensor | None = None
+    for nibbles, affine in zip(packed.nibbles, packed.affine, strict=True):
+        part = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, nibbles, group, affine)
+        y = part if y is None else y.float() + part
+    assert y is not None
     return y.to(x.dtype)
+
+
+def many_rows(x: Tensor, packed: Packed) -> Tensor:
+    """X [M, K] times exact weights, dequantized some rows at a time -> [M, N] of x's dtype."""
+    outputs = packed.scales.shape[0]
+    y = torch.empty((len(x), outputs), dtype=x.dtype)
+    for start in range(0, outputs, CHUNK):
+        rows = slice(start, min(start + CHUNK, outputs))
+        y[:, rows] = torch.nn.functional.linear(x, dequantize_cpu(packed, x.dtype, rows))
+    return y
+
+
+def cpu_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """X [M, K] -> [M, N] by whichever of the two is faster for so many rows."""
+    y = few_rows(x, packed) if len(x) <= MAX_ROWS[packed.bits] else many_rows(x, packed)
+    return y if bias is None else y + bias

@@ -1,0 +1,223 @@
+"""Answers of an artifact: its own tokenizer, chat template, sampling settings and stop tokens, text as it comes.
+
+A GGUF file carries its tokenizer: tokens, merges and kinds of tokens are the whole of a byte-level BPE, and Qwen's way to cut text
+into words before it is the one that llama.cpp calls `qwen2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from qquant import runtime
+from qquant.artifact import open_weights
+from qquant.calibration import Tokenizer
+from qquant.checkpoint import resolve
+from qquant.errors import InputError, NumericalError, UsageError
+from qquant.formats.gguf import CONTROL, USER_DEFINED, GgufSource
+from qquant.formats.gguf_container import Header
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose tokens; None: as the artifact's generation config says."""
+
+    max_new_tokens: int = 512
+    greedy: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    text: str
+    tokens: int  # with the one it stopped on
+    stopped: bool  # by a stop token; else the budget ran out
+
+
+class Answerer:
+    """A loaded artifact and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.stops = self._stops()
+
+    @classmethod
+    def open(cls, artifact: str | Path, device: str | torch.device = "auto", dtype: str | None = None) -> Answerer:
+        """Load the artifact; see `runtime.load` for what it raises."""
+        path = Path(artifact)
+        if not path.exists():
+            path, _ = resolve(str(artifact))
+        model = runtime.load(path, device, dtype)
+        return cls(model, _tokenizer(path), str(artifact))
+
+    def _stops(self) -> list[int]:
+        settings = self.model.generation_config.eos_token_id
+        found = list(settings) if isinstance(settings, list | tuple) else [settings]
+        found += self.tokenizer.eos
+        if self.tokenizer.template is not None:
+            found.append(self.tokenizer.end_of_turn)
+        return sorted({stop for stop in found if stop is not None})
+
+    def paths(self) -> dict[str, str]:
+        """What runs for every linear."""
+        return runtime.paths(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; special tokens by name are themselves.
+
+        Raises:
+            UsageError: there is no text.
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise UsageError("the prompt is empty")
+        return ids
+
+    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the answer begins.
+
+        Raises:
+            UsageError: the artifact has no chat template.
+            InputError: its template refuses the conversation.
+        """
+        if self.tokenizer.template is None:
+            raise UsageError(f"{self.name}: has no chat template (a base model?); use --raw to continue plain text")
+        return self.tokenizer.encode(self.tokenizer.render(turns, add_generation_prompt=True))
+
+    def answer(self, ids: Sequence[int], settings: Settings, write: Callable[[str], None]) -> Answer:
+        """Generate after `ids`; `write` gets the text in whole characters as soon as they are there.
+
+        Raises:
+            UsageError: the prompt fills the context.
+            NumericalError: logits are not finite.
+        """
+        positions = self.model.config.max_position_embeddings
+        if len(ids) >= positions:
+            raise UsageError(
+                f"{self.name}: the prompt has {len(ids)} tokens, the model reads {positions}. Shorten the prompt"
+            )
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        streamer = Text(self.tokenizer, self.stops, len(ids), write)
+        given = torch.tensor([list(ids)], device=self.model.device)
+        out = self.model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            streamer=streamer,
+            logits_processor=[_require_finite],
+            max_new_tokens=min(settings.max_new_tokens, positions - len(ids)),
+            **self._sampling(settings),
+        )
+        made = out[0, len(ids) :].tolist()
+        return Answer(streamer.text, len(made), bool(made) and made[-1] in self.stops)
+
+    def _sampling(self, settings: Settings) -> dict[str, Any]:
+        given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        asked = any(name != "repetition_penalty" for name in chosen)
+        sample = not settings.greedy and (asked or bool(self.model.generation_config.do_sample))
+        if not sample:
+            chosen |= {"temperature": None, "top_p": None, "top_k": None}
+        pad = self.model.generation_config.pad_token_id
+        stops: dict[str, Any] = {"eos_token_id": self.stops} if self.stops else {}
+        return (
+            chosen | stops | {"do_sample": sample, "pad_token_id": pad if pad is not None else (self.stops or [0])[0]}
+        )
+
+
+def _require_finite(ids: Tensor, scores: Tensor) -> Tensor:
+    if not bool(torch.isfinite(scores).all()):
+        raise NumericalError(
+            f"logits after {ids.shape[1]} tokens are not finite: activations overflow in this dtype. Try --dtype bfloat16"
+        )
+    return scores
+
+
+class Text:
+    """What `generate` tells token by token, as text: a character that is not whole yet waits for its next byte."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[int], prompt: int, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.stops, self.write = tokenizer, set(stops), write
+        self.prompt = prompt  # tokens that come first and are not the answer's
+        self.waiting: list[int] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        """Take in the prompt, later one token at a time."""
+        ids = value.reshape(-1).tolist()
+        if self.prompt:
+            self.prompt -= len(ids)
+            return
+        self.waiting += [token for token in ids if token not in self.stops]
+        self._tell(whole=True)
+
+    def end(self) -> None:
+        """Tell what still waits."""
+        self._tell(whole=False)
+
+    def _tell(self, whole: bool) -> None:
+        text = self.tokenizer.decode(self.waiting)
+        if not text or (whole and text.endswith("\ufffd")):
+            return
+        self.waiting = []
+        self.text += text
+        self.write(text)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if path.is_dir():
+        return Tokenizer.open(path)
+    source = open_weights(path)
+    assert isinstance(source, GgufSource)
+    return gguf_tokenizer(path, source.header)
+
+
+def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
+    """The tokenizer in the metadata of a GGUF file.
+
+    Raises:
+        InputError: it has none, or another kind than Qwen's.
+    """
+    tokens, merges, kinds = (header.value(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
+    kind = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.pre")
+    if kind != ("gpt2", "qwen2") or not tokens or not merges or not kinds:
+        raise InputError(f"{path}: its tokenizer is {kind[0]!r}/{kind[1]!r}; qquant runs 'gpt2'/'qwen2', Qwen1.5's")
+    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] not in (CONTROL, USER_DEFINED)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, byte_fallback=False))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    for number, token in enumerate(tokens):
+        if kinds[number] in (CONTROL, USER_DEFINED):
+            special = kinds[number] == CONTROL
+            backend.add_tokens([AddedToken(token, special=special, normalized=False)])
+            if backend.token_to_id(token) != number:
+                raise InputError(f"{path}: token {number} ({token!r}) does not follow the tokens before it")
+    eos = header.value("tokenizer.ggml.eos_token_id")
+    config = {"chat_template": header.value("tokenizer.chat_template")}
+    if isinstance(eos, int) and eos < len(tokens):
+        config["eos_token"] = tokens[eos]
+    return Tokenizer(path, backend, config)

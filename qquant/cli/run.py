@@ -1,0 +1,100 @@
+"""`qquant run`: ask an artifact something."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from qquant.answering import Answerer, Settings
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifact")
+@click.argument("prompt", required=False)
+@click.option("--system", help="The system turn; default: the one that the chat template adds, if any.")
+@click.option("--no-system", is_flag=True, help="An empty system turn instead of the template's own.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
+@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the artifact's own.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Default: the artifact's own.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
+@click.option("--seed", type=int, help="Sample the same answer again.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the activations.")
+@click.option("--paths", "show_paths", is_flag=True, help="Say on stderr what runs for every linear.")
+@DEVICE
+@JSON
+def run(
+    artifact: str, prompt: str | None, system: str | None, no_system: bool, raw: bool, max_new_tokens: int, greedy: bool,
+    temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None, seed: int | None,
+    dtype: str | None, show_paths: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Answer PROMPT with an artifact: a GPTQ or AWQ folder, a GGUF file, or a checkpoint; words appear as they come.
+
+    PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: end it with an empty line.
+    """
+    from qquant.answering import Answerer, Settings
+
+    if system is not None and no_system:
+        raise UsageError("--system and --no-system contradict each other")
+    if greedy and (temperature or top_p or top_k):
+        raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-p and --top-k")
+    if prompt is None and (as_json or raw or not sys.stdin.isatty()):
+        raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
+    settings = Settings(max_new_tokens, greedy, temperature, top_p, top_k, repetition_penalty, seed)
+    answerer = Answerer.open(artifact, device_named(device), dtype)
+    if show_paths:
+        for name, path in answerer.paths().items():
+            click.echo(f"{name}: {path}", err=True)
+    turns = [] if system is None and not no_system else [{"role": "system", "content": system or ""}]
+    if prompt is None:
+        _talk(answerer, turns, settings)
+        return
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = answerer.encode(text) if raw else answerer.encode_chat([*turns, {"role": "user", "content": text}])
+    _answer(answerer, ids, settings, as_json)
+
+
+def _answer(answerer: Answerer, ids: list[int], settings: Settings, as_json: bool) -> str:
+    """Stream the answer (or print it as JSON), and return it."""
+    moments = [time.perf_counter()]
+
+    def write(piece: str) -> None:
+        moments.append(time.perf_counter())
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+
+    answer = answerer.answer(ids, settings, write)
+    to_first, rest = moments[min(1, len(moments) - 1)] - moments[0], moments[-1] - moments[min(1, len(moments) - 1)]
+    if as_json:
+        content: dict[str, Any] = {"schema": "qquant-answer-1", "answer": answer.text, "stopped": answer.stopped}
+        content |= {"prompt_tokens": len(ids), "tokens": answer.tokens}
+        content |= {"seconds_to_first": round(to_first, 3), "seconds": round(moments[-1] - moments[0], 3)}
+        click.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    else:
+        click.echo()
+        rate = f", then {(answer.tokens - 1) / rest:.1f} tokens/s" if rest > 0 else ""
+        click.echo(f"{len(ids)} tokens read, {to_first:.2f} s to the first of {answer.tokens}{rate}", err=True)
+    return answer.text
+
+
+def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: Settings) -> None:
+    while True:
+        try:
+            question = click.prompt("you", prompt_suffix="> ", default="", show_default=False)
+        except click.Abort:
+            return
+        if not question:
+            return
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": _answer(answerer, answerer.encode_chat(turns), settings, False)})
