@@ -36,6 +36,7 @@ SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
+CARD_LIMIT = 1_000_000  # bytes of a model card that are looked at
 TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
 
 
@@ -107,6 +108,23 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
             f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead"
         ) from None
     return Path(folder), commit
+
+
+def card_head(path: Path) -> dict[str, Any]:
+    """The YAML head of a model card; empty where there is no card, or no readable head."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.is_file() or path.stat().st_size > CARD_LIMIT:
+        return {}
+    parts = path.read_text("utf-8", "replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        head = YAML(typ="safe", pure=True).load(parts[1])
+    except YAMLError:
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 @dataclass

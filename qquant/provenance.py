@@ -25,14 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint, read_json
+from qquant.checkpoint import Checkpoint, card_head, read_json
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
 from qquant.output import MANIFEST
 
 REPORT = "report.json"
 SOURCE = "source.json"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
-CARD_LIMIT = 1_000_000  # bytes of a base card that are looked at
 BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
 BUILD_TYPE = "urn:qquant:build:1"
 PASSED = ("pass", "waived")
@@ -123,19 +122,8 @@ def source_facts(checkpoint: Checkpoint, reference: str) -> dict[str, Any]:
 
 def card_facts(path: Path) -> dict[str, Any]:
     """Licence, language and tags of a card's YAML head; empty where there is no card, or no readable head."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    if not path.is_file() or path.stat().st_size > CARD_LIMIT:
-        return {}
-    parts = path.read_text("utf-8", "replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        head = YAML(typ="safe", pure=True).load(parts[1])
-    except YAMLError:
-        return {}
-    return {key: head[key] for key in CARD_KEYS if key in head} if isinstance(head, dict) else {}
+    head = card_head(path)
+    return {key: head[key] for key in CARD_KEYS if key in head}
 
 
 def read_release(folder: Path, only: Sequence[str] = ()) -> Release:

@@ -9,27 +9,45 @@ from gguf.utility import size_label
 
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError, UsageError
-from qquant.formats import FORMATS, gguf
+from qquant.formats import FORMATS, gguf_metadata
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
 
 
 def fields_of(folder, name, **changes):
     spec = GgufArtifact(**{"name": "x", "format": "gguf", "type": "q8_0", "imatrix": False} | changes)
-    return {field.key: field.value for field in gguf.metadata(Checkpoint.open(folder), spec, load("demo"), name)}
+    return {
+        field.key: field.value for field in gguf_metadata.metadata(Checkpoint.open(folder), spec, load("demo"), name)
+    }
 
 
-@pytest.mark.parametrize("name", ["Qwen1.5-0.5B-Chat", "Qwen1.5-7B", "tiny-qwen1.5", "Qwen1.5-110B-Chat", "my-model"])
-def test_names_are_split_as_the_converter_splits_them(make_checkpoint, monkeypatch, name):
-    folder = make_checkpoint()
-    size = {"0.5B": 620_000_000, "7B": 7_700_000_000, "110B": 111_000_000_000}
-    parameters = next((count for part, count in size.items() if part in name.split("-")), 9_300_000)
-    monkeypatch.setattr(gguf.Family, "parameters", lambda *_: parameters)
-    ours = fields_of(folder, name)
-    _, _, base, finetune, _, label = Metadata.get_model_id_components(name, parameters)
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen1.5-0.5B-Chat", 620_000_000),
+        ("Qwen1.5-7B", 7_700_000_000),
+        ("Qwen1.5-110B-Chat", 111_000_000_000),
+        ("tiny-qwen1.5", 9_300_000),
+        ("my-model", 9_300_000),
+        ("my-model-v2", 9_300_000),
+        ("v2", 9_300_000),
+        ("qwen-7b1-instruct", 7_100_000_000),
+        ("Qwen-2-1_5b-code-lora-v0.3", 1_540_000_000),
+        ("large-model-7B-128k-q4_0", 7_700_000_000),
+        ("model-mini-large", 9_300_000),
+        ("7B-model", 7_700_000_000),
+        ("merge-8x7B-7B-7B-chat", 7_700_000_000),
+        ("a  model", 1_000_000),
+        ("-x--y-", 1_000_000),
+    ],
+)
+def test_names_are_split_as_the_converter_splits_them(name, parameters):
+    _, _, base, finetune, version, label = Metadata.get_model_id_components(name, parameters)
+    ours = {field.key: field.value for field in gguf_metadata._naming(name, parameters)}
     assert ours["general.name"] == Metadata.id_to_title(name)
     assert ours.get("general.basename") == base
     assert ours.get("general.finetune") == finetune
+    assert ours.get("general.version") == version
     assert ours["general.size_label"] == (label or size_label(parameters, 0, 0, 0))
 
 
@@ -37,7 +55,7 @@ def test_names_are_split_as_the_converter_splits_them(make_checkpoint, monkeypat
     "parameters", [999, 12_345, 1_500_000, 9_331_968, 12_600_000, 463_987_712, 7_721_324_544, 72_000_000_000]
 )
 def test_size_labels(parameters):
-    assert gguf._size_label(parameters) == size_label(parameters, 0, 0, 0)
+    assert gguf_metadata.size_label(parameters) == size_label(parameters, 0, 0, 0)
 
 
 def test_metadata_is_what_llama_cpp_needs(make_checkpoint):
@@ -48,13 +66,52 @@ def test_metadata_is_what_llama_cpp_needs(make_checkpoint):
     assert fields["qwen2.attention.head_count_kv"] == 2
     assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == 8200
     assert fields["tokenizer.ggml.tokens"][8190:8194] == ["<|im_start|>", "<|im_end|>", "[PAD8192]", "[PAD8193]"]
-    assert fields["tokenizer.ggml.token_type"][8189:8194] == [gguf.CONTROL] * 3 + [gguf.UNUSED] * 2
+    assert fields["tokenizer.ggml.token_type"][8189:8194] == [gguf_metadata.CONTROL] * 3 + [gguf_metadata.UNUSED] * 2
     assert fields["tokenizer.ggml.eos_token_id"] == 8191
-    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert "tokenizer.ggml.add_bos_token" not in fields, "no file of this tokenizer says"
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert fields["general.sampling.penalty_repeat"] == settings["repetition_penalty"]
     assert fields["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
     assert fields["general.file_type"] == 2
     assert fields["quantize.imatrix.entries_count"] == 14
     assert list(fields)[-6:-4] == ["general.quantization_version", "general.file_type"]
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "expected"),
+    [
+        ({"type": "ByteLevel"}, {}, (False, False)),
+        ({"type": "ByteLevel"}, {"add_bos_token": True}, (False, False)),
+        (None, {"add_bos_token": False}, (False, None)),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}]}, {}, (False, False)),
+        (
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|endoftext|>"}}, {"Sequence": {"id": "A"}}],
+            },
+            {},
+            (True, None),
+        ),
+    ],
+)
+def test_tokens_around_a_text_are_those_of_the_tokenizer(make_checkpoint, processor, settings, expected):
+    folder = make_checkpoint()
+    for name, change in (("tokenizer.json", {"post_processor": processor}), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    fields = fields_of(folder, "model")
+    assert tuple(fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos")) == expected
+
+
+def test_the_card_and_the_parent_of_a_fine_tuned_model(make_checkpoint):
+    folder = make_checkpoint(_name_or_path="Qwen/Qwen1.5-7B", head_dim=16)
+    (folder / "README.md").write_text("---\nlicense: [mit, other]\ntags: chat\nbase_model: Qwen/Qwen1.5-7B\n---\n")
+    fields = fields_of(folder, "Mine-7B")
+    assert fields["general.name"] == "Mine 7B", "not the parent's, which the converter would take"
+    assert fields["general.license"] == "mit,other"
+    assert fields["general.tags"] == ["chat"]
+    assert fields["general.base_model.0.organization"] == "Qwen"
+    assert fields["general.base_model.0.repo_url"].endswith("/Qwen/Qwen1.5-7B")
+    assert fields["qwen2.attention.key_length"] == fields["qwen2.attention.value_length"] == 16
 
 
 def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):

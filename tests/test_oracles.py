@@ -9,8 +9,10 @@ differ by a KL divergence a fifth of what 4-bit quantization itself costs on the
 """
 
 import dataclasses
+import functools
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qquant.artifact import open_weights
+from qquant.formats.gguf_container import read_header
 from qquant.resources import data_dir
 from tests.conftest import write_checkpoint
 
@@ -32,7 +35,7 @@ ORACLES = ROOT / ".oracles"
 GGUF_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 FOLDERS = ("GPTQ-Int4", "GPTQ-Int8", "AWQ")
 CHECKPOINTS = ("demo", "grouped")
-RECIPE = """
+HEAD = """
 version: 1
 name: oracles
 calibration:
@@ -42,9 +45,23 @@ calibration:
   default_system_share: 0
 checks: {text: "bundled:wikitext-2-test", windows: 2, length: 128}
 artifacts:
+"""
+FOLDER_ENTRIES = """\
   - {name: gptq-int4, format: gptq, bits: 4}
   - {name: gptq-int8, format: gptq, bits: 8}
   - {name: awq, format: awq}
+"""
+CARD = """---
+license: other
+license_name: tongyi-qianwen
+license_link: https://huggingface.co/Qwen/Qwen1.5-7B-Chat/blob/main/LICENSE
+language: [en, zh]
+pipeline_tag: text-generation
+tags: [chat]
+base_model: Qwen/Qwen1.5-7B
+datasets: [wikitext]
+---
+# Grouped
 """
 HELD_OUT = "wikitext-2-test.txt.gz"
 
@@ -103,14 +120,35 @@ def dequantized_state(path):
     return {name: source.tensor(name).float() for name in source.family.shapes(source.config)}
 
 
+def run_tool(name, *arguments, folder=None):
+    """What a program of llama.cpp prints; the test fails with it if it fails."""
+    command = [str(part) for part in (ORACLES.resolve() / "llama" / "tools" / name, *arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, cwd=folder)
+    assert done.returncode == 0, f"{name} exited {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
+    return done.stdout
+
+
 def held_out_text():
     return gzip.decompress((data_dir("calibration") / "heldout" / HELD_OUT).read_bytes()).decode()
 
 
-def build(checkpoint, folder):
+def entries(kinds, imatrix):
+    """Recipe entries for GGUF files."""
+    return "".join(
+        f"  - {{name: gguf-{kind}, format: gguf, type: {kind}, imatrix: {str(imatrix).lower()}, solver: ggml}}\n"
+        for kind in kinds
+    )
+
+
+MEASURED_TYPES = ("q2_k", "q4_k_m", "q4_0")
+MEASURED = HEAD + entries(MEASURED_TYPES, True)
+EVERYTHING = HEAD + FOLDER_ENTRIES + entries(GGUF_TYPES, False)
+
+
+def build(checkpoint, folder, text=EVERYTHING, *options):
     recipe = folder / "oracles.yaml"
-    kinds = "".join(f"  - {{name: gguf-{kind}, format: gguf, type: {kind}, imatrix: false}}\n" for kind in GGUF_TYPES)
-    recipe.write_text(RECIPE + kinds)
+    folder.mkdir(exist_ok=True)
+    recipe.write_text(text)
     command = [
         Path(sys.executable).with_name("qquant"),
         "build",
@@ -119,6 +157,7 @@ def build(checkpoint, folder):
         recipe,
         "--out",
         folder / "out",
+        *options,
     ]
     done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -139,7 +178,15 @@ def grouped(tmp_path_factory):
     """The same of random fp16 weights with grouped queries and tied embeddings."""
     folder = tmp_path_factory.mktemp("grouped")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return build(write_checkpoint(folder / "tiny", torch.float16, **sizes), folder)
+    checkpoint = write_checkpoint(folder / "Grouped-9M-Chat-v2", torch.float16, **sizes)
+    (checkpoint / "README.md").write_text(CARD)
+    return build(checkpoint, folder)
+
+
+@pytest.fixture(scope="session")
+def measured(demo, tmp_path_factory):
+    """Files of the trained checkpoint that use the importance matrix of their own build."""
+    return build(demo, tmp_path_factory.mktemp("measured"), MEASURED)
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -258,22 +305,79 @@ def test_llama_cpp_as_users_run_it(built, kind, tmp_path):
     assert_close(built.reference(built.gguf(kind))[0], load_file(out)["logits"])
 
 
-@needs("llama")
-@pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_llama_quantize_writes_the_same_tensors(model, kind, tmp_path):
-    """Same types, same bytes, from the checkpoint as an f32 GGUF that owes nothing to qquant."""
-    from gguf import GGUFReader
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """`converted(checkpoint)`: the checkpoint as an f32 GGUF of llama.cpp's own converter."""
 
-    source, target = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
-    run("llama", "llama_convert.py", model.checkpoint, source)
-    run("llama", "llama_quantize.py", source, target, kind)
-    theirs = {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in GGUFReader(target).tensors}
-    ours = {
-        tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in GGUFReader(model.gguf(kind)).tensors
-    }
-    assert ours.keys() == theirs.keys()
-    assert {name: ours[name][0] for name in ours} == {name: theirs[name][0] for name in theirs}
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    @functools.cache
+    def convert(checkpoint):
+        target = tmp_path_factory.mktemp("converted") / "f32.gguf"
+        run("transformers", "llama_converter.py", checkpoint, target)
+        return target
+
+    return convert
+
+
+def differences(ours, theirs):
+    """What differs between two GGUF files, by name; empty: not a byte."""
+    mine, other = read_header(ours), read_header(theirs)
+    found = [key for key in {**mine.fields, **other.fields} if mine.fields.get(key) != other.fields.get(key)] + [
+        name for name in {**mine.tensors, **other.tensors} if mine.tensors.get(name) != other.tensors.get(name)
+    ]
+    if list(mine.fields) != list(other.fields):
+        found.append(f"order of fields: {list(mine.fields)} | {list(other.fields)}")
+    if list(mine.tensors) != list(other.tensors):
+        found.append("order of tensors")
+    if ours.read_bytes()[mine.data :] != theirs.read_bytes()[other.data :]:
+        found.append("data")
+    return found or ([] if ours.read_bytes() == theirs.read_bytes() else ["bytes of the header"])
+
+
+@needs("llama")
+@needs("transformers")
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_llama_cpp_writes_the_same_file(model, converted, kind, tmp_path):
+    """Its converter, then llama-quantize, on the same checkpoint: every byte, the metadata included."""
+    theirs = tmp_path / "theirs.gguf"
+    run_tool("llama-quantize", converted(model.checkpoint), theirs, kind)
+    assert differences(model.gguf(kind), theirs) == []
+
+
+@needs("llama")
+@needs("transformers")
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_llama_quantize_takes_our_importance_matrix_and_writes_the_same_file(measured, converted, form, tmp_path):
+    """The matrix that a build leaves, in either format; the file that came of it was built with it, measured or given."""
+    for name in ("imatrix.gguf", "imatrix.dat"):
+        shutil.copy(measured.out / "calibration" / name, tmp_path / name)
+    for kind in MEASURED_TYPES:
+        theirs = tmp_path / f"{kind}.gguf"
+        run_tool(
+            "llama-quantize",
+            "--imatrix",
+            f"imatrix.{form}",
+            converted(measured.checkpoint),
+            theirs,
+            kind,
+            folder=tmp_path,
+        )
+        found = differences(measured.gguf(kind), theirs)
+        assert found == ([] if form == "gguf" else ["quantize.imatrix.file"])
+
+
+@needs("llama")
+@needs("transformers")
+def test_an_importance_matrix_of_llama_imatrix_gives_the_same_file(built, converted, tmp_path):
+    """Given with --imatrix, in both formats; names, counts and chunks are those of the file."""
+    for form in ("gguf", "dat"):
+        given = tmp_path / f"given.{form}"
+        shutil.copy(Path(__file__).parent / "golden" / f"tiny.imatrix.{form}", given)
+        ours = build(built.checkpoint, tmp_path / f"from-{form}", MEASURED, "--imatrix", given)
+        for kind in MEASURED_TYPES:
+            theirs = tmp_path / f"{kind}-{form}.gguf"
+            source = converted(built.checkpoint)
+            run_tool("llama-quantize", "--imatrix", given.name, source, theirs, kind, folder=tmp_path)
+            assert differences(ours.gguf(kind), theirs) == []
 
 
 @needs("llama")

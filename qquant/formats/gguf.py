@@ -4,8 +4,7 @@ Names: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight (no permutation:
 F32; every matrix has the type that `gguf_mix` gives it for the file type; block layouts are in `gguf_types`. Tensors stand in
 llama-quantize's order: those outside the blocks first, then block by block, by name. A tied head is not stored.
 
-Metadata: the converter's fields in its order, then general.quantization_version and general.file_type at the end and the
-quantize.imatrix.* fields, where llama-quantize puts them. Token ids without a token are `[PAD i]`, type UNUSED.
+Metadata: see `gguf_metadata`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.checkpoint import Checkpoint, read_json
+from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families import FAMILIES, Family, ModelConfig
 from qquant.formats import gguf_mix, gguf_types
-from qquant.formats.gguf_container import Field, Header, StoredTensor, header_bytes, read_header
-from qquant.formats.imatrix import CHUNK, Imatrix
+from qquant.formats.gguf_container import Header, StoredTensor, header_bytes, read_header
+from qquant.formats.gguf_metadata import metadata
+from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
@@ -44,12 +44,6 @@ RUNTIME_BITS = {
     "q5_0": 8,
     "q8_0": 8,
 }  # types that `GgufSource.integers` gives, and the width it gives them in
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
-SAMPLING = (
-    ("top_k", "top_k", "i32"),
-    ("top_p", "top_p", "f32"),
-    ("temperature", "temp", "f32"),
-)  # what the converter takes over
 
 
 def file_name(model: str, type_name: str) -> str:
@@ -172,143 +166,6 @@ def _mix_shape(config: ModelConfig) -> gguf_mix.ModelShape:
 def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     kind = gguf_types.TYPES[type_name]
     return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
-
-
-def metadata(
-    checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
-) -> list[Field]:
-    """Every field of the file, in order."""
-    config, arch = checkpoint.config, checkpoint.family.gguf_architecture
-    fields = [Field("general.architecture", "str", arch), Field("general.type", "str", "model")]
-    fields += _general(checkpoint, name)
-    fields += [
-        Field(f"{arch}.block_count", "u32", config.layers),
-        Field(f"{arch}.context_length", "u32", config.positions),
-        Field(f"{arch}.embedding_length", "u32", config.hidden),
-        Field(f"{arch}.feed_forward_length", "u32", config.intermediate),
-        Field(f"{arch}.attention.head_count", "u32", config.heads),
-        Field(f"{arch}.attention.head_count_kv", "u32", config.kv_heads),
-        Field(f"{arch}.rope.freq_base", "f32", config.rope_theta),
-        Field(f"{arch}.attention.layer_norm_rms_epsilon", "f32", config.epsilon),
-    ]
-    fields += _tokenizer(checkpoint)
-    fields += [
-        Field("general.quantization_version", "u32", 2),
-        Field("general.file_type", "u32", gguf_mix.FILE_TYPES[spec.type]),
-    ]
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    if spec.imatrix and spec.type not in ("f16", "bf16"):
-        fields += [
-            Field("quantize.imatrix.file", "str", "imatrix.gguf"),
-            Field(
-                "quantize.imatrix.dataset",
-                "str",
-                (imatrix.dataset if imatrix else f"qquant recipe {recipe.name}")[:127],
-            ),
-            Field("quantize.imatrix.entries_count", "u32", config.layers * len(checkpoint.family.linears)),
-            Field("quantize.imatrix.chunks_count", "u32", imatrix.chunks if imatrix else -(-tokens // CHUNK)),
-        ]
-    return fields
-
-
-def _general(checkpoint: Checkpoint, name: str) -> list[Field]:
-    parameters = checkpoint.family.parameters(checkpoint.config)
-    fields = []
-    generation = checkpoint.path / "generation_config.json"
-    settings = read_json(generation) if generation.is_file() else {}
-    for key, name_there, kind in SAMPLING:
-        if isinstance(settings.get(key), int | float):
-            fields.append(Field(f"general.sampling.{name_there}", kind, settings[key]))
-    fields.append(Field("general.name", "str", " ".join(_titled(word) for word in name.replace("-", " ").split())))
-    match = re.fullmatch(r"(?P<basename>[A-Za-z].*?)-(?P<size>\d+(\.\d+)?[KMBT])(-(?P<finetune>.+))?", name)
-    for key in ("finetune", "basename"):
-        if match and match[key]:
-            fields.append(Field(f"general.{key}", "str", match[key]))
-    fields.append(Field("general.size_label", "str", match["size"] if match else _size_label(parameters)))
-    return fields
-
-
-def _titled(word: str) -> str:
-    """As llama.cpp's converter writes names: words in lower case get a capital, numbers and mixed case stay."""
-    return word if not word.islower() or re.match(r"v?\d", word) else word.title()
-
-
-def _size_label(parameters: int) -> str:
-    """Two digits and a unit: 9.3M, 620M, 7.7B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if parameters > size:
-            break
-    else:
-        unit, size = "K", 1e3
-    return f"{parameters / size:.{1 if round(parameters / size) < 10 else 0}f}{unit}"
-
-
-def _tokenizer(checkpoint: Checkpoint) -> list[Field]:
-    path = checkpoint.path
-    tokens, kinds, merges = _vocabulary(path, checkpoint.config.vocab)
-    fields = [
-        Field("tokenizer.ggml.model", "str", "gpt2"),
-        Field("tokenizer.ggml.pre", "str", "qwen2"),
-        Field("tokenizer.ggml.tokens", "[str]", tokens),
-        Field("tokenizer.ggml.token_type", "[i32]", kinds),
-        Field("tokenizer.ggml.merges", "[str]", merges),
-    ]
-    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    numbers = {token: index for index, token in enumerate(tokens)}
-    special = {}
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        text = settings.get(f"{role}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        if text in numbers:
-            special[key] = numbers[text]
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        number = checkpoint.raw_config.get(f"{role}_token_id")
-        if key not in special and isinstance(number, int) and 0 <= number < len(tokens):
-            special[key] = number
-    fields += [Field(f"tokenizer.ggml.{key}_token_id", "u32", number) for key, number in special.items()]
-    fields += [
-        Field("tokenizer.ggml.add_bos_token", "bool", False),
-        Field("tokenizer.ggml.add_eos_token", "bool", False),
-    ]
-    template = path / "chat_template.jinja"
-    text = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
-    if isinstance(text, str):
-        fields.append(Field("tokenizer.chat_template", "str", text))
-    return fields
-
-
-def _vocabulary(path: Path, size: int) -> tuple[list[str], list[int], list[str]]:
-    """Tokens padded to `size`, their types, and merges as "a b"."""
-    if (path / "tokenizer.json").is_file():
-        content = read_json(path / "tokenizer.json")
-        vocabulary, merges, added = (
-            content["model"]["vocab"],
-            content["model"]["merges"],
-            content.get("added_tokens", []),
-        )
-    else:
-        vocabulary = read_json(path / "vocab.json")
-        lines = (path / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        decoder = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added = [{"id": int(number), **entry} for number, entry in decoder.items()]
-    tokens = {number: token for token, number in vocabulary.items()}
-    kinds = dict.fromkeys(tokens, NORMAL)
-    for entry in added:
-        special = entry.get("special") or re.fullmatch(r"<\|.*\|>", entry["content"])
-        tokens[entry["id"]], kinds[entry["id"]] = entry["content"], CONTROL if special else USER_DEFINED
-    if tokens and max(tokens) >= size:
-        raise InputError(
-            f"{path}: token {max(tokens)} ({tokens[max(tokens)]!r}) lies beyond vocab_size {size}; is this its tokenizer?"
-        )
-    return (
-        [tokens.get(number, f"[PAD{number}]") for number in range(size)],
-        [kinds.get(number, UNUSED) for number in range(size)],
-        [
-            merge if isinstance(merge, str) else " ".join(part.replace(" ", chr(288)) for part in merge)
-            for merge in merges
-        ],
-    )
 
 
 @dataclass

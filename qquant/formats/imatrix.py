@@ -30,6 +30,7 @@ else:
     torch = lazy("torch")
 
 F32 = 0  # GGML type
+FILE = "imatrix.gguf"  # what a build calls the one it measured
 CHUNK = 512  # tokens of a chunk, as llama-imatrix counts them
 NAME_LIMIT = 512
 ENTRY_LIMIT = 1 << 20
@@ -42,11 +43,13 @@ class Imatrix:
     sums: Mapping[str, Tensor]
     counts: Mapping[str, int]
     dataset: str
+    file: str = FILE  # its name
+    stated_chunks: int | None = None  # by the file it was read from
 
     @property
     def chunks(self) -> int:
         """Chunks of 512 tokens, rounded up."""
-        return -(-max(self.counts.values(), default=0) // CHUNK)
+        return -(-max(self.counts.values(), default=0) // CHUNK) if self.stated_chunks is None else self.stated_chunks
 
     def importance(self, name: str) -> Tensor | None:
         """Mean square of each input channel of weight `name` (GGUF name), float32 [K]; None if it has no entry."""
@@ -130,6 +133,8 @@ def _read_gguf(path: Path) -> Imatrix:
         {name: values[f"{name}.in_sum2"] for name in names},
         {name: int(values[f"{name}.counts"][0]) for name in names},
         datasets[0] if datasets else "",
+        path.name,
+        header.value("imatrix.chunk_count"),
     )
 
 
@@ -155,11 +160,15 @@ def _read_dat(path: Path) -> Imatrix:
         name = take(number(NAME_LIMIT)).decode("utf-8", "replace")
         calls[name], length = number(1 << 30), number(1 << 24)
         sums[name] = torch.frombuffer(bytearray(take(4 * length)), dtype=torch.float32).clone()
-    dataset = ""
+    dataset, chunks = "", None
     if place < len(data):
-        number(1 << 30)
+        chunks = number(1 << 30)
         dataset = take(number(1 << 16)).decode("utf-8", "replace")
     # A .dat holds means times calls: with counts of `calls` chunks the importance comes out the same.
     return Imatrix(
-        {name: value * CHUNK for name, value in sums.items()}, {name: calls[name] * CHUNK for name in sums}, dataset
+        {name: value * CHUNK for name, value in sums.items()},
+        {name: calls[name] * CHUNK for name in sums},
+        dataset,
+        path.name,
+        chunks,
     )

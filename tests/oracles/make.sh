@@ -5,11 +5,13 @@
 # that do not work together, and the pins are the set that was seen to work (README.md has the reasons). Only torch,
 # whose own dependencies differ between its CPU and CUDA builds, is installed with them first.
 # An environment carries a stamp with the hash of its pins and interpreter; while that matches, nothing is done.
+# `llama` also gets llama.cpp's converter and two programs (llama-tools.sh).
 set -euo pipefail
 cd "$(dirname "$0")"
 
 python=${PYTHON:-python3}
 root=$(cd ../.. && pwd)/.oracles
+tools() { [ "$1" != llama ] || ./llama-tools.sh "$root/llama" "$(sed -n 's/^llama_cpp_python==//p' llama.txt)"; }
 names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(llama transformers auto-gptq auto-awq vllm)
 
@@ -35,10 +37,13 @@ failed=()
 for name in "${names[@]}"; do
     stamp=$root/$name/.stamp
     wanted=$(fingerprint "$name")
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then continue; fi
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        tools "$name"
+        continue
+    fi
     start=$SECONDS
     echo "oracles: building $name (log: .oracles/$name.log)"
-    if (install "$name") >"$root/$name.log" 2>&1; then
+    if (install "$name" && tools "$name") >"$root/$name.log" 2>&1; then
         echo "$wanted" >"$stamp"
         echo "oracles: $name ready, $(du -sm "$root/$name" | cut -f 1) MB in $((SECONDS - start)) s"
     else
