@@ -21,11 +21,16 @@ from typing import TYPE_CHECKING, Any
 from qquant import safetensors_file
 from qquant.errors import InputError
 from qquant.safetensors_file import TensorInfo
+from qquant.untrusted import read_json, refuse_hooks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."
+FLOATS = ("BF16", "F16", "F32")
+PATTERN_LIMIT = 200  # characters of a key of alpha_pattern, which is a regular expression
+REPEATED = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?")  # groups that repeat, back-references, extensions: can take forever
+REPEAT = re.compile(r"[*+{]")
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,8 @@ class Adapter:
         file = path / "adapter_config.json"
         if not file.is_file():
             raise InputError(f"{path}: no adapter_config.json; --adapter takes a PEFT LoRA folder")
-        try:
-            config = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file}: not valid JSON: {error}") from None
+        config = read_json(file)
+        refuse_hooks(config, str(file))
         _supported(file, config)
         weights = path / "adapter_model.safetensors"
         if not weights.is_file():
@@ -59,8 +62,10 @@ class Adapter:
         header, _ = safetensors_file.read_header(weights)
         pairs, replaced = _sorted_out(weights, header, shapes)
         updates = {target: _update(weights, target, pair, config, shapes[target]) for target, pair in pairs.items()}
-        digest = hashlib.sha256(weights.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()
-        return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest)
+        with weights.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest.hexdigest())
 
     def merge(self, name: str, value: Tensor, rows: slice) -> Tensor:
         """`value` (rows `rows` of tensor `name`) with the adapter applied, in the dtype it came in."""
@@ -91,6 +96,8 @@ def _sorted_out(
             pairs.setdefault(target, {})[match[2]] = info
         elif info.shape != shapes[target]:
             raise InputError(f"{weights}: {key} is {list(info.shape)}, the base has {list(shapes[target])}")
+        elif info.dtype not in FLOATS:
+            raise InputError(f"{weights}: {key} is {info.dtype}; expected one of {', '.join(FLOATS)}")
         else:
             replaced[target] = info
     return pairs, replaced
@@ -101,6 +108,8 @@ def _update(
 ) -> tuple[TensorInfo, TensorInfo, float]:
     if set(pair) != {"A", "B"}:
         raise InputError(f"{weights}: {target} has only lora_{next(iter(pair))}")
+    if any(len(info.shape) != 2 or 0 in info.shape or info.dtype not in FLOATS for info in pair.values()):
+        raise InputError(f"{weights}: {target}: A and B must be matrices of {', '.join(FLOATS)}")
     rank = pair["A"].shape[0]
     rows, columns = reversed(shape) if config.get("fan_in_fan_out") else shape
     if pair["A"].shape != (rank, columns) or pair["B"].shape != (rows, rank):
@@ -121,7 +130,17 @@ def _supported(file: Path, config: Mapping[str, Any]) -> None:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
+    patterns = config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if len(pattern) > PATTERN_LIMIT or REPEATED.search(pattern) or len(REPEAT.findall(pattern)) > 3:
+            raise InputError(
+                f"adapter_config.json: alpha_pattern {pattern[:80]!r} is too involved; write the names of the modules"
+            )
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"adapter_config.json: alpha_pattern {pattern[:80]!r}: {error}") from None
+        alpha = value if matches else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e6:
+        raise InputError(f"adapter_config.json: lora_alpha {str(alpha)[:80]!r} is not a number that can be a scale")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.output import MANIFEST, sync, write_synced
+from qquant.untrusted import read_json
 
 CHUNK = 1 << 24
 

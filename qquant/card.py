@@ -19,10 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import read_json
 from qquant.errors import InputError
 from qquant.output import MANIFEST
 from qquant.provenance import REPORT, Repository, read_report
+from qquant.untrusted import read_json
 
 CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"

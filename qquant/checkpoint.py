@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qquant import safetensors_file
+from qquant import safetensors_file, vocabulary
 from qquant.adapter import Adapter
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import Family, ModelConfig, family_of, parse_config
+from qquant.recipe.page import Page, Reader
 from qquant.resources import data_dir, lazy
 from qquant.safetensors_file import TensorInfo
+from qquant.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
+from qquant.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-JSON_LIMIT = 25_000_000  # bytes of config.json or an index
 FLOATS = ("BF16", "F16", "F32")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
@@ -37,7 +41,7 @@ SIDE_FILES = (
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 CARD_LIMIT = 1_000_000  # bytes of a model card that are looked at
-TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
+CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")  # beside config.json
 
 
 class WeightSource(Protocol):
@@ -55,23 +59,18 @@ class WeightSource(Protocol):
         ...
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A bounded JSON mapping.
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder.
 
     Raises:
-        InputError: missing, too large, malformed, with a repeated key, or not a mapping.
+        InputError: it, or another config beside it, is malformed, or asks to run code.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: not found")
-    if path.stat().st_size > JSON_LIMIT:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes; the limit is {JSON_LIMIT:,}")
-    try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors_file.unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must be a JSON mapping")
-    return value
+    for name in CONFIGS:
+        if os.path.lexists(path / name):
+            refuse_hooks(read_json(path / name), str(path / name))
+    raw = read_json(path / "config.json")
+    refuse_hooks(raw, str(path / "config.json"))
+    return raw
 
 
 def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -112,17 +111,17 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
 
 def card_head(path: Path) -> dict[str, Any]:
     """The YAML head of a model card; empty where there is no card, or no readable head."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     if not path.is_file() or path.stat().st_size > CARD_LIMIT:
         return {}
     parts = path.read_text("utf-8", "replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
+    page = Page(str(path))
     try:
-        head = YAML(typ="safe", pure=True).load(parts[1])
-    except YAMLError:
+        head = Reader(page).read(parts[1])
+    except UsageError:
+        return {}
+    if page.problems:
         return {}
     return head if isinstance(head, dict) else {}
 
@@ -152,11 +151,7 @@ class Checkpoint:
         """
         path, commit = resolve(str(reference), revision)
         name = str(reference).rsplit("/", 1)[-1] if commit else path.resolve().name
-        raw = read_json(path / "config.json")
-        if "auto_map" in raw:
-            raise InputError(
-                f"{path / 'config.json'}: auto_map asks to run code of the checkpoint; qquant does not. Remove the key"
-            )
+        raw = read_config(path)
         if "quantization_config" in raw:
             method = (
                 raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
@@ -180,7 +175,7 @@ class Checkpoint:
     @property
     def side_files(self) -> list[Path]:
         """Tokenizer, template, generation config and licence files, to be copied byte for byte."""
-        return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
+        return [require_regular(self.path / name) for name in SIDE_FILES if os.path.lexists(self.path / name)]
 
     def content_hash(self) -> str:
         """sha256 over the config and every byte of the weights (and of the adapter)."""
@@ -190,11 +185,19 @@ class Checkpoint:
                 digest.update(hashlib.file_digest(source, "sha256").digest())
         return digest.hexdigest()
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Tokens and merges of its tokenizer files. Raises InputError if there are none, or they are malformed."""
+        return vocabulary.read(self.path)
+
     def require_tokenizer(self) -> None:
-        """Raise InputError unless tokenizer.json, or vocab.json with merges.txt, is there."""
-        if not any(all((self.path / name).is_file() for name in names) for names in TOKENIZERS):
+        """Raise InputError unless there is a tokenizer whose tokens all have an embedding."""
+        largest = self.vocabulary.largest
+        if largest >= self.config.vocab:
+            tokens = {number: token for token, number in self.vocabulary.tokens.items()}
+            tokens |= {token.id: token.content for token in self.vocabulary.added}
             raise InputError(
-                f"{self.path}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. Copy it from the base model"
+                f"{self.path}: token {largest} ({tokens[largest][:40]!r}) lies beyond vocab_size {self.config.vocab}; is this its tokenizer?"
             )
 
     def tensor(self, name: str) -> Tensor:
@@ -234,7 +237,7 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
     """
     digest = hashlib.sha256()
     index = path / "model.safetensors.index.json"
-    files = _indexed(path, read_json(index)) if index.is_file() else _single(path)
+    files = _indexed(path, read_json(index)) if os.path.lexists(index) else _single(path)
     tensors: dict[str, TensorInfo] = {}
     for file, expected in files.items():
         header, _ = safetensors_file.read_header(file)
@@ -242,6 +245,8 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
             f"{file.name} {file.stat().st_size} {[(i.name, i.dtype, i.shape) for i in header.values()]}".encode()
         )
         for name, info in header.items():
+            if len(tensors) >= safetensors_file.TENSOR_LIMIT:
+                raise InputError(f"{file}: more than {safetensors_file.TENSOR_LIMIT:,} tensors in all shards")
             if name in tensors:
                 raise InputError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
             tensors[name] = info
@@ -259,7 +264,7 @@ def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
         raise InputError(f"{path / 'model.safetensors.index.json'}: weight_map is missing or empty")
     files: dict[Path, set[str]] = {}
     for name, file in weights.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+        if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file) or not file.endswith(".safetensors"):
             raise InputError(
                 f"{path / 'model.safetensors.index.json'}: {name} -> {file!r} is not the plain name of a .safetensors file"
             )

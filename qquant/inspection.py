@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import read_json, read_tensors
+from qquant.checkpoint import read_tensors
 from qquant.formats import detect, gguf_types
-from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf_container import nbytes, read_header
+from qquant.untrusted import read_json
 
 LONG = 8  # array values shown
 
@@ -29,15 +30,14 @@ def _gguf(path: Path) -> dict[str, Any]:
         facts[field.key] = f"{field.kind} of {len(field.value)}: {field.value[:LONG]}" if array else field.value
     kinds = {kind.ggml_id: kind for kind in gguf_types.TYPES.values()}
     ordered = sorted(header.tensors.values(), key=lambda tensor: tensor.offset)
-    ends = [tensor.offset for tensor in ordered[1:]] + [path.stat().st_size]
     tensors = [
         {
             "name": tensor.name,
             "shape": list(tensor.shape),
             "type": kinds[tensor.type_id].name if tensor.type_id in kinds else f"type {tensor.type_id}",
-            "bytes": end - tensor.offset,
+            "bytes": nbytes(tensor),
         }
-        for tensor, end in zip(ordered, ends, strict=True)
+        for tensor in ordered
     ]
     return {"facts": facts, "tensors": tensors}
 

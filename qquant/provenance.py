@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint, card_head, read_json
+from qquant.checkpoint import Checkpoint, card_head
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
 from qquant.output import MANIFEST
+from qquant.untrusted import read_json
 
 REPORT = "report.json"
 SOURCE = "source.json"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.decoder import HEAD_ROWS
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
@@ -38,6 +38,7 @@ from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import check_group, repack
 from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
 from qquant.tensor import Integers
+from qquant.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Qwen2ForCausalLM

@@ -15,10 +15,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qquant.errors import InputError
 from qquant.resources import lazy
+from qquant.untrusted import parse_json, require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -51,23 +52,14 @@ def torch_dtype(name: str) -> torch.dtype:
     }[name]  # fmt: skip
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that refuses a repeated key."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated name {next(name for name in names if names.count(name) > 1)!r}")
-    return result
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors of `path` in file order, and its metadata.
 
     Raises:
         InputError: the file is truncated, malformed, or beyond the limits.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with require_regular(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise InputError(
@@ -75,10 +67,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text, 10 * TENSOR_LIMIT)
+    except ValueError as error:
         raise InputError(f"{path}: header is not valid JSON: {error}") from None
-    if not isinstance(header, dict) or len(header) > TENSOR_LIMIT:
+    if not isinstance(header, dict) or len(header) > TENSOR_LIMIT or not text.startswith(b"{"):
         raise InputError(f"{path}: header must be a mapping of at most {TENSOR_LIMIT:,} tensors")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
@@ -115,6 +107,8 @@ def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
         if not plain or len(numbers) > 8 or (count and len(numbers) != count):
             raise InputError(f"{path}: tensor {name!r}: bad {what} {str(numbers)[:80]}")
     nbytes = math.prod(shape) * SIZES[dtype]
+    if math.prod(max(1, length) for length in shape) >= 1 << 60:
+        raise InputError(f"{path}: tensor {name!r}: shape {shape} overflows")
     if offsets[1] - offsets[0] != nbytes:
         raise InputError(
             f"{path}: tensor {name!r}: {dtype} {shape} takes {nbytes:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"

@@ -202,7 +202,9 @@ def test_weights_that_are_not_finite_are_refused_when_read(make_checkpoint, valu
 def test_no_tokenizer(make_checkpoint):
     folder = make_checkpoint()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"no tokenizer: neither tokenizer\.json nor vocab\.json with merges\.txt"):
+    with pytest.raises(
+        InputError, match=r"no tokenizer, looked for tokenizer\.json, and for vocab\.json with merges\.txt"
+    ):
         Checkpoint.open(folder).require_tokenizer()
 
 

@@ -1,101 +1,72 @@
 """A checkpoint's own tokenizer and chat template, read from its folder without transformers.
 
 `tokenizer.json` holds the whole tokenizer; `vocab.json` with `merges.txt` need the code of Qwen's tokenizer, which transformers has.
-The chat template is Jinja, from the hub and so untrusted: it runs in the sandbox, with the settings that transformers gives it
-(`trim_blocks`, `lstrip_blocks`, loop controls, `tojson` without HTML escapes, `raise_exception`, `strftime_now`).
+All of it comes from strangers: `vocabulary` and `untrusted` read the files, `template` runs the chat template in a sandbox.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.errors import InputError
+from qquant import vocabulary
+from qquant.errors import InputError, QQuantError
 from qquant.resources import lazy
+from qquant.untrusted import read_json, read_text
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
-else:
-    jinja2, tokenizers = lazy("jinja2"), lazy("tokenizers")
 
-MAX_JSON = 64_000_000  # bytes of a checkpoint's tokenizer file
+    from qquant.calibration import template
+else:
+    tokenizers, template = lazy("tokenizers"), lazy("qquant.calibration.template")
+
+SETTINGS = ("added_tokens_decoder", "additional_special_tokens", "bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the checkpoint, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_JSON:
-        raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON}")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: no valid JSON ({error}). Copy the file again from the original checkpoint"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a JSON {type(content).__name__}, expected an object")
-    return content
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a checkpoint folder, from tokenizer.json, else from vocab.json and merges.txt."""
+    vocabulary.read(path)
     file = path / "tokenizer.json"
-    if file.is_file():
-        _require_bpe(file)
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        backend = _from_parts(path)
-    else:
-        raise InputError(
-            f"{path}: no tokenizer, looked for tokenizer.json, and for vocab.json with merges.txt. Copy them from the base model"
-        )
+    try:
+        backend = tokenizers.Tokenizer.from_str(read_text(file)) if file.is_file() else _from_parts(path)
+    except (QQuantError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # noqa: BLE001  tokenizers raises bare Exception, and a panic of it is not even that
+        raise InputError(f"{file}: no tokenizer ({error}). Copy the file again from the original checkpoint") from None
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _require_bpe(file: Path) -> None:
-    """Raise InputError unless a tokenizer.json holds a consistent BPE; the library has no error of its own for that."""
-    model = _json(file).get("model")
-    vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
-    if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise InputError(
-            f"{file}: no `model` with `vocab` and `merges`. Copy the file again from the original checkpoint"
-        )
-    for number, merge in enumerate(merges):
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        if (
-            not isinstance(parts, list)
-            or len(parts) != 2
-            or not all(isinstance(part, str) and part in vocab for part in parts)
-        ):
-            raise InputError(
-                f"{file}: merge {number} is {merge!r}, expected two tokens of the vocabulary. Copy the file again"
-            )
-
-
 def _from_parts(path: Path) -> tokenizers.Tokenizer:
     """Qwen's tokenizer from vocab.json and merges.txt, through transformers.
 
-    These two do not say the ids of the special tokens, and transformers would number them in an order of its own.
+    These two do not say the ids of the special tokens, and transformers would number them in an order of its own. It reads copies
+    with nothing in their settings but the names of tokens.
     """
     import transformers  # costs seconds, and most checkpoints have tokenizer.json
 
+    config = _json(path / "tokenizer_config.json")
     stated = _json(path / "vocab.json") | _json(path / "added_tokens.json")
-    listed = _json(path / "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(listed, dict):
-        stated |= {
-            str(token.get("content")): int(i)
-            for i, token in listed.items()
-            if isinstance(token, dict) and i.isdecimal()
-        }
-    backend: tokenizers.Tokenizer = transformers.Qwen2Tokenizer.from_pretrained(str(path)).backend_tokenizer
+    stated |= {token.content: token.id for token in vocabulary.read(path).added}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+            if os.path.lexists(path / name):
+                (Path(folder) / name).write_text(read_text(path / name), "utf-8")
+        kept = {key: config[key] for key in SETTINGS if key in config}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(kept))
+        backend: tokenizers.Tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer
     for i, token in backend.get_added_tokens_decoder().items():
         if stated.get(token.content) != i:
             raise InputError(
@@ -108,57 +79,20 @@ def _from_parts(path: Path) -> tokenizers.Tokenizer:
 def _template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
     """(chat template, where it stands): chat_template.jinja comes before tokenizer_config.json, as in transformers."""
     file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8"), file.name
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: no UTF-8 text ({error})") from error
+    if os.path.lexists(file):
+        return read_text(file), file.name
     origin = "tokenizer_config.json"
     given = config.get("chat_template")
     if isinstance(given, list):
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         given = named.get("default")
         if given is None:
-            raise InputError(
-                f"{path / origin}: chat_template names {sorted(map(str, named))}, none of them is `default`"
-            )
+            raise InputError(f"{path / origin}: chat_template names {sorted(named)}, none of them is `default`")
     if given is not None and not isinstance(given, str):
         raise InputError(
             f"{path / origin}: chat_template is a {type(given).__name__}, expected text or a list of named templates"
         )
     return given, origin
-
-
-def _compile(template: str, origin: str) -> jinja2.Template:
-    """The template in the sandbox and with the settings that transformers gives it."""
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks answers for training; here its content passes through."""
-
-        tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"{origin}, line {error.lineno}: the chat template does not parse: {error.message}") from error
 
 
 class Tokenizer:
@@ -203,13 +137,13 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _compiled(self) -> template.Template:
         if self.template is None:
             raise InputError(
                 f"{self.path}: no chat template, looked for chat_template.jinja and for chat_template in tokenizer_config.json. "
                 "Calibrate a base model with sources of `kind: text`; for a chat model copy its template back"
             )
-        return _compile(self.template, f"{self.path / self.template_origin}")
+        return template.Template(self.template, f"{self.path / self.template_origin}")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`. `special`: the name of a special token, such as <|im_end|>, is that token; else it is ordinary text."""
@@ -222,15 +156,15 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         """A chat as the template writes it. Raises InputError if there is no template or if it refuses the chat."""
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
         try:
-            return self._compiled.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self._compiled.render(variables | self._variables)
+        except template.FAILURES as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"{self.path / self.template_origin}: the chat template refuses a chat of ({roles}): {error}. "

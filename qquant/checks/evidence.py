@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from qquant.checkpoint import read_json
 from qquant.checks.fidelity import Fidelity
 from qquant.errors import InputError, UsageError
+from qquant.untrusted import read_json
 
 FOLDER = "evidence"
 SCHEMA = "qquant-evidence-1"

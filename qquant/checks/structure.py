@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.families import Family, ModelConfig
 from qquant.formats import detect
 from qquant.formats.gguf_container import read_header
+from qquant.untrusted import read_json
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
 LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance

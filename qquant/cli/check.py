@@ -123,8 +123,8 @@ def bisect(
 def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
     """Show the report of an earlier build or check again: an output folder, or its report.json."""
     from qquant import report_html
-    from qquant.checkpoint import read_json
     from qquant.report import Report
+    from qquant.untrusted import read_json
 
     report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
     if html is not None:

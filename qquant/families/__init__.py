@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from qquant.errors import InputError
-from qquant.families.family import Family, ModelConfig, ScalePair, Shape, Stage, parse_config
+from qquant.families.family import Family, ModelConfig, ScalePair, Shape, Stage, parse_config, require_bounds
 from qquant.families.qwen2 import QWEN2
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "ScalePair", "Shape", "Stage", "family_of", "parse_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "ScalePair",
+    "Shape",
+    "Stage",
+    "family_of",
+    "parse_config",
+    "require_bounds",
+]
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
@@ -25,6 +35,6 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
         raise InputError(f"{where}: model_type is {kind!r}; qquant builds {', '.join(map(repr, FAMILIES))} (Qwen1.5)")
     family = FAMILIES[kind]
     architectures = raw.get("architectures") or [family.architecture]
-    if family.architecture not in architectures:
-        raise InputError(f"{where}: architectures is {architectures!r}; expected {family.architecture!r}")
+    if not isinstance(architectures, list) or family.architecture not in architectures:
+        raise InputError(f"{where}: architectures is {str(architectures)[:80]}; expected {family.architecture!r}")
     return family

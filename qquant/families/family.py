@@ -11,6 +11,11 @@ from typing import Any
 from qquant.errors import InputError
 
 Shape = tuple[int, ...]
+NUMBER_LIMIT = 1e18
+COUNT_LIMITS = {
+    "hidden": 1 << 17, "intermediate": 1 << 20, "layers": 1024, "heads": 1024, "kv_heads": 1024, "head_dim": 4096, "vocab": 1 << 22,
+    "positions": 1 << 31,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ class Family:
 def _number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     value: Any = raw.get(key)
     good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not good or value <= 0:
-        raise InputError(f"{where}: {key} must be a positive {kind.__name__}, got {value!r}")
+    if not good or not 0 < value < NUMBER_LIMIT:  # NaN and infinity too
+        raise InputError(f"{where}: {key} must be a positive {kind.__name__}, got {repr(value)[:80]}")
     return kind(value)
 
 
@@ -164,4 +169,17 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         )
     if hidden % heads and "head_dim" not in raw:
         raise InputError(f"{where}: hidden_size {hidden} does not divide into {heads} attention heads")
+    return require_bounds(config, where)
+
+
+def require_bounds(config: ModelConfig, where: str) -> ModelConfig:
+    """`config`, if its counts are whole and such as a model can have.
+
+    Raises:
+        InputError: a count is not whole, or so large that walking through it would take forever.
+    """
+    for name, limit in COUNT_LIMITS.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value > limit:
+            raise InputError(f"{where}: {name} is {value}; qquant takes whole numbers up to {limit:,}")
     return config

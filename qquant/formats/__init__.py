@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qquant.checkpoint import Checkpoint, WeightSource, read_json
+from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError
 from qquant.formats.awq import Awq
 from qquant.formats.gguf import Gguf
@@ -14,6 +14,7 @@ from qquant.formats.gptq import Gptq
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
 from qquant.recipe import Recipe
+from qquant.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qquant.checkpoint import Checkpoint, read_json, read_tensors
+from qquant.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.formats.imatrix import Imatrix
@@ -174,10 +174,12 @@ class ModelFolder(ABC):
         Raises:
             InputError: tensors are missing or of the wrong shape.
         """
-        raw = read_json(path / "config.json")
+        raw = read_config(path)
         where = str(path / "config.json")
         config = parse_config(raw, where)
-        quantization = raw["quantization_config"]
+        quantization = raw.get("quantization_config")
+        if not isinstance(quantization, dict):
+            raise InputError(f"{where}: quantization_config is {str(quantization)[:80]}; expected a mapping")
         source = FolderSource(
             path, family_of(raw, where), config, read_tensors(path)[0], self.read_layout(quantization, where)
         )
@@ -205,21 +207,27 @@ class FolderSource:
         for name, shape in self.family.shapes(self.config).items():
             module = name.removesuffix(".weight")
             if f"{module}.qweight" not in self.tensors:
-                expected = {name: shape}
+                expected = {name: ("F32", shape)}
             else:
                 problem = self.layout.problems((shape[0], shape[1]))
                 if problem:
                     raise InputError(f"{self.path}: {module} {problem}")
                 expected = {
-                    f"{module}.{suffix}": stored for suffix, _, stored in self.layout.entries((shape[0], shape[1]))
+                    f"{module}.{suffix}": (dtype, stored)
+                    for suffix, dtype, stored in self.layout.entries((shape[0], shape[1]))
                 }
-            for stored_name, stored in expected.items():
+            for stored_name, (dtype, stored) in expected.items():
                 if stored_name not in self.tensors:
                     raise InputError(f"{self.path}: tensor {stored_name} is missing")
                 if self.tensors[stored_name].shape != stored:
                     found = list(self.tensors[stored_name].shape)
                     raise InputError(
                         f"{self.path}: tensor {stored_name} is {found}; config.json implies {list(stored)}"
+                    )
+                allowed = FLOATS if dtype in FLOATS else (dtype,)
+                if self.tensors[stored_name].dtype not in allowed:
+                    raise InputError(
+                        f"{self.path}: tensor {stored_name} is {self.tensors[stored_name].dtype}; expected {' or '.join(allowed)}"
                     )
         for name in self.tensors:
             if (

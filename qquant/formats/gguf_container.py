@@ -5,20 +5,23 @@
     tensor = string name | u32 dimensions | u64 each, fastest first | u32 type | u64 offset from the start of the data
     data starts at, and every tensor is padded to, a multiple of `general.alignment` (32)
 
-The reader checks counts against the file's size before it allocates, refuses nested arrays, repeated names, unknown kinds, more
-than four dimensions, and offsets outside the file or overlapping. Reference: the GGUF specification of the ggml project.
+The reader trusts nothing: it checks every count against what is left of the file before it allocates, bounds the header's size and
+the number of array values, and refuses nested arrays, repeated names, unknown kinds and types, more than four dimensions, empty
+tensors, and data that is not aligned, overlaps, or ends beyond the file. Reference: the GGUF specification of the ggml project.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qquant.errors import InputError
+from qquant.untrusted import require_regular
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -30,7 +33,14 @@ STRING, ARRAY = 8, 9
 KINDS = {name: number for number, (name, _) in SCALARS.items()} | {"str": STRING}
 TENSOR_LIMIT = 200_000
 FIELD_LIMIT = 100_000
-STRING_LIMIT = 1 << 24
+ELEMENT_LIMIT = 2_000_000  # values of all arrays together; a vocabulary of 152,064 tokens takes half a million
+HEADER_LIMIT = 128_000_000  # bytes before the data
+TYPE_SIZES = {  # type id -> (values, bytes) of a block
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
+    12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),
+    20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
+    29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,10 +114,14 @@ def padded(size: int) -> int:
 
 class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file, self.size = path, file, path.stat().st_size
+        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.elements = 0  # of arrays, so far
 
     def fail(self, what: str) -> InputError:
         return InputError(f"{self.path}: byte {self.file.tell():,}: {what}: truncated or not a GGUF file")
+
+    def left(self) -> int:
+        return min(self.size, HEADER_LIMIT) - self.file.tell()
 
     def read(self, count: int) -> bytes:
         data = self.file.read(count)
@@ -118,50 +132,66 @@ class _Reader:
     def unpack(self, layout: str) -> Any:
         return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]
 
-    def string(self) -> str:
+    def bytes(self) -> bytes:
         length = self.unpack("<Q")
-        if length > min(STRING_LIMIT, self.size - self.file.tell()):
+        if length > self.left():
             raise self.fail(f"string of {length:,} bytes")
-        return self.read(length).decode("utf-8", "replace")
+        return self.read(length)
+
+    def name(self) -> str:
+        try:
+            return self.bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("a name that is not UTF-8") from None
 
     def field(self) -> Field:
-        key, kind = self.string(), self.unpack("<I")
+        key, kind = self.name(), self.unpack("<I")
         if kind != ARRAY:
             return Field(key, *self.scalar(kind))
         kind, count = self.unpack("<I"), self.unpack("<Q")
         smallest = 8 if kind == STRING else struct.calcsize(SCALARS[kind][1]) if kind in SCALARS else 0
-        if not smallest or count * smallest > self.size - self.file.tell():
-            raise self.fail(f"{key}: array of {count:,} values of kind {kind}")
+        self.elements += count
+        if not smallest or count * smallest > self.left() or self.elements > ELEMENT_LIMIT:
+            raise self.fail(f"{key[:80]}: array of {count:,} values of kind {kind}")
         if kind == STRING:
-            return Field(key, "[str]", [self.string() for _ in range(count)])
+            return Field(key, "[str]", [self.bytes().decode("utf-8", "replace") for _ in range(count)])
         name, layout = SCALARS[kind]
         return Field(key, f"[{name}]", list(struct.unpack(f"<{count}{layout[1]}", self.read(count * smallest))))
 
     def scalar(self, kind: int) -> tuple[str, Any]:
         if kind == STRING:
-            return "str", self.string()
+            return "str", self.bytes().decode("utf-8", "replace")
         if kind not in SCALARS:
             raise self.fail(f"unknown kind of value {kind}")
         name, layout = SCALARS[kind]
         return name, self.unpack(layout)
 
     def tensor(self) -> StoredTensor:
-        name, dimensions = self.string(), self.unpack("<I")
+        name, dimensions = self.name(), self.unpack("<I")
         if not 1 <= dimensions <= 4:
-            raise self.fail(f"tensor {name!r} with {dimensions} dimensions")
+            raise self.fail(f"tensor {name[:80]!r} with {dimensions} dimensions")
         shape = tuple(reversed([self.unpack("<Q") for _ in range(dimensions)]))
-        if math.prod(shape) >= 1 << 62:
-            raise self.fail(f"tensor {name!r} of shape {shape}")
-        return StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"))
+        found = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"))
+        if not 1 <= math.prod(shape) < 1 << 60:
+            raise self.fail(f"tensor {name[:80]!r} of shape {shape}")
+        if found.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[found.type_id][0]:
+            raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {found.type_id}")
+        return found
+
+
+def nbytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor's data."""
+    values, size = TYPE_SIZES[tensor.type_id]
+    return math.prod(tensor.shape) // values * size
 
 
 def read_header(path: Path) -> Header:
-    """Fields and tensors of `path`.
+    """Fields and tensors of `path`, the tensors in the order of the file; every tensor lies inside it.
 
     Raises:
-        InputError: malformed, truncated, or beyond the limits. Offsets are checked by the caller, who knows the types' sizes.
+        InputError: malformed, truncated, or beyond the limits.
     """
-    with path.open("rb") as file:
+    with require_regular(path).open("rb") as file:
         reader = _Reader(path, file)
         if reader.read(4) != MAGIC:
             raise InputError(f"{path}: does not start with 'GGUF'")
@@ -176,14 +206,34 @@ def read_header(path: Path) -> Header:
         named, placed = {field.key: field for field in found}, {tensor.name: tensor for tensor in stored}
         if len(named) != fields or len(placed) != tensors:
             raise reader.fail("a field or tensor name appears twice")
-        alignment = named["general.alignment"].value if "general.alignment" in named else ALIGNMENT
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise reader.fail(f"general.alignment {alignment!r}")
+        alignment = _alignment(reader, named)
         data = -(-file.tell() // alignment) * alignment
     absolute = {
         name: StoredTensor(name, tensor.shape, tensor.type_id, data + tensor.offset) for name, tensor in placed.items()
     }
-    bad = next((tensor for tensor in absolute.values() if (tensor.offset - data) % alignment), None)
-    if bad:
-        raise InputError(f"{path}: tensor {bad.name} is not aligned to {alignment} bytes")
+    _require_places(path, list(absolute.values()), data, alignment, reader.size)
     return Header(named, absolute, data)
+
+
+def _alignment(reader: _Reader, fields: Mapping[str, Field]) -> int:
+    given = fields.get("general.alignment", Field("", "u32", ALIGNMENT))
+    if given.kind != "u32" or given.value < 8 or given.value & (given.value - 1) or given.value > 1 << 20:
+        raise reader.fail(f"general.alignment {given.value!r}")
+    return int(given.value)
+
+
+def _require_places(path: Path, tensors: Sequence[StoredTensor], data: int, alignment: int, size: int) -> None:
+    """Raise InputError unless every tensor is aligned, inside the file, and alone in its place."""
+    end = data
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if (tensor.offset - data) % alignment:
+            raise InputError(f"{path}: tensor {tensor.name[:80]} is not aligned to {alignment} bytes")
+        if tensor.offset < end:
+            raise InputError(
+                f"{path}: tensor {tensor.name[:80]} overlaps the one before it, which ends at byte {end:,}"
+            )
+        end = tensor.offset + nbytes(tensor)
+        if end > size:
+            raise InputError(
+                f"{path}: truncated: tensor {tensor.name[:80]} ends at byte {end:,}, the file has {size:,}. Download it again"
+            )

@@ -22,15 +22,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint, card_head, read_json
-from qquant.errors import InputError
+from qquant.checkpoint import Checkpoint, card_head
 from qquant.formats.gguf_container import Field
 from qquant.formats.gguf_mix import FILE_TYPES
 from qquant.formats.imatrix import CHUNK, FILE, Imatrix
 from qquant.recipe import GgufArtifact, Recipe
+from qquant.untrusted import read_json, read_text
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 QUANTIZATION_VERSION = 2
+SAMPLING_LIMIT = 1 << 31  # of a number; larger ones are no settings, and do not fit
 TEXT_LIMIT = 127  # bytes of a text that llama-quantize adds
 SAMPLING = (
     ("top_k", "i32", ("top_k",)),
@@ -70,7 +71,7 @@ def _sampling(path: Path) -> Iterator[Field]:
     settings = read_json(path) if path.is_file() else {}
     for key, kind, names in SAMPLING:
         value = next((settings[name] for name in names if settings.get(name) is not None), None)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < SAMPLING_LIMIT:
             yield Field(f"general.sampling.{key}", kind, int(value) if kind == "i32" else value)
 
 
@@ -211,7 +212,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Field]:
     path = checkpoint.path
     content = read_json(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else {}
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    tokens, kinds, merges, added = _vocabulary(path, content, settings, checkpoint.config.vocab)
+    tokens, kinds, merges, added = _vocabulary(checkpoint)
     yield Field("tokenizer.ggml.model", "str", "gpt2")
     yield Field("tokenizer.ggml.pre", "str", "qwen2")
     yield Field("tokenizer.ggml.tokens", "[str]", tokens)
@@ -221,7 +222,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Field]:
     for role, key in ROLES:
         text = settings.get(f"{role}_token")
         text = text.get("content") if isinstance(text, dict) else text
-        if text in added:
+        if isinstance(text, str) and text in added:
             special[key] = added[text]
     for role, key in ROLES:
         number = checkpoint.raw_config.get(f"{role}_token_id")
@@ -240,12 +241,13 @@ def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     """Whether the tokenizer puts a token before (`bos`) and after (`eos`) every text, where its files say so."""
     found: dict[str, bool] = {}
     processor = content.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
+    for part in _mappings(processor.get("processors", [processor]) if isinstance(processor, dict) else []):
         if part.get("type") == "ByteLevel":
             found = {"bos": False, "eos": False} | found
-        single = part.get("single", []) if part.get("type") == "TemplateProcessing" else []
+        single = _mappings(part.get("single")) if part.get("type") == "TemplateProcessing" else []
         for role, place in (("bos", 0), ("eos", -1)):
-            token = single[place].get("SpecialToken", {}).get("id") if len(single) > 1 else None
+            special = _mappings([single[place].get("SpecialToken")]) if len(single) > 1 else []
+            token = special[0].get("id") if special else None
             if token:
                 found[role] = True
     for role in ("bos", "eos"):
@@ -255,46 +257,35 @@ def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     return found
 
 
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings in what should be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of the checkpoint in `path`, whose tokenizer_config.json holds `settings`; the default of several."""
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text("utf-8")
+        return read_text(path / "chat_template.jinja")
     given = settings.get("chat_template")
     if isinstance(given, list):
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         given = named.get("default")
     return given if isinstance(given, str) else None
 
 
-def _vocabulary(
-    path: Path, content: Mapping[str, Any], settings: Mapping[str, Any], size: int
-) -> tuple[list[str], list[int], list[str], dict[str, int]]:
-    """Tokens padded to `size`, their types, merges as "a b", and the added tokens with their ids."""
-    if content:
-        vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-        added = content.get("added_tokens", [])
-    else:
-        vocabulary = read_json(path / "vocab.json")
-        lines = (path / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        added = [{"id": int(number), **entry} for number, entry in settings.get("added_tokens_decoder", {}).items()]
-    tokens = {number: token for token, number in vocabulary.items()}
+def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str], dict[str, int]]:
+    """Tokens padded to the embedding's rows, their types, merges as "a b", and the added tokens with their ids."""
+    checkpoint.require_tokenizer()
+    found, size = checkpoint.vocabulary, checkpoint.config.vocab
+    tokens = {number: token for token, number in found.tokens.items()}
     kinds = dict.fromkeys(tokens, NORMAL)
-    for entry in added:
-        special = entry.get("special") or re.fullmatch(r"<\|.*\|>", entry["content"])
-        tokens[entry["id"]], kinds[entry["id"]] = entry["content"], CONTROL if special else USER_DEFINED
-    if tokens and max(tokens) >= size:
-        raise InputError(
-            f"{path}: token {max(tokens)} ({tokens[max(tokens)]!r}) lies beyond vocab_size {size}; is this its tokenizer?"
-        )
+    for entry in found.added:
+        tokens[entry.id], kinds[entry.id] = entry.content, CONTROL if entry.special else USER_DEFINED
     return (
         [tokens.get(number, f"[PAD{number}]") for number in range(size)],
         [kinds.get(number, UNUSED) for number in range(size)],
-        [
-            merge if isinstance(merge, str) else " ".join(part.replace(" ", chr(288)) for part in merge)
-            for merge in merges
-        ],
-        {entry["content"]: entry["id"] for entry in added},
+        [" ".join(part.replace(" ", chr(288)) for part in merge) for merge in found.merges],
+        {entry.content: entry.id for entry in found.added},
     )
 
 

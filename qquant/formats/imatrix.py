@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qquant.errors import InputError
-from qquant.formats.gguf_container import Field, header_bytes, padded, read_header
+from qquant.formats.gguf_container import Field, header_bytes, nbytes, padded, read_header
 from qquant.resources import lazy
 from qquant.safetensors_file import TensorInfo, read_tensor
+from qquant.untrusted import require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,8 @@ F32 = 0  # GGML type
 FILE = "imatrix.gguf"  # what a build calls the one it measured
 CHUNK = 512  # tokens of a chunk, as llama-imatrix counts them
 NAME_LIMIT = 512
-ENTRY_LIMIT = 1 << 20
+ENTRY_LIMIT = 1 << 17
+VALUES_LIMIT = 1 << 28  # bytes; 110B has 40 MB
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,7 @@ def read(path: Path) -> Imatrix:
     Raises:
         InputError: neither format, truncated, or values that are not finite or negative.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: not found")
-    with path.open("rb") as file:
+    with require_regular(path.resolve()).open("rb") as file:
         found = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
     for name, sums in found.sums.items():
         if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
@@ -116,29 +116,36 @@ def _read_gguf(path: Path) -> Imatrix:
         raise InputError(f"{path}: general.type is {header.value('general.type')!r}, not an importance matrix")
     values = {}
     for tensor in header.tensors.values():
-        size = 1
-        for length in tensor.shape:
-            size *= length
-        if tensor.type_id != F32 or tensor.offset + 4 * size > path.stat().st_size:
-            raise InputError(f"{path}: tensor {tensor.name} is not F32 or ends beyond the file")
-        values[tensor.name] = read_tensor(TensorInfo(tensor.name, "F32", (size,), path, tensor.offset, 4 * size))
+        if tensor.type_id != F32 or nbytes(tensor) > VALUES_LIMIT:
+            raise InputError(f"{path}: tensor {tensor.name} is not F32, or too large for an importance matrix")
+        count = nbytes(tensor) // 4
+        values[tensor.name] = read_tensor(TensorInfo(tensor.name, "F32", (count,), path, tensor.offset, 4 * count))
     names = [name.removesuffix(".in_sum2") for name in values if name.endswith(".in_sum2")]
     missing = [name for name in names if f"{name}.counts" not in values]
     if missing or not names:
         raise InputError(
             f"{path}: no importance entries" if not names else f"{path}: {missing[0]} has sums but no counts"
         )
-    datasets = header.value("imatrix.datasets", [])
+    datasets, chunks = header.value("imatrix.datasets", []), header.value("imatrix.chunk_count")
     return Imatrix(
         {name: values[f"{name}.in_sum2"] for name in names},
-        {name: int(values[f"{name}.counts"][0]) for name in names},
-        datasets[0] if datasets else "",
+        {name: _count(path, name, values[f"{name}.counts"]) for name in names},
+        str(datasets[0]) if isinstance(datasets, list) and datasets else "",
         path.name,
-        header.value("imatrix.chunk_count"),
+        chunks if isinstance(chunks, int) and 0 <= chunks < 1 << 31 else None,
     )
 
 
+def _count(path: Path, name: str, stored: Tensor) -> int:
+    value = float(stored[0])
+    if not 0 <= value < 1 << 53:  # NaN too
+        raise InputError(f"{path}: {name} was counted {value} times. Compute the importance matrix again")
+    return int(value)
+
+
 def _read_dat(path: Path) -> Imatrix:
+    if path.stat().st_size > VALUES_LIMIT:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; an importance matrix has at most {VALUES_LIMIT:,}")
     data = path.read_bytes()
     place = 0
 
@@ -158,6 +165,8 @@ def _read_dat(path: Path) -> Imatrix:
     sums, calls = {}, {}
     for _ in range(number(ENTRY_LIMIT)):
         name = take(number(NAME_LIMIT)).decode("utf-8", "replace")
+        if name in sums:
+            raise InputError(f"{path}: {name!r} appears twice; not an importance matrix")
         calls[name], length = number(1 << 30), number(1 << 24)
         sums[name] = torch.frombuffer(bytearray(take(4 * length)), dtype=torch.float32).clone()
     dataset, chunks = "", None
