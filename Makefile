@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out/demo
 
-.PHONY: setup demo test check lint types layers style oracles test-oracles bench size clean
+.PHONY: setup demo test check lint types layers style oracles test-oracles fuzz torture bench size clean
 setup: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +37,16 @@ oracles: $(READY)
 test-oracles: oracles
 	$(BIN)/pytest -q -m oracle
 
+# Coverage-guided fuzzing of the readers of strange files, a million inputs; an environment of its own.
+FUZZ := .venv-fuzz
+RUNS ?= 350000
+fuzz:
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip install -q --disable-pip-version-check atheris numpy safetensors gguf pydantic ruamel.yaml
+	for reader in safetensors gguf json; do \
+	  PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/readers.py $$reader $(RUNS) out/fuzz || exit 1; done
+
 size:
 	@find qquant -name '*.py' | xargs wc -l | sort -n
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FUZZ) out .pytest_cache .mypy_cache .ruff_cache
