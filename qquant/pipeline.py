@@ -14,8 +14,9 @@ import torch
 from qquant import __version__, calibration, report_html, walk
 from qquant.artifact import Draft, finished, installed, open_weights, read_manifest
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
+from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks import bisect as bisection
+from qquant.checks import llama_cpp
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import Candidate, earlier_release, held_out, record, require_same_shape, review
 from qquant.formats import detect
@@ -123,6 +124,37 @@ def bisect(
     candidates = bisection.whole_blocks(source) if detect(artifact) == "awq" else bisection.parts(source)
     search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
     return bisection.bisect(search, candidates, limit)
+
+
+def perplexity(
+    paths: Sequence[Path],
+    checkpoint: Checkpoint,
+    checks: Checks,
+    target: Path | None,
+    device: torch.device,
+    progress: Progress,
+    rounded: bool,
+) -> dict[str, dict[str, float]]:
+    """llama-perplexity's statistics by path, on the text of `checks`; base logits are kept in `target`, if given."""
+    run = llama_cpp.Run(held_out(checks, Tokenizer.open(checkpoint.path)).windows, device, progress, rounded)
+    return llama_cpp.compare(checkpoint, _opened(paths, checkpoint), run, target)
+
+
+def perplexity_from(
+    logits: Path, paths: Sequence[Path], device: torch.device, progress: Progress, rounded: bool
+) -> dict[str, dict[str, float]]:
+    """llama-perplexity's statistics by path against a file of base logits, on the text that the file holds."""
+    base = llama_cpp.BaseLogits.open(logits)
+    return llama_cpp.compare_with_file(
+        base, {str(path): open_weights(path) for path in paths}, device, progress, rounded
+    )
+
+
+def _opened(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, WeightSource]:
+    found = {str(path): open_weights(path) for path in paths}
+    for path, source in found.items():
+        require_same_shape(Path(path), source, checkpoint)
+    return found
 
 
 def _write(report: Report, out: Path) -> None:

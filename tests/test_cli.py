@@ -121,6 +121,26 @@ def test_answers_without_torch(arguments):
     assert done.stdout.splitlines()[-1] == "False False"
 
 
+def test_base_logits_are_written_and_read(qquant, make_checkpoint, recipe_file, tmp_path):
+    folder, base = make_checkpoint(), tmp_path / "base.kld"
+    qquant(
+        "build", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu", "--only", "gguf-q4_0"
+    )
+    (made,) = (tmp_path / "out").rglob("*q4_0.gguf")
+    size = ("--chunks", 2, "--context", 32, "--device", "cpu")
+    code, out, err = qquant("perplexity", made, "--against", folder, "--save-logits", base, *size, "--json")
+    assert code == 0, err
+    first = json.loads(out)["artifacts"][str(made)]
+    code, out, _ = qquant("perplexity", made, "--logits", base, "--device", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["artifacts"][str(made)] == pytest.approx(first, abs=1e-9)
+    code, out, _ = qquant("perplexity", made, "--logits", base, "--device", "cpu")
+    assert "Mean    KLD" in out
+    for wrong in ([], [made], ["--logits", base, "--against", folder], [made, "--logits", base, "--save-logits", "x"]):
+        assert qquant("perplexity", *wrong)[0] == 2, wrong
+    assert qquant("perplexity", made, "--logits", made)[0] == 5
+
+
 def test_check_another_tools_file(qquant, make_checkpoint, recipe_file, tmp_path):
     folder = make_checkpoint()
     qquant("build", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qquant import pipeline, recipe
+from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, llama_cpp, regression
 from qquant.checks.fidelity import Scored, final_states, first_scored, measure
 from qquant.errors import InputError
+from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from tests.conftest import write_checkpoint
 
 CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "golden"
 RECIPE = """
 version: 1
 name: fidelity
@@ -174,7 +178,7 @@ def test_codes_of_the_base_file():
 def test_file_of_base_logits_round_trip(pair, tmp_path):
     source, other, windows = pair
     path = tmp_path / "base.kld"
-    written = llama_cpp.compare(source, {"o": other}, windows, CPU, quiet, path)["o"]
+    written = llama_cpp.compare(source, {"o": other}, llama_cpp.Run(windows, CPU, quiet), path)["o"]
     base = llama_cpp.BaseLogits.open(path)
     assert np.array_equal(base.windows, windows.numpy())
     assert path.stat().st_size == 20 + 4 * 72 + 3 * 11 * 2 * (4 + 8192)
@@ -188,13 +192,72 @@ def test_file_of_base_logits_round_trip(pair, tmp_path):
 def test_statistics_agree_with_the_exact_ones(pair):
     source, other, windows = pair
     exact = measure(source, {"o": other}, Scored(windows, 12, 8192), CPU, quiet)["o"]
-    theirs = llama_cpp.compare(source, {"o": other}, windows, CPU, quiet)["o"]
+    theirs = llama_cpp.compare(source, {"o": other}, llama_cpp.Run(windows, CPU, quiet))["o"]
     assert theirs["ppl"] == pytest.approx(exact.perplexity, rel=1e-5)
     assert theirs["ppl_base"] == pytest.approx(exact.perplexity_baseline, rel=1e-3)
     assert theirs["kld_mean"] == pytest.approx(exact.mean_kl, rel=0.02)
     assert theirs["dp_rms"] == pytest.approx(float(exact.delta_p.square().mean().sqrt()), rel=0.02)
     assert theirs["same_top"] == pytest.approx(exact.top1)
     assert theirs["kld_50"] == pytest.approx(float(np.median(exact.kl.numpy())), rel=0.02)
+
+
+def test_inputs_are_rounded_as_llama_cpp_rounds():
+    """Its input rounding to q8_0 is that of q8_0 weights, of which there are golden blocks."""
+    golden = np.load(GOLDEN / "ggml_blocks.npz")
+    weight = torch.from_numpy(golden["weight"])[:16]
+    expected = gguf_types.dequantize(torch.from_numpy(golden["Q8_0.none"])[:16], "q8_0")
+    differing = llama_cpp.rounded_inputs(weight, "q8_0") != expected
+    assert int(differing.sum()) == 1, "one tie: weights round it away from zero, vector code for inputs to even"
+    x = torch.randn(4, 512) * 10.0 ** torch.arange(-3, 1)[:, None]
+    x[0] = 0
+    rounded = llama_cpp.rounded_inputs(x, "q8_k")
+    step = x.view(4, 2, 256).abs().amax(-1, keepdim=True) / 127
+    assert bool(((rounded - x).view(4, 2, 256).abs() <= 0.5001 * step).all())
+    codes = rounded.view(4, 2, 256)[1:] / step[1:]
+    assert torch.allclose(codes, codes.round(), atol=1e-3)
+    assert llama_cpp.rounded_inputs(x, None) is x
+
+
+def test_only_gguf_products_are_rounded(pair, built):
+    source, other, windows = pair
+    (folder,) = [path for path in built[1].iterdir() if path.name.endswith("Int4")]
+    artifacts = {"o": other, "folder": open_weights(folder)}
+    plain = llama_cpp.compare(source, artifacts, llama_cpp.Run(windows, CPU, quiet))
+    assert llama_cpp.compare(source, artifacts, llama_cpp.Run(windows, CPU, quiet, rounded=True)) == plain
+
+
+GGUF = """
+version: 1
+name: gguf
+calibration: {sources: [{bundled: books-en}], samples: 1, length: 16, default_system_share: 0}
+checks: {windows: 1, length: 16}
+artifacts:
+"""
+
+
+@pytest.mark.slow
+def test_llama_perplexity_prints_the_same(demo, tmp_path):
+    """On the same files: perplexity within 0.1 %, mean KL divergence within 3 %, and without input rounding it would not be."""
+    golden = json.loads((GOLDEN / "llama_perplexity.json").read_text())
+    kinds = [kind for kind in golden if kind != "f32"]
+    lines = [f"  - {{name: {kind}, format: gguf, type: {kind}, imatrix: false, solver: ggml}}\n" for kind in kinds]
+    (tmp_path / "r.yaml").write_text(GGUF + "".join(lines))
+    loaded, checkpoint = recipe.load(tmp_path / "r.yaml"), Checkpoint.open(demo)
+    pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / "out", CPU, quiet)
+    paths = {kind: next((tmp_path / "out").rglob(f"*-{kind}.gguf")) for kind in kinds}
+    base = tmp_path / "base.kld"
+    pipeline.perplexity([], checkpoint, Checks(windows=100, length=512), base, CPU, quiet, rounded=True)
+    found = pipeline.perplexity_from(base, list(paths.values()), CPU, quiet, rounded=True)
+    exact = pipeline.perplexity_from(base, [paths["q8_0"]], CPU, quiet, rounded=False)
+    for kind, path in paths.items():
+        mine, theirs = found[str(path)], golden[kind]
+        print(f"{kind}: ppl {mine['ppl'] / theirs['ppl'] - 1:+.4%}, kl {mine['kld_mean']:.6f} for {theirs['kld_mean']}")
+        assert mine["ppl"] == pytest.approx(theirs["ppl"], rel=1e-3), kind
+        assert mine["ppl_base"] == pytest.approx(theirs["ppl_base"], rel=1e-3), kind
+        assert mine["kld_mean"] == pytest.approx(theirs["kld_mean"], rel=0.03, abs=5e-7), kind
+        assert 100 * mine["same_top"] == pytest.approx(theirs["same_top_percent"], abs=0.3), kind
+        assert 100 * mine["dp_rms"] == pytest.approx(theirs["rms_dp_percent"], rel=0.03, abs=2e-3), kind
+    assert exact[str(paths["q8_0"])]["kld_mean"] < 0.5 * golden["q8_0"]["kld_mean"]
 
 
 # --- bisection ----------------------------------------------------------------------------------------------------------

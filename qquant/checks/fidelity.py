@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qquant.checkpoint import WeightSource
-from qquant.decoder import embed, rms_norm, source_block
+from qquant.decoder import Block, embed, rms_norm, source_block
 from qquant.errors import NumericalError
 
 Progress = Callable[[str, int, int], None]
@@ -156,15 +156,24 @@ def measure(
     return {name: _fidelity(sums[0], sums[index], shape) for index, name in enumerate(artifacts, start=1)}
 
 
+def plain_block(source: WeightSource, layer: int, device: torch.device) -> Block:
+    """A block that computes in float32."""
+    return source_block(source, layer, torch.float32, device)
+
+
 def final_states(
-    sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress
+    sources: Sequence[WeightSource],
+    text: Scored,
+    device: torch.device,
+    progress: Progress,
+    block_of: Callable[[WeightSource, int, torch.device], Block] = plain_block,
 ) -> list[Tensor]:
     """Per source the input of its head at the scored positions, float32 [windows, scored, hidden]; the first source must stay finite."""
     hidden = [[embed(source, window, torch.float32).to(device) for window in text.windows] for source in sources]
     layers = sources[0].config.layers
     for layer in range(layers):
         for source, states in zip(sources, hidden, strict=True):
-            block = source_block(source, layer, torch.float32, device)
+            block = block_of(source, layer, device)
             states[:] = [block.forward(x) for x in states]
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")

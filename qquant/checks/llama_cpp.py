@@ -11,13 +11,22 @@ that people publish, this module repeats that arithmetic.
 
 Per token: nll, nll_base (from the codes), kl = sum over log p_base > -16 of p_base (log p_base - log p), the same largest, and the
 right token's p - p_base. Means come with sd / sqrt(n - 1), percentiles by interpolation at f (n - 1). The whole vocabulary of the
-file counts, padding included. Left out: quantization of activations, which llama.cpp does on the CPU and in its CUDA kernels.
-Reference: tools/perplexity of llama.cpp.
+file counts, padding included.
+
+llama.cpp rounds the input of a product to 8 bits to match the weight's type (`ROUNDED`), which near 8-bit weights costs more than the
+weights do: 65 % of the KL divergence that it prints for q8_0 on the demo model. `rounded=True` repeats that for GGUF files:
+
+    q8_0   blocks of 32:  d = max |x| / 127, code = round(x / d), d kept in fp16
+    q8_k   blocks of 256: m = the x of largest |x|, code = round(-127 x / m) <= 127, d = -m / 127 in fp32
+
+Left out: the fp16 cache of keys and values. Reference: tools/perplexity and the CPU backend of llama.cpp.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +38,65 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qquant.checkpoint import WeightSource
-from qquant.checks.fidelity import Progress, Scored, final_states
-from qquant.errors import InputError
+from qquant.checks.fidelity import Progress, Scored, final_states, plain_block
+from qquant.decoder import Block
+from qquant.errors import EnvironmentMissingError, InputError
+from qquant.formats.gguf import GgufSource
 
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the largest that are kept
 ROWS = 4096  # rows of the head at a time
 LIMIT = 1 << 20  # of each number in the head of a file
+ROUNDED = {  # type of the weights -> type that inputs are rounded to
+    "f16": "f16", "bf16": "bf16",
+    **dict.fromkeys(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"), "q8_0"),
+    **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"), "q8_k"),
+}  # fmt: skip
+
+
+def rounded_inputs(x: Tensor, kind: str | None) -> Tensor:
+    """Inputs float32 [..., K] of a product as llama.cpp's CPU backend sees them; None: as they are."""
+    match kind:
+        case "f16":
+            return x.half().float()
+        case "bf16":
+            return x.bfloat16().float()
+        case "q8_0":
+            blocks = x.unflatten(-1, (-1, 32))
+            step = blocks.abs().amax(-1, keepdim=True) / 127
+            codes = torch.where(step > 0, blocks * (1 / step), torch.zeros(())).round()
+            return (codes * step.half().float()).flatten(-2)
+        case "q8_k":
+            blocks = x.unflatten(-1, (-1, 256))
+            extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+            inverse = torch.where(extreme != 0, -127 / extreme, torch.zeros(()))
+            codes = (blocks * inverse).round().clamp(max=127)
+            return torch.where(inverse != 0, codes * (1 / inverse), torch.zeros(())).flatten(-2)
+    return x
+
+
+class RoundedBlock(Block):
+    """A decoder block whose linears round their inputs to what llama.cpp pairs with their weights."""
+
+    kinds: Mapping[str, str | None]  # by linear
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """As in every block, of rounded inputs."""
+        return super().linear(name, rounded_inputs(x, self.kinds[name]))
+
+
+def _rounding(source: WeightSource, name: str) -> str | None:
+    return ROUNDED.get(source.stored_as(name)) if isinstance(source, GgufSource) else None
+
+
+def rounded_block(source: WeightSource, layer: int, device: torch.device) -> Block:
+    """A block as llama.cpp computes it; checkpoints and folders compute in float32."""
+    plain = plain_block(source, layer, device)
+    block = RoundedBlock(plain.family, plain.config, plain.weights, torch.float32)
+    prefix = source.family.block.format(layer)
+    linears = [linear for stage in source.family.stages for linear in stage.linears]
+    block.kinds = {linear: _rounding(source, f"{prefix}{linear}.weight") for linear in linears}
+    return block
 
 
 def encode(logits: Tensor) -> NDArray[np.uint16]:
@@ -156,39 +217,81 @@ def _error(values: NDArray[np.float64]) -> float:
     return math.sqrt(max(float((values**2).mean() - values.mean() ** 2), 0.0) / (len(values) - 1))
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is read, and how."""
+
+    windows: Tensor  # int64 [C, context]
+    device: torch.device
+    progress: Progress
+    rounded: bool = False  # inputs of products rounded as llama.cpp does
+
+    @property
+    def first(self) -> int:
+        """The first position whose prediction is scored."""
+        return self.windows.shape[1] // 2
+
+    def finals(self, sources: Sequence[WeightSource]) -> list[Tensor]:
+        """Inputs of the heads, float32 [C, scored, hidden]."""
+        text = Scored(self.windows, self.first, sources[0].config.vocab)
+        return final_states(sources, text, self.device, self.progress, rounded_block if self.rounded else plain_block)
+
+    def logits(self, source: WeightSource, states: Tensor) -> Tensor:
+        """Float32 logits [T, V] of normed states [T, hidden], with the head read in slices."""
+        vocabulary, head = source.config.vocab, source.family.head
+        states = rounded_inputs(states, _rounding(source, head)) if self.rounded else states
+        slices = range(0, vocabulary, ROWS)
+        return torch.cat(
+            [states @ source.rows(head, start, min(start + ROWS, vocabulary)).to(states).T for start in slices], 1
+        ).cpu()
+
+
 def compare(
-    baseline: WeightSource,
-    artifacts: Mapping[str, WeightSource],
-    windows: Tensor,
-    device: torch.device,
-    progress: Progress,
-    target: Path | None = None,
+    baseline: WeightSource, artifacts: Mapping[str, WeightSource], run: Run, target: Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Statistics of artifacts against `baseline` on windows int64 [C, context]; the base logits are kept in `target`, if given."""
-    sources = [baseline, *artifacts.values()]
-    finals = _finals(sources, windows, device, progress)
-    vocabulary, first = baseline.config.vocab, windows.shape[1] // 2
+    """Statistics of artifacts against `baseline`; the base logits are kept in `target`, if given.
+
+    Raises:
+        EnvironmentMissingError: the file would not fit.
+    """
+    vocabulary, windows = baseline.config.vocab, run.windows
+    if target is not None:
+        _require_room(target, windows, vocabulary)
+    finals = run.finals([baseline, *artifacts.values()])
     found = {name: Statistics() for name in artifacts}
-    file = target.open("wb") if target else None
-    try:
+    partial = target.with_name(f"{target.name}.part") if target else None
+    with partial.open("wb") if partial else contextlib.nullcontext() as file:
         if file:
             file.write(MAGIC + struct.pack("<3i", windows.shape[1], vocabulary, len(windows)))
             file.write(windows.numpy().astype("<i4").tobytes())
         for chunk in range(len(windows)):
-            coded = encode(_logits(baseline, finals[0][chunk]))
+            coded = encode(run.logits(baseline, finals[0][chunk]))
             if file:
                 file.write(coded.astype("<u2").tobytes())
-            base, next_tokens = decode(coded, vocabulary), windows[chunk, first + 1 :]
+            base, next_tokens = decode(coded, vocabulary), windows[chunk, run.first + 1 :]
             for states, (name, source) in zip(finals[1:], artifacts.items(), strict=True):
-                found[name].add(base, _logits(source, states[chunk]).cpu(), next_tokens)
-    finally:
-        if file:
-            file.close()
+                found[name].add(base, run.logits(source, states[chunk]), next_tokens)
+    if partial and target:
+        partial.rename(target)
     return {name: statistics.summary() for name, statistics in found.items()}
 
 
+def _require_room(target: Path, windows: Tensor, vocabulary: int) -> None:
+    chunks, context = windows.shape
+    needed = len(MAGIC) + 12 + 4 * windows.numel() + 2 * chunks * _scored(context) * _width(vocabulary)
+    free = shutil.disk_usage(target.absolute().parent).free
+    if needed > free:
+        raise EnvironmentMissingError(
+            f"{target}: {chunks} windows need {needed:,} bytes, {free:,} are free. Ask for fewer windows"
+        )
+
+
 def compare_with_file(
-    base: BaseLogits, artifacts: Mapping[str, WeightSource], device: torch.device, progress: Progress
+    base: BaseLogits,
+    artifacts: Mapping[str, WeightSource],
+    device: torch.device,
+    progress: Progress,
+    rounded: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Statistics of artifacts against a file of base logits, on the windows that the file names.
 
@@ -198,26 +301,11 @@ def compare_with_file(
     for name, source in artifacts.items():
         if source.config.vocab != base.vocabulary:
             raise InputError(f"{base.path}: has {base.vocabulary} tokens, {name} has {source.config.vocab}")
-    windows = torch.from_numpy(base.windows.astype(np.int64))
-    finals = _finals(list(artifacts.values()), windows, device, progress)
-    first = windows.shape[1] // 2
+    run = Run(torch.from_numpy(base.windows.astype(np.int64)), device, progress, rounded)
+    finals = run.finals(list(artifacts.values()))
     found = {name: Statistics() for name in artifacts}
     for chunk, rows in enumerate(base.rows()):
         log_p = decode(rows, base.vocabulary)
         for states, (name, source) in zip(finals, artifacts.items(), strict=True):
-            found[name].add(log_p, _logits(source, states[chunk]).cpu(), windows[chunk, first + 1 :])
+            found[name].add(log_p, run.logits(source, states[chunk]), run.windows[chunk, run.first + 1 :])
     return {name: statistics.summary() for name, statistics in found.items()}
-
-
-def _finals(sources: Sequence[WeightSource], windows: Tensor, device: torch.device, progress: Progress) -> list[Tensor]:
-    return final_states(sources, Scored(windows, windows.shape[1] // 2, sources[0].config.vocab), device, progress)
-
-
-def _logits(source: WeightSource, states: Tensor) -> Tensor:
-    """Float32 logits [T, V] of normed states [T, hidden], with the head read in slices."""
-    vocabulary = source.config.vocab
-    slices = range(0, vocabulary, ROWS)
-    head = source.family.head
-    return torch.cat(
-        [states @ source.rows(head, start, min(start + ROWS, vocabulary)).to(states).T for start in slices], 1
-    )

@@ -14,7 +14,7 @@ import click
 
 from qquant import __version__
 from qquant.cli.build import build, plan
-from qquant.cli.check import bisect, check, compare, show_report
+from qquant.cli.check import bisect, check, compare, perplexity, show_report
 from qquant.cli.look import inspect, verify
 from qquant.cli.options import EXITS
 from qquant.cli.publish import matrix, patch, publish, sign
@@ -36,6 +36,7 @@ for command in (
     bisect,
     show_report,
     compare,
+    perplexity,
     inspect,
     verify,
     matrix,

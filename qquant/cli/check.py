@@ -161,3 +161,71 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
     worse = [change for change in changes if change.outcome == "worse"]
     if worse:
         raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--against", help="The 16-bit checkpoint: a folder, or a hub id. Not needed with --logits.")
+@click.option(
+    "--logits", type=click.Path(path_type=Path, dir_okay=False), help="Base logits to read (--kl-divergence-base)."
+)
+@click.option(
+    "--save-logits", type=click.Path(path_type=Path, dir_okay=False), help="Keep the base logits in this file."
+)
+@click.option("--text", default="bundled:wikitext-2-test", show_default=True, help="bundled:NAME or a file.")
+@click.option("--chunks", default=40, show_default=True, type=click.IntRange(min=1), help="Chunks of text.")
+@click.option("--context", default=512, show_default=True, type=click.IntRange(min=4), help="Tokens per chunk.")
+@click.option(
+    "--exact-inputs", is_flag=True, help="Do not round the inputs of GGUF products to 8 bits as llama.cpp does."
+)
+@DEVICE
+@JSON
+def perplexity(
+    artifacts: tuple[Path, ...], against: str | None, logits: Path | None, save_logits: Path | None, text: str, chunks: int,
+    context: int, exact_inputs: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """The numbers of `llama-perplexity --kl-divergence`, in its arithmetic, to compare with those that people publish.
+
+    Its file of base logits is read (--logits: text and chunks come from it) and written (--save-logits).
+    """
+    from qquant import pipeline
+    from qquant.checkpoint import Checkpoint
+    from qquant.recipe import Checks
+
+    if (against is None) == (logits is None):
+        raise UsageError("give either --against CHECKPOINT or --logits FILE")
+    if save_logits is not None and against is None:
+        raise UsageError("--save-logits needs --against CHECKPOINT, whose logits are kept")
+    if not artifacts and save_logits is None:
+        raise UsageError("give an artifact, or --save-logits FILE")
+    where = device_named(device)
+    with Progress() as progress:
+        if logits is not None:
+            found = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
+        else:
+            source, checks = Checkpoint.open(str(against)), Checks(text=text, windows=chunks, length=context)
+            found = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
+    if as_json:
+        click.echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": found}, indent=2))
+        return
+    for name, numbers in found.items():
+        click.echo(name)
+        for title, key, error, factor in SHOWN:
+            more = f" ± {factor * numbers[error]:.6f}" if error else ""
+            click.echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
+
+
+SHOWN = (
+    ("Mean PPL(Q)", "ppl", "ppl_error", 1),
+    ("Mean PPL(base)", "ppl_base", "", 1),
+    ("Mean ln(PPL(Q)/PPL(base))", "ln_ppl_ratio", "ln_ppl_ratio_error", 1),
+    ("Cor(ln(PPL(Q)), ln(PPL(base)))", "correlation", "", 1),
+    ("Mean    KLD", "kld_mean", "kld_error", 1),
+    ("Maximum KLD", "kld_max", "", 1),
+    ("99.9%   KLD", "kld_99.9", "", 1),
+    ("99.0%   KLD", "kld_99", "", 1),
+    ("Median  KLD", "kld_50", "", 1),
+    ("Mean Δp, %", "dp_mean", "", 100),
+    ("RMS Δp, %", "dp_rms", "dp_rms_error", 100),
+    ("Same top p, %", "same_top", "same_top_error", 100),
+)
