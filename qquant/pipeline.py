@@ -18,9 +18,10 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks import bisect as bisection
 from qquant.checks import llama_cpp
 from qquant.checks.evidence import Evidence
-from qquant.checks.review import Candidate, earlier_release, held_out, record, require_same_shape, review
-from qquant.formats import detect
+from qquant.checks.review import Candidate, HeldOut, earlier_release, held_out, record, require_same_shape, review
+from qquant.formats import detect, kind_of_file
 from qquant.formats.imatrix import Imatrix
+from qquant.gates import is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.moments import Moments
 from qquant.output import claim, write_synced
@@ -56,13 +57,15 @@ def build(
             draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs})
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
-        candidates = [_candidate(artifact, out, earlier[artifact.name]) for artifact in plan.artifacts]
+        candidates = [
+            _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
+        ]
         found, measured = review(checkpoint, candidates, text, device, progress)
         report = Report(
             model=plan.model,
             recipe=recipe.name,
             baseline_bits=8 * SIZES[checkpoint.dtype],
-            conditions={"text": text.facts} | inputs,
+            conditions={"text": text.facts, "detectable": _detectable(candidates, recipe.checks, text)} | inputs,
             calibration=tokens.provenance(),
             **vars(found),
         )
@@ -86,14 +89,17 @@ def check(
     candidates = []
     for path in paths:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-        earlier = earlier_release(gates, str(path), text)
-        candidates.append(Candidate(str(path), path, size, 8 * size / parameters, gates, earlier=earlier))
+        earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
+        held = resolved(gates, kind, parameters)
+        candidates.append(
+            Candidate(str(path), path, size, 8 * size / parameters, held, fine=is_fine(kind), earlier=earlier)
+        )
     found, measured = review(checkpoint, candidates, text, device, progress)
     report = Report(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
-        conditions={"text": text.facts} | versions(device),
+        conditions={"text": text.facts, "detectable": _detectable(candidates, checks, text)} | versions(device),
         **vars(found),
     )
     if out is not None:
@@ -101,6 +107,17 @@ def check(
         record(out, measured, text, checkpoint)
         _write(report, out)
     return report
+
+
+def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:
+    """By artifact and gate, what was expected of the text before it was read."""
+    return {
+        candidate.name: {
+            found.gate: found.detectable
+            for found in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))
+        }
+        for candidate in candidates
+    }
 
 
 def write_imatrix(found: Imatrix | None, folder: Path) -> None:
@@ -179,15 +196,15 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
     return draft
 
 
-def _candidate(artifact: PlannedArtifact, out: Path, earlier: Evidence | None) -> Candidate:
+def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evidence | None) -> Candidate:
     return Candidate(
         name=artifact.name,
         path=installed(out, artifact),
         size=artifact.size,
         bits_per_weight=artifact.bits_per_weight,
-        gates=artifact.spec.gates,
+        gates=gates,
         fallbacks=artifact.fallbacks,
         layers=tuple(read_manifest(out / artifact.folder)["artifacts"][artifact.name]["layers"]),
-        fine=getattr(artifact.spec, "bits", 4) == 8 or getattr(artifact.spec, "type", "") in ("q8_0", "f16", "bf16"),
+        fine=is_fine(kind_of(artifact.spec)),
         earlier=earlier,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
+from qquant.gates import Reach, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
-from qquant.recipe import Recipe
+from qquant.recipe import Checks, Gates, Recipe
 from qquant.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
@@ -34,6 +35,8 @@ class Plan:
     artifacts: tuple[PlannedArtifact, ...]
     memory: int  # bytes
     disk: int  # bytes
+    gates: Mapping[str, Gates]  # by artifact, defaults filled in
+    checks: Checks
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
 
     @classmethod
@@ -61,9 +64,20 @@ class Plan:
         chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
         name = model or checkpoint.name
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
-        return cls(
-            name, planned, _memory(recipe, checkpoint), sum(artifact.size for artifact in planned) + MARGIN, imatrix
-        )
+        parameters = checkpoint.family.parameters(checkpoint.config)
+        gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
+        disk = sum(artifact.size for artifact in planned) + MARGIN
+        return cls(name, planned, _memory(recipe, checkpoint), disk, gates, recipe.checks, imatrix)
+
+    @property
+    def looks(self) -> list[int]:
+        """Windows of text that are read at each look, if the text has as many."""
+        return self.checks.looks(self.checks.max_windows or self.checks.windows)
+
+    def reach(self, artifact: str) -> tuple[Reach, ...]:
+        """What the gates of an artifact can tell at the first look."""
+        checks = self.checks
+        return reach(self.gates[artifact], checks.windows, checks.scored, len(self.looks))
 
     def require_room(self, out: Path) -> None:
         """Raise EnvironmentMissingError if the file system of `out` has less room than the build needs."""
@@ -87,6 +101,8 @@ class Plan:
             "model": self.model,
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
+            "checks": self.checks.model_dump(mode="json")
+            | {"looks": self.looks, "scored_per_window": self.checks.scored},
             "artifacts": [
                 {
                     "name": artifact.name,
@@ -95,6 +111,7 @@ class Plan:
                     "bits_per_weight": artifact.bits_per_weight,
                     "fallbacks": list(artifact.fallbacks),
                     "files": [{"name": file.name, "bytes": file.size} for file in artifact.files],
+                    "gates": [vars(gate) for gate in self.reach(artifact.name)],
                     "tensors": dict(artifact.grids),
                 }
                 for artifact in self.artifacts

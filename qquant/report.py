@@ -215,7 +215,10 @@ class Report:
         text = self.conditions.get("text", {})
         scored = "every token scored" if text.get("protocol") == "sliding" else "second half scored"
         lines = [f"text: {text.get('name')}, {text.get('windows')} windows of {text.get('length')} tokens, {scored}"]
-        lines += [f"{key}: {value}" for key, value in self.conditions.items() if key != "text"]
+        for artifact, gates in self.conditions.get("detectable", {}).items():
+            told = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
+            lines += [f"detectable by plan, {artifact}: {told}"] if told else []
+        lines += [f"{key}: {value}" for key, value in self.conditions.items() if key not in ("text", "detectable")]
         if self.calibration:
             made = self.calibration
             lines += [

@@ -81,7 +81,7 @@ def test_build_json_is_one_document(qquant, make_checkpoint, recipe_file, tmp_pa
 
 def test_failed_gate_exits_3_with_the_reason(qquant, make_checkpoint, recipe_file, tmp_path):
     recipe_file.write_text(
-        recipe_file.read_text().replace("group_size: 32", "group_size: 32, gates: {kl_divergence: 0.0000001}")
+        recipe_file.read_text().replace("defaults: false", "defaults: false, kl_divergence: 0.0000001", 1)
     )
     code, out, err = qquant(
         "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
@@ -112,6 +112,11 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert "model-GPTQ-Int4/model.safetensors" in out
     assert "    model.layers.1.mlp.down_proj.weight" in out
     assert "memory: about" in out
+    assert "check: bundled:wikitext-2-test, 2 windows of 64 tokens (62 scored)" in out
+    assert "gptq-int4: measured, not gated" in out
+    recipe_file.write_text(recipe_file.read_text().replace(", gates: {defaults: false}", ""))
+    code, out, _ = qquant("plan", make_checkpoint("other"), "--recipe", recipe_file)
+    assert "gptq-int4: perplexity ratio at most 1.08 (detectable" in out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--recipe", "demo"], ["recipe", "list"]])
@@ -145,8 +150,9 @@ def test_check_another_tools_file(qquant, make_checkpoint, recipe_file, tmp_path
     folder = make_checkpoint()
     qquant("build", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu")
     gguf = tmp_path / "out" / "model-GGUF" / "model-q4_0.gguf"
-    common = ("--against", folder, "--windows", 16, "--length", 64, "--device", "cpu", "--max-perplexity-ratio", 3)
-    code, out, _ = qquant("check", gguf, tmp_path / "out" / "model-GPTQ-Int4", *common, "--json")
+    common = ("--against", folder, "--windows", 16, "--length", 64, "--device", "cpu", "--no-defaults")
+    loose = ("--max-perplexity-ratio", 3)
+    code, out, _ = qquant("check", gguf, tmp_path / "out" / "model-GPTQ-Int4", *common, *loose, "--json")
     assert code == 0
     assert len(json.loads(out)["artifacts"]) == 2
     code, _, err = qquant("check", gguf, *common, "--max-kl", 1e-9)

@@ -53,7 +53,9 @@ def built(tmp_path_factory):
 def check(built, checks, gates=None, out=None):
     folder, made = built
     (path,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
-    return pipeline.check([path], Checkpoint.open(folder), checks, gates or Gates(), CPU, quiet, out).artifacts[0]
+    return pipeline.check(
+        [path], Checkpoint.open(folder), checks, gates or Gates(defaults=False), CPU, quiet, out
+    ).artifacts[0]
 
 
 class Rolled:
@@ -126,10 +128,12 @@ def test_long_windows_are_told_apart_by_position(built, monkeypatch):
 
 
 def test_more_text_is_read_only_where_it_is_needed(built):
-    sure = check(built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=5.0))
+    sure = check(built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=5.0, defaults=False))
     assert (sure.verdict.outcome, sure.verdict.gates[0].windows) == ("pass", 8)
     close = check(built, Checks(windows=40, length=32)).kl_divergence
-    unsure = check(built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=close * 1.02))
+    unsure = check(
+        built, Checks(windows=8, max_windows=32, length=32), Gates(kl_divergence=close * 1.02, defaults=False)
+    )
     assert unsure.verdict.gates[0].windows in (16, 32)
 
 
@@ -153,11 +157,11 @@ def test_comparison_of_two_reports(built, tmp_path):
 def test_regression_gate_reads_the_earlier_report(built, tmp_path):
     checks = Checks(windows=16, length=32)
     check(built, checks, out=tmp_path / "a")
-    row = check(built, checks, Gates(regression_vs=str(tmp_path / "a")))
+    row = check(built, checks, Gates(regression_vs=str(tmp_path / "a"), defaults=False))
     assert row.verdict.outcome == "pass"
     assert len(row.verdict.gates) == 2
     with pytest.raises(InputError, match="length"):
-        check(built, Checks(windows=16, length=64), Gates(regression_vs=str(tmp_path / "a")))
+        check(built, Checks(windows=16, length=64), Gates(regression_vs=str(tmp_path / "a"), defaults=False))
 
 
 # --- llama-perplexity ---------------------------------------------------------------------------------------------------

@@ -29,16 +29,17 @@ calibration:
 checks: {text: "bundled:wikitext-2-test", windows: 3, length: 64}
 artifacts:
 """
+# Too little text is read to decide a gate, so none is asked.
 ARTIFACTS = {
-    "gptq-int4": "{name: gptq-int4, format: gptq, bits: 4, group_size: 32}",
-    "gptq-int8": "{name: gptq-int8, format: gptq, bits: 8, group_size: 64}",
-    "gptq-row": "{name: gptq-row, format: gptq, bits: 8, group_size: -1, scale_search: minmax}",
-    "gptq-own": "{name: gptq-own, format: gptq, bits: 4, group_size: 32, propagate: true}",
-    "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax}",
-    "awq": "{name: awq, format: awq, group_size: 64, ratios: 4}",
-    "gguf-q8_0": "{name: gguf-q8_0, format: gguf, type: q8_0}",
-    "gguf-q4_0": "{name: gguf-q4_0, format: gguf, type: q4_0}",
-    "gguf-f16": "{name: gguf-f16, format: gguf, type: f16}",
+    "gptq-int4": "{name: gptq-int4, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}",
+    "gptq-int8": "{name: gptq-int8, format: gptq, bits: 8, group_size: 64, gates: {defaults: false}}",
+    "gptq-row": "{name: gptq-row, format: gptq, bits: 8, group_size: -1, scale_search: minmax, gates: {defaults: false}}",
+    "gptq-own": "{name: gptq-own, format: gptq, bits: 4, group_size: 32, propagate: true, gates: {defaults: false}}",
+    "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax, gates: {defaults: false}}",
+    "awq": "{name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}",
+    "gguf-q8_0": "{name: gguf-q8_0, format: gguf, type: q8_0, gates: {defaults: false}}",
+    "gguf-q4_0": "{name: gguf-q4_0, format: gguf, type: q4_0, gates: {defaults: false}}",
+    "gguf-f16": "{name: gguf-f16, format: gguf, type: f16, gates: {defaults: false}}",
 }
 
 
@@ -320,7 +321,12 @@ def test_artifact_without_a_template_is_warned_about_and_not_failed(make_checkpo
     _, out = build(folder, "gptq-int8")
     (out / "model-GPTQ-Int8" / "chat_template.jinja").unlink()
     report = pipeline.check(
-        [out / "model-GPTQ-Int8"], Checkpoint.open(folder), Checks(windows=2, length=64), Gates(), CPU, quiet
+        [out / "model-GPTQ-Int8"],
+        Checkpoint.open(folder),
+        Checks(windows=2, length=64),
+        Gates(defaults=False),
+        CPU,
+        quiet,
     )
     assert report.artifacts[0].verdict.outcome == "pass"
     assert any("chat_template.jinja: missing" in warning for warning in report.warnings)
@@ -447,7 +453,7 @@ def test_bytes_lost_on_the_way_to_disk_are_found(make_checkpoint, build, monkeyp
 
 def test_gate_fails_with_its_reason(make_checkpoint, build):
     ARTIFACTS["strict"] = (
-        "{name: strict, format: gptq, bits: 4, group_size: 64, rounding: rtn, gates: {kl_divergence: 0.000001}}"
+        "{name: strict, format: gptq, bits: 4, group_size: 64, rounding: rtn, gates: {kl_divergence: 0.000001, defaults: false}}"
     )
     report, out = build(make_checkpoint(), "strict")
     assert not report.passed
@@ -458,7 +464,9 @@ def test_gate_fails_with_its_reason(make_checkpoint, build):
 
 def test_checkpoint_against_itself_differs_by_exactly_nothing(make_checkpoint):
     folder = make_checkpoint()
-    report = pipeline.check([folder], Checkpoint.open(folder), Checks(windows=2, length=64), Gates(), CPU, quiet)
+    report = pipeline.check(
+        [folder], Checkpoint.open(folder), Checks(windows=2, length=64), Gates(defaults=False), CPU, quiet
+    )
     row = report.artifacts[0]
     assert (row.kl_divergence, row.perplexity_ratio, row.top1_agreement) == (0.0, 1.0, 1.0)
 
@@ -467,7 +475,7 @@ def test_check_refuses_another_models_artifact(make_checkpoint, build):
     _, out = build(make_checkpoint(), "gptq-int4")
     wider = make_checkpoint("wider", hidden_size=128)
     with pytest.raises(InputError, match="is not a quantization of"):
-        pipeline.check([out / "model-GPTQ-Int4"], Checkpoint.open(wider), Checks(), Gates(), CPU, quiet)
+        pipeline.check([out / "model-GPTQ-Int4"], Checkpoint.open(wider), Checks(), Gates(defaults=False), CPU, quiet)
 
 
 def test_numbers_of_the_check_equal_transformers(make_checkpoint, build):
@@ -503,7 +511,12 @@ GOLDEN = Path(__file__).parent / "golden" / "artifacts"
 def test_artifacts_of_other_tools_are_read(name):
     checks = Checks(windows=16, length=64)
     report = pipeline.check(
-        [GOLDEN / name], Checkpoint.open(GOLDEN / "source"), checks, Gates(perplexity_ratio=1.05), CPU, quiet
+        [GOLDEN / name],
+        Checkpoint.open(GOLDEN / "source"),
+        checks,
+        Gates(perplexity_ratio=1.05, defaults=False),
+        CPU,
+        quiet,
     )
     assert report.passed
     assert report.artifacts[0].kl_divergence < 0.01
@@ -516,7 +529,7 @@ def test_broken_artifact_of_another_tool_fails():
         [GOLDEN / "autoawq-int4-broken"],
         Checkpoint.open(GOLDEN / "source"),
         checks,
-        Gates(perplexity_ratio=1.1),
+        Gates(perplexity_ratio=1.1, defaults=False),
         CPU,
         quiet,
     )

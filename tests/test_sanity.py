@@ -22,9 +22,9 @@ name: faults
 calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
 checks: {windows: 2, length: 32}
 artifacts:
-  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn}
-  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn}
-  - {name: q2, format: gguf, type: q4_0, imatrix: false}
+  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn, gates: {defaults: false}}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn, gates: {defaults: false}}
+  - {name: q2, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
 """
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 
@@ -56,7 +56,9 @@ def damaged(built, tmp_path):
         shutil.copytree(origin, made)
 
         def reasons():
-            report = pipeline.check([made], Checkpoint.open(folder), Checks(windows=2, length=32), Gates(), CPU, quiet)
+            report = pipeline.check(
+                [made], Checkpoint.open(folder), Checks(windows=2, length=32), Gates(defaults=False), CPU, quiet
+            )
             assert report.artifacts[0].verdict.outcome == ("fail" if report.artifacts[0].verdict.reasons else "pass")
             return "; ".join(report.artifacts[0].verdict.reasons)
 

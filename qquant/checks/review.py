@@ -27,6 +27,7 @@ from qquant.checks.fidelity import Fidelity, Scored, first_scored, measure
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.formats import detect
+from qquant.gates import LOSSY
 from qquant.recipe import Checks, Gates
 from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, warnings_of
 
@@ -97,9 +98,7 @@ def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None =
     further = {
         text: _windows(text, checks.length, checks.windows, tokenizer, used)[0] for text in dict.fromkeys(checks.texts)
     }
-    looks = [min(checks.windows, len(windows))]
-    while looks[-1] < len(windows):
-        looks.append(min(2 * looks[-1], len(windows)))
+    looks = checks.looks(len(windows))
     digest = hashlib.sha256(windows[0].numpy().tobytes()).hexdigest()
     text = {"name": checks.text, "windows": looks[0], "length": checks.length, "protocol": checks.protocol}
     text |= {"sha256": facts["sha256"], "tokens_sha256": digest}
@@ -172,6 +171,7 @@ def review(
             *structure.missing(candidate.path, checkpoint),
             *warnings_of(candidate.layers),
             *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
+            *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
         )
     )
     if text.answers and not answers:
@@ -181,6 +181,16 @@ def review(
         for candidate in candidates
     )
     return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
+
+
+def _lossy(candidate: Candidate, ratio: float) -> list[str]:
+    """A word on a loss that no gate speaks of."""
+    ungated = candidate.gates.perplexity_ratio is None and not candidate.fine
+    return (
+        [f"perplexity is {ratio:.2f} times the checkpoint's, and nothing limits it"]
+        if ungated and ratio > LOSSY
+        else []
+    )
 
 
 def _read(

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qquant.gates import LEVEL, POWER, normal_quantile
+
 Vector = NDArray[np.float64]
 
-LEVEL = 0.05  # of one artifact, over its gates and looks
-POWER = 0.8  # of the detectable effect
 RESAMPLED = 12  # windows from which on resampling knows the tails better than Student's distribution
 RESAMPLES = 4000
 SEED = 20240204
@@ -143,10 +143,3 @@ def student_quantile(p: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student(middle, degrees) < p else (low, middle)
     return (low + high) / 2
-
-
-def normal_quantile(p: float) -> float:
-    """The z below which the normal distribution has the share p, 0 < p < 1."""
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(p)

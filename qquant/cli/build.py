@@ -24,6 +24,7 @@ from qquant.cli.terminal import Progress, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.checkpoint import Checkpoint
+    from qquant.plan import Plan
 
 
 @click.command(epilog=EXITS)
@@ -92,7 +93,26 @@ def plan(
             click.echo(f"  {kind}: {len(members)} tensors")
             for tensor in members if tensors else ():
                 click.echo(f"    {tensor}")
+    _print_checks(planned)
     click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
+
+
+def _print_checks(planned: Plan) -> None:
+    """What will be asked of each artifact, and what the text can tell."""
+    checks = planned.checks
+    more = f", up to {planned.looks[-1]} where a gate is undecided" if len(planned.looks) > 1 else ""
+    click.echo(
+        f"check: {checks.text}, {checks.windows} windows of {checks.length} tokens "
+        f"({checks.windows * checks.scored:,} scored){more}"
+    )
+    signs = {"top-1 agreement": "at least"}
+    for artifact in planned.artifacts:
+        gates = [
+            f"{gate.gate} {signs.get(gate.gate, 'at most')} {gate.limit:g} (detectable {gate.detectable:.2g})"
+            for gate in planned.reach(artifact.name)
+        ]
+        click.echo(f"  {artifact.name}: {', '.join(gates) or 'measured, not gated'}")
+    click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
 
 
 def _note_source(source: Checkpoint, reference: str, out: Path) -> None:

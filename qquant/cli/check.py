@@ -30,9 +30,10 @@ from qquant.errors import GateFailedError, UsageError
     show_default=True,
     help="Score the second half of each window, or all of it (GPTQ papers: --length 2048).",
 )
-@click.option("--max-perplexity-ratio", default=1.1, show_default=True, help="Fail above this ratio to the checkpoint.")
+@click.option("--max-perplexity-ratio", type=float, help="Fail above this ratio to the checkpoint.")
 @click.option("--max-kl", type=float, help="Fail above this mean KL divergence (nats per token).")
 @click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1).")
+@click.option("--no-defaults", is_flag=True, help="Only these limits; otherwise the rest is by format and size.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep report and evidence in this folder."
 )
@@ -42,8 +43,8 @@ from qquant.errors import GateFailedError, UsageError
 @JSON
 def check(
     artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
-    length: int, protocol: Any, max_perplexity_ratio: float, max_kl: float | None, min_top1: float | None,
-    out: Path | None, junit: Path | None, github: bool, device: str, as_json: bool,
+    length: int, protocol: Any, max_perplexity_ratio: float | None, max_kl: float | None, min_top1: float | None,
+    no_defaults: bool, out: Path | None, junit: Path | None, github: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
     from pydantic import ValidationError
@@ -56,7 +57,12 @@ def check(
         checks = Checks(
             text=text, texts=also, windows=windows, max_windows=max_windows, length=length, protocol=protocol
         )
-        gates = Gates(perplexity_ratio=max_perplexity_ratio, kl_divergence=max_kl, top1_agreement=min_top1)
+        gates = Gates(
+            perplexity_ratio=max_perplexity_ratio,
+            kl_divergence=max_kl,
+            top1_agreement=min_top1,
+            defaults=not no_defaults,
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None

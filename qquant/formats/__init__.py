@@ -10,6 +10,8 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError
 from qquant.formats.awq import Awq
 from qquant.formats.gguf import Gguf
+from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf_mix import FILE_TYPES
 from qquant.formats.gptq import Gptq
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
@@ -79,3 +81,17 @@ def detect(path: Path) -> str | None:
     if method not in ("gptq", "awq"):
         raise InputError(f"{path / 'config.json'}: quant_method {method!r}; qquant reads 'gptq', 'awq' and GGUF files")
     return str(method)
+
+
+def kind_of_file(path: Path) -> str:
+    """What an artifact made by any tool is, in the words of `gates.LIMITS`: "int4", "q4_k_m"; what no word fits is "".
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if detect(path) == "gguf":
+        number = read_header(path).value("general.file_type")
+        return next((name for name, known in FILE_TYPES.items() if known == number), "")
+    quantization = read_json(path / "config.json").get("quantization_config")
+    bits = quantization.get("bits", quantization.get("w_bit")) if isinstance(quantization, dict) else None
+    return f"int{bits}" if isinstance(bits, int) else ""

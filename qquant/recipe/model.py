@@ -198,7 +198,7 @@ def _is_day(text: str) -> bool:
 
 
 class Gates(_Strict):
-    """How far an artifact may fall behind the 16-bit model on held-out text; null: measured, not gated."""
+    """How far an artifact may fall behind the 16-bit model on held-out text; null: the default of its format and size."""
 
     perplexity_ratio: AtLeast1 | None = Field(default=None, description="at most this times the 16-bit perplexity")
     kl_divergence: AtLeast0 | None = Field(default=None, description="at most this, mean over tokens, in nats")
@@ -212,6 +212,9 @@ class Gates(_Strict):
     regression_tolerance: Share = Field(
         default=0.05,
         description="how much more KL divergence and top-1 disagreement than then is no regression, as a share",
+    )
+    defaults: bool = Field(
+        default=True, description="false: what is null is measured and not gated, instead of held to the default"
     )
     waiver: Waiver = Field(default=Waiver(), description="turns a fail into a warning")
 
@@ -312,6 +315,19 @@ class Checks(_Strict):
     answer_length: int = Field(
         default=0, ge=0, le=4096, description="tokens per answer to the bundled prompts, greedy and sampled; 0: none"
     )
+
+    @property
+    def scored(self) -> int:
+        """Tokens of a window that are scored."""
+        return self.length - 1 - (self.length // 2 if self.protocol == "llama.cpp" else 0)
+
+    def looks(self, available: int) -> list[int]:
+        """Windows read at each look, twice as many every time, where a text has `available` of them."""
+        most = min(self.max_windows or self.windows, available)
+        found = [min(self.windows, most)]
+        while found[-1] < most:
+            found.append(min(2 * found[-1], most))
+        return found
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:

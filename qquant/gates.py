@@ -1,0 +1,130 @@
+"""What an artifact must hold where its recipe says nothing, and what a text of some length can tell at all.
+
+Limits by format and size of the model. Perplexity: what the published GGUF files of Qwen1.5 lose against their own 16-bit file, with room
+for noise. KL divergence and top-1: the scoreboards of llama.cpp for 7B and 8B models, doubled. Eight bits have no perplexity limit: they
+move perplexity by less than a text of any usual length resolves. q2_k is lossy by design: only a broken file fails.
+
+The detectable effect: the distance from a limit that is proven in `POWER` of all runs with n windows of S scored tokens each,
+
+    (z(1 - LEVEL / looks) + z(POWER)) sd / sqrt(n)
+
+before anything was measured, from how window means spread at the limit (KL divergence k, disagreement q), as seen on real artifacts
+(tests/bench/gate_simulation.py prints these; tokens of a window hang together, which is in the factors):
+
+    NLL difference   sd = 1.4 sqrt(2 k / S)        the log ratio of near distributions has variance 2 KL
+    KL divergence    sd = 0.3 k sqrt(255 / S)
+    disagreement     sd = 1.1 sqrt(q (1 - q) / S)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from qquant.recipe import AwqArtifact, Gates, GgufArtifact, GptqArtifact
+
+LEVEL = 0.05  # of one artifact, over its gates and looks
+POWER = 0.8  # of the detectable effect
+LARGE = 5 * 10**9  # parameters from which on a model loses less
+LOSSY = 1.2  # perplexity ratio that is worth a warning where nothing limits it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Default limits of a kind of artifact; None: not gated."""
+
+    perplexity_ratio: float | None
+    kl_divergence: float
+    top1_agreement: float
+
+
+_FOUR = Limits(1.08, 0.10, 0.85), Limits(1.04, 0.05, 0.90)
+_FOUR_K = Limits(1.03, 0.06, 0.88), Limits(1.015, 0.04, 0.91)
+_FIVE = Limits(1.015, 0.03, 0.91), Limits(1.015, 0.02, 0.93)
+_THREE = Limits(1.12, 0.20, 0.78), Limits(1.07, 0.12, 0.84)
+_EIGHT = Limits(None, 0.005, 0.97), Limits(None, 0.003, 0.975)
+_SIXTEEN = Limits(None, 0.001, 0.985), Limits(None, 0.001, 0.985)
+LIMITS: dict[str, tuple[Limits, Limits]] = {  # kind -> (below LARGE parameters, from there on)
+    "int4": _FOUR,
+    "int8": _EIGHT,
+    "f16": _SIXTEEN,
+    "bf16": _SIXTEEN,
+    "q8_0": _EIGHT,
+    "q6_k": (Limits(1.015, 0.015, 0.94), Limits(1.01, 0.01, 0.95)),
+    "q5_k_m": _FIVE,
+    "q5_k_s": _FIVE,
+    "q5_1": _FIVE,
+    "q5_0": _FIVE,
+    "q4_k_m": _FOUR_K,
+    "q4_k_s": _FOUR_K,
+    "q4_1": _FOUR,
+    "q4_0": _FOUR,
+    "iq4_nl": _FOUR,
+    "iq4_xs": _FOUR,
+    "q3_k_l": _THREE,
+    "q3_k_m": _THREE,
+    "q3_k_s": (Limits(1.20, 0.30, 0.72), Limits(1.10, 0.18, 0.80)),
+    "q2_k": (Limits(None, 1.0, 0.55), Limits(None, 0.5, 0.65)),
+}
+
+
+def kind_of(spec: GptqArtifact | AwqArtifact | GgufArtifact) -> str:
+    """The row of `LIMITS` for an artifact of a recipe."""
+    return spec.type if isinstance(spec, GgufArtifact) else f"int{spec.bits}"
+
+
+def is_fine(kind: str) -> bool:
+    """Whether perplexity resolves nothing: eight bits or more."""
+    return kind in ("int8", "q8_0", "f16", "bf16", "f32")
+
+
+def resolved(gates: Gates, kind: str, parameters: int) -> Gates:
+    """`gates` with the limits that it leaves open filled in for a kind of artifact, unless it declines them."""
+    if not gates.defaults or kind not in LIMITS:
+        return gates
+    limits = LIMITS[kind][parameters >= LARGE]
+    open_ones = {key: value for key, value in vars(limits).items() if getattr(gates, key) is None}
+    return gates.model_copy(update=open_ones)
+
+
+def normal_quantile(p: float) -> float:
+    """The z below which the normal distribution has the share p, 0 < p < 1."""
+    return NormalDist().inv_cdf(p)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a gate can tell before it was run."""
+
+    gate: str
+    limit: float
+    detectable: float  # distance from the limit, in the units of the limit
+
+
+def reach(gates: Gates, windows: int, scored: int, looks: int = 1) -> tuple[Reach, ...]:
+    """The detectable effect of every gate of `gates` (resolved) with windows of `scored` tokens."""
+    factor = (normal_quantile(1 - LEVEL / looks) + normal_quantile(POWER)) / math.sqrt(windows)
+    found = []
+    ratio, kl, top1 = gates.perplexity_ratio, gates.kl_divergence, gates.top1_agreement
+    if ratio is not None:
+        spread = 1.4 * math.sqrt(2 * (kl if kl is not None else math.log(ratio)) / scored)
+        found.append(Reach("perplexity ratio", ratio, ratio * math.expm1(factor * spread)))
+    if kl is not None:
+        found.append(Reach("mean KL divergence", kl, factor * 0.3 * kl * math.sqrt(255 / scored)))
+    if top1 is not None:
+        found.append(Reach("top-1 agreement", top1, factor * 1.1 * math.sqrt(top1 * (1 - top1) / scored)))
+    return tuple(found)
+
+
+def reference() -> str:
+    """The default limits as a Markdown table, as in recipes/README.md."""
+    lines = ["| kind | perplexity ratio | KL divergence | top-1 | from 5B parameters on |", "|---|---:|---:|---:|---|"]
+    for kind, (small, large) in LIMITS.items():
+        more = "the same" if small == large else ", ".join(_cells(large))
+        lines.append(f"| {kind} | {' | '.join(_cells(small))} | {more} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(limits: Limits) -> list[str]:
+    return ["none" if value is None else f"{value:g}" for value in vars(limits).values()]
