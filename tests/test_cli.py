@@ -112,7 +112,7 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert "model-GPTQ-Int4/model.safetensors" in out
     assert "    model.layers.1.mlp.down_proj.weight" in out
     assert "memory: about" in out
-    assert "check: bundled:wikitext-2-test, 2 windows of 64 tokens (62 scored)" in out
+    assert "check: bundled:wikitext-2-test, 3 windows of 64 tokens (93 scored)" in out
     assert "gptq-int4: measured, not gated" in out
     recipe_file.write_text(recipe_file.read_text().replace(", gates: {defaults: false}", ""))
     code, out, _ = qquant("plan", make_checkpoint("other"), "--recipe", recipe_file)
