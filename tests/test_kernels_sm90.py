@@ -88,7 +88,17 @@ def build(tmp_path, kernel, arguments, constants, **options):
 
 
 def product(
-    tmp_path, bits=4, kind="fp16", rows=16, height=64, warps=4, stages=3, group=128, symmetric=True, inline=True
+    tmp_path,
+    bits=4,
+    kind="fp16",
+    rows=16,
+    height=64,
+    warps=4,
+    stages=3,
+    group=128,
+    symmetric=True,
+    inline=True,
+    ahead=1,
 ):
     """`wq_mm` for up to `rows` rows, and the number of weights that a thread handles in one step of the loop."""
     pointers = {
@@ -101,9 +111,9 @@ def product(
         "counters_at": "*i32",
     }
     sizes = {"M": "i32", "N": "i32/16", "K": "i32/16", "tiles": "i32", "groups": "i32", "splits": "i32"}
-    config = wq_mm.Config(height, 4, warps, stages)
-    constants = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias=True) | {"INLINE": inline}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    config = wq_mm.Config(height, 4, warps, stages, ahead)
+    constants = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias=True, early=True) | {"INLINE": inline}
+    options = {name: constants.pop(name) for name in ("launch_pdl", "num_warps", "num_stages", "enable_fp_fusion")}
     machine = build(tmp_path, wq_mm._kernel, {**pointers, **sizes}, constants, **options)
     return machine, height * 512 / bits / (32 * warps)
 

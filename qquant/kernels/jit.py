@@ -10,6 +10,7 @@ arithmetic, inline assembly) each kernel avoids by a constexpr switch; INTERPRET
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,12 @@ from qquant.errors import UsageError
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc
 except ImportError:
     triton = None
-    tl = None
+    tl = gdc = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "jit", "kernel", "path", "tl"]
+__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "gdc", "jit", "kernel", "path", "starts_early", "tl"]
 
 AVAILABLE: bool = triton is not None
 INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
@@ -45,6 +47,16 @@ def jit(function: Callable[..., Any]) -> Any:
 def kernel(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
     """`triton.jit` for kernels whose integer arguments `sizes` are not worth a compilation for every special value."""
     return triton.jit(do_not_specialize=list(sizes)) if AVAILABLE else lambda function: function
+
+
+@functools.lru_cache
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels of this device may start before the one before them is done, and wait where they need its results.
+
+    Hopper and later can (programmatic dependent launch); in a captured graph the start of one kernel then hides behind the end
+    of another.
+    """
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def blocks(size: int, block: int) -> int:

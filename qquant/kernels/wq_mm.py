@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qquant.errors import UsageError
 from qquant.kernels.dequant import dequant
-from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, kernel, tl
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, gdc, jit, kernel, starts_early, tl
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
 
 MAX_ROWS = 64
@@ -70,12 +70,17 @@ def quantized_linear(
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut up: `rows` outputs a program, `splits` programs along K, warps and pipeline stages of each."""
+    """How a product is cut up: `rows` outputs a program, `splits` programs along K, warps and pipeline stages of each.
+
+    Fewer than four warps use the older matrix instruction, where every warp runs for itself, and pad up to 8 rows of x to 8.
+    `ahead`: a program asks for all its weights before it does anything else, so that they are in the L2 cache when it reads them.
+    """
 
     rows: int
     splits: int
     warps: int
     stages: int
+    ahead: int = 0
 
 
 @jit
@@ -106,6 +111,43 @@ def _dot(weights: tl.tensor, x: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def _ask_ahead(row_at: tl.tensor, count: tl.tensor, BULK: tl.constexpr) -> None:
+    """Start fetching `count` tiles from each address [BN] into the L2 cache."""
+    if BULK:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [row_at.to(tl.int64), (row_at.to(tl.int64) * 0).to(tl.int32) + count * 64],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        lines = tl.arange(0, 16)
+        for start in range(0, count, 32):
+            line = tl.minimum(start * 16 + lines * 32, count * 16 - 16)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [(row_at[:, None] + line[None, :]).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@jit
+def _begin(row_at: tl.tensor, count: tl.tensor, AHEAD: tl.constexpr, EARLY: tl.constexpr) -> None:
+    """Let the next kernel start, ask for this program's weights, then wait for the kernel before, which makes x."""
+    if EARLY:
+        gdc.gdc_launch_dependents()
+    if AHEAD:
+        _ask_ahead(row_at, count, AHEAD == 1)
+    if EARLY:
+        gdc.gdc_wait()
+
+
+@jit
 def _write(
     acc: tl.tensor,
     bias_at: tl.tensor,
@@ -118,6 +160,25 @@ def _write(
     if BIAS:
         acc += tl.load(bias_at + row).to(tl.float32)[:, None]
     tl.store(y_at + at, acc.to(y_at.dtype.element_ty), mask=inside)
+
+
+@jit
+def _last_to_arrive(counter_at: tl.tensor, splits: tl.tensor) -> tl.tensor:
+    """Announce this program's sums; whether all others are there. The counter is zero again after the last."""
+    tl.debug_barrier()  # every thread's sums are written before one thread announces them
+    arrived = tl.atomic_add(counter_at, 1, sem="acq_rel")
+    last = arrived == splits - 1
+    tl.store(counter_at, 0, mask=last)
+    return last
+
+
+@jit
+def _sum_of_parts(at: tl.tensor, inside: tl.tensor, stride: tl.tensor, splits: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """The sums of all programs of a block of rows, in the order of the programs."""
+    acc = tl.zeros_like(like)
+    for s in range(splits):
+        acc += tl.load(at + s * stride, mask=inside, other=0.0, cache_modifier=".cg")
+    return acc
 
 
 @kernel("M", "tiles", "groups", "splits")
@@ -147,6 +208,8 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     BIAS: tl.constexpr,
     INLINE: tl.constexpr,
     WIDE: tl.constexpr,  # interpreter: multiply in float32
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,  # started before the kernel before it is done
 ) -> None:
     TILE: tl.constexpr = 512 // BITS
     SPAN: tl.constexpr = TILE // PARTS  # columns of one dot
@@ -161,6 +224,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     share = (tiles + splits - 1) // splits
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
+    _begin(words_at + row * (tiles * 16) + first * 16, tl.maximum(last - first, 1), AHEAD, EARLY)
     acc = tl.zeros((BN, BM), tl.float32)
     param = tl.load(params_at + _group(row, first, groups, TILES_PER_GROUP))
     for t in tl.range(first, last, num_stages=STAGES):
@@ -181,27 +245,31 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT:
         tl.store(partial_at + tl.program_id(1) * M * N + at, acc, mask=inside)
-        tl.debug_barrier()  # every thread's sums are written before one thread announces them
-        arrived = tl.atomic_add(counters_at + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == splits - 1:
-            acc = tl.zeros((BN, BM), tl.float32)
-            for s in range(splits):
-                acc += tl.load(partial_at + s * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+        if _last_to_arrive(counters_at + tl.program_id(0), splits):
+            acc = _sum_of_parts(partial_at + at, inside, M * N, splits, acc)
             _write(acc, bias_at, row, y_at, at, inside, BIAS)
-            tl.store(counters_at + tl.program_id(0), 0)
     else:
         _write(acc, bias_at, row, y_at, at, inside, BIAS)
 
 
-def constants(
-    rows: int, columns: int, bits: int, group_size: int, config: Config, symmetric: bool, bias: bool
+def constants(  # noqa: PLR0913 a kernel has that many
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    config: Config,
+    symmetric: bool,
+    bias: bool,
+    early: bool = False,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for, besides the types and alignments of its arguments."""
     size = tile(bits)
     one_group = group_size == columns
-    return {
+    least = 8 if config.warps < 4 else 16
+    inline = not INTERPRETED and torch.version.hip is None
+    return ({"launch_pdl": True} if early else {}) | {
         "BN": config.rows,
-        "BM": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BM": next(height for height in (least, 16, 32, 64) if rows <= height),
         "SPLIT": config.splits > 1,
         "STAGES": config.stages,
         "BITS": bits,
@@ -210,8 +278,10 @@ def constants(
         "RAGGED": columns % size != 0,
         "SYMMETRIC": symmetric,
         "BIAS": bias,
-        "INLINE": not INTERPRETED and torch.version.hip is None,
+        "INLINE": inline,
         "WIDE": INTERPRETED,
+        "AHEAD": config.ahead if inline else 0,
+        "EARLY": early,
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
@@ -248,7 +318,16 @@ def launch(  # noqa: PLR0913 the operator's arguments and two more
         qweight.shape[1] // WORDS,
         params.shape[1],
         config.splits,
-        **constants(rows, columns, bits, group_size, config, params.dtype == torch.float16, bias is not None),
+        **constants(
+            rows,
+            columns,
+            bits,
+            group_size,
+            config,
+            params.dtype == torch.float16,
+            bias is not None,
+            starts_early(x.device),
+        ),
     )
     return y
 

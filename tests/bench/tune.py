@@ -21,7 +21,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from qquant.kernels import wq_mm
-from qquant.kernels.jit import blocks
+from qquant.kernels.jit import blocks, starts_early
 from qquant.kernels.unpack import WORDS, tile
 
 MODELS = {  # hidden, intermediate, key-value width
@@ -35,6 +35,7 @@ MODELS = {  # hidden, intermediate, key-value width
 }
 GROUP = 128
 SHAPES = ((64, 4), (128, 4), (128, 8), (256, 8))  # outputs of a program, warps
+NARROW = ((16, 1), (32, 1), (64, 1), (32, 2), (64, 2))  # the same for up to 16 rows of x: every warp by itself
 STAGES = {4: (3, 4, 6), 8: (4, 6, 8)}
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 COLD = 150e6  # bytes of weights behind one another: 2.5 times the L2 cache of an H200
@@ -159,15 +160,21 @@ def kernels_to_compile():
                 yield bits, group, symmetric, dtype, rows, True, wq_mm.Config(height, splits, warps, 4)
 
 
+def compile_one(bits, group, symmetric, dtype, rows, bias, config):
+    """Compile one kernel into Triton's cache on disk."""
+    params = torch.float16 if symmetric else torch.int32
+    sums = torch.float32 if config.splits > 1 else dtype
+    pointers = (dtype, torch.int32, params, dtype, dtype, sums, torch.int32)
+    sizes = (rows, 4096, 4096, 32, 32, config.splits)
+    early = starts_early(torch.device("cuda"))
+    fixed = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias, early)
+    wq_mm._kernel.warmup(*pointers, *sizes, grid=(1,), **fixed)
+
+
 def compile_share(index, count):
     """Compile every `count`-th kernel from `index` on; processes beside this one compile the others."""
-    for bits, group, symmetric, dtype, rows, bias, config in list(kernels_to_compile())[index::count]:
-        params = torch.float16 if symmetric else torch.int32
-        sums = torch.float32 if config.splits > 1 else dtype
-        pointers = (dtype, torch.int32, params, dtype, dtype, sums, torch.int32)
-        sizes = (rows, 4096, 4096, 32, 32, config.splits)
-        fixed = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias)
-        wq_mm._kernel.warmup(*pointers, *sizes, grid=(1,), **fixed)
+    for job in list(kernels_to_compile())[index::count]:
+        compile_one(*job)
 
 
 def compile_all(workers):
