@@ -21,9 +21,9 @@ from qquant.artifact import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import resolve
 from qquant.errors import InputError, NumericalError, UsageError
-from qquant.formats.gguf import GgufSource
 from qquant.formats.gguf_container import Header
 from qquant.formats.gguf_metadata import CONTROL, USER_DEFINED
+from qquant.formats.gguf_source import GgufSource
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

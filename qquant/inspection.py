@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from qquant.checkpoint import read_tensors
 from qquant.formats import detect, gguf_types
-from qquant.formats.gguf_container import nbytes, read_header
+from qquant.formats.gguf_container import Header, nbytes, read_header
+from qquant.formats.gguf_shards import parts, read_model
 from qquant.untrusted import read_json
 
 LONG = 8  # array values shown
@@ -23,23 +25,37 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    header = read_header(path)
-    facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
+    """The whole model, if all of its parts are there; else this file."""
+    files = parts(path)
+    whole = all(file.is_file() for file in files)
+    header = read_model(path) if whole else read_header(path)
+    if not whole:
+        files = (path,)
+    facts: dict[str, Any] = {"file": str(files[0])} | ({"parts": len(files)} if len(files) > 1 else {})
+    facts["bytes"] = sum(file.stat().st_size for file in files)
     for field in header.fields.values():
         array = field.kind.startswith("[")
         facts[field.key] = f"{field.kind} of {len(field.value)}: {field.value[:LONG]}" if array else field.value
-    kinds = {kind.ggml_id: kind for kind in gguf_types.TYPES.values()}
-    ordered = sorted(header.tensors.values(), key=lambda tensor: tensor.offset)
-    tensors = [
+    tensors = [row for file in files for row in _rows(file, header)]
+    weights = sum(math.prod(row["shape"]) for row in tensors)
+    if weights:
+        facts["bits per weight"] = round(8 * sum(row["bytes"] for row in tensors) / weights, 3)
+    return {"facts": facts, "tensors": tensors}
+
+
+def _rows(file: Path, header: Header) -> list[dict[str, Any]]:
+    """The tensors of `file` in the order of their data."""
+    kinds = {kind.ggml_id: kind.name for kind in gguf_types.TYPES.values()}
+    ordered = sorted((t for t in header.tensors.values() if t.path == file), key=lambda tensor: tensor.offset)
+    return [
         {
             "name": tensor.name,
             "shape": list(tensor.shape),
-            "type": kinds[tensor.type_id].name if tensor.type_id in kinds else f"type {tensor.type_id}",
+            "type": kinds.get(tensor.type_id, f"type {tensor.type_id}"),
             "bytes": nbytes(tensor),
         }
         for tensor in ordered
     ]
-    return {"facts": facts, "tensors": tensors}
 
 
 def _folder(path: Path) -> dict[str, Any]:

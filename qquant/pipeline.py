@@ -20,6 +20,7 @@ from qquant.checks import llama_cpp
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import Candidate, HeldOut, earlier_release, held_out, record, require_same_shape, review
 from qquant.formats import detect, kind_of_file
+from qquant.formats.gguf_shards import parts
 from qquant.formats.imatrix import Imatrix
 from qquant.gates import is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
@@ -88,7 +89,7 @@ def check(
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:
-        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+        size = sum(file.stat().st_size for file in (parts(path) if path.is_file() else path.glob("*.safetensors")))
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
         candidates.append(

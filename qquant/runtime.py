@@ -32,7 +32,7 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.decoder import HEAD_ROWS
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
-from qquant.formats.gguf import GgufSource
+from qquant.formats.gguf_source import GgufSource
 from qquant.kernels import cpu_int4, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import check_group, repack

@@ -8,7 +8,7 @@ from gguf.metadata import Metadata
 from gguf.utility import size_label
 
 from qquant.checkpoint import Checkpoint
-from qquant.errors import InputError, UsageError
+from qquant.errors import InputError
 from qquant.formats import FORMATS, gguf_metadata
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
@@ -130,13 +130,6 @@ def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
         value = reader.get_field(key).contents()
         assert (value == field.value) if not isinstance(value, float) else value == pytest.approx(field.value)
     assert [tensor.name for tensor in ours.tensors.values()] == [tensor.name for tensor in reader.tensors]
-
-
-def test_a_file_over_the_limit_is_refused_before_work(make_checkpoint):
-    limited = load("demo").model_copy(update={"gguf_split_size": 1_000_000})
-    spec = GgufArtifact(name="x", format="gguf", type="q8_0")
-    with pytest.raises(UsageError, match=r"model-q8_0\.gguf takes [\d,]+ bytes, gguf_split_size is 1,000,000"):
-        FORMATS["gguf"].plan(Checkpoint.open(make_checkpoint()), spec, limited, "model")
 
 
 def test_token_beyond_the_vocabulary_is_refused(make_checkpoint):

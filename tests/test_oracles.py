@@ -321,9 +321,12 @@ def converted(tmp_path_factory):
 def differences(ours, theirs):
     """What differs between two GGUF files, by name; empty: not a byte."""
     mine, other = read_header(ours), read_header(theirs)
-    found = [key for key in {**mine.fields, **other.fields} if mine.fields.get(key) != other.fields.get(key)] + [
-        name for name in {**mine.tensors, **other.tensors} if mine.tensors.get(name) != other.tensors.get(name)
+    placed = [
+        {name: (tensor.shape, tensor.type_id, tensor.offset) for name, tensor in header.tensors.items()}
+        for header in (mine, other)
     ]
+    found = [key for key in {**mine.fields, **other.fields} if mine.fields.get(key) != other.fields.get(key)]
+    found += [name for name in {**placed[0], **placed[1]} if placed[0].get(name) != placed[1].get(name)]
     if list(mine.fields) != list(other.fields):
         found.append(f"order of fields: {list(mine.fields)} | {list(other.fields)}")
     if list(mine.tensors) != list(other.tensors):
@@ -378,6 +381,32 @@ def test_an_importance_matrix_of_llama_imatrix_gives_the_same_file(built, conver
             source = converted(built.checkpoint)
             run_tool("llama-quantize", "--imatrix", given.name, source, theirs, kind, folder=tmp_path)
             assert differences(ours.gguf(kind), theirs) == []
+
+
+@needs("llama")
+@pytest.mark.parametrize(("kind", "limit"), [("q8_0", 3), ("q4_0", 2), ("f16", 5)])
+def test_gguf_split_writes_the_same_parts(built, kind, limit, tmp_path):
+    """Of the whole file, by size; llama.cpp loads the model from the first part, and merges ours to the whole file."""
+    text = EVERYTHING.replace("calibration:", f"gguf_split_size: {limit}000000\ncalibration:", 1)
+    ours = build(built.checkpoint, tmp_path / "ours", text, "--only", f"gguf-{kind}").out
+    files = sorted(ours.glob("*-GGUF/*.gguf"))
+    prefix = files[0].name.removesuffix(f"-00001-of-{len(files):05d}.gguf")
+    run_tool("llama-gguf-split", "--split", "--split-max-size", f"{limit}M", built.gguf(kind), tmp_path / prefix)
+    theirs = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) > 1
+    assert [file.name for file in files] == [file.name for file in theirs]
+    assert [differences(mine, other) for mine, other in zip(files, theirs, strict=True)] == [[]] * len(files)
+    logits = []
+    for number, path in enumerate((built.gguf(kind), files[0])):
+        run("llama", "llama_logits.py", path, built.tokens, tmp_path / f"{number}.safetensors")
+        logits.append(load_file(tmp_path / f"{number}.safetensors")["logits"])
+    assert torch.equal(*logits)
+    run_tool("llama-gguf-split", "--merge", files[0], tmp_path / "merged")
+    whole, merged = read_header(built.gguf(kind)), read_header(tmp_path / "merged")
+    assert {key: field for key, field in merged.fields.items() if not key.startswith("split.")} == whole.fields
+    assert [(t.name, t.shape, t.type_id) for t in merged.tensors.values()] == [
+        (t.name, t.shape, t.type_id) for t in whole.tensors.values()
+    ]
 
 
 @needs("llama")

@@ -21,8 +21,8 @@ from qquant.calibration.template import FAILURES, Template
 from qquant.checkpoint import Checkpoint, card_head
 from qquant.errors import InputError
 from qquant.formats import gguf_container, imatrix
-from qquant.formats.gguf import GgufSource
 from qquant.formats.gguf_container import Field, header_bytes, read_header
+from qquant.formats.gguf_source import GgufSource
 from qquant.plan import Plan
 from tests.conftest import SMALL
 from tests.test_checkpoint import GOOD, edit_config, low_rank, write_adapter, write_raw

@@ -41,7 +41,7 @@ from qquant.checkpoint import WeightSource
 from qquant.checks.fidelity import Progress, Scored, final_states, plain_block
 from qquant.decoder import Block
 from qquant.errors import EnvironmentMissingError, InputError
-from qquant.formats.gguf import GgufSource
+from qquant.formats.gguf_source import GgufSource
 
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the largest that are kept

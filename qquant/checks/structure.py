@@ -26,7 +26,7 @@ from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.families import Family, ModelConfig
 from qquant.formats import detect
-from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf_shards import read_model
 from qquant.untrusted import read_json
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
@@ -197,7 +197,7 @@ def _tokenizer(mine: Tokenizer, theirs: Tokenizer) -> list[str]:
 
 
 def _gguf(path: Path, tokenizer: Tokenizer) -> list[str]:
-    fields: dict[str, Any] = {entry.key: entry.value for entry in read_header(path).fields.values()}
+    fields: dict[str, Any] = {entry.key: entry.value for entry in read_model(path).fields.values()}
     found = []
     eos = fields.get("tokenizer.ggml.eos_token_id")
     if eos is not None and eos not in tokenizer.eos:

@@ -10,8 +10,8 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError
 from qquant.formats.awq import Awq
 from qquant.formats.gguf import Gguf
-from qquant.formats.gguf_container import read_header
 from qquant.formats.gguf_mix import FILE_TYPES
+from qquant.formats.gguf_shards import read_model
 from qquant.formats.gptq import Gptq
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
@@ -90,7 +90,7 @@ def kind_of_file(path: Path) -> str:
         InputError: it is damaged.
     """
     if detect(path) == "gguf":
-        number = read_header(path).value("general.file_type")
+        number = read_model(path).value("general.file_type")
         return next((name for name, known in FILE_TYPES.items() if known == number), "")
     quantization = read_json(path / "config.json").get("quantization_config")
     bits = quantization.get("bits", quantization.get("w_bit")) if isinstance(quantization, dict) else None

@@ -54,12 +54,13 @@ class Field:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a GGUF file; `shape` in the order of rows and columns (slowest first), `offset` absolute."""
+    """A tensor of the GGUF file `path`; `shape` in the order of rows and columns (slowest first), `offset` absolute."""
 
     name: str
     shape: tuple[int, ...]
     type_id: int
     offset: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class _Reader:
         if not 1 <= dimensions <= 4:
             raise self.fail(f"tensor {name[:80]!r} with {dimensions} dimensions")
         shape = tuple(reversed([self.unpack("<Q") for _ in range(dimensions)]))
-        found = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"))
+        found = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"), self.path)
         if not 1 <= math.prod(shape) < 1 << 60:
             raise self.fail(f"tensor {name[:80]!r} of shape {shape}")
         if found.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[found.type_id][0]:
@@ -209,7 +210,8 @@ def read_header(path: Path) -> Header:
         alignment = _alignment(reader, named)
         data = -(-file.tell() // alignment) * alignment
     absolute = {
-        name: StoredTensor(name, tensor.shape, tensor.type_id, data + tensor.offset) for name, tensor in placed.items()
+        name: StoredTensor(name, tensor.shape, tensor.type_id, data + tensor.offset, path)
+        for name, tensor in placed.items()
     }
     _require_places(path, list(absolute.values()), data, alignment, reader.size)
     return Header(named, absolute, data)

@@ -359,7 +359,9 @@ class Recipe(_Strict):
     artifacts: tuple[ArtifactSpec, ...] = Field(min_length=1, max_length=100, description="what is built, in order")
     checks: Checks = Field(default=Checks(), description="what the artifacts are compared on")
     shard_size: int = Field(default=4 * 10**9, ge=10**6, le=10**15, description="most bytes per safetensors file")
-    gguf_split_size: int = Field(default=45 * 10**9, ge=10**6, le=10**15, description="most bytes per GGUF file")
+    gguf_split_size: int = Field(
+        default=45 * 10**9, ge=10**6, le=10**15, description="most bytes of tensors per GGUF file"
+    )
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -25,8 +25,8 @@ with atheris.instrument_imports(include=["qquant", "json"]):
     from qquant.checkpoint import _indexed
     from qquant.errors import InputError
     from qquant.families import FAMILIES, family_of, parse_config
-    from qquant.formats.gguf import GgufSource
     from qquant.formats.gguf_container import Field, header_bytes, read_header
+    from qquant.formats.gguf_source import GgufSource
     from qquant.untrusted import read_json, refuse_hooks
 
 MEMORY, SECONDS = 2 << 30, 5.0

@@ -1,0 +1,146 @@
+"""The weights in a GGUF model of any tool, dequantized tensor by tensor; in one file or in parts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant.errors import InputError
+from qquant.families import FAMILIES, Family, ModelConfig, require_bounds
+from qquant.formats import gguf_types
+from qquant.formats.gguf_container import Header, StoredTensor
+from qquant.formats.gguf_shards import read_model
+from qquant.resources import lazy
+from qquant.safetensors_file import TensorInfo, read_bytes
+from qquant.tensor import Integers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+TYPE_NAMES = {kind.ggml_id: name for name, kind in gguf_types.TYPES.items()}
+RUNTIME_BITS = {
+    "q4_0": 4,
+    "q5_0": 8,
+    "q8_0": 8,
+}  # types that `GgufSource.integers` gives, and the width it gives them in
+
+
+def nbytes(type_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that type."""
+    kind = gguf_types.TYPES[type_name]
+    return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
+
+
+@dataclass
+class GgufSource:
+    """Weights of a GGUF model by their checkpoint names, dequantized one tensor at a time."""
+
+    path: Path
+    family: Family
+    config: ModelConfig
+    header: Header
+
+    @classmethod
+    def open(cls, path: Path) -> GgufSource:
+        """Read and verify the header; see `Gguf.read`."""
+        header = read_model(path)
+        arch = header.value("general.architecture")
+        family = next((family for family in FAMILIES.values() if family.gguf_architecture == arch), None)
+        if family is None:
+            raise InputError(
+                f"{path}: architecture {arch!r}; qquant reads {', '.join(repr(f.gguf_architecture) for f in FAMILIES.values())}"
+            )
+        source = cls(path, family, _config(path, header), header)
+        source.verify()
+        return source
+
+    def verify(self) -> None:
+        """Raise InputError unless every tensor is there, of a known type, with its data inside the file."""
+        expected = {self.family.gguf_name(name): shape for name, shape in self.family.shapes(self.config).items()}
+        for name, shape in expected.items():
+            found = self.header.tensors.get(name)
+            if found is None or found.shape != shape:
+                raise InputError(
+                    f"{self.path}: tensor {name} is {list(found.shape) if found else 'missing'}; expected {list(shape)}"
+                )
+        for tensor in self.header.tensors.values():
+            if tensor.type_id not in TYPE_NAMES:
+                raise InputError(
+                    f"{self.path}: tensor {tensor.name} has type {tensor.type_id}; qquant reads {', '.join(gguf_types.TYPES)}"
+                )
+
+    def tensor(self, name: str) -> Tensor:
+        """float32, dequantized."""
+        stored = self._stored(name)
+        return self._rows(stored, 0, math.prod(stored.shape[:-1])).view(stored.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop, float32."""
+        return self._rows(self._stored(name), start, stop)
+
+    def integers(self, name: str, device: torch.device) -> Integers | None:
+        """Matrix `name` for the operators of a runtime; None if its type has no scale of its own in every group.
+
+        q4_0, q5_0 and q8_0 are fp16 scales times integers, which is what those operators take. The others are left out: the scales
+        of K-quants are products that fp16 does not hold, and the affine types have zero points that are not whole.
+        """
+        stored = self._stored(name)
+        kind = TYPE_NAMES[stored.type_id]
+        if kind not in RUNTIME_BITS:
+            return None
+        codes, params = gguf_types.unpack(self._blocks(stored, 0, math.prod(stored.shape[:-1])).to(device), kind)
+        bits = RUNTIME_BITS[kind]
+        codes += (1 << (bits - 1)) - gguf_types.TYPES[kind].centre
+        return Integers(codes, params.d, None, bits)
+
+    def stored_as(self, name: str) -> str:
+        """For people: the file's type of `name`."""
+        return TYPE_NAMES[self._stored(name).type_id]
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name == self.family.head and self.config.tied:
+            name = self.family.embedding
+        return self.header.tensors[self.family.gguf_name(name)]
+
+    def _rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        return gguf_types.dequantize(self._blocks(stored, start, stop), TYPE_NAMES[stored.type_id])
+
+    def _blocks(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        kind = TYPE_NAMES[stored.type_id]
+        row = nbytes(kind, stored.shape[-1:])
+        info = TensorInfo(stored.name, "U8", stored.shape, stored.path, stored.offset, nbytes(kind, stored.shape))
+        return torch.frombuffer(read_bytes(info, start * row, stop * row), dtype=torch.uint8).view(stop - start, row)
+
+
+def _config(path: Path, header: Header) -> ModelConfig:
+    arch = header.value("general.architecture")
+
+    def number(key: str, default: Any = None) -> Any:
+        value = header.value(f"{arch}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise InputError(f"{path}: {arch}.{key} is {str(value)[:80]!r}; expected a positive number")
+        return value
+
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(f"{path}: tensor token_embd.weight is missing")
+    config = ModelConfig(
+        hidden=hidden,
+        intermediate=number("feed_forward_length"),
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv"),
+        head_dim=number("attention.key_length", max(1, hidden // heads)),
+        vocab=embedding.shape[0],
+        tied="output.weight" not in header.tensors,
+        epsilon=number("attention.layer_norm_rms_epsilon"),
+        rope_theta=number("rope.freq_base", 10000.0),
+        positions=number("context_length"),
+    )
+    return require_bounds(config, str(path))
