@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_children():
+    """A new process for every check would cost minutes; tests/test_loading.py starts it, and so does the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda paths: {}))
+        yield
 
 
 @pytest.fixture(scope="session")

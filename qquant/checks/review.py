@@ -21,7 +21,7 @@ from qquant import calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
-from qquant.checks import evidence, gate, sanity, structure
+from qquant.checks import evidence, gate, loading, sanity, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Scored, first_scored, measure
 from qquant.checks.structure import Remembered, Watched
@@ -157,6 +157,10 @@ def review(
         require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
+    unloaded = loading.faults([candidate.path for candidate in candidates])
+    for candidate in candidates:
+        if candidate.path in unloaded:
+            faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
     found = _read(baseline, candidates, sources, text, device, progress)
     for name, watched in sources.items():
         faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())

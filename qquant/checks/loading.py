@@ -1,0 +1,100 @@
+"""Whether an artifact loads in a clean process, as a user's program would: another interpreter, nothing of ours imported before.
+
+    transformers   config, generation config and tokenizer of the folder, or of the GGUF file, without network and without remote code
+    qquant.load    the model on its packed weights, one forward pass, finite logits over the whole vocabulary; where the model does
+                   not fit in memory, the first block and some rows of the head instead
+
+A child process takes the artifacts in turn and says one line after each. One that is missing failed: by an error (its last line is the
+finding), a signal, or the limit of time. The rest go on in a new child. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60  # that a child may take to start, and for each artifact besides
+BYTES_A_SECOND = 20_000_000  # read, repacked and multiplied once, on the slowest machine
+TEXT = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2"
+HOME = str(Path(__file__).parents[2])  # where the child finds qquant
+TOKENIZERS = ("tokenizer.json", "vocab.json")
+
+
+def faults(paths: Sequence[Path], seconds: float = SECONDS) -> dict[Path, str]:
+    """What keeps each of `paths` from loading; those that load are missing."""
+    left, found = list(paths), dict[Path, str]()
+    while left:
+        done, problem = _child(left, seconds)
+        left = left[done:]
+        if left:
+            found[left.pop(0)] = problem
+    return found
+
+
+def _child(paths: Sequence[Path], seconds: float) -> tuple[int, str]:
+    """(how many of `paths` loaded, what happened to the next)."""
+    limit = sum((seconds + _size(path) / BYTES_A_SECOND for path in paths), seconds)
+    command = [sys.executable, "-m", "qquant.checks.loading", *(str(path.absolute()) for path in paths)]
+    places = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        ended = subprocess.run(command, cwd="/", env=environment, check=False, capture_output=True, timeout=limit)
+    except subprocess.TimeoutExpired as slow:
+        return (slow.stdout or b"").count(b"\n"), f"not loaded after {limit:.0f} s"
+    done = ended.stdout.count(b"\n")
+    if ended.returncode < 0:
+        return done, f"the process died of {signal.Signals(-ended.returncode).name}"
+    said = ended.stderr.decode(errors="replace").strip().splitlines()
+    return done, said[-1] if said else f"the process ended with {ended.returncode}"
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Do what the head of this file says with one artifact; whatever goes wrong is raised. What was loaded, for people."""
+    import torch
+    import transformers
+
+    from qquant import runtime
+    from qquant.artifact import open_weights
+
+    folder, where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **where)
+    ids = [0]
+    if where or any((folder / name).is_file() for name in TOKENIZERS):
+        ids = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)(TEXT).input_ids
+    if (folder / "generation_config.json").is_file():
+        transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if 3 * _size(path) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        source = open_weights(path)
+        tensors = [source.tensor(name) for name in source.family.block_shapes(source.config, 0)]
+        values = torch.cat([tensor.flatten().float() for tensor in (*tensors, source.rows(source.family.head, 0, 64))])
+        what = "first block"
+    else:
+        with torch.no_grad():
+            values = runtime.load(path, "cpu")(torch.tensor([ids])).logits[0, -1].float()
+        what = "whole model"
+        if len(values) < config.vocab_size:
+            raise ValueError(f"{len(values)} logits, config.json has a vocabulary of {config.vocab_size}")
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{what}: values that are not finite")
+    return {"loaded": what, "tokens": len(ids)}
+
+
+def main() -> None:
+    """The child: a line for each path that loads; the first that does not ends it."""
+    for path in sys.argv[1:]:
+        sys.stdout.write(json.dumps({"path": path} | load(Path(path))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
