@@ -188,6 +188,12 @@ class GgufModel:
     first: str
     type: str
     parts: int
+    modelfile: str | None  # for Ollama, if there is one
+
+    @property
+    def whole(self) -> str:
+        """Name of the file, or of what its parts are joined to."""
+        return GGUF_FILE.sub(f"-{self.type}.gguf", self.first)
 
 
 def gguf_files(manifest: Mapping[str, Any]) -> list[GgufModel]:
@@ -197,7 +203,9 @@ def gguf_files(manifest: Mapping[str, Any]) -> list[GgufModel]:
         for name in entry["files"]:
             match = GGUF_FILE.search(name)
             if match and match["part"] in (None, "00001"):
-                found.append(GgufModel(name, match["type"], int(match["parts"] or 1)))
+                modelfile = f"Modelfile-{match['type']}"
+                given = modelfile if modelfile in entry["files"] else None
+                found.append(GgufModel(name, match["type"], int(match["parts"] or 1), given))
     return found
 
 

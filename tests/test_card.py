@@ -117,11 +117,23 @@ def test_commands_name_this_repository_and_its_files(build):
 
 def test_split_files_are_named_by_their_first_part(tmp_path):
     parts = [f"qwen1_5-test-chat-q8_0-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
-    text = text_of(releases(write_build(tmp_path / "b", contents={GGUF: {"q8_0": parts}}))[GGUF])
+    files = [*parts, "Modelfile-q8_0"]
+    text = text_of(releases(write_build(tmp_path / "b", contents={GGUF: {"q8_0": files}}))[GGUF])
     assert f"--hf-file {parts[0]}" in text
     assert parts[1] not in text
     assert "3 parts" in text
-    assert "ollama" not in text  # it does not read split files
+    assert "ollama run" not in text  # it does not read split files
+    whole = "qwen1_5-test-chat-q8_0"
+    assert f"llama-gguf-split --merge {parts[0]} {whole}.gguf" in text
+    assert f"ollama create {whole} -f Modelfile-q8_0" in text
+
+
+def test_commands_for_a_folder_that_has_the_file(tmp_path):
+    files = ["qwen1_5-test-chat-q8_0.gguf", "Modelfile-q8_0"]
+    lines = text_of(releases(write_build(tmp_path / "b", contents={GGUF: {"q8_0": files}}))[GGUF]).split("\n")
+    for program in ("llama-cli -m", "llamafile -m", "lms import"):
+        assert any(line.startswith(f"{program} {files[0]}") for line in lines)
+    assert "ollama create qwen1_5-test-chat-q8_0 -f Modelfile-q8_0" in lines
 
 
 def test_table_conditions_and_origin(build):

@@ -25,6 +25,7 @@ from qquant.formats.gguf_metadata import metadata
 from qquant.formats.gguf_shards import Shard, split
 from qquant.formats.gguf_source import GgufSource, nbytes
 from qquant.formats.imatrix import Imatrix
+from qquant.formats.ollama import modelfile
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
@@ -56,7 +57,7 @@ class Gguf:
     def plan(
         self, checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
     ) -> PlannedArtifact:
-        """The file, or its parts, to the byte."""
+        """The file, or its parts, to the byte, and a Modelfile for Ollama."""
         family, config = checkpoint.family, checkpoint.config
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
@@ -66,11 +67,12 @@ class Gguf:
         sizes = {tensor: nbytes(types[tensor], shapes[tensor]) for tensor in types}
         entries = [(tensor, shapes[tensor], gguf_types.TYPES[types[tensor]].ggml_id, sizes[tensor]) for tensor in types]
         shards = split(stem(name, spec.type), fields, entries, recipe.gguf_split_size)
+        model = modelfile(checkpoint.path, stem(name, spec.type), spec.type, [shard.name for shard in shards])
         return PlannedArtifact(
             name=spec.name,
             spec=spec,
             folder=f"{name}-GGUF",
-            files=tuple(_planned(shard, types) for shard in shards),
+            files=(*(_planned(shard, types) for shard in shards), model),
             parameters=family.parameters(config),
             grids={names[tensor]: type_name for tensor, type_name in types.items()},
             fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in mix.fallbacks),
