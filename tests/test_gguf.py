@@ -118,7 +118,8 @@ def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
     planned = FORMATS["gguf"].plan(
         Checkpoint.open(make_checkpoint()), GgufArtifact(name="x", format="gguf", type="q8_0"), load("demo"), "model"
     )
-    (file,) = planned.files
+    file, modelfile = planned.files
+    assert modelfile.name == "Modelfile-q8_0"
     path = tmp_path / file.name
     path.write_bytes(file.head + b"\0" * (file.size - len(file.head)))
     reader = GGUFReader(path)
