@@ -363,6 +363,13 @@ def linears(source: WeightSource, layer: int, device: torch.device, dtype: torch
     }
 
 
+def ends(source: WeightSource, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Linear]:
+    """The token embedding and the output head."""
+    loader = _Loader(source, device, dtype)
+    embedding = loader.embedding()
+    return embedding, loader.head(embedding)
+
+
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, module)
