@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from qquant.kernels import dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, dequant, gptq_block, gram, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
 
@@ -167,6 +167,58 @@ def accumulated(rows, columns, dtype):
     return relative(h, expected), 1e-6
 
 
+def normed(rows, width, add):
+    x, y, weight = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
+    total, norm = between.launch_add_norm(guarded(x), guarded(y) if add else None, guarded(weight), 1e-6)
+    expected = (x + y if add else x).double()
+    assert torch.equal(total, expected.half())
+    truth = expected * (expected.square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    return relative(norm, truth), 5e-4
+
+
+def rotated(rows, heads, kv, width, position):
+    """Angles by complex numbers: the pair (i, i + d/2) is one."""
+    qkv = torch.randn(rows, (heads + 2 * kv) * width).half()
+    keys, values = (guarded(torch.zeros(kv, 20, width).half()) for _ in range(2))
+    angle = torch.rand(20, width // 2)
+    table = torch.cat((angle.cos(), angle.sin()), 1)
+    query = between.launch_rotate(
+        guarded(qkv), guarded(table), guarded(torch.tensor([position], dtype=torch.int32)), keys, values
+    )
+    parts = qkv.double().view(rows, -1, width)
+    pairs = torch.complex(parts[..., : width // 2], parts[..., width // 2 :])
+    turned = pairs * torch.exp(1j * angle[position : position + rows, None].double())
+    truth = torch.cat((turned.real, turned.imag), -1)
+    stored = slice(position, position + rows)
+    assert torch.equal(values[:, stored].transpose(0, 1), qkv.view(rows, -1, width)[:, heads + kv :])
+    for cache in (keys, values):
+        assert not bool(cache[:, :position].any()) and not bool(cache[:, position + rows :].any()), (
+            "other places written"
+        )
+    error = relative(query.view(rows, heads, width), truth[:, :heads])
+    return max(error, relative(keys[:, stored].transpose(0, 1), truth[:, heads : heads + kv])), 5e-4
+
+
+def attended(heads, kv, width, position, splits):
+    query = torch.randn(1, heads * width).half()
+    keys, values = torch.randn(kv, 80, width).half(), torch.randn(kv, 80, width).half()
+    keys[:, position + 1 :] = values[:, position + 1 :] = float("nan")
+    counters = guarded(torch.zeros(heads, dtype=torch.int32))
+    between._counters = lambda _: counters
+    place = guarded(torch.tensor([position], dtype=torch.int32))
+    out = between.launch_attend(guarded(query), guarded(keys), guarded(values), place, splits)
+    assert int(counters.abs().max()) == 0, "counters are not zero after the call"
+    k, v = (t[:, : position + 1].double().repeat_interleave(heads // kv, 0) for t in (keys, values))
+    scores = torch.einsum("hd,hcd->hc", query.double().view(heads, width), k) * width**-0.5
+    return relative(out.view(heads, width), torch.einsum("hc,hcd->hd", scores.softmax(1), v)), 5e-4
+
+
+def gated(rows, width):
+    both = torch.randn(rows, 2 * width).half()
+    g, u = both.double().chunk(2, 1)
+    return relative(between.launch_gate(guarded(both)), g / (1 + (-g).exp()) * u), 1e-3
+
+
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 CASES = {
     "wq_mm 4 bit, 1 row, 43 groups of 32, 4 splits": partial(product, 1, 16, 43, 32, 4, True, 4),
@@ -195,6 +247,13 @@ CASES = {
     "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
     "group_search 256 levels, symmetric, groups of 96": partial(searched, 20, 2, 96, 256, True),
     "gram 16 bit, ragged": partial(accumulated, 130, 200, HALF),
+    "add_norm": partial(normed, 3, 352, True),
+    "add_norm, nothing to add": partial(normed, 2, 100, False),
+    "rotate, 3 rows, grouped": partial(rotated, 3, 4, 2, 32, 5),
+    "rotate, one row at the start": partial(rotated, 1, 2, 2, 64, 0),
+    "attend, grouped, 8 splits": partial(attended, 4, 2, 32, 70, 8),
+    "attend, fewer positions than splits": partial(attended, 2, 2, 64, 2, 8),
+    "gate": partial(gated, 3, 300),
     "gram bfloat16, one row": partial(accumulated, 1, 64, BRAIN),
 }
 

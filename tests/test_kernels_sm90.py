@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qquant.kernels import dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, dequant, gptq_block, gram, group_search, wq_mm
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs triton")
 from triton.backends.compiler import GPUTarget
@@ -215,3 +215,44 @@ def test_gram(side, warps, tmp_path):
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8
     assert machine.shared <= 227 * 1024
     assert len(loop) <= 140
+
+
+BETWEEN = {
+    "add_norm": (
+        between._add_norm_kernel,
+        {"x_at": "*bf16", "y_at": "*bf16", "weight_at": "*bf16", "sum_at": "*bf16", "norm_at": "*bf16"}
+        | {"H": "i32/16", "epsilon": "fp32"},
+        {"WIDTH": 4096, "ADD": True},
+        16,
+    ),
+    "rotate": (
+        between._rotate_kernel,
+        {"qkv_at": "*bf16", "table_at": "*fp32", "position_at": "*i32", "q_at": "*bf16", "keys_at": "*bf16"}
+        | {"values_at": "*bf16", "capacity": "i32"},
+        {"HEADS": 32, "KV": 32, "HALF": 64},
+        1,
+    ),
+    "attend": (
+        between._attend_kernel,
+        {"q_at": "*bf16", "keys_at": "*bf16", "values_at": "*bf16", "position_at": "*i32", "out_at": "*bf16"}
+        | {"share_at": "*fp32", "counters_at": "*i32", "capacity": "i32", "scale": "fp32"},
+        {"GROUP": 1, "WIDTH": 128, "PARTS": between.SPLITS, "BLOCK": between.SPAN},
+        4,
+    ),
+    "gate": (
+        between._gate_kernel,
+        {"from_at": "*bf16", "to_at": "*bf16", "size": "i32/16"},
+        {"BLOCK": 256},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_between_products(name, tmp_path):
+    """Nothing spills, and each waits for the kernel before it once, after it let the next one start."""
+    kernel, arguments, constants, warps = BETWEEN[name]
+    machine = build(tmp_path, kernel, arguments, constants | {"EARLY": True}, num_warps=warps, launch_pdl=True)
+    assert machine.stack == 0
+    assert machine.registers <= 128
+    assert machine.count("^PREEXIT") == machine.count("^ACQBULK") == 1

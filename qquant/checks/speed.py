@@ -41,9 +41,11 @@ from torch.utils._pytree import tree_leaves
 from qquant import runtime
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint, WeightSource
-from qquant.checks.stepping import Stepper, capture, read_weights
+from qquant.checks.stepping import Stepper, Weights, capture, read_weights
 from qquant.errors import UsageError
-from qquant.formats.gguf import GgufSource
+from qquant.families import ModelConfig
+from qquant.formats.gguf_shards import parts
+from qquant.formats.gguf_source import GgufSource
 from qquant.report import Pace, SpeedReport
 
 Progress = Callable[[str, int, int], None]
@@ -100,26 +102,25 @@ class Stepped:
     """A model in this runtime."""
 
     def __init__(
-        self, source: WeightSource, settings: Settings, device: torch.device, dtype: torch.dtype, copies: int | None = None
+        self, config: ModelConfig, weights: Weights, settings: Settings, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.settings, self.device = settings, device
-        before = _allocated(device)
-        weights = read_weights(source, device, dtype)
-        self.stepper = Stepper(source.config, weights, settings.prompt + settings.steps + 1, device, dtype)
+        before = _allocated(device) - weights.bytes_held()
+        self.stepper = Stepper(config, weights, settings.prompt + settings.steps + 1, device, dtype)
         generator = torch.Generator().manual_seed(SEED)
-        self.ids = torch.randint(0, source.config.vocab, (settings.prompt,), generator=generator).to(device)
+        self.ids = torch.randint(0, config.vocab, (settings.prompt,), generator=generator).to(device)
         self.weights, self.cache = weights.bytes_held(), self.stepper.cache_bytes()
         context = (settings.prompt + settings.steps / 2) / self.stepper.capacity
         self.read = weights.bytes_read() + int(self.cache * context)
         self.peak = self._worst_moment(before)
         steppers = [self.stepper]
-        for _ in range(1, _copies(weights.bytes_read(), device) if copies is None else copies):
+        for _ in range(1, _copies(weights.bytes_read(), device)):
             steppers.append(self.stepper.with_copied_weights())
         self.steps = [_captured(stepper.step, device) for stepper in steppers]
         self.prefills = [_captured(partial(stepper.prefill, self.ids), device) for stepper in steppers]
         self.turn = 0
         name = str(dtype).removeprefix("torch.")
-        first = next(module for module in _modules(weights) if isinstance(module, runtime.Linear))
+        first = next(module for module in weights.modules() if isinstance(module, runtime.Linear))
         self.runtime = f"{first.path}; {'captured graph' if device.type == 'cuda' else 'eager'}, {name}"
 
     def _worst_moment(self, before: int) -> int:
@@ -158,11 +159,6 @@ class Stepped:
             torch.cuda.synchronize(self.device)
 
 
-def _modules(weights: Any) -> list[torch.nn.Module]:
-    first = weights.layers[0].linears
-    return [module for stage in first.values() for module in ([stage] if isinstance(stage, torch.nn.Module) else stage)]
-
-
 def _captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
     if device.type != "cuda":
         return work
@@ -190,7 +186,7 @@ class _Alive(TorchDispatchMode):
     """Adds up the memory of tensors that operators make, while they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.now = self.most = 0
         self.known: set[int] = set()
 
@@ -239,8 +235,7 @@ class LlamaCpp:
         self.ids = generator.integers(0, source.config.vocab, settings.prompt).tolist()
         config = source.config
         self.cache = 2 * 2 * config.layers * config.kv_heads * config.head_dim * capacity
-        files = sorted({tensor.file for tensor in source.header.tensors.values()}) if False else [path]
-        self.weights = sum(file.stat().st_size for file in files)
+        self.weights = sum(part.stat().st_size for part in parts(path))
         self.read = self.weights + int(self.cache * (settings.prompt + settings.steps / 2) / capacity)
         self.peak = self.weights + self.cache
         self.runtime = f"llama.cpp (llama-cpp-python {library.__version__}), {threads} threads"
@@ -333,9 +328,13 @@ def judge(paces: Sequence[Pace], settings: Settings) -> tuple[str, tuple[str, ..
         elif least is None or pace.low >= least:
             continue
         elif pace.high < least:
-            failed.append(f"{pace.phase}: {pace.ratio:.3f} [{pace.low:.3f}, {pace.high:.3f}] times the 16-bit model's speed, {least:g} asked")
+            failed.append(
+                f"{pace.phase}: {pace.ratio:.3f} [{pace.low:.3f}, {pace.high:.3f}] times the 16-bit model's speed, {least:g} asked"
+            )
         else:
-            unclear.append(f"{pace.phase}: {pace.low:.3f} to {pace.high:.3f} times as fast, on both sides of {least:g}; take more --pairs")
+            unclear.append(
+                f"{pace.phase}: {pace.low:.3f} to {pace.high:.3f} times as fast, on both sides of {least:g}; take more --pairs"
+            )
     outcome = "fail" if failed else "inconclusive" if unclear else "pass"
     return outcome, (*failed, *unclear)
 
@@ -348,8 +347,12 @@ def compare(baseline: Contender, other: Contender, settings: Settings, device: t
     outcome, reasons = judge(paces, settings)
     return SpeedReport(
         outcome=outcome,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        runtime=other.runtime if other.runtime == baseline.runtime else f"{other.runtime} | baseline: {baseline.runtime}",
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        runtime=other.runtime
+        if other.runtime == baseline.runtime
+        else f"{other.runtime} | baseline: {baseline.runtime}",
         definition=f"batch 1; prefill of {settings.prompt} tokens; {settings.steps} greedy steps after them a window; "
         f"medians of {settings.pairs} pairs of windows, the baseline before and after",
         paces=paces,
@@ -398,4 +401,4 @@ def _contender(
 ) -> Contender:
     if isinstance(source, GgufSource) and path and device.type == "cpu" and importlib.util.find_spec("llama_cpp"):
         return LlamaCpp(path, source, settings)
-    return Stepped(source, settings, device, dtype)
+    return Stepped(source.config, read_weights(source, device, dtype), settings, device, dtype)

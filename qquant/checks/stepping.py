@@ -43,8 +43,11 @@ class Weights:
 
     def bytes_read(self) -> int:
         """Bytes of weights that one step of one row reads: all but the embedding's other rows."""
-        modules = [self.head, *(module for layer in self.layers for module in _flat(layer))]
-        return sum(_nbytes(module) for module in modules)
+        return sum(_nbytes(module) for module in self.modules())
+
+    def modules(self) -> list[nn.Module]:
+        """The linears in the order of the layers, and the head."""
+        return [*(module for layer in self.layers for module in _flat(layer)), self.head]
 
     def bytes_held(self) -> int:
         """Memory: what a step reads, and the embedding unless it is the head's too."""
@@ -55,7 +58,9 @@ class Weights:
 
 
 def _flat(layer: Layer) -> list[nn.Module]:
-    return [module for stage in layer.linears.values() for module in ([stage] if isinstance(stage, nn.Module) else stage)]
+    return [
+        module for stage in layer.linears.values() for module in ([stage] if isinstance(stage, nn.Module) else stage)
+    ]
 
 
 def _nbytes(module: nn.Module) -> int:
@@ -70,9 +75,12 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
     layers = []
     for index in range(config.layers):
         prefix = family.block.format(index)
-        norms = (source.tensor(prefix + norm).to(device, dtype) for norm in (family.attention_norm, family.mlp_norm))
+        first, second = (
+            source.tensor(prefix + norm).to(device, dtype) for norm in (family.attention_norm, family.mlp_norm)
+        )
         stages = runtime.linears(source, index, device, dtype)
-        layers.append(Layer(*norms, {name: found[0] if len(found) == 1 else found for name, found in stages.items()}))
+        found = {name: modules[0] if len(modules) == 1 else modules for name, modules in stages.items()}
+        layers.append(Layer(first, second, found))
     embedding, head = runtime.ends(source, device, dtype)
     return Weights(tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 

@@ -20,6 +20,7 @@ from qquant.cli.options import EXITS
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
 from qquant.cli.run import run
+from qquant.cli.speed import speed
 from qquant.errors import QQuantError
 
 
@@ -45,6 +46,7 @@ for command in (
     sign,
     recipes,
     run,
+    speed,
 ):
     cli.add_command(command)
 

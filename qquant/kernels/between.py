@@ -170,9 +170,7 @@ def launch_rotate(qkv: Tensor, table: Tensor, position: Tensor, keys: Tensor, va
     query = torch.empty((len(qkv), heads * width), dtype=qkv.dtype, device=qkv.device)
     grid = (len(qkv), heads + 2 * kv)
     sizes = {"HEADS": heads, "KV": kv, "HALF": width // 2}
-    _rotate_kernel[grid](
-        qkv, table, position, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv)
-    )
+    _rotate_kernel[grid](qkv, table, position, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv))
     return query
 
 

@@ -126,9 +126,194 @@ def variants(record, options):
     return lines
 
 
+# -- decoding
+
+
+def shape_of(model):
+    """The numbers of a Qwen1.5 model, key-value heads as many as heads."""
+    from qquant.families import ModelConfig
+
+    hidden, middle, key = tune.MODELS[model]
+    width = 64 if model == "0.5B" else 128
+    count = {"0.5B": 24, "1.8B": 24, "4B": 40, "7B": 32, "14B": 40}[model]
+    return ModelConfig(
+        hidden, middle, count, hidden // width, key // width, width, 151936, model == "0.5B", 1e-6, 1e6, 32768
+    )
+
+
+def random_linear(kind, rows, columns, device, dtype, biased=False):
+    """A linear on random weights; kind: bf16, int4, int8 or awq (int4 with zero points)."""
+    from qquant import runtime
+    from qquant.kernels import cpu_int4
+    from qquant.tensor import Integers
+
+    bias = torch.randn(rows, device=device).to(dtype) * 0.1 if biased else None
+    if kind == "bf16":
+        weight = torch.empty(rows, columns, device=device, dtype=dtype).normal_(0, columns**-0.5)
+        return runtime.DenseLinear(weight, bias, "bf16")
+    bits = 8 if kind == "int8" else 4
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, device=device)
+    spread = columns**-0.5 / (1 << (bits - 2))
+    scales = (torch.rand(rows, columns // GROUP, device=device) * 0.2 * spread + 0.9 * spread).half()
+    zeros = torch.randint(6, 10, scales.shape, device=device).float() if kind == "awq" else None
+    weight = Integers(codes, scales, zeros, bits)
+    on_cpu = torch.device(device).type == "cpu" and cpu_int4.available(rows, columns, GROUP)
+    return (runtime.CpuQuantLinear if on_cpu else runtime.QuantLinear)(weight, bias, kind)
+
+
+def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
+    """Weights of a whole model."""
+    from torch import nn
+
+    from qquant import runtime
+    from qquant.checks.stepping import Layer, Weights
+
+    wide = (config.heads + 2 * config.kv_heads) * config.head_dim
+    shapes = {
+        "qkv": (wide, config.hidden),
+        "o": (config.hidden, config.hidden),
+        "gate_up": (2 * config.intermediate, config.hidden),
+        "down": (config.hidden, config.intermediate),
+    }
+    norm = torch.ones(config.hidden, device=device, dtype=dtype)
+    layers = tuple(
+        Layer(
+            norm,
+            norm,
+            {name: random_linear(kind, *shape, device, dtype, name == "qkv") for name, shape in shapes.items()},
+        )
+        for _ in range(config.layers)
+    )
+    embedding = nn.Embedding(config.vocab, config.hidden, device=device, dtype=dtype)
+    table = embedding.weight.data
+    head = table if config.tied else torch.randn_like(table) * config.hidden**-0.5
+    return Weights(layers, embedding, norm, runtime.DenseLinear(head, None, "bf16"))
+
+
+def moved(weights, device, dtype):
+    """A copy of weights on another device, with floats of another type (the scales of integers keep theirs)."""
+    import copy
+    from dataclasses import replace
+
+    def module(original):
+        twin = copy.deepcopy(original).to(device)
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            if tensor.dtype == torch.bfloat16:
+                tensor.data = tensor.data.to(dtype)
+        return twin
+
+    layers = tuple(
+        replace(
+            layer,
+            attention_norm=layer.attention_norm.to(device, dtype),
+            mlp_norm=layer.mlp_norm.to(device, dtype),
+            linears={name: module(linear) for name, linear in layer.linears.items()},
+        )
+        for layer in weights.layers
+    )
+    ends = module(weights.embedding), weights.final_norm.to(device, dtype), module(weights.head)
+    return replace(weights, layers=layers, embedding=ends[0], final_norm=ends[1], head=ends[2])
+
+
+def steps_agree(record, options):
+    """A small model's logits by the kernels, eager and captured, against plain torch on the CPU."""
+    from qquant.checks.stepping import Stepper, capture
+    from qquant.families import ModelConfig
+
+    def error(a, b):
+        return float((a.cpu().double() - b.double()).norm() / b.double().norm())
+
+    lines = []
+    for kind, heads, kv, width in (("bf16", 8, 8, 64), ("int4", 4, 2, 128), ("int8", 8, 8, 64), ("awq", 4, 4, 128)):
+        config = ModelConfig(512, 1408, 3, heads, kv, width, 1000, False, 1e-6, 1e6, 4096)
+        weights, errors = random_weights(config, kind), []
+        for dtype in (torch.bfloat16, torch.float16):
+            ids = torch.randint(0, 1000, (77,))
+            with torch.inference_mode():
+                here = Stepper(config, moved(weights, "cuda", dtype), 200, torch.device("cuda"), dtype)
+                there = Stepper(config, moved(weights, "cpu", torch.float32), 200, torch.device("cpu"), torch.float32)
+                errors.append(error(here.prefill(ids.to("cuda")), there.prefill(ids)))
+                logits = []
+                replay = capture(lambda here=here, logits=logits: logits.append(here.step()))
+                here.rewind(77, 5)
+                there.rewind(77, 5)
+                for _ in range(60):
+                    replay()
+                    errors.append(error(logits[-1], there.step()))
+                    here.token.copy_(there.token)
+        record[kind] = errors
+        lines.append(f"{kind}: prefill {errors[0]:.1e}, largest of 60 captured steps {max(errors):.1e} (bf16 and fp16)")
+    return lines
+
+
+def decode(record, options):
+    """Whole models on random weights: decode and prefill of int4, int8 and awq against bf16, in captured graphs."""
+    from qquant.checks import speed
+
+    lines, device = [], torch.device(DEVICE)
+    wq_mm._counters.cache_clear()
+    deadline = time.monotonic() + options.share
+    jobs = (
+        ("7B", 512, ("int4", "int8", "awq")),
+        ("7B", 2048, ("int4",)),
+        ("0.5B", 512, ("int4",)),
+        ("14B", 512, ("int4",)),
+    )
+    for model, prompt, kinds in jobs:
+        if time.monotonic() > deadline:
+            lines.append(f"{model} {prompt}: left out, no time")
+            continue
+        config = shape_of(model)
+        settings = speed.Settings(prompt=prompt, steps=32, pairs=7)
+        with torch.inference_mode():
+            baseline = speed.Stepped(config, random_weights(config, "bf16"), settings, device, torch.bfloat16)
+            for kind in kinds:
+                other = speed.Stepped(config, random_weights(config, kind), settings, device, torch.bfloat16)
+                found = speed.compare(baseline, other, settings, device)
+                record[f"{model} {prompt} {kind}"] = {
+                    "paces": [vars(pace) for pace in found.paces],
+                    "memory": [found.weights, found.weights_baseline, found.cache, found.peak, found.peak_baseline],
+                }
+                lines += [told(model, kind, prompt, pace) for pace in found.paces]
+                lines.append(
+                    f"   weights {found.weights / 1e9:.2f} GB, peak {found.peak / 1e9:.2f} GB; bf16 {found.peak_baseline / 1e9:.2f} GB"
+                )
+                print("\n".join(lines[-3:]), flush=True)
+                if (model, prompt, kind) == ("7B", 512, "int4"):
+                    lines += profile(other, record)
+                    lines += profile(baseline, record)
+                del other
+            del baseline
+        torch.cuda.empty_cache()
+    return lines
+
+
+def told(model, kind, prompt, pace):
+    """A line about a pace."""
+    return (
+        f"{model} {kind} {pace.phase} at {prompt}: {pace.rate:.1f} tokens/s, bf16 {pace.rate_baseline:.1f}; "
+        f"{pace.ratio:.3f}x [{pace.low:.3f}, {pace.high:.3f}], noise {pace.noise:.2%}, {pace.ratio / pace.ceiling:.0%} of {pace.ceiling:.2f}"
+    )
+
+
+def profile(contender, record):
+    """Where the time of a step goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    with watch(activities=[ProfilerActivity.CUDA]) as seen:
+        contender.decode()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)[:10]
+    steps = contender.settings.steps
+    record[f"profile, {contender.runtime}"] = [[row.key[:60], row.device_time_total / steps, row.count] for row in rows]
+    return [
+        f"   {row.device_time_total / steps:8.1f} us a step in {row.count // steps:4} of {row.key[:60]}" for row in rows
+    ]
+
+
 # -- the run
 
-SECTIONS = {"variants": variants}
+SECTIONS = {"variants": variants, "steps": steps_agree, "decode": decode}
 
 
 def main():

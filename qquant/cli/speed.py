@@ -1,0 +1,86 @@
+"""`qquant speed`: how fast an artifact runs against its 16-bit model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant.cli.terminal import console
+from qquant.errors import GateFailedError, InconclusiveError
+
+if TYPE_CHECKING:
+    from qquant.report import SpeedReport
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint (a folder or a hub id), or its GGUF file.")
+@click.option("--prompt", default=512, show_default=True, help="Tokens of a prefill, and in the cache when decoding.")
+@click.option("--steps", default=16, show_default=True, help="Tokens decoded in a window.")
+@click.option("--pairs", default=10, show_default=True, help="Pairs of windows.")
+@click.option(
+    "--margin", default=0.05, show_default=True, help="Undecided if the baseline differs from itself by more."
+)
+@click.option("--min-decode", type=float, help="Fail below this ratio to the 16-bit model's tokens per second.")
+@click.option("--min-prefill", type=float, help="The same for reading the prompt.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), help="Of the activations of both.")
+@DEVICE
+@JSON
+def speed(
+    artifact: Path, against: str, prompt: int, steps: int, pairs: int, margin: float, min_decode: float | None,
+    min_prefill: float | None, dtype: str | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Time ARTIFACT and its 16-bit model in turns: decode and prefill, memory, and what bytes allow at best.
+
+    A GGUF file runs in llama.cpp if llama-cpp-python is installed; give the 16-bit GGUF file as --against to compare within it.
+    """
+    import torch
+
+    from qquant.checkpoint import Checkpoint
+    from qquant.checks import speed as check
+    from qquant.formats.gguf_source import GgufSource
+
+    settings = check.Settings(prompt, steps, pairs, margin, min_decode, min_prefill)
+    path = Path(against) if against.endswith(".gguf") else None
+    baseline = GgufSource.open(path) if path else Checkpoint.open(against)
+    number = getattr(torch, dtype) if dtype else None
+    report = check.measure(artifact, baseline, settings, device_named(device), number, path)
+    if as_json:
+        click.echo(json.dumps({"schema": "qquant-speed-1"} | dataclasses.asdict(report), indent=2))
+    else:
+        _show(report)
+    kinds = {"fail": GateFailedError, "inconclusive": InconclusiveError}
+    if report.outcome in kinds:
+        raise kinds[report.outcome]("\n".join(report.reasons))
+
+
+def _show(report: SpeedReport) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{report.device} · {report.outcome}")
+    for column in ("", "tokens/s", "16 bit", "ratio", "95 % interval", "noise", "at best", "of it"):
+        table.add_column(column, justify="left" if not column else "right")
+    for pace in report.paces:
+        table.add_row(
+            f"{pace.phase}, {pace.tokens} in the cache" if pace.tokens else pace.phase,
+            f"{pace.rate:,.1f}",
+            f"{pace.rate_baseline:,.1f}",
+            f"{pace.ratio:.3f}",
+            f"{pace.low:.3f} to {pace.high:.3f}",
+            f"{pace.noise:.1%}",
+            f"{pace.ceiling:.2f}",
+            f"{pace.ratio / pace.ceiling:.0%}",
+        )
+    console().print(table)
+    for what, here, there in (
+        ("weights", report.weights, report.weights_baseline),
+        ("cache", report.cache, report.cache),
+        ("peak", report.peak, report.peak_baseline),
+    ):
+        click.echo(f"{what:8} {here / 1e6:12,.1f} MB   16 bit {there / 1e6:12,.1f} MB")
+    click.echo(f"{report.runtime}\n{report.definition}")
