@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
-from qquant.formats.imatrix import Imatrix
+from qquant.formats.imatrix import Imatrix, mended
 from qquant.output import write_synced
 from qquant.stats import Gram
 
@@ -36,14 +36,16 @@ class Moments:
     def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
         """Keep the diagonals of a block's Gram matrices."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {stage: gram.matrix.diagonal().cpu().contiguous() for stage, gram in grams.items()}
+        tensors = {stage: mended(gram.matrix.diagonal().cpu()) for stage, gram in grams.items()}
         tokens = torch.tensor(next(iter(grams.values())).tokens)
         write_synced(self.path(layer), save(tensors | {"tokens": tokens}))
 
     def importance(self, name: str, gram: Gram) -> torch.Tensor:
         """The importance of each input of a linear (GGUF name): the given one, else the measured one."""
         given = self.given.importance(name) if self.given else None
-        return gram.importance if given is None else given.to(gram.matrix)
+        if given is None:  # as readers of the exported matrix will compute it
+            given = mended(gram.matrix.diagonal().cpu()) / max(1, gram.tokens)
+        return given.to(gram.matrix)
 
     def collect(self, checkpoint: Checkpoint, dataset: str) -> Imatrix | None:
         """The importance matrix of the whole model; None if a block was not measured (everything was built before)."""

@@ -62,13 +62,14 @@ def build(
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
         found, measured = review(checkpoint, candidates, text, device, progress)
+        remarks = plan.imatrix.remarks() if plan.imatrix else ()
         report = Report(
             model=plan.model,
             recipe=recipe.name,
             baseline_bits=8 * SIZES[checkpoint.dtype],
             conditions={"text": text.facts, "detectable": _detectable(candidates, recipe.checks, text)} | inputs,
             calibration=tokens.provenance(),
-            **vars(found),
+            **vars(found) | {"warnings": (*remarks, *found.warnings)},
         )
         record(out, measured, text, checkpoint)
         _write(report, out)

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file
 
 from qquant.errors import InputError
 from qquant.formats import imatrix
+from qquant.formats.gguf_types import dequantize, quantize
+from qquant.moments import Moments
+from qquant.stats import Gram
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,6 +87,56 @@ def test_no_count_means_nothing_is_known():
     empty = imatrix.Imatrix({"a": torch.tensor([3.0, 0.0])}, {"a": 0}, "")
     assert empty.importance("a").tolist() == [1, 1]
     assert empty.importance("b") is None
+
+
+def test_groups_that_were_never_active_are_not_lost():
+    """llama.cpp's search stores them as zeros: so do we with such an importance, and not with the mended one."""
+    weight = torch.randn(4, 512)
+    sums = torch.rand(512) + 0.1
+    sums[256:] = 0
+    sums[3] = 0
+    found = imatrix.Imatrix({"a": sums}, {"a": 10}, "", "my.gguf")
+    importance = found.importance("a")
+    assert torch.equal(importance[:256], sums[:256] / 10), "single zeros and all else stay"
+    assert torch.equal(importance[256:], (sums.mean() * 1e-6 / 10).expand(256))
+    for kind in ("q4_0", "q5_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"):
+        lost, kept = (dequantize(quantize(weight, kind, row), kind)[:, 256:] for row in (sums / 10, importance))
+        assert not lost.any()
+        plain = dequantize(quantize(weight, kind), kind)[:, 256:]
+        assert (kept - weight[:, 256:]).square().mean() < 1.2 * (plain - weight[:, 256:]).square().mean()
+    assert found.remarks() == [
+        "my.gguf: 257 channels of 1 weights are zero; 16 whole groups of 16 are, and count 1e-06 of the mean"
+    ]
+
+
+def test_odd_values_are_reported():
+    given = {"flat": torch.full((8,), 2.0), "unused": torch.zeros(8), "good": torch.arange(1.0, 9.0)}
+    found = imatrix.Imatrix(given, {"flat": 3, "unused": 0, "good": 3}, "", "x.dat")
+    assert found.remarks() == [
+        "x.dat: 1 weights were never used, first unused: all channels count the same",
+        "x.dat: 1 weights have one value for all channels, first flat",
+    ]
+    assert imatrix.Imatrix({"good": given["good"]}, {"good": 3}, "").remarks() == []
+    assert imatrix.Imatrix({"zero": torch.zeros(8)}, {"zero": 3}, "").importance("zero").tolist() == pytest.approx(
+        [1 / 3] * 8
+    )
+
+
+def test_a_constant_channel_counts_its_square_and_silent_ones_are_exported_mended(tmp_path):
+    x = torch.randn(64, 32)
+    x[:, 0], x[:, 1], x[:, 16:] = 3.0, 0.0, 0.0
+    gram = Gram.zeros(32)
+    gram.add(x)
+    moments = Moments(tmp_path)
+    importance = moments.importance("any", gram)
+    assert importance[0] == pytest.approx(9)
+    assert importance[1] == 0
+    assert (importance[16:] > 0).all()
+    moments.save(0, {"qkv": gram})
+    stored = load_file(moments.path(0))
+    exported = imatrix.Imatrix({"a": stored["qkv"]}, {"a": int(stored["tokens"])}, "")
+    assert torch.equal(exported.sums["a"] / 64, importance), "others compute what we used"
+    assert torch.equal(exported.importance("a"), importance)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

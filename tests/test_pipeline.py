@@ -293,13 +293,17 @@ def test_importance_matrix_is_left_for_other_tools_and_taken_back(make_checkpoin
 
     def blocks(given, name):
         plan = Plan.of(loaded, checkpoint, imatrix=given)
-        pipeline.build(loaded, checkpoint, plan, tmp_path / name, CPU, quiet)
+        report = pipeline.build(loaded, checkpoint, plan, tmp_path / name, CPU, quiet)
+        assert [text for text in report.warnings if "channels" in text and "zero;" in text] == given.remarks()
         data = (tmp_path / name / "model-GGUF" / "model-q4_0.gguf").read_bytes()
         return data[plan.artifacts[0].files[0].tensors[0].offset :]
 
     measured = (out / "model-GGUF" / "model-q4_0.gguf").read_bytes()
     assert measured.endswith(blocks(found, "same"))
-    other = imatrix.Imatrix({name: torch.rand(len(sums)) for name, sums in found.sums.items()}, found.counts, "other")
+    sums = {name: torch.rand(len(sums)) for name, sums in found.sums.items()}
+    sums["blk.0.attn_q.weight"][:32] = 0
+    other = imatrix.Imatrix(sums, found.counts, "other", "other.gguf")
+    assert other.remarks()[0].startswith("other.gguf: 32 channels of 1 weights are zero; 2 whole groups")
     assert not measured.endswith(blocks(other, "other"))
 
 

@@ -6,8 +6,14 @@ weight two F32 tensors, sorted by name: `<weight>.in_sum2` [K] = sum of x^2, `<w
 Legacy .dat (ik_llama.cpp): i32 entries; per entry i32 length, name, i32 calls, i32 K, K x f32 = (sum x^2 / tokens) * calls, with
 calls = ceil(tokens / chunk_size); then i32 last chunk, i32 length, dataset name.
 
-The importance of a channel is sum / count. Zeros are legal (a channel that was never active); a count of zero means that nothing is
-known, and every channel counts the same; NaN, infinity and negative values are refused.
+The importance of a channel is sum / count. What is odd has a defined meaning:
+
+    zeros       a channel that was never active counts nothing. Where a whole group of 16 is zero, llama-quantize's searches divide zero
+                by zero and store the weights of the group, or of its block, as zeros (q4_0, q5_0, all K-quants, IQ4): there every channel
+                counts a millionth of the mean, so that the weights are rounded among themselves. `remarks` tells how many
+    constant    a channel that is the same for every token counts its square, like any other; a matrix of one value ranks nothing
+    count 0     nothing is known, and every channel counts the same
+    NaN, infinity, negative values: refused when read; activations that are not finite end a build before they are summed
 """
 
 from __future__ import annotations
@@ -33,6 +39,8 @@ else:
 F32 = 0  # GGML type
 FILE = "imatrix.gguf"  # what a build calls the one it measured
 CHUNK = 512  # tokens of a chunk, as llama-imatrix counts them
+GROUP = 16  # channels that the smallest groups of block types hold
+FLOOR = 1e-6  # of the mean, for groups that are all zero
 NAME_LIMIT = 512
 ENTRY_LIMIT = 1 << 17
 VALUES_LIMIT = 1 << 28  # bytes; 110B has 40 MB
@@ -57,7 +65,29 @@ class Imatrix:
         """Mean square of each input channel of weight `name` (GGUF name), float32 [K]; None if it has no entry."""
         if name not in self.sums:
             return None
-        return self.sums[name] / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
+        return mended(self.sums[name]) / self.counts[name] if self.counts[name] else torch.ones_like(self.sums[name])
+
+    def remarks(self) -> list[str]:
+        """What a reader should know about odd values, one line each; empty: there are none."""
+        zeros = {name: int((sums == 0).sum()) for name, sums in self.sums.items() if self.counts[name]}
+        groups = {name: int(_silent(self.sums[name]).sum()) for name in zeros}
+        unknown = [name for name, count in self.counts.items() if not count]
+        flat = [
+            name for name in zeros if len(self.sums[name]) > 1 and bool((self.sums[name] == self.sums[name][0]).all())
+        ]
+        found = []
+        if any(zeros.values()):
+            found.append(
+                f"{self.file}: {sum(zeros.values())} channels of {sum(map(bool, zeros.values()))} weights are zero; "
+                f"{sum(groups.values())} whole groups of {GROUP} are, and count {FLOOR:g} of the mean"
+            )
+        if unknown:
+            found.append(
+                f"{self.file}: {len(unknown)} weights were never used, first {unknown[0]}: all channels count the same"
+            )
+        if flat:
+            found.append(f"{self.file}: {len(flat)} weights have one value for all channels, first {flat[0]}")
+        return found
 
     def gguf_bytes(self) -> bytes:
         """The file in the GGUF format."""
@@ -88,6 +118,18 @@ class Imatrix:
             parts += [struct.pack("<i", len(text)), text, struct.pack("<ii", calls, len(mean)), _raw(mean * calls)]
         text = self.dataset.encode()
         return b"".join([*parts, struct.pack("<ii", self.chunks, len(text)), text])
+
+
+def _silent(sums: Tensor) -> Tensor:
+    """Bool [groups]: which groups of channels are all zero; the last one may be short."""
+    padding = -len(sums) % GROUP
+    return torch.nn.functional.pad(sums, (0, padding)).view(-1, GROUP).eq(0).all(1)
+
+
+def mended(sums: Tensor) -> Tensor:
+    """`sums` float32 [K] with a millionth of their mean in groups that are all zero; ones if everything is."""
+    silent = _silent(sums).repeat_interleave(GROUP)[: len(sums)]
+    return torch.where(silent, sums.mean() * FLOOR, sums) if bool((sums > 0).any()) else torch.ones_like(sums)
 
 
 def _raw(value: Tensor) -> bytes:
