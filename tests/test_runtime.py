@@ -32,24 +32,22 @@ name: runtime
 calibration: {sources: [{bundled: books-en}], samples: 2, length: 64, default_system_share: 0}
 checks: {text: "bundled:wikitext-2-test", windows: 2, length: 32}
 artifacts:
-  - {name: gptq-int4, format: gptq, bits: 4, rounding: rtn, scale_search: minmax}
-  - {name: gptq-int8, format: gptq, bits: 8, rounding: rtn, scale_search: minmax}
-  - {name: awq, format: awq, ratios: 1, rounding: rtn, scale_search: minmax}
 """
+FOLDERS = (
+    "{name: gptq-int4, format: gptq, bits: 4, rounding: rtn, scale_search: minmax}",
+    "{name: gptq-int8, format: gptq, bits: 8, rounding: rtn, scale_search: minmax}",
+    "{name: awq, format: awq, ratios: 1, rounding: rtn, scale_search: minmax}",
+)
 GGUF = ("q4_0", "q5_0", "q8_0", "q4_k_m", "q2_k", "f16")
 NAMES = ("gptq-int4", "gptq-int8", "awq", *GGUF)
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 6e-3}  # relative error of logits, Frobenius
 
 
-@pytest.fixture(scope="module")
-def release(demo, tmp_path_factory):
-    """Artifact name -> path: the demo checkpoint in every format, rounded to nearest."""
-    folder = tmp_path_factory.mktemp("release")
+def built(checkpoint, folder, entries):
+    """Artifact name -> path: a checkpoint in the formats of recipe `entries`, solved on one short sample and not checked."""
     path = folder / "recipe.yaml"
-    path.write_text(
-        RECIPE + "".join(f"  - {{name: {t}, format: gguf, type: {t}, solver: ggml, imatrix: false}}\n" for t in GGUF)
-    )
-    loaded, checkpoint = recipe.load(str(path)), Checkpoint.open(demo)
+    path.write_text(RECIPE + "".join(f"  - {entry}\n" for entry in entries))
+    loaded = recipe.load(str(path))
     plan = Plan.of(loaded, checkpoint)
     drafts = [Draft(artifact, folder / "partial", "test") for artifact in plan.artifacts]
     for draft in drafts:
@@ -59,9 +57,18 @@ def release(demo, tmp_path_factory):
     (folder / "out").mkdir()
     for draft in drafts:
         draft.finish(folder / "out", {})
-    return {artifact.name: installed(folder / "out", artifact) for artifact in plan.artifacts} | {
-        name: folder / "out" / plan.artifacts[-1].folder / f"tiny-qwen1_5-{name}.gguf" for name in GGUF
-    }
+    return {artifact.name: installed(folder / "out", artifact) for artifact in plan.artifacts}
+
+
+def gguf(name):
+    return f"{{name: {name}, format: gguf, type: {name}, solver: ggml, imatrix: false}}"
+
+
+@pytest.fixture(scope="module")
+def release(demo, tmp_path_factory):
+    """Artifact name -> path: the demo checkpoint in every format, rounded to nearest."""
+    folder = tmp_path_factory.mktemp("release")
+    return built(Checkpoint.open(demo), folder, [*FOLDERS, *map(gguf, GGUF)])
 
 
 def reference(path, dtype=torch.float32):
