@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from qquant.artifact import Draft, finished, installed, open_weights, read_manif
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks import bisect as bisection
-from qquant.checks import llama_cpp
+from qquant.checks import llama_cpp, speed
 from qquant.checks.evidence import Evidence
-from qquant.checks.review import Candidate, HeldOut, earlier_release, held_out, record, require_same_shape, review
+from qquant.checks.review import (
+    Candidate,
+    HeldOut,
+    Review,
+    earlier_release,
+    held_out,
+    record,
+    require_same_shape,
+    review,
+)
 from qquant.formats import detect, kind_of_file
 from qquant.formats.gguf_shards import parts
 from qquant.formats.imatrix import Imatrix
@@ -28,7 +38,7 @@ from qquant.moments import Moments
 from qquant.output import claim, write_synced
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
-from qquant.report import Report
+from qquant.report import Report, SpeedReport
 from qquant.safetensors_file import SIZES
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +72,9 @@ def build(
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
         found, measured = review(checkpoint, candidates, text, device, progress)
+        if recipe.checks.speed:
+            speeds = speed.measure_all([candidate.path for candidate in candidates], checkpoint, device, progress)
+            found = with_speed(found, speeds)
         remarks = plan.imatrix.remarks() if plan.imatrix else ()
         report = Report(
             model=plan.model,
@@ -74,6 +87,13 @@ def build(
         record(out, measured, text, checkpoint)
         _write(report, out)
     return report
+
+
+def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:
+    """The review with what the clock said; a machine too noisy to tell is a warning, not a verdict on the artifact."""
+    rows = tuple(replace(row, speed=timed) for row, timed in zip(found.artifacts, speeds, strict=True))
+    doubts = tuple(f"{row.name}: {reason}" for row in rows if row.speed for reason in row.speed.reasons)
+    return replace(found, artifacts=rows, warnings=(*found.warnings, *doubts))
 
 
 def check(

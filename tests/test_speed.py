@@ -11,15 +11,17 @@ import pytest
 import torch
 import transformers
 
+from qquant import pipeline, recipe
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.checks import speed
 from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main
 from qquant.errors import UsageError
-from qquant.report import Pace
+from qquant.plan import Plan
+from qquant.report import Pace, Report
 from tests.conftest import write_checkpoint
-from tests.test_runtime import built, gguf
+from tests.test_runtime import RECIPE, built, gguf
 
 CPU = torch.device("cpu")
 
@@ -258,3 +260,18 @@ def test_gguf_runs_in_llama_cpp(artifact, monkeypatch):
     assert contender.weights == artifact.stat().st_size
     assert contender.runtime.startswith("llama.cpp (llama-cpp-python 1.2)")
     assert dataclasses.is_dataclass(speed.compare(contender, contender, settings, CPU))
+
+
+def test_build_with_speed_says_it_in_the_report(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "last_cache", lambda _: 1)
+    path = tmp_path / "recipe.yaml"
+    head = RECIPE.replace("length: 32}", "length: 32, speed: true}")
+    path.write_text(head + "  - {name: a, format: gptq, group_size: 64, rounding: rtn, scale_search: minmax}\n")
+    loaded, checkpoint = recipe.load(str(path)), Checkpoint.open(small)
+    plan = Plan.of(loaded, checkpoint)
+    report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, lambda *_: None)
+    (row,) = report.artifacts
+    assert row.speed.pace("decode").ratio > 0
+    assert all(reason in " ".join(report.warnings) for reason in row.speed.reasons)
+    again = Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text()))
+    assert again.artifacts[0].speed == row.speed

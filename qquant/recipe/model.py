@@ -315,6 +315,10 @@ class Checks(_Strict):
     answer_length: int = Field(
         default=0, ge=0, le=4096, description="tokens per answer to the bundled prompts, greedy and sampled; 0: none"
     )
+    speed: bool = Field(
+        default=False,
+        description="time every artifact against the checkpoint; both are in memory, as `qquant speed` has them",
+    )
 
     @property
     def scored(self) -> int:
