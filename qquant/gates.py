@@ -6,7 +6,7 @@ move perplexity by less than a text of any usual length resolves. q2_k is lossy 
 
 The detectable effect: the distance from a limit that is proven in `POWER` of all runs with n windows of S scored tokens each,
 
-    (z(1 - LEVEL / looks) + z(POWER)) sd / sqrt(n)
+    (z(1 - ASKED / looks) + z(POWER)) sd / sqrt(n)
 
 before anything was measured, from how window means spread at the limit (KL divergence k, disagreement q), as seen on real artifacts
 (tests/bench/gate_simulation.py prints these; tokens of a window hang together, which is in the factors):
@@ -24,7 +24,8 @@ from statistics import NormalDist
 
 from qquant.recipe import AwqArtifact, Gates, GgufArtifact, GptqArtifact
 
-LEVEL = 0.05  # of one artifact, over its gates and looks
+LEVEL = 0.05  # chance of a wrong verdict that is promised for one artifact, over its gates and looks
+ASKED = 0.8 * LEVEL  # what p-values are held to: with 40 windows, up to 5.8 % of those of real texts are below 5 %
 POWER = 0.8  # of the detectable effect
 LARGE = 5 * 10**9  # parameters from which on a model loses less
 LOSSY = 1.2  # perplexity ratio that is worth a warning where nothing limits it
@@ -104,7 +105,7 @@ class Reach:
 
 def reach(gates: Gates, windows: int, scored: int, looks: int = 1) -> tuple[Reach, ...]:
     """The detectable effect of every gate of `gates` (resolved) with windows of `scored` tokens."""
-    factor = (normal_quantile(1 - LEVEL / looks) + normal_quantile(POWER)) / math.sqrt(windows)
+    factor = (normal_quantile(1 - ASKED / looks) + normal_quantile(POWER)) / math.sqrt(windows)
     found = []
     ratio, kl, top1 = gates.perplexity_ratio, gates.kl_divergence, gates.top1_agreement
     if ratio is not None:

@@ -124,6 +124,7 @@ class ArtifactReport:
     positions: tuple[TextReport, ...] = ()  # stretches of long windows
     worst: tuple[WorstToken, ...] = ()
     answers: Mapping[str, Any] = field(default_factory=dict)  # generated answers against the checkpoint's
+    headroom: tuple[float, ...] = ()  # by block: largest |activation| as a share of what fp16 holds
     speed: SpeedReport | None = None  # null: not measured
 
 
@@ -292,6 +293,7 @@ def _read(entry: Mapping[str, Any]) -> ArtifactReport:
         fields[key] = tuple(kind(**_numbers(item)) for item in entry[key])
     for key in ("fallbacks", "layers", "kl_histogram"):
         fields[key] = tuple(entry[key])
+    fields["headroom"] = tuple(_number(share) for share in entry["headroom"])
     for key in ("kl_percentiles", "delta_p"):
         fields[key] = _numbers(entry[key])
     fields["speed"] = _speed(entry["speed"])

@@ -20,7 +20,6 @@ from qquant.report import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
 SHADES = 8  # steps of the heat map
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -181,15 +180,14 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
     return {"artifact": artifact, "rows": rows, "blocks": blocks, "low": math.exp(low), "high": math.exp(high)}
 
 
-def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[int, float]]:
-    """Per block the largest |input of a linear| seen in calibration, as a share of what fp16 can hold."""
-    largest: dict[int, float] = {}
-    for artifact in artifacts[:1]:
-        for layer in artifact.layers:
-            place = _place(str(layer.get("name", "")))
-            if place and "largest" in layer:
-                largest[place[0]] = max(largest.get(place[0], 0.0), float(layer["largest"]) / FP16_MAX)
-    return sorted(largest.items())
+def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[ArtifactReport, float, int]]:
+    """Per artifact its largest share of what fp16 can hold, and the block."""
+    found = []
+    for artifact in artifacts:
+        if artifact.headroom:
+            block = max(range(len(artifact.headroom)), key=artifact.headroom.__getitem__)
+            found.append((artifact, artifact.headroom[block], block))
+    return found
 
 
 def _histogram(artifact: ArtifactReport) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, llama_cpp, regression
-from qquant.checks.fidelity import Scored, final_states, first_scored, measure
+from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
+from qquant.decoder import embed, source_block
 from qquant.errors import InputError
 from qquant.formats import gguf_types
 from qquant.plan import Plan
@@ -89,6 +90,33 @@ def test_protocols_score_what_they_say(pair):
     assert every.nll.shape == (3, 23)
     for name in ("nll", "nll_baseline", "kl", "same_top"):
         assert torch.equal(getattr(half, name), getattr(every, name)[:, 12:]), name
+
+
+def test_headroom_is_the_largest_activation_of_a_block(pair):
+    """Against a forward pass that looks at every stage itself."""
+    source, other, windows = pair
+    peaks = Peaks()
+    measure(source, {"o": other}, Scored(windows, 12, 8000), CPU, quiet, peaks)
+    states = [embed(source, window, torch.float32) for window in windows]
+    for layer, found in enumerate(peaks.of(0)):
+        block, seen = source_block(source, layer, torch.float32), []
+        for index, state in enumerate(states):
+            for _, value in block.stages(state):
+                seen.append(float(value.abs().max()))
+            states[index] = value
+        assert found == pytest.approx(max(seen), rel=1e-6)
+    assert len(peaks.of(0)) == len(peaks.of(1)) == 2
+
+
+def test_activations_beyond_fp16_are_warned_of(built):
+    from qquant.checks import review
+
+    row = check(built, Checks(windows=2, length=32))
+    assert all(0 < share < 0.01 for share in row.headroom)
+    assert review._loud((0.1, 0.7), (0.1, 0.6)) == [
+        "block 1: activations reach 70% of the largest fp16 number, the checkpoint's 60%; use bf16"
+    ]
+    assert review._loud((0.1, 0.4), (0.1, 0.6)) == []
 
 
 def test_windows_are_independent(pair):

@@ -49,7 +49,7 @@ def artifact(name="a", size=10**6, kl=0.01, outcome="pass", **more):
     parts = {"50": kl, "90": 2 * kl, "99": 3 * kl, "99.9": 4 * kl}
     return ArtifactReport(
         name, f"out/{name}", size, 4.5, **numbers, verdict=verdict, kl_percentiles=parts, kl_histogram=tuple(range(38)),
-        delta_p={"mean": -0.001, "rms": 0.02}, layers=LAYERS, **more,
+        delta_p={"mean": -0.001, "rms": 0.02}, layers=LAYERS, headroom=(0.001, 0.02, 1.53), **more,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_heat_map_shows_every_linear():
     text = " ".join("".join(page.text).split())
     assert "mlp.down_proj" in text
     assert "from 0.0010 (faint) to 0.0030 (strong)" in text
-    assert "153 %" in text  # 10 * 100^2 / 65504: head-room of block 2
+    assert "a153 %20.10 · 2.0 · 153" in text
 
 
 def test_points_that_nothing_beats_are_filled():

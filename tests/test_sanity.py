@@ -204,8 +204,44 @@ def test_rules_that_judge_an_answer(demo):
     counts.add(tokenizer.encode("!") * 30, True, "en", tokenizer)
     counts.add([*tokenizer.encode("It is blue."), tokenizer.eos[0]], True, "en", tokenizer)
     counts.add([7], False, "", tokenizer)
-    assert (counts.answers, counts.runs, counts.repetitive, counts.nan) == (3, 1, 1, 1)
-    assert counts.stopped == pytest.approx(1 / 3)
+    counted = counts.counts()
+    assert [counted[key] for key in ("answers", "runs", "repetitive", "nan")] == [3, 1, 1, 1]
+    assert counted["stopped"] == pytest.approx(1 / 3)
+
+
+def test_prompts_are_those_that_break_models():
+    short = [group for group in sanity.GROUPS if len(group.prompts) == 8 and group.prompts == sanity.PROMPTS]
+    assert [group.sampled for group in short] == [False, True]
+    alone = [group.prompts[0] for group in sanity.GROUPS if len(group.prompts) == 1]
+    assert set(sanity.PROMPTS) <= set(alone), "every prompt in batches of 1 and 8"
+    assert sanity.LONG_PROMPTS[0] in alone
+    assert any(group.prompts == sanity.LONG_PROMPTS for group in sanity.GROUPS)
+    systems = {system for _, system, _ in sanity.PROMPTS}
+    assert None in systems, "the template's default system turn"
+    assert "" in systems, "an empty one"
+    assert {script for script, _, _ in sanity.PROMPTS} == {"en", "zh", ""}
+
+
+def test_worse_beyond_chance_fails_and_chance_does_not():
+    """Twelve answers that no longer stop, or that repeat one token, are no chance; two are."""
+
+    def of(stopping, running, count=33):
+        no = [False] * count
+        runs = [index < running for index in range(count)]
+        return sanity.Answers([index < stopping for index in range(count)], runs, no, no, no, no)
+
+    baseline = of(30, 1)
+    assert of(18, 1).proven_worse(baseline) == ["stopped"]
+    assert of(30, 13).proven_worse(baseline) == ["runs"]
+    assert of(28, 3).proven_worse(baseline) == []
+    assert of(33, 0).proven_worse(baseline) == []
+    run = {"dtype": "fp16", "baseline": baseline.counts()}
+    worse = of(18, 13)
+    found = sanity.problems([run | worse.counts() | {"worse": worse.proven_worse(baseline)}])
+    assert found == (
+        "answers in fp16: 13 of 33 repeat one token, 1 of the checkpoint's",
+        "answers in fp16: 55% stop, 91% of the checkpoint's",
+    )
 
 
 def test_greedy_answers_equal_transformers(demo):
@@ -240,5 +276,5 @@ def test_overflow_in_fp16_fails_by_name(built, tmp_path):
     found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, quiet)["loud"]["runs"]
     assert [run["dtype"] for run in found] == ["bf16", "fp16"]
     assert found[0]["nan"] == 0
-    assert found[1]["nan"] == found[1]["answers"] == 2 * len(sanity.PROMPTS)
-    assert sanity.problems(found)[0].startswith("answers in fp16: 18 of 18 have logits that are not finite")
+    assert found[1]["nan"] == found[1]["answers"] == sum(len(group.prompts) for group in sanity.GROUPS) == 33
+    assert sanity.problems(found)[0] == "answers in fp16: 33 of 33 have logits that are not finite"

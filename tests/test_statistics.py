@@ -37,6 +37,13 @@ def test_holm():
     assert statistics.holm([]) == []
 
 
+def test_mcnemar():
+    assert statistics.mcnemar(0, 0) == 1
+    assert statistics.mcnemar(5, 0) == pytest.approx(1 / 32)
+    assert statistics.mcnemar(1, 1) == pytest.approx(0.75)
+    assert statistics.mcnemar(8, 2) == pytest.approx(56 / 1024)
+
+
 def test_nothing_differs_by_exactly_nothing():
     loss = statistics.measure_loss(np.zeros(40), 0.0)
     assert (loss.mean, loss.error, loss.detectable) == (0.0, 0.0, 0.0)
@@ -78,7 +85,7 @@ def test_twice_the_limit_never_passes_and_half_of_it_does():
 
 def test_looking_more_often_asks_for_more_proof():
     rng = np.random.default_rng(3)
-    loss = statistics.measure_loss(rng.normal(0.044, 0.02, 40), 0.05)
+    loss = statistics.measure_loss(rng.normal(0.0435, 0.02, 40), 0.05)
     assert 0.01 < loss.p_within < 0.05
     assert statistics.decide({"kl": loss})[0] == "pass"
     assert statistics.decide({"kl": loss}, looks=5)[0] == "inconclusive"

@@ -14,6 +14,7 @@ is scored, so every token has half a window of context; "sliding" (GPTQ papers):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -136,20 +137,44 @@ class _Sums:
         return self.log_z - self.target
 
 
+@dataclass
+class Peaks:
+    """The largest |input of a linear, or output of a block| by source (the baseline is 0) and block, whatever was read."""
+
+    largest: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def observer(self, source: int, layer: int) -> Callable[[str, Tensor], None]:
+        """Takes in the activations of one block."""
+
+        def observe(_: str, x: Tensor) -> None:
+            peak = float(x.abs().max())
+            known = self.largest.get((source, layer), 0.0)
+            self.largest[source, layer] = peak if math.isnan(peak) else max(known, peak)
+
+        return observe
+
+    def of(self, source: int) -> tuple[float, ...]:
+        """By block."""
+        return tuple(peak for (index, _), peak in sorted(self.largest.items()) if index == source)
+
+
 def measure(
     baseline: WeightSource,
     artifacts: Mapping[str, WeightSource],
     text: Scored,
     device: torch.device,
     progress: Progress,
+    peaks: Peaks | None = None,
 ) -> dict[str, Fidelity]:
     """Compare artifacts with `baseline` on a text; token ids >= `text.vocabulary` are padding and never count.
+
+    `peaks` takes in the largest activations, the artifacts numbered from 1 in their order.
 
     Raises:
         NumericalError: an activation of the baseline is not finite. An artifact's are measured as they are (infinite KL).
     """
     sources = [baseline, *artifacts.values()]
-    finals = final_states(sources, text, device, progress)
+    finals = final_states(sources, text, device, progress, peaks=peaks)
     targets = text.windows[:, text.first + 1 :].reshape(-1).to(device)
     sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
     shape = (len(text.windows), text.windows.shape[1] - text.first - 1)
@@ -167,14 +192,22 @@ def final_states(
     device: torch.device,
     progress: Progress,
     block_of: Callable[[WeightSource, int, torch.device], Block] = plain_block,
+    peaks: Peaks | None = None,
 ) -> list[Tensor]:
-    """Per source the input of its head at the scored positions, float32 [windows, scored, hidden]; the first source must stay finite."""
+    """Per source the input of its head at the scored positions, float32 [windows, scored, hidden]; the first source must stay finite.
+
+    `peaks` takes in the largest |activation| of each source and block.
+    """
     hidden = [[embed(source, window, torch.float32).to(device) for window in text.windows] for source in sources]
     layers = sources[0].config.layers
     for layer in range(layers):
-        for source, states in zip(sources, hidden, strict=True):
+        for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
             block = block_of(source, layer, device)
-            states[:] = [block.forward(x) for x in states]
+            observe = peaks.observer(index, layer) if peaks else None
+            states[:] = [block.forward(x, observe) for x in states]
+            if observe:
+                for x in states:
+                    observe("", x)
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
         progress("check", layer + 1, layers)

@@ -1,7 +1,7 @@
 """One release against another, from the evidence that each kept: neither model is needed.
 
 For every artifact that both have, paired on the windows both read: how the KL divergence, the disagreement and the NLL changed, with a
-bootstrap interval over windows. "worse" and "better" are proven (`gates.LEVEL`, Holm over the three losses of one artifact).
+bootstrap interval over windows. "worse" and "better" are proven (`gates.ASKED`, Holm over the three losses of one artifact).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from qquant.checks import evidence, statistics
 from qquant.checks.evidence import Evidence
 from qquant.errors import InputError
-from qquant.gates import LEVEL
+from qquant.gates import ASKED
 
 LOSSES = {"kl": "mean KL divergence", "top1": "top-1 disagreement", "nll": "mean NLL difference"}
 
@@ -68,7 +68,7 @@ def _changes(name: str, then: Evidence, fresh: Evidence) -> list[Change]:
         if not move.any():
             outcome = "equal"
         else:
-            outcome = "worse" if above <= LEVEL else "better" if below <= LEVEL else "undecided"
+            outcome = "worse" if above <= ASKED else "better" if below <= ASKED else "undecided"
         low, high = statistics.interval(move)
         means = float(then.means[loss][:count].mean()), float(fresh.means[loss][:count].mean())
         changes.append(Change(name, LOSSES[loss], *means, low, high, outcome, count))

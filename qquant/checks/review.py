@@ -23,7 +23,7 @@ from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks import evidence, gate, loading, sanity, structure
 from qquant.checks.evidence import Evidence
-from qquant.checks.fidelity import Fidelity, Scored, first_scored, measure
+from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.formats import detect
@@ -34,6 +34,8 @@ from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstTok
 Progress = Callable[[str, int, int], None]
 WORST = 12  # tokens shown
 CONTEXT = 40  # characters before a token that are shown
+FP16_MAX = 65504.0
+LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
 BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
@@ -85,6 +87,7 @@ class Measured:
     main: Mapping[str, Fidelity]
     further: Mapping[str, Mapping[str, Fidelity]]  # by text
     verdicts: Mapping[str, Verdict]
+    headroom: Mapping[str, tuple[float, ...]]  # shares of the largest fp16 number by block; "" is the checkpoint
 
 
 def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None = None) -> HeldOut:
@@ -175,6 +178,7 @@ def review(
             *structure.missing(candidate.path, checkpoint),
             *warnings_of(candidate.layers),
             *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
+            *_loud(found.headroom[candidate.name], found.headroom[""]),
             *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
         )
     )
@@ -185,6 +189,15 @@ def review(
         for candidate in candidates
     )
     return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
+
+
+def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
+    """A word on the block that comes nearest to the end of fp16."""
+    block = max(range(len(shares)), key=lambda index: math.inf if math.isnan(shares[index]) else shares[index])
+    if shares[block] < LOUD:
+        return []
+    theirs = f"the checkpoint's {checkpoint[block]:.0%}"
+    return [f"block {block}: activations reach {shares[block]:.0%} of the largest fp16 number, {theirs}; use bf16"]
 
 
 def _lossy(candidate: Candidate, ratio: float) -> list[str]:
@@ -207,7 +220,8 @@ def _read(
 ) -> Measured:
     """Look by look, until every verdict is reached or the budget is read."""
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
-    joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress)
+    peaks = Peaks()
+    joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress, peaks)
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     main = {name: whole.part(slice(0, ends[0])) for name, whole in joined.items()}
     further = {
@@ -218,10 +232,11 @@ def _read(
     for start, stop in zip(text.looks, text.looks[1:], strict=False):
         if all(verdict.outcome != "inconclusive" for verdict in verdicts.values()):
             break
-        more = measure(checkpoint, sources, text.scored(text.windows[start:stop]), device, progress)
+        more = measure(checkpoint, sources, text.scored(text.windows[start:stop]), device, progress, peaks)
         main = {name: Fidelity.joined([main[name], more[name]]) for name in main}
         verdicts = _judge(candidates, main, verdicts, len(text.looks))
-    return Measured(main, further, verdicts)
+    headroom = {name: tuple(peak / FP16_MAX for peak in peaks.of(index)) for index, name in enumerate(["", *sources])}
+    return Measured(main, further, verdicts, headroom)
 
 
 def _judge(
@@ -275,6 +290,7 @@ def _row(candidate: Candidate, found: Measured, faults: tuple[str, ...], text: H
         kl_histogram=_histogram(measured.kl),
         texts=tuple(_text(title, by_name[candidate.name]) for title, by_name in found.further.items()),
         positions=_positions(measured, text.first),
+        headroom=found.headroom[candidate.name],
         worst=_worst(measured, text),
     )
 

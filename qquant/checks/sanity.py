@@ -1,7 +1,12 @@
 """Answers to a bundled set of prompts: what perplexity does not show and users see first.
 
-Artifacts and checkpoint answer in bf16 and in fp16, greedy and sampled, in one batch of eight and alone, short prompts and a long one.
-Each answer is judged by rules that need no reference; what counts is the difference to the checkpoint's own answers:
+Artifacts and checkpoint answer in bf16 and in fp16:
+
+    short, batch 8     all short prompts together, greedy and sampled (seeded)
+    short, batch 1     each alone, greedy
+    long, batch 1, 8   a list of 39 stations, and questions about it, greedy
+
+Each answer is judged by rules that need no reference; what counts is the difference to the checkpoint's answer to the same prompt:
 
     stopped       ended by a stop token within the budget
     runs          one token `RUN` times in a row ("!!!!", the face of NaN in fp16 kernels)
@@ -10,15 +15,16 @@ Each answer is judged by rules that need no reference; what counts is the differ
     script        a Chinese question answered without Chinese, an English one in Chinese
     nan           logits that are not finite
 
-NaN fails where the checkpoint has none; the others warn. Weights are dequantized, so this is about values, not about a runtime's
-kernels. The whole model is in memory here, in 16 bits; where it does not fit, the answers are left out and the report says so.
+NaN fails where the checkpoint has none. Stopping less often and runs fail where they are proven (McNemar's exact test on the pairs);
+every other difference of more than `SLACK` answers is a warning. Weights are dequantized, so this is about values, not about a runtime's
+kernels; what the fp16 run forebodes, the head-room in fp16 (fidelity.py) says by block. The whole model is in memory here, in 16 bits; where it does not fit, the answers are left out and the report says so.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +32,8 @@ from torch import Tensor
 
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checks.statistics import mcnemar
+from qquant.gates import ASKED
 
 RUN = 12
 SEED = 20240204
@@ -43,33 +51,69 @@ PROMPTS: tuple[
     ("", None, 'Return a JSON object with the keys "name" and "age" for a cat called Mia, three years old. JSON only.'),
     ("en", None, "Hi"),
     ("zh", None, "你好"),
-    ("en", None, f"{LONG}. At which kilometre is station 12?"),
+)
+STATIONS = (12, 3, 39, 20, 7, 31, 16, 25)
+LONG_PROMPTS = tuple(("en", None, f"{LONG}. At which kilometre is station {number}?") for number in STATIONS)
+SLACK = 0.125  # of the answers
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that are answered together."""
+
+    prompts: tuple[tuple[str, str | None, str], ...]
+    sampled: bool = False
+
+
+GROUPS = (
+    Group(PROMPTS),
+    Group(PROMPTS, sampled=True),
+    *(Group((prompt,)) for prompt in PROMPTS),
+    Group(LONG_PROMPTS[:1]),
+    Group(LONG_PROMPTS),
 )
 
 
 @dataclass
 class Answers:
-    """Counts over the answers of one model in one dtype."""
+    """What each answer of one model in one dtype did, in the order of `GROUPS`."""
 
-    answers: int = 0
-    stopped: float = 0.0  # share
-    runs: int = 0
-    repetitive: int = 0
-    invalid: int = 0
-    script: int = 0
-    nan: int = 0
+    stopped: list[bool] = field(default_factory=list)
+    runs: list[bool] = field(default_factory=list)
+    repetitive: list[bool] = field(default_factory=list)
+    invalid: list[bool] = field(default_factory=list)
+    script: list[bool] = field(default_factory=list)
+    nan: list[bool] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], finite: bool, script: str, tokenizer: Tokenizer) -> None:
         """Judge one answer; `ids` with its stop token, if it has one."""
         ended = bool(ids) and ids[-1] in tokenizer.eos
         text = tokenizer.decode(ids[:-1] if ended else ids)
-        self.stopped = (self.stopped * self.answers + ended) / (self.answers + 1)
-        self.answers += 1
-        self.runs += longest_run(ids) >= RUN
-        self.repetitive += repetition(ids) > 0.5
-        self.invalid += "\ufffd" in (text if ended else text.rstrip("\ufffd"))  # the budget may cut a character
-        self.script += wrong_script(text, script)
-        self.nan += not finite
+        self.stopped.append(ended)
+        self.runs.append(longest_run(ids) >= RUN)
+        self.repetitive.append(repetition(ids) > 0.5)
+        self.invalid.append("\ufffd" in (text if ended else text.rstrip("\ufffd")))  # the budget may cut a character
+        self.script.append(wrong_script(text, script))
+        self.nan.append(not finite)
+
+    def counts(self) -> dict[str, float]:
+        """How many of the answers; of those that stopped, the share."""
+        number = len(self.stopped)
+        counted: dict[str, float] = {name: sum(which) for name, which in vars(self).items()}
+        return {"answers": number} | counted | {"stopped": counted["stopped"] / max(1, number)}
+
+    def proven_worse(self, baseline: Answers) -> list[str]:
+        """Names of what fails if it is worse beyond chance, and is."""
+        pairs = {
+            "stopped": [(not mine, not theirs) for mine, theirs in zip(self.stopped, baseline.stopped, strict=True)],
+            "runs": list(zip(self.runs, baseline.runs, strict=True)),
+        }
+        found = []
+        for name, both in pairs.items():
+            worse, better = sum(mine > theirs for mine, theirs in both), sum(theirs > mine for mine, theirs in both)
+            if mcnemar(worse, better) <= ASKED / len(pairs):
+                found.append(name)
+        return found
 
 
 def longest_run(ids: Sequence[int]) -> int:
@@ -104,50 +148,61 @@ def answer(
     progress: Callable[[str, int, int], None],
 ) -> dict[str, dict[str, Any]]:
     """Per artifact {"runs": [counts by dtype, with the checkpoint's as "baseline"]}; empty if the model does not fit in memory."""
-    prompts = [_prompt(tokenizer, system, question) for _, system, question in PROMPTS]
     if not _fits(checkpoint, device):
         return {}
     found: dict[str, dict[str, Any]] = {name: {"runs": []} for name in artifacts}
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
     done = 0
     for name_of_dtype, dtype in DTYPES.items():
-        baseline: dict[str, Any] = {}
+        baseline = Answers()
         for name, source in sources.items():
             model = _model(checkpoint, source, dtype, device)
-            counts = {"dtype": name_of_dtype, **asdict(_run(model, tokenizer, prompts, length))}
+            answers = _run(model, tokenizer, length)
             del model
             if name:
-                found[name]["runs"].append(counts | {"baseline": baseline})
+                more = {"dtype": name_of_dtype, "worse": answers.proven_worse(baseline), "baseline": baseline.counts()}
+                found[name]["runs"].append(answers.counts() | more)
             else:
-                baseline = counts
+                baseline = answers
             done += 1
             progress("answer", done, len(DTYPES) * len(sources))
     return found
 
 
+WORDS = {
+    "runs": "repeat one token",
+    "repetitive": "repeat themselves",
+    "invalid": "are no valid UTF-8",
+    "script": "are in the wrong script",
+}
+
+
 def problems(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """What fails an artifact."""
-    return tuple(
-        f"answers in {run['dtype']}: {run['nan']} of {run['answers']} have logits that are not finite"
-        for run in runs
-        if run["nan"] > run["baseline"]["nan"]
-    )
+    found = []
+    for run in runs:
+        where, number, theirs = f"answers in {run['dtype']}", run["answers"], run["baseline"]
+        if run["nan"] > theirs["nan"]:
+            found.append(f"{where}: {run['nan']} of {number} have logits that are not finite")
+        if "runs" in run["worse"]:
+            found.append(f"{where}: {run['runs']} of {number} repeat one token, {theirs['runs']} of the checkpoint's")
+        if "stopped" in run["worse"]:
+            found.append(f"{where}: {run['stopped']:.0%} stop, {theirs['stopped']:.0%} of the checkpoint's")
+    return tuple(found)
 
 
 def warnings(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """What a person should look at: an artifact that does something clearly more often than its checkpoint."""
-    words = {"runs": "repeat one token", "repetitive": "repeat themselves", "invalid": "are no valid UTF-8", "script": "are in the wrong script"}  # fmt: skip
     found = []
     for run in runs:
-        slack = max(1, run["answers"] // 8)
+        where, theirs = f"answers in {run['dtype']}", run["baseline"]
         found += [
-            f"answers in {run['dtype']}: {run[key]} of {run['answers']} {text}, {run['baseline'][key]} of the checkpoint's"
-            for key, text in words.items()
-            if run[key] > run["baseline"][key] + slack
+            f"{where}: {run[key]} of {run['answers']} {text}, {theirs[key]} of the checkpoint's"
+            for key, text in WORDS.items()
+            if run[key] > theirs[key] + max(1, SLACK * run["answers"]) and key not in run["worse"]
         ]
-        if abs(run["stopped"] - run["baseline"]["stopped"]) > 0.2:
-            shares = f"{run['stopped']:.0%} stop, {run['baseline']['stopped']:.0%} of the checkpoint's"
-            found.append(f"answers in {run['dtype']}: {shares}")
+        if abs(run["stopped"] - theirs["stopped"]) > SLACK and "stopped" not in run["worse"]:
+            found.append(f"{where}: {run['stopped']:.0%} stop, {theirs['stopped']:.0%} of the checkpoint's")
     return tuple(found)
 
 
@@ -188,15 +243,14 @@ def _model(checkpoint: Checkpoint, source: WeightSource, dtype: torch.dtype, dev
     return model.eval()
 
 
-def _run(model: Any, tokenizer: Tokenizer, prompts: Sequence[list[int]], length: int) -> Answers:
-    counts = Answers()
-    scripts = [script for script, _, _ in PROMPTS]
-    *short, long = range(len(prompts))  # the long one alone: it would pad all others to its length
-    for group, sampled in ((short, False), (short, True), ([0], False), ([long], False)):
-        found = generate(model, [prompts[index] for index in group], tokenizer.eos, tokenizer.size, length, sampled)
-        for index, (ids, finite) in zip(group, found, strict=True):
-            counts.add(ids, finite, scripts[index], tokenizer)
-    return counts
+def _run(model: Any, tokenizer: Tokenizer, length: int) -> Answers:
+    answers = Answers()
+    for group in GROUPS:
+        prompts = [_prompt(tokenizer, system, question) for _, system, question in group.prompts]
+        found = generate(model, prompts, tokenizer.eos, tokenizer.size, length, group.sampled)
+        for (script, _, _), (ids, finite) in zip(group.prompts, found, strict=True):
+            answers.add(ids, finite, script, tokenizer)
+    return answers
 
 
 @torch.no_grad()

@@ -1,31 +1,53 @@
-"""How often a gate errs: resamples windows of real per-token evidence and asks it again and again.
+"""How often a verdict errs: draws windows of real per-token evidence and asks the gates again and again.
 
-    python tests/bench/gate_simulation.py OUT [--runs 1000] [--windows 40]
+    python tests/bench/gate_simulation.py OUT [--runs 10000] [--windows 40]
 
-OUT is the output of a build (report.json with evidence/). For every artifact, d are its window means of a loss. A population with mean
-`limit` is made by shifting d; draws of `--windows` windows from it are judged:
+OUT has a report.json with evidence/ of many windows (`qquant check ... --windows 360 --no-defaults --out OUT`). For every artifact, d are its
+window means of a loss; shifted to have a mean of our choice, they are a population, and draws of `--windows` from it are judged:
 
-    false fail   a harmless artifact (its loss is the limit: no effect beyond the margin) is failed       at most 5 %
-    false pass   one that is worse by twice the margin (effect = 2 x margin) is passed                    at most 5 %
+    false fail   its loss is the limit: no effect beyond it                          at most 5 %
+    false pass   worse by twice the margin, effect = 2 x margin                      at most 5 %
+    unpaired     the rule of habit, "fail if the perplexity is above the limit", on texts of their own: false fails
+    "all"        three gates at their limits at once, with up to three looks (w, 2 w, 4 w windows): the artifact fails
 
-The margin is `--margin` of the mean loss for KL divergence, and --nll nats for perplexity. Beside it the unpaired rule of habit: fail if
-the perplexity of the artifact on its own draw of text exceeds that of the checkpoint on another by more than the margin.
+The margin is `--margin` of the mean for KL divergence and disagreement, and --nll nats for perplexity. It also prints the factors with
+which window means spread, which `qquant/gates.py` plans with.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 
 from qquant.checks import evidence, statistics
 
+LOSSES = ("kl", "top1", "nll")
+
+
+def decided(draws, limits, looks=1):
+    losses = {name: statistics.measure_loss(draw, limits[name]) for name, draw in draws.items()}
+    return statistics.decide(losses, looks)[0]
+
 
 def rates(population, limit, windows, runs, rng):
     """(share failed, share passed) of draws from window means `population` judged against `limit`."""
-    outcomes = [
-        statistics.decide({"": statistics.measure_loss(rng.choice(population, windows), limit)})[0] for _ in range(runs)
-    ]
+    outcomes = [decided({"": rng.choice(population, windows)}, {"": limit}) for _ in range(runs)]
     return outcomes.count("fail") / runs, outcomes.count("pass") / runs
+
+
+def looking_again(populations, limits, windows, runs, rng):
+    """Share failed of artifacts whose three losses are at their limits, judged together, with more text while undecided."""
+    failed = 0
+    count = len(next(iter(populations.values())))
+    for _ in range(runs):
+        picks = rng.integers(0, count, 4 * windows)
+        for stop in (windows, 2 * windows, 4 * windows):
+            outcome = decided({name: values[picks[:stop]] for name, values in populations.items()}, limits, looks=3)
+            if outcome != "inconclusive":
+                break
+        failed += outcome == "fail"
+    return failed / runs
 
 
 def unpaired(population, spread, margin, windows, runs, rng):
@@ -35,30 +57,45 @@ def unpaired(population, spread, margin, windows, runs, rng):
     return float((own + texts[0] - texts[1] > margin).mean())
 
 
+def spreads(found):
+    """The factors of the planned spread: see gates.py."""
+    scored, kl, share = found.nll.shape[1], found.means["kl"].mean(), found.means["top1"].mean()
+    sd = {name: found.means[name].std(ddof=1) for name in LOSSES}
+    nll = sd["nll"] / math.sqrt(2 * kl / scored)
+    top1 = sd["top1"] / math.sqrt(share * (1 - share) / scored)
+    return f"nll {nll:.2f} sqrt(2 k / S), kl {sd['kl'] / kl * math.sqrt(scored / 255):.2f} k sqrt(255 / S), top-1 {top1:.2f} binomial"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--runs", type=int, default=10000)
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--margin", type=float, default=0.1, help="of the mean KL divergence")
+    parser.add_argument("--margin", type=float, default=0.1, help="of the mean KL divergence and disagreement")
     parser.add_argument("--nll", type=float, default=0.002, help="margin of the mean NLL difference, nats")
     parser.add_argument("--spread", type=float, default=0.35, help="standard deviation of a window's own NLL, nats")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    print(f"{'artifact':<24}{'loss':<6}{'false fail':>11}{'false pass':>11}{'unpaired rule, false fail':>27}")
+    print(
+        f"{options.runs} runs, {options.windows} windows; one standard error of 5 % is {math.sqrt(0.0475 / options.runs):.2%}"
+    )
+    print(f"{'artifact':<24}{'loss':<6}{'false fail':>11}{'false pass':>11}{'unpaired':>10}")
     for name, found in evidence.of_report(options.out).items():
         name = name.rpartition("/")[2]
-        for loss in ("kl", "nll"):
+        populations, limits = {}, {}
+        for loss in LOSSES:
             means = found.means[loss]
-            margin = options.margin * means.mean() if loss == "kl" else options.nll
-            at_limit = means - means.mean() + margin
-            failed, _ = rates(at_limit, margin, options.windows, options.runs, rng)
-            _, passed = rates(at_limit + margin, margin, options.windows, options.runs, rng)
+            margin = options.nll if loss == "nll" else options.margin * means.mean()
+            populations[loss], limits[loss] = means - means.mean() + margin, margin
+            failed, _ = rates(populations[loss], margin, options.windows, options.runs, rng)
+            _, passed = rates(populations[loss] + margin, margin, options.windows, options.runs // 10, rng)
             habit = ""
             if loss == "nll":
                 harmless = means - means.mean()
                 habit = f"{unpaired(harmless, options.spread, margin, options.windows, options.runs, rng):.1%}"
-            print(f"{name:<24}{loss:<6}{failed:>11.1%}{passed:>11.1%}{habit:>27}")
+            print(f"{name:<24}{loss:<6}{failed:>11.2%}{passed:>11.2%}{habit:>10}", flush=True)
+        failed = looking_again(populations, limits, options.windows, options.runs // 10, rng)
+        print(f"{name:<24}{'all':<6}{failed:>11.2%}   spread: {spreads(found)}", flush=True)
 
 
 if __name__ == "__main__":
