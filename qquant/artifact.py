@@ -3,11 +3,16 @@
     DIR/.partial/<name>/...        files preallocated to their planned size, filled tensor by tensor
     DIR/.partial/<name>.journal    one JSON line per finished unit (a decoder block, or the tensors outside the blocks),
                                    appended and synced after the unit's bytes were synced: {unit, checksums, record}
-    DIR/<folder>/qquant-manifest.json   size and sha256 of every file, and the build's key; the last file to be written
+    DIR/<folder>/qquant-manifest.json   size and sha256 of every file, and the build's key; no times, so the same build, the same bytes
 
-A folder with a manifest is complete: nothing is renamed to its final name before it was read back. After a kill the journal says
-which units are done; their bytes are checked against the recorded checksums before they are trusted. The key binds a draft to
-its inputs (recipe entry, checkpoint bytes, calibration tokens, versions): another key starts over.
+A folder with a manifest is complete: it gets its final name in one rename, after everything in it was read back. An artifact that
+joins a folder of earlier ones does so in a copy of that folder (hard links), which then takes its place:
+
+    DIR/.partial/joined/<folder>    the copy, with the new files and the new manifest
+    DIR/.partial/replaced/<folder>  the folder as it was, until the copy has its name; a build that finds it puts it back
+
+After a kill the journal says which units are done; their bytes, and those of every head and small file, are checked before they are
+trusted. The key binds a draft to its inputs (recipe entry, checkpoint bytes, calibration tokens, versions): another key starts over.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +33,12 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.output import MANIFEST, sync, write_synced
+from qquant.output import MANIFEST, copy, create, make_folder, put, reached, rename, sync, write_synced
+from qquant.report import finite
 from qquant.untrusted import read_json
 
 CHUNK = 1 << 24
+REPLACED = "replaced"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -80,23 +87,21 @@ class Draft:
         return {tensor.name: (file, tensor) for file in self.plan.files for tensor in file.tensors}
 
     def open(self) -> None:
-        """Continue a draft of the same key, or start one: small files written, tensor files preallocated."""
+        """Continue a draft of the same key, or start one: small files written, tensor files preallocated, all of it synced."""
         if self._resume():
             return
         self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         for file in self.plan.files:
             path = self.folder / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            make_folder(path.parent)
             if file.copy_of:
-                shutil.copyfile(file.copy_of, path)
-                continue
-            with path.open("wb") as target:
-                if file.size > len(file.head) and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(target.fileno(), 0, file.size)
-                target.truncate(file.size)
-                target.write(file.head)
-        self._append({"key": self.key, "plan": self._plan_digest()})
+                copy(file.copy_of, path)
+            else:
+                create(path, file.size, file.head)
+            sync(path.parent)
+            reached("while a draft is prepared")
+        self._append([{"key": self.key, "plan": self._plan_digest()}])
 
     def _plan_digest(self) -> str:
         digest = hashlib.sha256()
@@ -104,38 +109,58 @@ class Draft:
             digest.update(f"{file.name} {file.size} {hashlib.sha256(file.head).hexdigest()}".encode())
         return digest.hexdigest()
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with self.journal.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to the journal; where it is new, all of them at once."""
+        text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
+        if not self.journal.exists():
+            write_synced(self.journal, text)
+        else:
+            put(self.journal, self.journal.stat().st_size, text)
+            sync(self.journal)
 
     def _resume(self) -> bool:
         """Read the journal; True if it belongs to this key. Units whose bytes do not match are forgotten."""
-        if not self.journal.is_file():
-            return False
-        lines = []
-        for line in self.journal.read_bytes().split(b"\n")[:-1]:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+        lines = self._lines()
         if not lines or lines[0] != {"key": self.key, "plan": self._plan_digest()}:
             return False
-        if any(
-            not (self.folder / file.name).is_file() or (self.folder / file.name).stat().st_size != file.size
-            for file in self.plan.files
-        ):
+        if not all(self._intact(file) for file in self.plan.files):
             return False
         for line in lines[1:]:
             unit = Unit(line["unit"], line["checksums"], line["record"])
             if all(self._stored_sha256(name) == value for name, value in unit.checksums.items()):
                 self.units[unit.name] = unit
-        self.journal.unlink()
-        self._append(lines[0])
-        for unit in self.units.values():
-            self._append({"unit": unit.name, "checksums": unit.checksums, "record": unit.record})
+        kept = [{"unit": unit.name, "checksums": unit.checksums, "record": unit.record} for unit in self.units.values()]
+        if [*lines[:1], *kept] != lines or not self.journal.read_bytes().endswith(b"\n"):
+            self.journal.unlink()
+            reached("while a journal is written again")
+            self._append([lines[0], *kept])
         return True
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The whole lines of the journal, up to the first that is damaged."""
+        if not self.journal.is_file():
+            return []
+        lines: list[dict[str, Any]] = []
+        for line in self.journal.read_bytes().split(b"\n")[:-1]:
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            keys = {"unit", "checksums", "record"} if lines else {"key", "plan"}
+            if not isinstance(content, dict) or set(content) != keys:
+                break
+            lines.append(content)
+        return lines
+
+    def _intact(self, file: PlannedFile) -> bool:
+        """Whether a file has its size, and its head, or is the copy that it should be."""
+        path = self.folder / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            return False
+        if file.copy_of:
+            return sha256_file(path) == sha256_file(file.copy_of)
+        with path.open("rb") as content:
+            return content.read(len(file.head)) == file.head
 
     def _stored_sha256(self, name: str) -> str | None:
         if name not in self.places:
@@ -171,28 +196,20 @@ class Draft:
             digests.setdefault(name, hashlib.sha256()).update(data)
             path = self.folder / file.name
             touched.add(path)
-            self._put(path, tensor.offset + offset, data)
+            put(path, tensor.offset + offset, data)
         short = [name for name, count in filled.items() if count != self.places[name][1].nbytes]
         if short:
             raise AssertionError(
                 f"{short[0]}: only {filled[short[0]]} of {self.places[short[0]][1].nbytes} bytes written"
             )
-        for path in touched:
+        reached("before a unit is synced")
+        for path in sorted(touched):
             sync(path)
+        reached("before a unit is journalled")
         done = Unit(unit, {name: digest.hexdigest() for name, digest in digests.items()}, record)
-        self._append({"unit": done.name, "checksums": done.checksums, "record": done.record})
+        self._append([{"unit": done.name, "checksums": done.checksums, "record": done.record}])
         self.units[unit] = done
-
-    @staticmethod
-    def _put(path: Path, position: int, data: memoryview) -> None:
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            while data:
-                count = os.pwrite(descriptor, data[: 1 << 30], position)
-                position += count
-                data = data[count:]
-        finally:
-            os.close(descriptor)
+        reached("after a unit is journalled")
 
     def finish(self, target: Path, provenance: Mapping[str, Any]) -> Path:
         """Read back what was written, compare it, and make it visible in `target` with its manifest; the final folder.
@@ -214,29 +231,64 @@ class Draft:
         FORMATS[self.plan.format].verify(paths, written, values)
         files = {}
         for file in self.plan.files:
+            if not self._intact(file):
+                raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
             sync(self.folder / file.name)
             files[file.name] = {"bytes": file.size, "sha256": sha256_file(self.folder / file.name)}
         layers = [entry for unit in self.units.values() for entry in unit.record]
         entry = {"key": self.key, "format": self.plan.format, **provenance, "files": files, "layers": layers}
         final = target / self.plan.folder
-        if final.exists():
-            manifest = read_manifest(final)
-            for name in files:
-                (self.folder / name).rename(final / name)
-            sync(final)
-            self.folder.rmdir()
-        else:
-            manifest = {"schema": "qquant-manifest-1", "artifacts": {}}
+        manifest: dict[str, Any] = (
+            read_manifest(final) if final.exists() else {"schema": "qquant-manifest-1", "artifacts": {}}
+        )
         manifest["artifacts"][self.plan.name] = entry
-        content = (json.dumps(manifest, indent=2) + "\n").encode()
+        content = (json.dumps(finite(manifest), indent=2, allow_nan=False) + "\n").encode()
         if final.exists():
-            write_synced(final / MANIFEST, content)
+            joined = self._joined(final)
+            write_synced(joined / MANIFEST, content)
+            reached("before a folder is replaced")
+            replaced = self.partial / REPLACED / self.plan.folder
+            make_folder(replaced.parent)
+            rename(final, replaced)
+            reached("while a folder is replaced")
+            rename(joined, final)
+            shutil.rmtree(replaced)
         else:
             write_synced(self.folder / MANIFEST, content)
-            self.folder.rename(final)
-        sync(target)
+            reached("before a folder gets its name")
+            rename(self.folder, final)
+        reached("after a folder got its name")
         self.journal.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
         return final
+
+    def _joined(self, final: Path) -> Path:
+        """A folder with the files of `final` and of this draft, by links where the file system has them."""
+        joined = self.partial / "joined" / self.plan.folder
+        shutil.rmtree(joined, ignore_errors=True)
+        for folder in (final, self.folder):
+            for path in sorted(folder.rglob("*")):
+                if path.is_dir() or path.name == MANIFEST:
+                    continue
+                place = joined / path.relative_to(folder)
+                make_folder(place.parent)
+                try:
+                    os.link(path, place)
+                except OSError:
+                    shutil.copyfile(path, place)
+                    sync(place)
+                sync(place.parent)
+                reached("while a folder is joined")
+        return joined
+
+
+def restore(out: Path, partial: Path) -> None:
+    """Put back folders that a killed build had taken away to replace them."""
+    for folder in sorted((partial / REPLACED).glob("*")):
+        if (out / folder.name).exists():
+            shutil.rmtree(folder)
+        else:
+            rename(folder, out / folder.name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is kept of the calibration pass besides the artifacts: the second moments of every stage's input.
 
-    DIR/.partial/moments-<key>/block-<n>    sums of squares [K] of each stage, and the number of tokens, one file a block
+    DIR/.partial/moments-<key>/block-<n>    sums of squares [K] of each stage, and the number of tokens, one file a block:
+                                            sha256 of the rest | safetensors
 
 They become the importance matrix that a build leaves in DIR/calibration for other tools. A block's file is written before any
 artifact's block is journalled, so an interrupted build finds them again.
@@ -8,17 +9,18 @@ artifact's block is journalled, so an interrupted build finds them again.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.formats.imatrix import Imatrix, mended
-from qquant.output import write_synced
+from qquant.output import make_folder, write_synced
 from qquant.stats import Gram
 
 
@@ -35,10 +37,18 @@ class Moments:
 
     def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
         """Keep the diagonals of a block's Gram matrices."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {stage: mended(gram.matrix.diagonal().cpu()) for stage, gram in grams.items()}
+        make_folder(self.folder)
+        tensors = {stage: mended(gram.matrix.diagonal().cpu()).contiguous() for stage, gram in grams.items()}
         tokens = torch.tensor(next(iter(grams.values())).tokens)
-        write_synced(self.path(layer), save(tensors | {"tokens": tokens}))
+        content = save(tensors | {"tokens": tokens})
+        write_synced(self.path(layer), hashlib.sha256(content).digest() + content)
+
+    def load(self, layer: int) -> dict[str, torch.Tensor] | None:
+        """What was kept of a block; None if nothing was, or if it is not what was written."""
+        if not self.path(layer).is_file():
+            return None
+        content = self.path(layer).read_bytes()
+        return load(content[32:]) if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
     def importance(self, name: str, gram: Gram) -> torch.Tensor:
         """The importance of each input of a linear (GGUF name): the given one, else the measured one."""
@@ -51,9 +61,9 @@ class Moments:
         """The importance matrix of the whole model; None if a block was not measured (everything was built before)."""
         family, sums, counts = checkpoint.family, {}, {}
         for layer in range(checkpoint.config.layers):
-            if not self.path(layer).is_file():
+            stored = self.load(layer)
+            if stored is None:
                 return None
-            stored = load_file(self.path(layer))
             for stage in family.stages:
                 for linear in stage.linears:
                     name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")

@@ -1,27 +1,38 @@
-"""The output folder of a build: who may write to it, and what is allowed to stand in it.
+"""The output folder of a build: who may write to it, what may stand in it, and every write to it.
 
 DIR/<artifact folders>      complete, each with qquant-manifest.json
 DIR/calibration/            the tokens that were used, with their provenance
 DIR/report.json, report.md, report.html, evidence/
 DIR/source.json             which checkpoint, from where, under which licence
 DIR/.partial/               a build in progress, with its lock; gone when the build is done
+
+Nothing becomes visible under its final name before it is whole: bytes are written to a temporary name and synced, then renamed, then
+the folder that holds the name is synced. `reached` marks the places between which a build can die; tests stop it there.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import filelock
-
-from qquant.errors import EnvironmentMissingError, InputError, LockedError, UsageError
+from qquant.errors import EnvironmentMissingError, InputError, QQuantError, StoppedError, UsageError
+from qquant.lock import hold
 
 PARTIAL = ".partial"
+DONE = ".partial.done"  # what is left of a build that is done, while it is removed
 MANIFEST = "qquant-manifest.json"
-OURS = {PARTIAL, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
+OURS = {PARTIAL, DONE, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EAGAIN}  # the same command may well continue
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def reached(place: str) -> None:
+    """A named place on the way to a finished build."""
 
 
 @contextmanager
@@ -34,6 +45,7 @@ def claim(out: Path) -> Iterator[Path]:
         UsageError: `out` is a file, or holds what qquant did not write.
         LockedError: another build is writing to it.
         EnvironmentMissingError: it cannot be created or written.
+        StoppedError: a write failed in a way that need not last; what is finished is kept.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out takes a folder")
@@ -44,40 +56,58 @@ def claim(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentMissingError(f"{out}: cannot be created: {error.strerror}. Choose another --out") from None
-    lock = filelock.FileLock(partial / "lock")
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise LockedError(f"{out}: another build is writing to it. Wait for it, or choose another --out") from None
-    try:
-        yield partial
-        shutil.rmtree(partial)
-    except (InputError, UsageError):
-        for path in fresh[-1:]:
-            shutil.rmtree(path, ignore_errors=True)
+        with hold(partial / "lock", out):
+            shutil.rmtree(out / DONE, ignore_errors=True)
+            try:
+                yield partial
+            except (InputError, UsageError):
+                if partial in fresh:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            reached("before removing the partial folder")
+            rename(partial, out / DONE)
+            reached("while removing the partial folder")
+            shutil.rmtree(out / DONE)
+    except QQuantError:
         if out in fresh and out.is_dir() and not os.listdir(out):
             out.rmdir()
         raise
     except OSError as error:
-        raise EnvironmentMissingError(
-            f"{error.filename or out}: {error.strerror}. What is finished is kept; the same command continues"
-        ) from error
-    finally:
-        lock.release()
+        raise failure(error, out) from error
+
+
+def failure(error: OSError, out: Path) -> QQuantError:
+    """What a failed call to the file system is to the user."""
+    where = error.filename or out
+    if error.errno not in PASSING:
+        return EnvironmentMissingError(
+            f"{where}: {error.strerror}. What is finished is kept; the same command continues"
+        )
+    room = f" ({shutil.disk_usage(out).free:,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return StoppedError(f"{where}: {error.strerror}{room}. What is finished is kept; the same command continues")
 
 
 def _only_ours(out: Path) -> None:
     if not out.is_dir():
         return
     for path in sorted(out.iterdir()):
-        if path.name not in OURS and not (path / MANIFEST).is_file():
+        if path.name not in OURS and not _temporary(path) and not (path / MANIFEST).is_file():
             raise UsageError(
                 f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
             )
 
 
+def _temporary(path: Path) -> bool:
+    """Whether a killed `write_synced` left it."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.name[1:-4] in OURS
+
+
+# --- every write --------------------------------------------------------------------------------------------------------
+
+
 def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
+    """Flush a file or directory to the disk. A sync that failed is not tried again: the bytes may be lost."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,12 +115,72 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, each name on the disk before something is put into it."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a synced file or folder, and sync the folder of the new name."""
+    os.rename(old, new)
+    reached("after a rename")
+    sync(new.parent)
+
+
+def put(path: Path, position: int, data: memoryview | bytes) -> None:
+    """Write `data` at `position` of an existing file."""
+    view = memoryview(data)
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        while view:
+            count = _again(os.pwrite, descriptor, view[: 1 << 30], position)
+            position += count
+            view = view[count:]
+    finally:
+        os.close(descriptor)
+
+
+def create(path: Path, size: int, head: bytes) -> None:
+    """A synced file of `size` bytes, all of them taken from the disk now, that begins with `head`."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            try:
+                _again(os.posix_fallocate, descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+        os.ftruncate(descriptor, size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    put(path, 0, head)
+    sync(path)
+
+
+def copy(source: Path, path: Path) -> None:
+    """A synced copy of a small file."""
+    content = source.read_bytes()
+    create(path, len(content), content)
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Write a small file whole: temporary sibling, sync, rename, sync the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync(path.parent)
+    create(temporary, len(content), content)
+    reached("before a rename")
+    rename(temporary, path)
+
+
+def _again(call: Callable[..., Any], *arguments: object) -> Any:
+    """`call`, once more when a signal came first."""
+    while True:
+        try:
+            return call(*arguments)
+        except InterruptedError:
+            continue

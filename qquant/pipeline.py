@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qquant import __version__, calibration, report_html, walk
-from qquant.artifact import Draft, finished, installed, open_weights, read_manifest
+from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks import bisect as bisection
@@ -53,6 +53,7 @@ def build(
     """
     plan.require_room(out)
     with claim(out) as partial:
+        restore(out, partial)
         tokenizer = Tokenizer.open(checkpoint.path)
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens)

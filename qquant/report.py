@@ -165,7 +165,7 @@ class Report:
             "calibration": dict(self.calibration),
             "conditions": dict(self.conditions),
         }
-        return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
@@ -275,7 +275,7 @@ def _artifact(artifact: ArtifactReport) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """The reverse of `_finite` for one value."""
+    """The reverse of `finite` for one value."""
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
@@ -307,15 +307,15 @@ def _speed(entry: Mapping[str, Any] | None) -> SpeedReport | None:
     return SpeedReport(**dict(entry) | {"paces": paces, "reasons": tuple(entry["reasons"])})
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: what is not finite becomes text."""
     match value:
         case float() if not math.isfinite(value):
             return str(value)
         case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(item) for item in value]
+            return [finite(item) for item in value]
     return value
 
 

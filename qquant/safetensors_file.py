@@ -100,8 +100,8 @@ def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
             f"{path}: tensor {name!r}: entry must have dtype, shape and data_offsets, got {str(entry)[:80]}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in SIZES:
-        raise InputError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}; known: {', '.join(SIZES)}")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise InputError(f"{path}: tensor {name!r}: unknown dtype {str(dtype)[:80]!r}; known: {', '.join(SIZES)}")
     for numbers, what, count in ((shape, "shape", None), (offsets, "data_offsets", 2)):
         plain = isinstance(numbers, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
         if not plain or len(numbers) > 8 or (count and len(numbers) != count):

@@ -12,7 +12,6 @@ stream of its own, which runs through its own quantized linears.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +139,7 @@ def _shared(
     device = stream.hidden[0].device
     grams = (
         {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
-        if todo or not moments.path(layer).is_file()
+        if todo or moments.load(layer) is None
         else {}
     )
     stream.advance(layer, block, grams)
@@ -258,7 +257,6 @@ class Solver:
     def _store(self, linears: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
         values = {}
         for linear, weight in linears.items():
-            began = time.monotonic()
             importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
             shape = self.shapes[linear]
             wide = widened(weight, shape), widened(importance, shape[1:])
@@ -266,12 +264,11 @@ class Solver:
             values[linear] = self._keep(linear, stored)
             energy = float(gram.energy(weight).sum()) or 1.0
             error = float(gram.energy(_inside(values[linear], weight.shape) - weight).sum()) / energy
-            self._note(linear, values[linear], gram, began, error=error)
+            self._note(linear, values[linear], gram, error=error)
         return values
 
     def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid) -> dict[str, Tensor]:
         """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
-        began = time.monotonic()
         if not widens(grid, len(gram.absolute)):
             linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
             gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
@@ -297,7 +294,7 @@ class Solver:
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
             facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
-            self._note(linear, value, gram, began, **facts)
+            self._note(linear, value, gram, **facts)
         return values
 
     def _solved(
@@ -324,7 +321,7 @@ class Solver:
         self.tensors |= {name: value.cpu() for name, value in stored.items()}
         return self.format.restore(self.draft.plan, self._name(linear), stored)
 
-    def _note(self, linear: str, value: Tensor, gram: Gram, began: float, **facts: Any) -> None:
+    def _note(self, linear: str, value: Tensor, gram: Gram, **facts: Any) -> None:
         self.record.append(
             {
                 "name": self._name(linear),
@@ -332,7 +329,6 @@ class Solver:
                 "tokens": gram.tokens,
                 "dead": gram.dead,
                 "largest": gram.largest,
-                "seconds": round(time.monotonic() - began, 4),
                 **facts,
             }
         )

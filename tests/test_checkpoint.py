@@ -273,6 +273,7 @@ def changed(name, **entry):
         (b'{"a":1,"a":2}', "repeated name 'a'"),
         ({"a": 1}, "must have dtype, shape and data_offsets"),
         (changed("a", dtype="F13"), "unknown dtype 'F13'"),
+        (changed("a", dtype=["F32"]), "unknown dtype"),
         (changed("a", shape=[-2, 3]), "bad shape"),
         (changed("a", shape=[2.0, 3]), "bad shape"),
         (changed("a", shape=[True, 6]), "bad shape"),

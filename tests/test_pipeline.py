@@ -9,10 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import pipeline, recipe, walk
+from qquant import artifact, pipeline, recipe, walk
 from qquant.artifact import Draft, open_weights
 from qquant.checkpoint import Checkpoint
-from qquant.errors import EnvironmentMissingError, InputError, LockedError, NumericalError, QQuantError, UsageError
+from qquant.errors import (
+    EnvironmentMissingError,
+    InputError,
+    LockedError,
+    NumericalError,
+    QQuantError,
+    StoppedError,
+    UsageError,
+)
 from qquant.output import claim
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
@@ -91,9 +99,9 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
     other, _ = build(folder, "gptq-row", out="row", text=text)
     loaded = load_recipe(tmp_path, [name for name in names if name != "gptq-row"])
     checkpoint = Checkpoint.open(folder)
-    for artifact in Plan.of(loaded, checkpoint).artifacts:
-        for file in artifact.files:
-            path = out / artifact.folder / file.name
+    for planned in Plan.of(loaded, checkpoint).artifacts:
+        for file in planned.files:
+            path = out / planned.folder / file.name
             assert path.stat().st_size == file.size, path
             if file.copy_of:
                 assert path.read_bytes() == file.copy_of.read_bytes()
@@ -102,7 +110,7 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
         "calibration", "evidence", "report.html", "report.json", "report.md",
     }  # fmt: skip
     assert (out / "Qwen1.5-Test-Chat-GGUF" / "qwen1_5-test-chat-q8_0.gguf").is_file()
-    rows = {artifact.name: artifact for artifact in (*report.artifacts, *other.artifacts)}
+    rows = {row.name: row for row in (*report.artifacts, *other.artifacts)}
     assert rows["gguf-f16"].kl_divergence < 1e-5
     for name in ("gptq-int8", "gguf-q8_0", "gptq-row"):
         assert rows[name].kl_divergence < 0.002, name
@@ -392,7 +400,7 @@ def test_disk_without_room_is_found_before_work(make_checkpoint, build, monkeypa
 
 def test_disk_that_fills_up_keeps_what_is_finished(make_checkpoint, build, monkeypatch, tmp_path):
     folder = make_checkpoint()
-    put, count = Draft._put, []
+    put, count = artifact.put, []
 
     def full(path, position, data):
         count.append(1)
@@ -400,8 +408,8 @@ def test_disk_that_fills_up_keeps_what_is_finished(make_checkpoint, build, monke
             raise OSError(28, "No space left on device", str(path))
         put(path, position, data)
 
-    monkeypatch.setattr(Draft, "_put", staticmethod(full))
-    with pytest.raises(EnvironmentMissingError, match="No space left on device"):
+    monkeypatch.setattr(artifact, "put", full)
+    with pytest.raises(StoppedError, match=r"No space left on device \([\d,]+ bytes are free\)"):
         build(folder, "gptq-int4")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
     monkeypatch.undo()
@@ -441,12 +449,12 @@ def test_a_slip_in_packing_does_not_pass(make_checkpoint, build, monkeypatch):
 
 
 def test_bytes_lost_on_the_way_to_disk_are_found(make_checkpoint, build, monkeypatch, tmp_path):
-    put = Draft._put
+    put = artifact.put
 
     def lossy(path, position, data):
         put(path, position, memoryview(bytes(data)[:-1] + b"\x07") if "gptq" in str(path) else data)
 
-    monkeypatch.setattr(Draft, "_put", staticmethod(lossy))
+    monkeypatch.setattr(artifact, "put", lossy)
     with pytest.raises(QQuantError, match="read back differs"):
         build(make_checkpoint(), "gptq-int4")
     assert not (tmp_path / "out" / "model-GPTQ-Int4").exists()
@@ -490,13 +498,13 @@ def test_numbers_of_the_check_equal_transformers(make_checkpoint, build):
 
     folder = make_checkpoint()
     report, out = build(folder, "gptq-int4")
-    artifact = open_weights(out / "model-GPTQ-Int4")
+    made = open_weights(out / "model-GPTQ-Int4")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids, _ = heldout("bundled:wikitext-2-test", Tokenizer.open(folder))
     windows = torch.as_tensor(ids[: 3 * 64]).long().view(3, 64)
     with torch.no_grad():
         base = model(windows).logits[:, 32:-1].double().log_softmax(-1)
-        model.load_state_dict({name: artifact.tensor(name) for name in model.state_dict()})
+        model.load_state_dict({name: made.tensor(name) for name in model.state_dict()})
         other = model(windows).logits[:, 32:-1].double().log_softmax(-1)
     nll = -other.gather(-1, windows[:, 33:, None])
     assert report.artifacts[0].perplexity == pytest.approx(float(nll.mean().exp()), rel=1e-5)

@@ -17,6 +17,7 @@ from qquant.calibration.draw import allot, rank, shuffled
 from qquant.calibration.sources import Corpus, Drop, Messages, Reading, SourceRecord, open_source
 from qquant.calibration.tokenizer import Tokenizer
 from qquant.errors import InputError
+from qquant.output import make_folder, write_synced
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -64,14 +65,14 @@ class CalibrationSet:
     def save(self, folder: str | Path) -> None:
         """Write calibration.safetensors (tokens int32 [total], lengths int32 [samples]) and provenance.json; same set, same bytes."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         arrays = {
             "lengths": np.array([len(sample) for sample in self.tokens], np.int32),
             "tokens": np.concatenate(self.tokens),
         }
-        (folder / SET_FILE).write_bytes(safetensors_numpy.save(arrays, {"sha256": self.sha256}))
+        write_synced(folder / SET_FILE, safetensors_numpy.save(arrays, {"sha256": self.sha256}))
         text = json.dumps(self.provenance(), indent=2, ensure_ascii=False, sort_keys=True)
-        (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_synced(folder / PROVENANCE_FILE, (text + "\n").encode())
 
     @classmethod
     def open(cls, folder: str | Path) -> CalibrationSet:

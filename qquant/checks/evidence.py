@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from qquant.checks.fidelity import Fidelity
 from qquant.errors import InputError, UsageError
+from qquant.output import make_folder, write_synced
 from qquant.untrusted import read_json
 
 FOLDER = "evidence"
@@ -74,9 +75,9 @@ def write(path: Path, measured: Fidelity, facts: Mapping[str, Any]) -> None:
         "means": np.stack([means[name] for name in LOSSES]),
     }
     head = {"schema": SCHEMA, "tokens": measured.nll.shape[1], "facts": dict(facts)}
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     # One key: the library writes several in random order.
-    path.write_bytes(save(content, {"evidence": json.dumps(head, sort_keys=True)}))
+    write_synced(path, save(content, {"evidence": json.dumps(head, sort_keys=True)}))
 
 
 def read(path: Path) -> Evidence:
