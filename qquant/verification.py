@@ -1,0 +1,106 @@
+"""`qquant verify`: is a finished folder what its manifest says, and are its numbers those that were solved for?
+
+    hashes      every file of the manifest is there, of its size, with its sha256; names are plain
+    structure   headers and configs: every tensor that the config implies, in its shape and type, and nothing beyond the file
+    values      tensors dequantized again and compared with the digests that the build recorded; no NaN, no infinity
+                SAMPLED linears of each artifact, chosen by their names; with `deep`, every tensor
+
+Files that no manifest names are told, and are no part of the artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qquant import provenance
+from qquant.artifact import read_manifest
+from qquant.errors import InputError, UsageError
+from qquant.formats import FORMATS
+from qquant.output import MANIFEST
+from qquant.resources import lazy
+from qquant.tensor import checksum
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+SAMPLED = 4  # linears of an artifact whose values are computed again
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was looked at, and what is not part of it."""
+
+    size: int  # bytes that were hashed
+    tensors: int  # whose values were scanned
+    digests: int  # of them, compared with a recorded digest
+    unlisted: tuple[str, ...]
+
+
+def hashes(folder: Path) -> int:
+    """Bytes of the files of `folder`, after each was hashed. Raises InputError if one is missing or differs, or is a link."""
+    return provenance.verify(folder)
+
+
+def unlisted(folder: Path) -> tuple[str, ...]:
+    """Files below `folder` that its manifest does not name."""
+    named = provenance.named_files([read_manifest(folder)]) | {MANIFEST}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    return tuple(sorted(found - named))
+
+
+def verify(folder: Path, deep: bool = False) -> Found:
+    """Look at a finished folder from its bytes to its values.
+
+    Raises:
+        UsageError: it has no manifest.
+        InputError: a file, a tensor or a value is not what it should be.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder}: holds no {MANIFEST}; give an artifact folder of `qquant build`, or a release folder"
+        )
+    size = hashes(folder)
+    scanned = compared = 0
+    for name, entry in read_manifest(folder)["artifacts"].items():
+        recorded = {
+            layer["name"]: layer["checksum"]
+            for layer in entry.get("layers", ())
+            if isinstance(layer, dict) and "checksum" in layer
+        }
+        source = FORMATS[_format(folder, name, entry)].read(_place(folder, entry))
+        for tensor in source.family.shapes(source.config) if deep else _sample(recorded):
+            value = source.tensor(tensor)
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"{folder}: {name}: {tensor} holds NaN or infinity")
+            scanned += 1
+            if tensor in recorded:
+                compared += 1
+                _compare(f"{folder}: {name}: {tensor}", value, recorded[tensor])
+    return Found(size, scanned, compared, unlisted(folder))
+
+
+def _compare(where: str, value: torch.Tensor, recorded: str) -> None:
+    if checksum(value) != recorded:
+        raise InputError(f"{where}: dequantizes to other values than the build recorded; the manifest was changed")
+
+
+def _format(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
+    if entry.get("format") not in FORMATS:
+        raise InputError(f"{folder / MANIFEST}: {name} has format {str(entry.get('format'))[:40]!r}")
+    return str(entry["format"])
+
+
+def _place(folder: Path, entry: Mapping[str, Any]) -> Path:
+    first = min(entry["files"])
+    return folder / first if first.endswith(".gguf") else folder
+
+
+def _sample(names: Mapping[str, str]) -> Iterator[str]:
+    """Some names, the same ones every time, from all over the model."""
+    return iter(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED])

@@ -1,0 +1,422 @@
+"""Builds that are killed, starved and crowded: python -m tests.torture MODE [COUNT] [SEED] prints one JSON line of what happened.
+
+    kill        COUNT builds get SIGKILL, at a random time or at a random call of `output.reached`, every named place at least once
+    calls       the n-th open, write, fsync, rename, link or mkdir fails with ENOSPC, EIO, EINTR, or a short write; n = 1, 2, ... until
+                the build passes untouched (COUNT: only every so manieth n)
+    full        a real full disk: a tmpfs of a few sizes, too small for the build (needs root)
+    crowd       eight builds at once into one folder, then into eight folders
+
+After each: nothing stands at a final path without its manifest and matching hashes; the inputs are untouched; the same command finishes;
+every byte of the output is that of an undisturbed build; no unit that was journalled is solved again. Torch is imported once, and every
+build is a fork of this process.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+from qquant import artifact, output, pipeline, recipe, verification
+from qquant.checkpoint import Checkpoint
+from qquant.checks import loading
+from qquant.errors import QQuantError
+from qquant.plan import Plan
+from qquant.resources import data_dir
+from tests.conftest import write_checkpoint
+
+RECIPE = """
+version: 1
+name: torture
+calibration: {sources: [{path: PLACE/read.txt}], samples: 3, length: 32, default_system_share: 0}
+checks: {text: "PLACE/judge.txt", windows: 2, length: 32}
+artifacts:
+  - {name: gptq-int4, format: gptq, bits: 4, group_size: 64, sweeps: 0, scale_search: minmax}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, sweeps: 0, scale_search: minmax}
+  - {name: gguf-q8_0, format: gguf, type: q8_0, solver: ggml}
+  - {name: gguf-q4_k_m, format: gguf, type: q4_k_m, solver: ggml}
+"""
+VOCABULARY = 640
+BUG = 70  # exit status of a child that met an error which is no QQuantError
+
+
+def small_checkpoint(folder):
+    """Two layers wide enough for K-quants, and the demo's tokenizer cut to its first tokens."""
+    write_checkpoint(
+        folder,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    )
+    content = json.loads((data_dir("recipes") / "demo" / "tiny-qwen1.5" / "tokenizer.json").read_text())
+    kept = {token: number for token, number in content["model"]["vocab"].items() if number < VOCABULARY - 3}
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in content["model"]["merges"]]
+    content["model"] |= {
+        "vocab": kept,
+        "merges": [m for m in merges if m[0] in kept and m[1] in kept and "".join(m) in kept],
+    }
+    content["added_tokens"] = [
+        token | {"id": VOCABULARY - 3 + number} for number, token in enumerate(content["added_tokens"])
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"bos_token_id": None, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+class Range:
+    """A place for builds, the undisturbed result, and what went wrong."""
+
+    def __init__(self, place):
+        self.place, self.out = place, place / "out"
+        self.model = small_checkpoint(place / "Torture-Chat")
+        for name in ("read", "judge"):
+            (place / f"{name}.txt").write_text(
+                "\n\n".join(" ".join(f"{name}{i * j}" for i in range(60)) for j in range(1, 9))
+            )
+        (place / "torture.yaml").write_text(RECIPE.replace("PLACE", str(place)))
+        loading.faults = lambda *_: {}  # a process that imports transformers is not what is tried here
+        self.recipe = recipe.load(str(place / "torture.yaml"))
+        self.checkpoint = Checkpoint.open(self.model)
+        self.plan = Plan.of(self.recipe, self.checkpoint)
+        self.inputs = digests(self.model)
+        self.violations = []
+        self.counts = Counter()
+        device, quiet = torch.device("cpu"), lambda *_: None
+        pipeline.build(self.recipe, self.checkpoint, self.plan, self.out, device, quiet)  # imports everything, once
+        self.golden = digests(self.out)
+        shutil.rmtree(self.out)
+        began = time.monotonic()
+        assert self.finish(self.start()) == 0, f"the undisturbed build fails: {self.tail('stderr')}"
+        self.seconds = time.monotonic() - began
+        assert digests(self.out) == self.golden, "two undisturbed builds differ"
+        self.clear()
+
+    # --- children -------------------------------------------------------------------------------------------------------
+
+    def start(self, prepare=None, out=None):
+        """A child that builds; `prepare()` runs in it first."""
+        log = self.place / "log"
+        child = os.fork()
+        if child:
+            return child
+        status = BUG
+        try:
+            sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(sink, 2)
+            write = artifact.Draft.write
+
+            def logged(draft, unit, *rest):
+                append(log, f"begin {draft.plan.name} {unit}")
+                write(draft, unit, *rest)
+                append(log, f"done {draft.plan.name} {unit}")
+
+            artifact.Draft.write = logged
+            if prepare:
+                prepare()
+            device, quiet = torch.device("cpu"), lambda *_: None
+            pipeline.build(self.recipe, self.checkpoint, self.plan, out or self.out, device, quiet)
+            status = 0
+        except QQuantError as error:
+            append(self.place / "errors", f"{error.exit_code} {error}")
+            status = error.exit_code
+        except BaseException:  # noqa: BLE001  told to the parent
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def finish(self, child):
+        """Its exit status, negative for a signal."""
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    # --- judgement ------------------------------------------------------------------------------------------------------
+
+    def wrong(self, trial, what):
+        self.violations.append(f"{trial}: {what}")
+
+    def look(self, trial):
+        """I1, I2, I5 on what a disturbed build left."""
+        if self.out.is_dir():
+            for path in self.out.iterdir():
+                if path.is_dir() and path.name not in output.OURS:
+                    try:
+                        verification.hashes(path)
+                        strange = verification.unlisted(path)
+                    except QQuantError as error:
+                        self.wrong(trial, f"at a final path: {error}")
+                    else:
+                        if strange:
+                            self.wrong(trial, f"{path.name} holds {strange}")
+        if digests(self.model) != self.inputs:
+            self.wrong(trial, "an input was changed")
+
+    def settle(self, trial):
+        """The same command again, to the end; then every byte is compared, and solves are counted."""
+        log = self.place / "log"
+        before = log.read_text().splitlines() if log.exists() else []
+        status = self.finish(self.start())
+        if status:
+            self.wrong(trial, f"the same command ends with {status}: {self.tail('errors')} {self.tail('stderr')}")
+        found = digests(self.out)
+        if found != self.golden:
+            names = sorted(
+                name for name in found.keys() | self.golden.keys() if found.get(name) != self.golden.get(name)
+            )
+            self.wrong(trial, f"other bytes: {names[:5]}")
+        after = (log.read_text().splitlines() if log.exists() else [])[len(before) :]
+        done = {line.removeprefix("done ") for line in before if line.startswith("done ")}
+        again = [line for line in after if line.startswith("begin ") and line.removeprefix("begin ") in done]
+        if again:
+            self.wrong(trial, f"solved again: {again}")
+        self.counts["solved before the end"] += len(done)
+        self.clear()
+
+    def tail(self, name):
+        path = self.place / name
+        return path.read_text()[-300:] if path.exists() else ""
+
+    def clear(self):
+        shutil.rmtree(self.out, ignore_errors=True)
+        for name in ("log", "errors", "stderr"):
+            (self.place / name).unlink(missing_ok=True)
+
+
+def append(path, line):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    REAL["write"](descriptor, (line + "\n").encode())
+    os.close(descriptor)
+
+
+def hook(function):
+    """`output.reached` in every module that has it."""
+    output.reached = artifact.reached = function
+
+
+# --- SIGKILL ------------------------------------------------------------------------------------------------------------
+
+
+def places(range_):
+    """Every call of `reached` in an undisturbed build, by name, in order."""
+    trace = range_.place / "trace"
+
+    def prepare():
+        hook(lambda place: append(trace, place))
+
+    assert range_.finish(range_.start(prepare)) == 0
+    found = trace.read_text().splitlines()
+    range_.clear()
+    return found
+
+
+def kill(range_, count, random_):
+    called = places(range_)
+    first = [called.index(name) for name in dict.fromkeys(called)]
+    for trial in range(count):
+        at = None
+        if trial < len(first):
+            at = first[trial]
+        elif trial % 2:
+            at = random_.randrange(len(called))
+        rounds = 1 + (trial % 5 == 4)
+        for _ in range(rounds):
+            strike(range_, at, random_)
+            range_.look(f"kill {trial} at {called[at] if at is not None else 'a random time'}")
+            at = random_.randrange(len(called))
+        range_.settle(f"kill {trial}")
+    range_.counts |= {"kills": count, "named places": len(first), "calls": len(called)}
+
+
+def strike(range_, at, random_):
+    def prepare():
+        left = [at]
+
+        def die(_):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if at is not None:
+            hook(die)
+
+    child = range_.start(prepare)
+    if at is None:
+        time.sleep(random_.uniform(0, range_.seconds))
+        os.kill(child, signal.SIGKILL)
+    if range_.finish(child) == 0:
+        range_.counts["ended before the signal"] += 1
+
+
+# --- the n-th call fails --------------------------------------------------------------------------------------------------
+
+CALLS = ("open", "write", "pwrite", "fsync", "rename", "link", "mkdir", "posix_fallocate", "ftruncate")
+REAL = {name: getattr(os, name) for name in CALLS}
+FAULTS = ("ENOSPC", "EIO", "EINTR", "short")
+
+
+def starve(fault, n, under):
+    """In a child: the n-th call that changes something below `under` fails."""
+    left = [n]
+
+    def concerns(name, arguments):
+        if name == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
+            return False
+        path = arguments[0]
+        if isinstance(path, int):
+            path = os.readlink(f"/proc/self/fd/{path}")
+        return str(path).startswith(str(under)) and not str(path).endswith("/lock")
+
+    def wrapped(name):
+        def call(*arguments, **named):
+            if concerns(name, arguments):
+                left[0] -= 1
+                if left[0] == 0:
+                    if fault != "short":
+                        number = getattr(errno, fault)
+                        raise OSError(number, os.strerror(number), str(arguments[0]))
+                    if name in ("write", "pwrite"):
+                        descriptor, data, *rest = arguments
+                        return REAL[name](descriptor, data[: max(1, len(data) // 2)], *rest)
+            return REAL[name](*arguments, **named)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrapped(name))
+    return left
+
+
+def calls(range_, step, random_):
+    for fault in FAULTS:
+        n = 1
+        while True:
+            passed = range_.place / "untouched"
+
+            def prepare(fault=fault, n=n, passed=passed):
+                left = starve(fault, n, range_.out)
+                build = pipeline.build
+
+                def watched(*arguments):
+                    result = build(*arguments)
+                    if left[0] > 0:
+                        passed.touch()
+                    return result
+
+                pipeline.build = watched
+
+            trial = f"{fault} at call {n}"
+            status = range_.finish(range_.start(prepare))
+            untouched = passed.exists()
+            passed.unlink(missing_ok=True)
+            allowed = {0} if fault in ("short",) else {0, 6, 75}
+            if status not in allowed:
+                range_.wrong(trial, f"ends with {status}: {range_.tail('errors')} {range_.tail('stderr')}")
+            range_.counts[f"{fault}: status {status}"] += 1
+            range_.look(trial)
+            range_.settle(trial)
+            if untouched:
+                range_.counts[f"{fault}: calls"] = n - 1
+                break
+            n += random_.randint(1, 2 * step - 1) if step > 1 else 1
+
+
+# --- a full disk, and crowds ----------------------------------------------------------------------------------------------
+
+
+def full(range_, steps, random_):
+    need = sum(planned.size for planned in range_.plan.artifacts)
+    range_.out.mkdir()
+    for step in range(1, steps + 1):
+        size = need * step // (steps + 1) // 4096 * 4096
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(range_.out)], check=True)
+        try:
+            trial = f"disk of {size:,} bytes"
+            preflight = range_.finish(range_.start())
+            if preflight != 6:
+                range_.wrong(trial, f"is not seen beforehand: {preflight}")
+            status = range_.finish(range_.start(lambda: setattr(Plan, "require_room", lambda *_: None)))
+            if status != 75:
+                range_.wrong(trial, f"ends with {status}: {range_.tail('errors')} {range_.tail('stderr')}")
+            range_.counts[f"status {status}"] += 1
+            range_.look(trial)
+            subprocess.run(["mount", "-o", "remount,size=1g", str(range_.out)], check=True)
+            again = range_.finish(range_.start())
+            if again or digests(range_.out) != range_.golden:
+                range_.wrong(trial, f"does not continue: {again} {range_.tail('errors')}")
+        finally:
+            subprocess.run(["umount", str(range_.out)], check=True)
+            for name in ("log", "errors", "stderr"):
+                (range_.place / name).unlink(missing_ok=True)
+
+
+def crowd(range_, count, random_):
+    children = [range_.start() for _ in range(count)]
+    statuses = sorted(range_.finish(child) for child in children)
+    range_.counts["one folder: " + " ".join(map(str, statuses))] += 1
+    if set(statuses) - {0, 9} or 0 not in statuses:
+        range_.wrong("one folder", f"{statuses} {range_.tail('errors')} {range_.tail('stderr')}")
+    range_.look("one folder")
+    range_.settle("one folder")
+    outs = [range_.place / f"out-{number}" for number in range(count)]
+    statuses = [range_.finish(child) for child in [range_.start(out=out) for out in outs]]
+    if any(statuses):
+        range_.wrong("own folders", f"{statuses}")
+    for out in outs:
+        different = {
+            name
+            for name, value in digests(out).items()
+            if range_.golden.get(name) != value and not name.startswith("report.")
+        }  # which tell where the artifacts are
+        if different:
+            range_.wrong("own folders", f"other bytes: {sorted(different)[:5]}")
+        shutil.rmtree(out)
+    range_.counts["own folders"] = len(outs)
+    range_.clear()
+
+
+MODES = {"kill": (kill, 200), "calls": (calls, 1), "full": (full, 6), "crowd": (crowd, 8)}
+
+
+def main():
+    mode, seed = sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    run, count = MODES[mode]
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else count
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
+        range_ = Range(Path(place))
+        run(range_, count, random.Random(seed))
+        content = {"mode": mode, "seed": seed, "build_s": round(range_.seconds, 2), **range_.counts}
+        content |= {"seconds": round(time.monotonic() - began, 1), "violations": range_.violations}
+        print(json.dumps(content, ensure_ascii=False))
+    sys.exit(bool(range_.violations))
+
+
+if __name__ == "__main__":
+    main()
