@@ -97,8 +97,8 @@ def _format(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _place(folder: Path, entry: Mapping[str, Any]) -> Path:
-    first = min(entry["files"])
-    return folder / first if first.endswith(".gguf") else folder
+    blocks = [name for name in sorted(entry["files"]) if name.endswith(".gguf")]
+    return folder / blocks[0] if blocks else folder
 
 
 def _sample(names: Mapping[str, str]) -> Iterator[str]:

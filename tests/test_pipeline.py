@@ -264,6 +264,8 @@ def test_an_artifact_can_be_added_later(make_checkpoint, build):
     _, out = build(folder, "gguf-q4_0")
     build(folder, "gguf-q4_0", "gguf-q8_0")
     assert {path.name for path in (out / "model-GGUF").iterdir()} == {
+        "Modelfile-q4_0",
+        "Modelfile-q8_0",
         "model-q4_0.gguf",
         "model-q8_0.gguf",
         "qquant-manifest.json",
