@@ -22,6 +22,7 @@ from typing import Any
 from qquant.errors import InputError
 from qquant.output import MANIFEST
 from qquant.provenance import REPORT, Repository, read_report
+from qquant.report import fallback_note
 from qquant.untrusted import read_json
 
 CARD = "README.md"
@@ -172,6 +173,7 @@ def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         "rows": [_baseline(report), *(_row(artifact) for artifact in report["artifacts"])],
         "text": {key: text.get(key, "unknown") for key in ("name", "windows", "length")},
         "baseline_bits": f"{report['baseline']['bits_per_weight']:g}",
+        "fallbacks": [(a["name"], note) for a in report["artifacts"] for note in fallback_note(a.get("fallbacks", ()))],
         "gates": [_gate(artifact, gate) for artifact in report["artifacts"] for gate in _gates(artifact)],
         "waivers": [(a["name"], a["verdict"]["waiver"]) for a in report["artifacts"] if a["verdict"].get("waiver")],
         "made": list(_made(manifest, report)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
 from qquant.gates import Reach, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
+from qquant.padding import group_of, narrow, parallel_sizes
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.safetensors_file import SIZES
 
@@ -38,6 +39,7 @@ class Plan:
     gates: Mapping[str, Gates]  # by artifact, defaults filled in
     checks: Checks
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
+    parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
 
     @classmethod
     def of(
@@ -67,7 +69,8 @@ class Plan:
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
         disk = sum(artifact.size for artifact in planned) + MARGIN
-        return cls(name, planned, _memory(recipe, checkpoint), disk, gates, recipe.checks, imatrix)
+        parallel = {spec.name: _parallel(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
+        return cls(name, planned, _memory(recipe, checkpoint), disk, gates, recipe.checks, imatrix, parallel)
 
     @property
     def looks(self) -> list[int]:
@@ -112,11 +115,19 @@ class Plan:
                     "fallbacks": list(artifact.fallbacks),
                     "files": [{"name": file.name, "bytes": file.size} for file in artifact.files],
                     "gates": [vars(gate) for gate in self.reach(artifact.name)],
+                    "tensor_parallel": self.parallel.get(artifact.name),
                     "tensors": dict(artifact.grids),
                 }
                 for artifact in self.artifacts
             ],
         }
+
+
+def _parallel(checkpoint: Checkpoint, spec: Any) -> dict[str, list[int]]:
+    """Numbers of ranks that each server accepts, and what they would be without padding; both want whole heads and groups."""
+    group = group_of(spec)
+    after, before = (list(parallel_sizes(one.config, group)) for one in (checkpoint, narrow(checkpoint)))
+    return {"vllm": after, "sglang": after, "without_padding": before}
 
 
 def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:

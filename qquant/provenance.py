@@ -108,8 +108,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def source_facts(checkpoint: Checkpoint, reference: str) -> dict[str, Any]:
-    """What later steps need to know of a checkpoint when it is no longer at hand."""
+def source_facts(
+    checkpoint: Checkpoint, reference: str, parallel: Mapping[str, Mapping[str, list[int]]]
+) -> dict[str, Any]:
+    """What later steps need to know of a checkpoint when it is no longer at hand; `parallel` as in `Plan`."""
     licence = next((path for path in checkpoint.side_files if path.name.startswith("LICENSE")), None)
     return {
         "schema": "qquant-source-1",
@@ -117,6 +119,7 @@ def source_facts(checkpoint: Checkpoint, reference: str) -> dict[str, Any]:
         "base_model": reference if checkpoint.revision else None,
         "revision": checkpoint.revision,
         "card": card_facts(checkpoint.path / "README.md"),
+        "tensor_parallel": dict(parallel),
         "licence_file": {"name": licence.name, "text": licence.read_text("utf-8", "replace")} if licence else None,
     }
 
@@ -202,6 +205,9 @@ def _repository(
     if licence and licence["name"] not in files:
         files[licence["name"]] = Payload.of(licence["text"].encode())
     facts = {key: source.get(key) for key in ("base_model", "revision", "card")}
+    parallel = [sizes for name, sizes in (source.get("tensor_parallel") or {}).items() if name in manifest["artifacts"]]
+    if parallel:  # a folder holds one such artifact
+        facts["tensor_parallel"] = parallel[0]
     rows = [
         {**artifact, "path": place.name}  # not where it lay on the machine that built it
         for artifact in report["artifacts"]

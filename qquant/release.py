@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qquant import recipe as recipes
 from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
-from qquant.padding import PaddedCheckpoint, group_of, padded, parallel_sizes
+from qquant.padding import PaddedCheckpoint, padded
 from qquant.plan import Plan
 from qquant.provenance import card_facts
 
@@ -132,18 +132,12 @@ def _plan(cell: Cell) -> Job:
 def facts(source: Checkpoint, wide: Checkpoint, planned: Plan) -> dict[str, Any]:
     """What a release engineer asks of a model besides its files."""
     card = card_facts(source.path / "README.md")
-    artifacts = {}
-    for artifact in planned.artifacts:
-        if artifact.format != "gguf":
-            group = group_of(artifact.spec)
-            before, after = (list(parallel_sizes(checkpoint.config, group)) for checkpoint in (source, wide))
-            artifacts[artifact.name] = {"vllm": after, "sglang": after, "without_padding": before}
     return {
         "licence": card.get("license_name") or card.get("license"),
         "tied_head": source.config.tied,
         "intermediate": source.config.intermediate,
         "padded_to": wide.config.intermediate if isinstance(wide, PaddedCheckpoint) else None,
-        "tensor_parallel": artifacts,
+        "tensor_parallel": dict(planned.parallel),
     }
 
 

@@ -342,6 +342,11 @@ def schema() -> dict[str, Any]:
     return head | whole | {"$defs": shapes}
 
 
+def fallback_note(fallbacks: Sequence[str]) -> list[str]:
+    """One line on tensors that could not have the type of their mix; empty: all could."""
+    return [f"{len(fallbacks)} tensors could not have the type of the mix, e.g. {fallbacks[0]}"] if fallbacks else []
+
+
 def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader should know about the solve: fallbacks, raised damping, dead channels, too few tokens."""
     found = []

@@ -235,11 +235,31 @@ def test_source_facts_of_a_checkpoint(tmp_path):
     folder = write_checkpoint(tmp_path / "Qwen1.5-Test-Chat")
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("the terms\n")
-    facts = source_facts(Checkpoint.open(folder), str(folder))
+    facts = source_facts(Checkpoint.open(folder), str(folder), {"gptq": {"vllm": [1]}})
+    assert facts["tensor_parallel"] == {"gptq": {"vllm": [1]}}
     assert facts["card"]["license_name"] == "tongyi-qianwen"
     assert "secret" not in facts["card"]
     assert facts["licence_file"] == {"name": "LICENSE", "text": "the terms\n"}
     assert facts["base_model"] is None  # a local folder is no hub id
+
+
+def test_the_servers_are_given_the_sizes_they_accept(build):
+    (name,) = CONTENTS[GPTQ]
+    source = json.loads((build / "source.json").read_text())
+    source["tensor_parallel"] = {name: {"vllm": [1, 2, 4], "sglang": [1, 2], "without_padding": [1]}}
+    (build / "source.json").write_bytes(as_json(source))
+    found = releases(build)
+    assert "(tensor-parallel sizes that fit this shape: vLLM 1, 2, 4; SGLang 1, 2)" in text_of(found[GPTQ])
+    assert "tensor-parallel" not in text_of(found[GGUF])
+
+
+def test_fallback_types_are_named(build):
+    report = json.loads((build / "report.json").read_text())
+    (row,) = [row for row in report["artifacts"] if row["name"] == "q4_0"]
+    row["fallbacks"] = ["blk.0.ffn_down.weight: q6_k -> q8_0", "blk.1.ffn_down.weight: q4_k -> q5_0"]
+    (build / "report.json").write_text(json.dumps(report))
+    expected = "\nq4_0: 2 tensors could not have the type of the mix, e.g. blk.0.ffn_down.weight: q6_k -> q8_0.\n"
+    assert expected in text_of(releases(build)[GGUF])
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert "model-GPTQ-Int4/model.safetensors" in out
     assert "    model.layers.1.mlp.down_proj.weight" in out
     assert "memory: about" in out
+    assert "  tensor-parallel sizes: vLLM 1,2; SGLang 1,2\n" in out
+    assert "tensors cannot have the type of the mix, e.g. " in out
     assert "check: bundled:wikitext-2-test, 3 windows of 64 tokens (93 scored)" in out
     assert "gptq-int4: measured, not gated" in out
     recipe_file.write_text(recipe_file.read_text().replace(", gates: {defaults: false}", ""))

@@ -29,7 +29,7 @@ from qquant.errors import InputError, UsageError
 from qquant.formats import detect
 from qquant.gates import LOSSY
 from qquant.recipe import Checks, Gates
-from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, warnings_of
+from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
 
 Progress = Callable[[str, int, int], None]
 WORST = 12  # tokens shown
@@ -176,6 +176,7 @@ def review(
         for candidate in candidates
         for warning in (
             *structure.missing(candidate.path, checkpoint),
+            *fallback_note(candidate.fallbacks),
             *warnings_of(candidate.layers),
             *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
             *_loud(found.headroom[candidate.name], found.headroom[""]),

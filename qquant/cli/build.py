@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from qquant.cli.terminal import Progress, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.checkpoint import Checkpoint
+    from qquant.layout import PlannedArtifact
     from qquant.plan import Plan
 
 
@@ -55,7 +57,7 @@ def build(
     began = time.monotonic()
     with Progress() as progress:
         report = pipeline.build(loaded, source, plan, out, device_named(device), progress)
-    _note_source(source, checkpoint or loaded.checkpoint or "", out)
+    _note_source(source, checkpoint or loaded.checkpoint or "", plan, out)
     if not as_json:
         click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
     tell_watchers(report, junit, github)
@@ -82,19 +84,30 @@ def plan(
         click.echo(f"{artifact.name}: {artifact.size:,} bytes, {artifact.bits_per_weight:.2f} bits per weight")
         for file in artifact.files:
             click.echo(f"  {file.size:>16,}  {artifact.folder}/{file.name}")
-        if artifact.fallbacks:
-            click.echo(
-                f"  {len(artifact.fallbacks)} tensors cannot have the type of the mix, e.g. {artifact.fallbacks[0]}"
-            )
+        for line in _remarks(planned, artifact):
+            click.echo(f"  {line}")
         types: dict[str, list[str]] = {}
         for tensor, kind in artifact.grids.items():
             types.setdefault(kind, []).append(tensor)
         for kind, members in types.items():
-            click.echo(f"  {kind}: {len(members)} tensors")
+            click.echo(f"  {kind}: {len(members)} tensor{'s' if len(members) > 1 else ''}")
             for tensor in members if tensors else ():
                 click.echo(f"    {tensor}")
     _print_checks(planned)
     click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
+
+
+def _remarks(planned: Plan, artifact: PlannedArtifact) -> Iterator[str]:
+    if artifact.fallbacks:
+        yield f"{len(artifact.fallbacks)} tensors cannot have the type of the mix, e.g. {artifact.fallbacks[0]}"
+    sizes = planned.parallel.get(artifact.name)
+    if sizes:
+        vllm, sglang, before = (
+            ",".join(map(str, sizes[key])) or "none" for key in ("vllm", "sglang", "without_padding")
+        )
+        yield f"tensor-parallel sizes: vLLM {vllm}; SGLang {sglang}" + (
+            f"; without padding {before}" if before != vllm else ""
+        )
 
 
 def _print_checks(planned: Plan) -> None:
@@ -115,9 +128,9 @@ def _print_checks(planned: Plan) -> None:
     click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
 
 
-def _note_source(source: Checkpoint, reference: str, out: Path) -> None:
+def _note_source(source: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
     """Keep what `publish` needs to know of the checkpoint."""
     from qquant import provenance
     from qquant.output import write_synced
 
-    write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference)))
+    write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference, plan.parallel)))
