@@ -21,6 +21,7 @@ from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
 from qquant.cli.run import run
 from qquant.cli.speed import speed
+from qquant.cli.tasks import tasks
 from qquant.errors import QQuantError
 
 
@@ -38,6 +39,7 @@ for command in (
     show_report,
     compare,
     perplexity,
+    tasks,
     inspect,
     verify,
     matrix,

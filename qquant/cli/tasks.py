@@ -1,0 +1,60 @@
+"""`qquant tasks`: questions with right and wrong answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant.cli.terminal import Progress, console
+from qquant.errors import GateFailedError, InconclusiveError
+
+
+@click.command(epilog=EXITS)
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@click.option("--task", "names", multiple=True, required=True, help="A task of lm-eval; may be repeated.")
+@click.option("--include", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Your own tasks.")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions per task.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1), help="Questions at a time.")
+@click.option(
+    "--margin", default=0.02, show_default=True, type=click.FloatRange(0, 1), help="Loss of score that is accepted."
+)
+@DEVICE
+@JSON
+def tasks(
+    artifacts: tuple[Path, ...], against: str, names: tuple[str, ...], include: Path | None, limit: int | None,
+    batch: int, margin: float, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Ask artifacts and their checkpoint the questions of lm-eval tasks, and count the answers that changed.
+
+    Needs the extra: pip install "qquant[tasks]". Exit status 3: a loss beyond --margin is proven, 4: it can be neither proven nor excluded.
+    """
+    from qquant.checkpoint import Checkpoint
+    from qquant.checks import tasks as checks
+
+    source = Checkpoint.open(against)
+    asked = checks.Questions(names, include, limit, batch, margin)
+    with Progress() as progress:
+        found = checks.run(source, artifacts, asked, device_named(device), progress)
+    if as_json:
+        click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in found]}, indent=2))
+    else:
+        from rich.table import Table
+
+        table = Table("artifact", "task, metric", "questions", "checkpoint", "artifact", "95 % of change", "right → wrong",
+                      "wrong → right", "McNemar p", "verdict")  # fmt: skip
+        for one in found:
+            scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
+            flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
+            table.add_row(one.artifact, f"{one.task}, {one.metric}", str(one.questions), *scores, *flips, one.outcome)
+        console().print(table)
+    for outcome, error, text in (
+        ("fail", GateFailedError, f"loses more than {margin:g}"),
+        ("inconclusive", InconclusiveError, f"too few questions to tell a loss from {margin:g}"),
+    ):
+        lines = [f"{one.artifact}: {one.task}, {one.metric}: {text}" for one in found if one.outcome == outcome]
+        if lines:
+            raise error("\n".join(lines))
