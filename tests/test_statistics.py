@@ -37,6 +37,24 @@ def test_holm():
     assert statistics.holm([]) == []
 
 
+def test_interval_of_hardly_any_spread_is_a_number():
+    windows = np.zeros(120)
+    windows[:2] = -1
+    low, high = statistics.interval(windows)
+    assert low < windows.mean() < high
+    assert not math.isnan(low)
+
+
+@pytest.mark.parametrize(("to_wrong", "to_right"), [(0, 0), (6, 6), (12, 0), (30, 10)])
+def test_interval_of_flips_covers(to_wrong, to_right):
+    rng = np.random.default_rng(8)
+    count = 300
+    draws = rng.multinomial(count, [to_wrong / count, to_right / count, 1 - (to_wrong + to_right) / count], 1000)
+    truth = (to_right - to_wrong) / count
+    bounds = [statistics.flips(int(wrong), int(right), count, 0.0)[1] for wrong, right, _ in draws]
+    assert np.mean([low <= truth <= high for low, high in bounds]) >= 0.93
+
+
 def test_mcnemar():
     assert statistics.mcnemar(0, 0) == 1
     assert statistics.mcnemar(5, 0) == pytest.approx(1 / 32)

@@ -96,6 +96,13 @@ def test_verdict_on_flips(wrong_now, right_now, outcome):
     assert found.low <= found.score - found.score_baseline <= found.high
 
 
+def test_scores_between_right_and_wrong():
+    before = {str(index): index / 100 for index in range(100)}
+    found = tasks.compared("a", ("t", "f1"), before, {key: 0.9 * value for key, value in before.items()}, 0.02)
+    assert (found.outcome, found.to_wrong, found.to_right) == ("fail", 99, 0)
+    assert found.low < -0.0495 < found.high < 0
+
+
 def test_equal_scores_hide_flips():
     before, now = scores(range(100), range(30), range(150, 180))
     found = tasks.compared("a", ("t", "acc"), before, now, 0.02)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,9 @@ def interval(windows: Vector, level: float = 0.95) -> tuple[float, float]:
     if count < RESAMPLED:
         reach = student_quantile((1 + level) / 2, count - 1) * error
         return mean - reach, mean + reach
-    low, high = np.quantile(_studentized(windows), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(
+        _studentized(windows), [(1 - level) / 2, (1 + level) / 2], method="nearest"
+    )  # may be infinite
     return mean - float(high) * error, mean - float(low) * error
 
 
@@ -117,6 +120,19 @@ def mcnemar(worse: int, better: int) -> float:
     """P(at least `worse` of the pairs that differ got worse) if getting better were as likely; exact, 1 if none differs."""
     count = worse + better
     return sum(math.comb(count, k) for k in range(worse, count + 1)) / 2**count
+
+
+def flips(to_wrong: int, to_right: int, count: int, limit: float) -> tuple[Loss, tuple[float, float]]:
+    """(the loss of score tested against `limit`, 95 % interval of the change) for paired answers, right or wrong, of `count` questions.
+
+    By Agresti and Min (2005): half an answer is added to each of the four cells, so that few flips are no certainty.
+    """
+    more, wrong, right = count + 2, to_wrong + 0.5, to_right + 0.5
+    loss = (wrong - right) / more
+    error = math.sqrt((wrong + right) / more - loss**2) / math.sqrt(more)
+    within = NormalDist().cdf((loss - limit) / error)
+    reach = normal_quantile(0.975) * error
+    return Loss((to_wrong - to_right) / count, limit, error, within, 1 - within, count), (-loss - reach, -loss + reach)
 
 
 def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[str, dict[str, str]]:

@@ -4,9 +4,10 @@ Every model runs as `qquant.load` gives it, one after the other, on the same que
 
     flips    right -> wrong and wrong -> right; equal scores can hide many (Dutta et al., Accuracy is Not All You Need, 2024)
     McNemar  P(as many went wrong) if the flips were a coin's; exact
-    verdict  mean loss within `margin`, proven (pass), beyond it (fail), or neither: the test of the other gates, a question a window
+    verdict  mean loss within `margin`, proven (pass), beyond it (fail), or neither; 0 and 1 by Agresti and Min's paired interval, other
+             scores as the other gates are tested, a question a window
 
-A metric that is not 0 or 1 is compared by its mean alone, with its flips counted as down and up. Needs `pip install "qquant[tasks]"`.
+Flips of a metric that is not 0 or 1 are counted as down and up. Needs `pip install "qquant[tasks]"`.
 Left out: tasks that make no difference between questions (perplexity; `qquant check` does that), several samples per question.
 """
 
@@ -98,8 +99,10 @@ def compared(
         raise InputError(f"{artifact}: {key[0]}: answered {len(mine)} questions, the checkpoint {len(baseline)} others")
     change = np.array([mine[question] - baseline[question] for question in baseline], np.float64)
     to_wrong, to_right = int((change < 0).sum()), int((change > 0).sum())
-    loss = statistics.measure_loss(-change, margin)
-    low, high = statistics.interval(change)
+    if set(np.abs(change).tolist()) <= {0.0, 1.0}:
+        loss, (low, high) = statistics.flips(to_wrong, to_right, len(change), margin)
+    else:
+        loss, (low, high) = statistics.measure_loss(-change, margin), statistics.interval(change)
     means = float(np.mean(list(mine.values()))), float(np.mean(list(baseline.values())))
     p_worse = statistics.mcnemar(to_wrong, to_right)
     outcome = statistics.decide({"": loss})[0]

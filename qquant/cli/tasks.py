@@ -49,7 +49,9 @@ def tasks(
         for one in found:
             scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
             flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
-            table.add_row(one.artifact, f"{one.task}, {one.metric}", str(one.questions), *scores, *flips, one.outcome)
+            table.add_row(
+                Path(one.artifact).name, f"{one.task}, {one.metric}", str(one.questions), *scores, *flips, one.outcome
+            )
         console().print(table)
     for outcome, error, text in (
         ("fail", GateFailedError, f"loses more than {margin:g}"),
