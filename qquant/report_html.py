@@ -19,6 +19,7 @@ from qquant.report import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHADES = 8  # steps of the heat map
 
 
@@ -91,13 +92,14 @@ def _size(count: float) -> str:
 
 
 def _digits(value: float, count: int = 4) -> str:
-    """A number with `count` digits that count, never in a form that only programmers read, unless it is tiny."""
+    """A number with `count` digits that count, never in a form that only programmers read."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
         return "0"
-    if abs(value) < 1e-5:
-        return f"{value:.1e}"
+    if abs(value) < 1e-4:
+        digits, _, power = f"{value:.{max(0, count - 2)}e}".partition("e")
+        return f"{digits}·10{str(int(power)).translate(SUPERSCRIPT)}"
     return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -108,7 +110,7 @@ def _visible(text: str) -> str:
 
 
 def _pareto(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
-    """Points of size against KL divergence, and the line of those that nothing beats in both."""
+    """Points of size against KL divergence, their area decode speed, and the line of those that nothing beats in all of them."""
     if len(artifacts) < 2:
         return None
     floor = min((a.kl_divergence for a in artifacts if a.kl_divergence > 0), default=1e-6)
@@ -116,24 +118,46 @@ def _pareto(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
     y = Axis.of([max(a.kl_divergence, floor) for a in artifacts], HEIGHT - BOTTOM, TOP, 1.6)
     points: list[dict[str, Any]] = []
     for artifact in artifacts:
-        beaten = any(
-            other.size <= artifact.size and other.kl_divergence < artifact.kl_divergence for other in artifacts
-        )
+        beaten = any(_beats(other, artifact) for other in artifacts)
         place = x.at(artifact.size), y.at(max(artifact.kl_divergence, floor))
-        points.append({"a": artifact, "x": place[0], "y": place[1], "best": not beaten})
+        pace = artifact.speed.pace("decode") if artifact.speed else None
+        ratio = pace.ratio if pace and math.isfinite(pace.ratio) else 1.0
+        point = {"a": artifact, "x": place[0], "y": place[1], "best": not beaten, "pace": pace}
+        points.append(point | {"r": round(5 * math.sqrt(min(max(ratio, 0.25), 9)), 1), "name": _named(artifact)})
     points.sort(key=lambda point: point["x"])
     _place_labels(points)
-    best = [point for point in points if point["best"]]
-    line = " ".join(f"{point['x']},{point['y']}" for point in best)
-    return {"points": points, "line": line, "x": _marks(x), "y": _marks(y)}
+    line = " ".join(
+        f"{point['x']},{point['y']}" for point in points if not any(_smaller(a, point["a"]) for a in artifacts)
+    )
+    return {"points": points, "line": line, "x": _marks(x), "y": _marks(y), "timed": any(p["pace"] for p in points)}
+
+
+def _named(artifact: ArtifactReport) -> str:
+    """The name in the picture, with the decode speed against 16 bits."""
+    pace = artifact.speed.pace("decode") if artifact.speed else None
+    short = artifact.name.rstrip("/").rpartition("/")[2]
+    return f"{short} {pace.ratio:.2g}×" if pace else short
+
+
+def _smaller(one: ArtifactReport, other: ArtifactReport) -> bool:
+    """Whether `one` is closer to the checkpoint in as few bytes."""
+    return one.size <= other.size and one.kl_divergence < other.kl_divergence
+
+
+def _beats(one: ArtifactReport, other: ArtifactReport) -> bool:
+    """Whether `one` is as good in size and speed, and closer to the checkpoint."""
+    mine, theirs = (entry.speed.pace("decode") if entry.speed else None for entry in (one, other))
+    slower = mine is not None and theirs is not None and mine.ratio < theirs.ratio
+    return _smaller(one, other) and not slower
 
 
 def _place_labels(points: list[dict[str, Any]]) -> None:
     """Give each point a place for its name that no name before it takes: beside, above, below, further away."""
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(p["x"] - p["r"], p["y"] - p["r"], p["x"] + p["r"], p["y"] + p["r"]) for p in points]
     for point in points:
-        width = 7.2 * len(point["a"].name)
-        for dx, dy in ((10, 4), (10, -12), (10, 20), (-10 - width, 4), (-10 - width, -12), (10, 36), (10, -28)):
+        width = 7.2 * len(point["name"])
+        gap = point["r"] + 5
+        for dx, dy in ((gap, 4), (gap, -12), (gap, 20), (-gap - width, 4), (-gap - width, -12), (gap, 36), (gap, -28)):
             left, top = point["x"] + dx, point["y"] + dy - 12
             box = (left, top, left + width, top + 15)
             inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM

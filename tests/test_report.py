@@ -147,6 +147,35 @@ def test_points_that_nothing_beats_are_filled():
     assert report_html.render(made).count('class="dot best"') == 2
 
 
+def test_speed_is_in_the_picture_and_in_tables():
+    slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
+    plain = report_html.render(report(artifact("a", 100, 0.1), artifact("b", 90, 0.01)))
+    assert "Speed and memory" not in plain
+    assert plain.count('class="dot best"') == 1
+    timed = report_html.render(report(artifact("a", 100, 0.1, speed=SPEED), artifact("b", 90, 0.01, speed=slow)))
+    assert timed.count('class="dot best"') == 2, "the fast one is beaten in size and divergence only"
+    assert "a 2.1×" in timed
+    text = " ".join(" ".join(Page(timed).text).split())
+    assert "decode after 512 210 100 2.10 2.00 to 2.20 3.40 62 % 1.0 %" in text
+    assert "a 1 MB 3 MB 100 kB 2 MB 4 MB cpu: int4, bf16" in text
+
+
+def test_line_of_the_best_goes_down_whatever_the_speed():
+    """Fast ones that are filled do not bend it."""
+    slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
+    made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01, speed=slow), artifact("c", 300, 0.05, speed=SPEED))
+    line = report_html._pareto(made.artifacts)["line"].split()
+    assert len(line) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1234"), (0.0, "0")],
+)
+def test_numbers_for_people(value, text):
+    assert report_html._digits(value) == text
+
+
 def test_axis_ticks_are_round_and_inside():
     axis = report_html.Axis.of([4.2e6, 1.9e7], 0, 100)
     assert axis.ticks() == [5e6, 1e7, 2e7]
