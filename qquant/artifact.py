@@ -211,8 +211,10 @@ class Draft:
         self.units[unit] = done
         reached("after a unit is journalled")
 
-    def finish(self, target: Path, provenance: Mapping[str, Any]) -> Path:
+    def finish(self, target: Path, provenance: Mapping[str, Any], device: torch.device | None = None) -> Path:
         """Read back what was written, compare it, and make it visible in `target` with its manifest; the final folder.
+
+        What is read back is dequantized on `device`; None: the CPU.
 
         Raises:
             QQuantError: a tensor is missing or differs from what was written.
@@ -228,7 +230,7 @@ class Draft:
             if "checksum" in entry
         }
         paths = [self.folder / file.name for file in self.plan.files if file.tensors]
-        FORMATS[self.plan.format].verify(paths, written, values)
+        FORMATS[self.plan.format].verify(paths, written, values, device or torch.device("cpu"))
         files = {}
         for file in self.plan.files:
             if not self._intact(file):
@@ -346,11 +348,14 @@ def installed(target: Path, plan: PlannedArtifact) -> Path:
     return first if first.suffix == ".gguf" else first.parent
 
 
-def open_weights(path: Path) -> WeightSource:
-    """The weights of any artifact or checkpoint that qquant reads.
+def open_weights(path: Path, device: torch.device | None = None) -> WeightSource:
+    """The weights of any artifact or checkpoint that qquant reads; an artifact's are dequantized on `device`.
 
     Raises:
         InputError: unknown, or damaged.
     """
     name = detect(path)
-    return FORMATS[name].read(path) if name else Checkpoint.open(path)
+    if name is None:
+        return Checkpoint.open(path)
+    source = FORMATS[name].read(path)
+    return source if device is None else source.on(device)

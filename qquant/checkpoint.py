@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -180,9 +181,10 @@ class Checkpoint:
     def content_hash(self) -> str:
         """sha256 over the config and every byte of the weights (and of the adapter)."""
         digest = hashlib.sha256(self.fingerprint.encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            with file.open("rb") as source:
-                digest.update(hashlib.file_digest(source, "sha256").digest())
+        files = sorted({info.file for info in self.tensors.values()})
+        with ThreadPoolExecutor(min(8, len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+            for part in pool.map(_sha256, files):
+                digest.update(part)
         return digest.hexdigest()
 
     @cached_property
@@ -256,6 +258,11 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
                 f"{index}: puts {min(absent)} into {file.name}, which does not hold it ({len(absent)} such tensors)"
             )
     return tensors, digest
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").digest()
 
 
 def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:

@@ -118,7 +118,7 @@ def embed(source: WeightSource, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         stop = min(start + HEAD_ROWS, source.config.vocab)
         inside = (ids >= start) & (ids < stop)
         if bool(inside.any()):
-            out[inside] = source.rows(source.family.embedding, start, stop)[ids[inside] - start].to(dtype)
+            out[inside] = source.rows(source.family.embedding, start, stop)[ids[inside] - start].to(out)
     return out[inverse]
 
 

@@ -66,7 +66,7 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress)
         for draft in drafts:
-            draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs})
+            draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [

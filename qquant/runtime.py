@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.decoder import HEAD_ROWS
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
+from qquant.formats import ArtifactSource
 from qquant.formats.gguf_source import GgufSource
 from qquant.kernels import cpu_int4, jit
 from qquant.kernels.dequant import dequant
@@ -44,18 +45,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, Qwen2ForCausalLM
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class IntegerSource(WeightSource, Protocol):
-    """An artifact: weights, and what they are made of."""
-
-    def integers(self, name: str, device: torch.device) -> Integers | None:
-        """Matrix `name` as the operators take it; None if there is none for what it is."""
-        ...
-
-    def stored_as(self, name: str) -> str:
-        """For people."""
-        ...
 
 
 # -- modules
@@ -269,7 +258,7 @@ class _Loader:
 
     def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.artifact: IntegerSource | None = None if isinstance(source, Checkpoint) else source  # type: ignore[assignment] # every other source is an artifact
+        self.artifact = None if isinstance(source, Checkpoint) else cast(ArtifactSource, source)  # there is no third
         self.biases = set(source.family.shapes(source.config))
 
     def vector(self, name: str) -> Tensor:

@@ -425,8 +425,8 @@ def test_table_is_well_formed():
         assert int(rows) in wq_mm.BUCKETS
         assert int(columns) % 32 == 0
         assert int(outputs) > 0
-        assert config.rows in (64, 128, 256)
-        assert config.warps in (4, 8)
+        assert config.rows in (16, 32, 64, 128, 256)
+        assert config.warps in (1, 2, 4, 8)
         assert 1 <= config.splits <= 64
         assert 2 <= config.stages <= 8
     if table["entries"]:

@@ -154,9 +154,9 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources, baseline = {}, Remembered(checkpoint)
+    sources, baseline = {}, Remembered(checkpoint, device)
     for candidate in candidates:
-        source = open_weights(candidate.path)
+        source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}

@@ -43,6 +43,7 @@ class Remembered:
     """A checkpoint that keeps the tensors of the block it was last asked for, so that artifacts are compared without reading twice."""
 
     source: WeightSource
+    device: torch.device | None = None  # where its tensors are wanted; None: where they are
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,12 +56,12 @@ class Remembered:
         if name not in self.kept:
             if _block(name) != _block(next(iter(self.kept), name)):
                 self.kept.clear()
-            self.kept[name] = self.source.tensor(name)
+            self.kept[name] = self.source.tensor(name).to(self.device)
         return self.kept[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """As the source's."""
-        return self.source.rows(name, start, stop)
+        return self.source.rows(name, start, stop).to(self.device)
 
 
 def _block(name: str) -> str:

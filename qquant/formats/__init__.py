@@ -19,9 +19,26 @@ from qquant.recipe import Recipe
 from qquant.untrusted import read_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid, QuantizedTensor
+    from qquant.tensor import Grid, Integers, QuantizedTensor
+
+
+class ArtifactSource(WeightSource, Protocol):
+    """The weights of an artifact, and what they are made of."""
+
+    def on(self, device: torch.device) -> ArtifactSource:
+        """The same, dequantizing on `device`."""
+        ...
+
+    def integers(self, name: str, device: torch.device) -> Integers | None:
+        """Matrix `name` as the operators of a runtime take it; None if there is none for what it is."""
+        ...
+
+    def stored_as(self, name: str) -> str:
+        """For people: what the file holds."""
+        ...
 
 
 class Format(Protocol):
@@ -49,11 +66,13 @@ class Format(Protocol):
         """The float32 values that readers will see for what `pack` or `store` gave."""
         ...
 
-    def read(self, path: Path) -> WeightSource:
+    def read(self, path: Path) -> ArtifactSource:
         """The dequantized weights of an artifact made by any tool."""
         ...
 
-    def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
+    def verify(
+        self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
+    ) -> None:
         """Compare files, read by another library, with the sha256 of stored tensors and the checksums of solved weights."""
         ...
 

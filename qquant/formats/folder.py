@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -147,8 +147,10 @@ class ModelFolder(ABC):
             {suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes}
         )
 
-    def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
-        """Read the folder with the `safetensors` package and compare bytes and dequantized values.
+    def verify(
+        self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
+    ) -> None:
+        """Read the folder with the `safetensors` package and compare bytes, and values dequantized on `device`.
 
         Raises:
             QQuantError: they differ.
@@ -163,7 +165,7 @@ class ModelFolder(ABC):
                     if hashlib.sha256(data).hexdigest() != written[name]:
                         raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
                     del data
-        source = self.read(files[0].parent)
+        source = self.read(files[0].parent).on(device)
         for name, value in values.items():
             if checksum(source.tensor(name)) != value:
                 raise QQuantError(f"{files[0].parent}: {name} dequantizes to other values than were solved for")
@@ -201,6 +203,11 @@ class FolderSource:
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     layout: QuantizedLayout
+    device: torch.device | None = None  # where weights are dequantized; None: on the CPU
+
+    def on(self, device: torch.device) -> FolderSource:
+        """The same, dequantizing on `device`."""
+        return replace(self, device=device)
 
     def verify(self) -> None:
         """Raise InputError unless every tensor the config implies is there, in its shape; zero biases may be extra."""
@@ -243,7 +250,7 @@ class FolderSource:
         if name not in self.tensors and name == self.family.head:
             return self.tensor(self.family.embedding)
         if f"{module}.qweight" not in self.tensors:
-            return read_tensor(self.tensors[name]).float()
+            return read_tensor(self.tensors[name]).to(self.device).float()
         return self.layout.dequantize(self._stored(module))
 
     def integers(self, name: str, device: torch.device) -> Integers | None:
@@ -262,10 +269,12 @@ class FolderSource:
         return self.tensors[name].dtype.lower()
 
     def _stored(self, module: str) -> dict[str, Tensor]:
-        return {suffix: read_tensor(self.tensors[f"{module}.{suffix}"]) for suffix in self.layout.suffixes}
+        return {
+            suffix: read_tensor(self.tensors[f"{module}.{suffix}"]).to(self.device) for suffix in self.layout.suffixes
+        }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of an unquantized matrix, float32."""
         if name not in self.tensors and name == self.family.head:
             name = self.family.embedding
-        return read_tensor(self.tensors[name], slice(start, stop)).float()
+        return read_tensor(self.tensors[name], slice(start, stop)).to(self.device).float()

@@ -111,7 +111,9 @@ class Gguf:
         """
         return GgufSource.open(path)
 
-    def verify(self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str]) -> None:
+    def verify(
+        self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
+    ) -> None:
         """Read the files with the `gguf` package and compare bytes and dequantized values.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,11 @@ class GgufSource:
     family: Family
     config: ModelConfig
     header: Header
+    device: torch.device | None = None  # where blocks are dequantized; None: on the CPU
+
+    def on(self, device: torch.device) -> GgufSource:
+        """The same, dequantizing on `device`."""
+        return replace(self, device=device)
 
     @classmethod
     def open(cls, path: Path) -> GgufSource:
@@ -108,7 +113,7 @@ class GgufSource:
         return self.header.tensors[self.family.gguf_name(name)]
 
     def _rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        return gguf_types.dequantize(self._blocks(stored, start, stop), TYPE_NAMES[stored.type_id])
+        return gguf_types.dequantize(self._blocks(stored, start, stop).to(self.device), TYPE_NAMES[stored.type_id])
 
     def _blocks(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         kind = TYPE_NAMES[stored.type_id]

@@ -108,7 +108,7 @@ class GptqLayout(QuantizedLayout):
         quantized = self.unpack(tensors)
         columns = quantized.codes.shape[1]
         index = tensors.get("g_idx")
-        natural = torch.arange(columns) // quantized.grid.width
+        natural = torch.arange(columns, device=quantized.codes.device) // quantized.grid.width
         if index is None or bool((index == natural).all()):
             return quantized.dequantize()
         step, offset = quantized.params.levels()

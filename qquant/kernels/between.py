@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qquant.kernels.jit import AVAILABLE, gdc, jit, kernel, starts_early, tl
 
-SPLITS = 8  # programs of a head
+SPLITS = 16  # programs of a head
 SPAN = 32  # positions at a time
 
 
@@ -39,8 +39,8 @@ def _options(x: Tensor) -> dict[str, bool]:
 @jit
 def _start(EARLY: tl.constexpr) -> None:
     if EARLY:
-        gdc.gdc_launch_dependents()
         gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
 
 
 # -- norms

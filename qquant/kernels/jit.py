@@ -49,14 +49,21 @@ def kernel(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
     return triton.jit(do_not_specialize=list(sizes)) if AVAILABLE else lambda function: function
 
 
-@functools.lru_cache
+early = True  # False: kernels wait for the one before them to be done (for comparisons)
+
+
 def starts_early(device: torch.device) -> bool:
     """Whether kernels of this device may start before the one before them is done, and wait where they need its results.
 
     Hopper and later can (programmatic dependent launch); in a captured graph the start of one kernel then hides behind the end
     of another.
     """
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return early and device.type == "cuda" and torch.version.hip is None and _capability(device) >= (9, 0)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def blocks(size: int, block: int) -> int:

@@ -138,9 +138,7 @@ def _ask_ahead(row_at: tl.tensor, count: tl.tensor, BULK: tl.constexpr) -> None:
 
 @jit
 def _begin(row_at: tl.tensor, count: tl.tensor, AHEAD: tl.constexpr, EARLY: tl.constexpr) -> None:
-    """Let the next kernel start, ask for this program's weights, then wait for the kernel before, which makes x."""
-    if EARLY:
-        gdc.gdc_launch_dependents()
+    """Ask for this program's weights, then wait for the kernel before, which makes x."""
     if AHEAD:
         _ask_ahead(row_at, count, AHEAD == 1)
     if EARLY:
@@ -241,6 +239,8 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
             acc += product * scale_of(param, SYMMETRIC)[:, None]
         if PARTS == 1 and SYMMETRIC:  # fetched a step ahead: two bytes are too narrow for the asynchronous pipeline
             param = tl.load(params_at + _group(row, t + 1, groups, TILES_PER_GROUP))
+    if EARLY:  # not before: programs of the next kernel that wait take room, and more of it on some multiprocessors than on others
+        gdc.gdc_launch_dependents()
     at = m[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from qquant.kernels import wq_mm
+from qquant.kernels import jit, wq_mm
 from qquant.kernels.jit import blocks, kernel, tl
 from qquant.kernels.unpack import tile
 from tests.bench import tune
@@ -253,6 +253,9 @@ def decode(record, options):
     lines, device = [], torch.device(DEVICE)
     wq_mm._counters.cache_clear()
     deadline = time.monotonic() + options.share
+    for early in (False, True):
+        jit.early = early
+        lines += alone("7B", 512, record, f"int4, kernels start early: {early}")
     jobs = (
         ("7B", 512, ("int4", "int8", "awq")),
         ("7B", 2048, ("int4",)),
@@ -288,6 +291,41 @@ def decode(record, options):
     return lines
 
 
+def alone(model, prompt, record, label):
+    """Tokens per second of int4 by itself, and where a step's time goes."""
+    from qquant.checks import speed
+
+    config, settings = shape_of(model), speed.Settings(prompt=prompt, steps=32, pairs=3)
+    with torch.inference_mode():
+        contender = speed.Stepped(
+            config, random_weights(config, "int4"), settings, torch.device(DEVICE), torch.bfloat16
+        )
+        contender.decode()
+        seconds = sorted(speed._seconds(contender.decode, 5) for _ in range(3))[1]
+        record[label] = settings.steps / seconds
+        return [f"{model} {label}: {settings.steps / seconds:.1f} tokens/s", *profile(contender, record)]
+
+
+def tuner(record, options):
+    """Fill the launch table, and use it for the rest of this run."""
+    began = time.monotonic()
+    codes = tune.compile_all(options.workers)
+    lines = [f"compiled in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}"]
+    table, times = tune.fill(
+        options.models, options.share - (time.monotonic() - began), report=partial(print, flush=True)
+    )
+    tune.write(table, options.out / "table.json")
+    wq_mm.TABLE = options.out / "table.json"
+    wq_mm._table.cache_clear()
+    wq_mm.config_for.cache_clear()
+    record.update(times={key: list(value) for key, value in times.items()})
+    gain = sorted(rule / best for best, rule in times.values())
+    lines.append(
+        f"{len(times)} shapes, gain over the rule of thumb: median {gain[len(gain) // 2]:.2f}x, largest {gain[-1]:.2f}x"
+    )
+    return lines + [f"{key}: {best:.2f} us" for key, (best, _) in times.items() if key.split("/")[2] == "1"]
+
+
 def told(model, kind, prompt, pace):
     """A line about a pace."""
     return (
@@ -313,13 +351,14 @@ def profile(contender, record):
 
 # -- the run
 
-SECTIONS = {"variants": variants, "steps": steps_agree, "decode": decode}
+SECTIONS = {"variants": variants, "steps": steps_agree, "tune": tuner, "decode": decode}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--models", nargs="+", default=["7B", "0.5B", "14B", "1.8B", "4B"])
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--compile-variants", nargs=2, type=int, help=argparse.SUPPRESS)

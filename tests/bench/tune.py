@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ GROUP = 128
 SHAPES = ((64, 4), (128, 4), (128, 8), (256, 8))  # outputs of a program, warps
 NARROW = ((16, 1), (32, 1), (64, 1), (32, 2), (64, 2))  # the same for up to 16 rows of x: every warp by itself
 STAGES = {4: (3, 4, 6), 8: (4, 6, 8)}
-SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 COLD = 150e6  # bytes of weights behind one another: 2.5 times the L2 cache of an H200
 COPIES = 200
 VARIANTS = (
@@ -105,19 +106,22 @@ def timed_graph(calls, windows=5, least=1e-3):
     return statistics.median(found), (found[-1] - found[0]) / found[len(found) // 2]
 
 
-def candidates(bits, rows, columns, outputs, processors):
-    """Configurations at four stages: every shape, with as many splits as keep the device busy but not crowded."""
+def shapes_for(rows):
+    """(outputs of a program, warps) that may be best for so many rows of x."""
+    return (*NARROW, *SHAPES) if rows <= 16 else SHAPES[:3]
+
+
+def candidates(rows, columns, outputs, bits, processors):
+    """Configurations at three stages: every shape, with as many splits as keep the device busy but not crowded."""
     tiles = blocks(columns, tile(bits))
-    for height, warps in SHAPES:
-        if rows > 16 and (height, warps) == (64, 4) and bits == 4 and outputs > 8192:
-            continue
-        across = blocks(outputs, height)
+    for height, warps in shapes_for(rows):
         for splits in SPLITS:
-            if splits > 1 and (across * splits > 10 * processors or tiles // splits < 2):
+            programs = blocks(outputs, height) * splits
+            if (splits > 1 and tiles // splits < 2) or programs * warps > 24 * processors:
                 continue
-            if across * splits < processors // 3 and tiles // splits > 4:
+            if programs < processors // 2 and tiles // splits > 4:
                 continue
-            yield wq_mm.Config(height, splits, warps, 4)
+            yield wq_mm.Config(height, splits, warps, 3)
 
 
 def tune(bits, rows, columns, outputs, dtype=torch.bfloat16):
@@ -126,7 +130,7 @@ def tune(bits, rows, columns, outputs, dtype=torch.bfloat16):
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     weights = random_layer(columns, outputs, bits, copies_for(columns * outputs * bits / 8))
     x = torch.randn(rows, columns, device=device, dtype=dtype)
-    counters = torch.zeros(blocks(outputs, 64), dtype=torch.int32, device=device)
+    counters = torch.zeros(blocks(outputs, 16), dtype=torch.int32, device=device)
 
     def measure(config):
         calls = [partial(wq_mm.launch, x, *w, None, bits, GROUP, config, counters) for w in weights]
@@ -134,13 +138,13 @@ def tune(bits, rows, columns, outputs, dtype=torch.bfloat16):
             calls[0]()
         except OutOfResources:  # more shared memory than this device has
             return float("inf")
-        return timed_graph(calls, windows=3, least=5e-4)[0]
+        return timed_graph(calls, windows=3, least=3e-4)[0]
 
     rule = wq_mm.rule_of_thumb(bits, rows, columns, outputs, processors)
-    times = {config: measure(config) for config in {rule, *candidates(bits, rows, columns, outputs, processors)}}
-    for config in sorted(times, key=times.get)[:2]:
-        for stages in STAGES[bits]:
-            other = wq_mm.Config(config.rows, config.splits, config.warps, stages)
+    times = {config: measure(config) for config in {rule, *candidates(rows, columns, outputs, bits, processors)}}
+    for stages, ahead in ((4, 0), (6, 0), (3, 1), (4, 1)):
+        for config in sorted(times, key=times.get)[:3]:
+            other = replace(config, stages=stages, ahead=ahead)
             if other not in times:
                 times[other] = measure(other)
     best = min(times, key=times.get)
@@ -149,11 +153,10 @@ def tune(bits, rows, columns, outputs, dtype=torch.bfloat16):
 
 def kernels_to_compile():
     """(bits, group, symmetric, type, rows, bias, configuration) of what the tuner and the checks launch."""
-    for bits in (4, 8):
-        stages = sorted({4, *STAGES[bits]})
-        for rows, (height, warps), depth, splits in itertools.product((16, 64), SHAPES, stages, (1, 2)):
-            for symmetric in (True, False):
-                yield bits, GROUP, symmetric, torch.bfloat16, rows, False, wq_mm.Config(height, splits, warps, depth)
+    for bits, rows in itertools.product((4, 8), (1, 16, 64)):
+        kinds = itertools.product(shapes_for(rows), ((3, 0), (4, 0), (6, 0), (3, 1), (4, 1)), (1, 2))
+        for (height, warps), (depth, ahead), splits in kinds:
+            yield bits, GROUP, True, torch.bfloat16, rows, False, wq_mm.Config(height, splits, warps, depth, ahead)
     for bits, group, symmetric in VARIANTS:
         for dtype, splits in itertools.product((torch.float16, torch.bfloat16), (1, 2)):
             for rows, height, warps in ((16, 64, 4), (16, 128, 4), (32, 128, 8), (64, 128, 8)):
@@ -201,7 +204,7 @@ def fill(models, seconds, report=print, rows=wq_mm.BUCKETS):
                         skipped += 1
                         continue
                     best, found, rule = tune(bits, count, columns, outputs)
-                    entries[key] = [best.rows, best.splits, best.warps, best.stages]
+                    entries[key] = list(astuple(best))
                     times[key] = (found, rule)
                     report(f"{model:5} {name:8} {key:32} {found:8.2f} us (rule of thumb {rule:8.2f})  {entries[key]}")
     if skipped:
