@@ -48,7 +48,7 @@ _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves round(x) in the low mantissa
 _SAFE = 2.0**21  # below this nearest_int() is round() with room to spare
 _SMALLEST_SPAN = 1e-36  # nmax / span stays finite above this
 _REACH = 280  # 2 * 140; a candidate's |x / scale| stays below 140
-_BATCH = 5  # candidates computed together
+_BATCH = 2  # candidates computed together: with them a piece still fits the cache
 
 
 @dataclass
@@ -60,8 +60,8 @@ class Found:
     """
 
     scale: Tensor
-    weight: Tensor  # sum of the weights
     inverse: Tensor
+    weight: Tensor | None = None  # sum of the weights, where it was asked for
     low: Tensor | None = None  # affine: smallest value of the grid, <= 0
     base: Tensor | None = None  # affine; else 0
     settled: Tensor | None = None  # uint8 [E, J, S]: the codes, where no formula gives them
@@ -218,8 +218,8 @@ Array = Any  # a numpy array on a CPU, else a tensor
 Sums = Callable[["Tensor", "Tensor"], tuple[Array, Array]]
 
 
-def symmetric(pieces: Iterable[Piece], nmax: int) -> Found:
-    """Scales for codes -nmax .. nmax - 1."""
+def symmetric(pieces: Iterable[Piece], nmax: int, weigh: bool = False) -> Found:
+    """Scales for codes -nmax .. nmax - 1; `weigh`: the sums of weights, too."""
     numerators = -_numerators((0, *range(-9, 0), *range(1, 10)), 0.1, 0.0, nmax)
 
     def inverses(peak: Tensor) -> Tensor:
@@ -234,13 +234,14 @@ def symmetric(pieces: Iterable[Piece], nmax: int) -> Found:
 
         return sums
 
-    return _search(pieces, inverses, prepare)
+    return _search(pieces, inverses, prepare, weigh)
 
 
 def _search(
     pieces: Iterable[Piece],
     inverses: Callable[[Tensor], Tensor],
     prepare: Callable[[Tensor, Tensor], Sums],
+    weigh: bool = False,
 ) -> Found:
     """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
 
@@ -265,7 +266,9 @@ def _search(
         with np.errstate(all="ignore"):
             ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
         scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
-        chosen = (torch.where(live, scale, 0.0), sum_in_order(w_flat), torch.where(live, inverse, 0.0))
+        chosen = [torch.where(live, scale, 0.0), torch.where(live, inverse, 0.0)]
+        if weigh:
+            chosen.append(sum_in_order(w_flat))
         parts.append([value.view(x.shape[1:]) for value in chosen])
     return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
@@ -304,7 +307,7 @@ def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int
 
 
 def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, bool], exact: bool) -> list[Tensor]:
-    """Scale, weight, inverse, low and base, each [B], for `x`, `w` [E, B]; `exact` rounds the slow way throughout."""
+    """Scale, inverse, weight, low and base, each [B], for `x`, `w` [E, B]; `exact` rounds the slow way throughout."""
     first, step, count, absolute = schedule
     line = _Line(x, w, nmax, absolute, exact)
     space, xp = line.space, line.space.xp
@@ -330,7 +333,7 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, 
             old[better] = new[better]
         highest = xp.maximum(highest, low)
     scale, chosen = (xp.where(dead, 0.0, values) for values in (scale, chosen))
-    fields = [space.tensor(values) for values in (scale, line.weight, chosen, xp.where(dead, start, low), base)]
+    fields = [space.tensor(values) for values in (scale, chosen, line.weight, xp.where(dead, start, low), base)]
     if not exact:
         span = high - highest
         safe = (abs(highest - smallest) * (nmax + 2.0) < _SAFE * span) & (span > _SMALLEST_SPAN) | dead
@@ -424,7 +427,7 @@ def descent(pieces: Iterable[Piece], nmax: int) -> Found:
     scale = torch.where(live.logical_and_(l2 > 0), lx / l2, 0.0).view(shape[1:])
     settled = torch.where(magnitude >= TINY, codes.add_(nmax), 0.0).to(torch.uint8).view(shape)
     zero = torch.zeros_like(scale)
-    return Found(scale, zero, zero, settled=settled)
+    return Found(scale, zero, settled=settled)
 
 
 def _descend(x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], bounds: tuple[int | None, int]) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-_PIECE = {"cpu": 1 << 17}  # values searched or coded at once: the working set stays in the cache
+_PIECE = {"cpu": 1 << 18}  # values searched or coded at once: the working set stays in the cache
 _BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
 _ACCELERATOR = 1 << 24  # both, elsewhere
 _ENERGY = 1 << 20  # values whose row sums are computed at once: long vectors across the rows
@@ -522,7 +522,7 @@ class _KAffine(_KQuant):
             if rows.importance is None:
                 d, integers = _by_maximum(values, self.limit)
             else:
-                d, integers = search.positive(values, found.weight, self.limit)
+                d, integers = search.positive(values, _given(found.weight), self.limit)
             parts.append((_halves(d, rows), _per_row(integers, rows, torch.uint8)))
         (d, scales), (dmin, mins) = parts
         params = BlockParams(self, d, dmin, scales, mins)
@@ -677,13 +677,15 @@ class Q3_K(_KSymmetric):
     weights = ("x^2", "importance, 2 block")
 
     def search(self, rows: Rows) -> Found:
-        return search.descent(rows.pieces(self), self.centre) if rows.importance is None else super().search(rows)
+        if rows.importance is None:
+            return search.descent(rows.pieces(self), self.centre)
+        return search.symmetric(rows.pieces(self), self.centre, weigh=True)
 
     def rounded(self, found: Found) -> tuple[Tensor, Tensor]:
         if found.settled is not None:
             d, integers = _by_peak(found.scale, 32)
         else:
-            outer = search.symmetric([(found.scale.unsqueeze(1), found.weight.unsqueeze(1))], 32)
+            outer = search.symmetric([(found.scale.unsqueeze(1), _given(found.weight).unsqueeze(1))], 32)
             d = outer.scale.squeeze(0)
             integers = search.nearest_int(found.scale * outer.inverse).clamp_(-32, 31)
         return d, integers.masked_fill_(d == 0, -32)
