@@ -297,7 +297,7 @@ def _single(path: Path) -> dict[Path, set[str]]:
     if pickles:
         raise InputError(
             f"{pickles[0]}: is a pickle, which can run code when loaded; qquant reads safetensors only. "
-            "Convert it once with transformers: model.save_pretrained(folder)"
+            "`qquant build --allow-pickle` converts it once, in a process without a network"
         )
     raise InputError(f"{path}: holds no .safetensors file")
 

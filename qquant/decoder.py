@@ -50,7 +50,12 @@ class Block:
     def __init__(self, family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.family = family
         self.config = config
+        self.dtype = dtype
         self.weights = {name: value.to(dtype) for name, value in weights.items()}
+
+    def widened(self) -> Block:
+        """The same block with activations in float32."""
+        return self if self.dtype == torch.float32 else Block(self.family, self.config, self.weights, torch.float32)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply linear `name` (e.g. "mlp.up_proj") to x [..., in]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,13 @@ from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
 from qquant.gates import Reach, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
+from qquant.output import PARTIAL
 from qquant.padding import group_of, narrow, parallel_sizes
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
+TEMPORARY = 32 << 20  # bytes in the folder for temporary files
 MARGIN = 64 << 20  # bytes of disk for manifests, reports, calibration
 
 
@@ -38,6 +41,8 @@ class Plan:
     disk: int  # bytes
     gates: Mapping[str, Gates]  # by artifact, defaults filled in
     checks: Checks
+    tokens: int  # of the calibration
+    inputs: int  # of the widest linear
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
     parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
 
@@ -70,7 +75,10 @@ class Plan:
         gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
         disk = sum(artifact.size for artifact in planned) + MARGIN
         parallel = {spec.name: _parallel(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
-        return cls(name, planned, _memory(recipe, checkpoint), disk, gates, recipe.checks, imatrix, parallel)
+        tokens = recipe.calibration.samples * recipe.calibration.length
+        inputs = max(columns for _, columns in checkpoint.family.linear_shapes(checkpoint.config).values())
+        memory = _memory(recipe, checkpoint)
+        return cls(name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel)
 
     @property
     def looks(self) -> list[int]:
@@ -82,20 +90,37 @@ class Plan:
         checks = self.checks
         return reach(self.gates[artifact], checks.windows, checks.scored, len(self.looks))
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What does not stop a build, and will make it worse."""
+        if self.tokens >= self.inputs:
+            return ()
+        asked = f"give at least {self.inputs:,}, better ten times as many"
+        return (f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}",)
+
+    def missing(self, out: Path) -> int:
+        """Bytes that are still to be written: files that are finished, or have their place in an interrupted build, are there."""
+        there = 0
+        for artifact in self.artifacts:
+            for file in artifact.files:
+                for path in (out / artifact.folder / file.name, out / PARTIAL / artifact.name / file.name):
+                    if path.is_file() and path.stat().st_size == file.size:
+                        there += file.size
+                        break
+        return self.disk - there
+
     def require_room(self, out: Path) -> None:
-        """Raise EnvironmentMissingError if the file system of `out` has less room than the build needs."""
+        """Raise EnvironmentMissingError if a file system has less room than the build needs on it."""
         place = out.absolute()
         while not place.exists():
             place = place.parent
-        done = (
-            sum(path.stat().st_size for path in (out / ".partial").rglob("*") if path.is_file()) if out.exists() else 0
-        )
-        free = shutil.disk_usage(place).free + done
-        if free < self.disk:
-            raise EnvironmentMissingError(
-                f"{out}: the build writes {self.disk:,} bytes, {free:,} are free; {self.disk - free:,} bytes are missing. "
-                "Free some space, or choose another --out"
-            )
+        for folder, need in ((place, self.missing(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
+            free = shutil.disk_usage(folder).free
+            if free < need:
+                raise EnvironmentMissingError(
+                    f"{out if folder == place else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "
+                    "Free some space, or choose another --out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,6 +129,7 @@ class Plan:
             "model": self.model,
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
+            "warnings": list(self.warnings),
             "checks": self.checks.model_dump(mode="json")
             | {"looks": self.looks, "scored_per_window": self.checks.scored},
             "artifacts": [

@@ -28,7 +28,7 @@ from typing import Any
 from qquant.checkpoint import Checkpoint, card_head
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
 from qquant.output import MANIFEST
-from qquant.untrusted import read_json
+from qquant.untrusted import read_json, require_regular
 
 REPORT = "report.json"
 SOURCE = "source.json"
@@ -220,9 +220,13 @@ def _repository(
 
 def _verified(place: Path, name: str, facts: Mapping[str, Any]) -> Payload:
     path = place / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
         raise InputError(f"{place / MANIFEST}: {name!r} is not a file of this folder")
-    if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256_of(path) != facts["sha256"]:
+    if (
+        not path.is_file()
+        or require_regular(path).stat().st_size != facts["bytes"]
+        or sha256_of(path) != facts["sha256"]
+    ):
         raise InputError(
             f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from qquant.errors import InputError
 
 SCHEMA = "qquant-report-1"
+FLOAT16 = 65504  # its largest number
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ def fallback_note(fallbacks: Sequence[str]) -> list[str]:
 
 
 def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader should know about the solve: fallbacks, raised damping, dead channels, too few tokens."""
+    """What a reader should know about the solve: fallbacks, raised damping, dead channels, too few tokens, range."""
     found = []
     for layer in layers:
         name = layer["name"]
@@ -356,4 +357,20 @@ def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(f"{name}: {layer['fallback']}")
         if layer.get("dead"):
             found.append(f"{name}: {layer['dead']} input channels were always zero during calibration")
+        if _above(layer.get("damping"), layer.get("damping_asked")):
+            found.append(f"{name}: damping was raised from {layer['damping_asked']:g} to {layer['damping']:g}")
+        if _above(layer.get("inputs"), layer.get("tokens")):
+            found.append(
+                f"{name}: {layer['tokens']} calibration tokens for {layer['inputs']} inputs; give more samples"
+            )
+        if _above(layer.get("largest"), FLOAT16):
+            found.append(
+                f"{name}: inputs up to {layer['largest']:.3g} do not fit float16 ({FLOAT16}); run it in bfloat16"
+            )
+        if layer.get("float32_samples"):
+            found.append(f"{name}: {layer['float32_samples']} samples overflowed and were computed in float32")
     return found
+
+
+def _above(value: Any, limit: Any) -> bool:
+    return isinstance(value, int | float) and isinstance(limit, int | float) and value > limit

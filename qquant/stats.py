@@ -8,12 +8,17 @@ importance matrix of GGUF (diag). Samples are added one by one in a fixed order,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qquant.kernels.gram import gram
+
+
+class NotFiniteError(ArithmeticError):
+    """An activation is NaN or infinite."""
 
 
 @dataclass
@@ -32,12 +37,23 @@ class Gram:
         return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Add the rows of x [T, K] (any float dtype)."""
-        gram(self.matrix, x.contiguous())
+        """Add the rows of x [T, K] (any float dtype); all of it, or nothing where it fails.
+
+        Raises:
+            NotFiniteError: `x` holds NaN or infinity.
+        """
         magnitude = x.float().abs()
-        self.absolute += magnitude.sum(0)
-        self.largest = max(self.largest, float(magnitude.max()))
+        largest, absolute = float(magnitude.max()), magnitude.sum(0)
+        if not math.isfinite(largest):
+            raise NotFiniteError(f"the input of a stage is not finite in {x.dtype}")
+        gram(self.matrix, x.contiguous())
+        self.absolute += absolute
+        self.largest = max(self.largest, largest)
         self.tokens += len(x)
+
+    def move(self, device: torch.device | str) -> None:
+        """Keep the matrix on `device` from now on."""
+        self.matrix, self.absolute = self.matrix.to(device), self.absolute.to(device)
 
     @property
     def importance(self) -> Tensor:

@@ -5,15 +5,15 @@ stage's Gram matrix, and the output is the next block's input. Then, for each ar
 
     transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
 
-Activations have the dtype of the checkpoint (float16 checkpoints are computed in float32: float16 overflows). Only one block
-and its Gram matrices are in memory, besides one hidden state per calibration token. An artifact with `propagate` walks on a
+Activations have the dtype of the checkpoint (float16 checkpoints are computed in float32: float16 overflows); what happens where they
+are not finite, or memory is short, is in `stream`. Only one block and its Gram matrices are in memory, besides one hidden state per calibration token. An artifact with `propagate` walks on a
 stream of its own, which runs through its own quantized linears.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,41 +30,13 @@ from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.moments import Moments
 from qquant.padding import narrow, widened, widened_codes, widens
-from qquant.stats import Gram
+from qquant.stats import Gram, NotFiniteError
+from qquant.stream import Stream
 from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 REST = "rest"
-
-
-@dataclass
-class Stream:
-    """Hidden states of the calibration samples after the blocks walked so far."""
-
-    hidden: list[Tensor]  # [T, hidden] each
-
-    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram]) -> None:
-        """Run every sample through `block`, adding stage inputs to `grams` (may be empty)."""
-
-        def observe(stage: str, value: Tensor) -> None:
-            grams[stage].add(value)
-
-        for index, x in enumerate(self.hidden):
-            self.hidden[index] = block.forward(x, observe if grams else None)
-        self.require_finite(layer, grams)
-
-    def require_finite(self, layer: int, grams: Mapping[str, Gram]) -> None:
-        """Raise NumericalError if block `layer` gave NaN or infinity anywhere."""
-        for stage, gram in grams.items():
-            if not bool(torch.isfinite(gram.matrix).all()):
-                raise NumericalError(
-                    f"block {layer}: the input of {stage} is not finite (largest |x| {gram.largest:.3g}); see the checkpoint's weights"
-                )
-        if not all(bool(torch.isfinite(x).all()) for x in self.hidden):
-            raise NumericalError(
-                f"block {layer}: activations are not finite in {self.hidden[0].dtype}; the checkpoint does not work in it"
-            )
 
 
 def quantize(
@@ -79,6 +51,7 @@ def quantize(
 
     Raises:
         NumericalError: an activation is not finite.
+        EnvironmentMissingError: there is not enough memory for one sample.
     """
     for draft in drafts:
         if REST not in draft.units:
@@ -87,13 +60,12 @@ def quantize(
     dtype = STREAM_DTYPES[checkpoint.dtype]
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(_unit(layer) not in draft.units for layer in range(layers))]
-    if not waiting:
+    measured = all(moments.load(layer) is not None for layer in range(layers))
+    if not waiting and (measured or not drafts):
         return
-    start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples])
+    start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples], device)
     streams = [(start, [draft for draft in waiting if not getattr(draft.plan.spec, "propagate", False)])]
-    streams += [
-        (Stream(list(start.hidden)), [draft]) for draft in waiting if getattr(draft.plan.spec, "propagate", False)
-    ]
+    streams += [(start.copy(), [draft]) for draft in waiting if getattr(draft.plan.spec, "propagate", False)]
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in source.block(layer).items()}
         for stream, followers in streams:
@@ -136,7 +108,7 @@ def _shared(
 ) -> None:
     todo = [draft for draft in drafts if _unit(layer) not in draft.units]
     shapes = checkpoint.family.linear_shapes(narrow(checkpoint).config)
-    device = stream.hidden[0].device
+    device = stream.device
     grams = (
         {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
         if todo or moments.load(layer) is None
@@ -145,13 +117,17 @@ def _shared(
     stream.advance(layer, block, grams)
     if grams:
         moments.save(layer, grams)
-    for draft in todo:
+
+    def solve(draft: Draft) -> None:
         transformed = _transform(checkpoint, draft, layer, weights, grams)
         solver = Solver(checkpoint, draft, layer, moments)
         for stage in checkpoint.family.stages:
             solver.solve(stage, transformed.weights, transformed.grams[stage.name])
         solver.record += [{"name": solver.prefix + choice.stage, "awq": vars(choice)} for choice in transformed.choices]
-        solver.finish(transformed.weights)
+        solver.finish(transformed.weights, stream.wide)
+
+    for draft in todo:
+        stream.spare(layer, partial(solve, draft))
 
 
 def _transform(
@@ -188,10 +164,12 @@ def _propagated(
         return
     passes = [block.stages(x) for x in stream.hidden]
     for stage in checkpoint.family.stages:
-        gram = Gram.zeros(shapes[stage.linears[0]][1], stream.hidden[0].device)
-        for sample in passes:
-            gram.add(next(sample)[1])
-        stream.require_finite(layer, {stage.name: gram})
+        gram = Gram.zeros(shapes[stage.linears[0]][1], stream.device)
+        try:
+            for sample in passes:
+                gram.add(next(sample)[1])
+        except NotFiniteError as failure:
+            raise NumericalError(f"block {layer}: {stage.name} of {draft.plan.name}: {failure}") from None
         for linear, value in solver.solve(stage, full, gram).items():
             block.weights[f"{linear}.weight"] = value.to(block.weights[f"{linear}.weight"])
     stream.hidden = [next(sample)[1] for sample in passes]
@@ -294,6 +272,7 @@ class Solver:
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
             facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
+            facts["damping_asked"] = getattr(self.draft.plan.spec, "damping", None)
             self._note(linear, value, gram, **facts)
         return values
 
@@ -327,6 +306,7 @@ class Solver:
                 "name": self._name(linear),
                 "checksum": checksum(value),
                 "tokens": gram.tokens,
+                "inputs": len(gram.absolute),
                 "dead": gram.dead,
                 "largest": gram.largest,
                 **facts,
@@ -342,8 +322,10 @@ class Solver:
             f"{linear}.weight": _inside(source.tensor(self._name(linear)), shape) for linear, shape in shapes.items()
         }
 
-    def finish(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the block: solved linears, and the norms and biases of `weights`."""
+    def finish(self, weights: Mapping[str, Tensor], wide: Collection[int] = ()) -> None:
+        """Write the block: solved linears, and the norms and biases of `weights`; `wide` samples were computed in float32."""
+        if wide:
+            self.record.append({"name": self.prefix.rstrip("."), "float32_samples": len(wide)})
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
         for name, value in weights.items():
             if name not in linears:

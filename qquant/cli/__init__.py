@@ -5,6 +5,8 @@ Heavy modules are imported by the commands that need them, so that `--help` and 
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,14 +17,14 @@ import click
 from qquant import __version__
 from qquant.cli.build import build, plan
 from qquant.cli.check import bisect, check, compare, perplexity, show_report
-from qquant.cli.look import inspect, verify
+from qquant.cli.look import doctor, inspect, verify
 from qquant.cli.options import EXITS
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
 from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks
-from qquant.errors import QQuantError
+from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError
 
 
 @click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,6 +44,7 @@ for command in (
     tasks,
     inspect,
     verify,
+    doctor,
     matrix,
     publish,
     patch,
@@ -58,24 +61,38 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
     click.echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
 
 
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    from qquant.stream import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can cause becomes one message and an exit status."""
     sys.excepthook = _bug
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         result: Any = cli.main(args=arguments, prog_name="qquant", standalone_mode=False)
         status = result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command continues", err=True)
-        status = 75
+    except (click.Abort, KeyboardInterrupt, StoppedError) as error:
+        status = StoppedError.exit_code
+        command = shlex.join(["qquant", *(sys.argv[1:] if arguments is None else arguments)])
+        click.echo(f"{str(error) or 'stopped'}\ncontinue with: {command}", err=True)
     except QQuantError as error:
         click.echo(f"error: {error}", err=True)
         status = error.exit_code
     except BrokenPipeError:
         status = 0
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
         click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
-        status = 6
+        status = EnvironmentMissingError.exit_code
     sys.exit(status)

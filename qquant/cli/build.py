@@ -21,7 +21,7 @@ from qquant.cli.options import (
     open_source,
     source_options,
 )
-from qquant.cli.terminal import Progress, show, tell_watchers
+from qquant.cli.terminal import Progress, Stop, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.checkpoint import Checkpoint
@@ -34,13 +34,18 @@ if TYPE_CHECKING:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."
 )
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Convert the .bin files of a local CHECKPOINT once, in a process without a network.",
+)
 @JUNIT
 @GITHUB
 @DEVICE
 @JSON
 def build(
     checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, imatrix: Path | None, out: Path, junit: Path | None, github: bool, device: str,
+    name: str | None, imatrix: Path | None, out: Path, allow_pickle: bool, junit: Path | None, github: bool, device: str,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
@@ -49,13 +54,15 @@ def build(
     """
     from qquant.plan import Plan
 
-    loaded, source = open_source(recipe_name, checkpoint, revision, adapter)
+    loaded, source = open_source(recipe_name, checkpoint, revision, adapter, out if allow_pickle else None)
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
     from qquant import pipeline
 
     began = time.monotonic()
-    with Progress() as progress:
+    with Stop() as stop, Progress(stop) as progress:
         report = pipeline.build(loaded, source, plan, out, device_named(device), progress)
     _note_source(source, checkpoint or loaded.checkpoint or "", plan, out)
     if not as_json:
@@ -94,6 +101,8 @@ def plan(
             for tensor in members if tensors else ():
                 click.echo(f"    {tensor}")
     _print_checks(planned)
+    for warning in planned.warnings:
+        click.echo(f"warning: {warning}")
     click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
 
 

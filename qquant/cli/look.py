@@ -1,4 +1,4 @@
-"""`qquant inspect` and `verify`: what a file or folder holds."""
+"""`qquant inspect`, `verify` and `doctor`: what a file, a folder and a machine hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qquant.cli.options import EXITS, JSON
+from qquant.cli.options import DEVICE, EXITS, JSON, device_named
 
 
 @click.command()
@@ -30,16 +30,50 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.command(epilog=EXITS)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--card", "with_card", is_flag=True, help="Also compare README.md with report.json and the manifest.")
-def verify(folders: tuple[Path, ...], with_card: bool) -> None:
-    """Compare the files of artifact or release FOLDERS with their manifest, byte by byte."""
-    from qquant import card, provenance
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Scan every tensor for NaN, and compare every digest; without it, some of each artifact.",
+)
+@click.option("--bytes", "only_bytes", is_flag=True, help="Only compare sizes and hashes; needs no torch.")
+def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool) -> None:
+    """Verify artifact or release FOLDERS: every file's hash, the structure, and values dequantized again."""
+    from qquant import card, provenance, verification
     from qquant.errors import InputError
 
-    found = []
+    problems = []
     for folder in folders:
-        click.echo(f"{folder}: {provenance.verify(folder):,} bytes as the manifest says")
-        found += card.problems(folder) if with_card else []
-    if found:
-        raise InputError("\n".join(found))
+        if only_bytes:
+            click.echo(f"{folder}: {provenance.verify(folder):,} bytes as the manifest says")
+        else:
+            found = verification.verify(folder, deep)
+            values = f"{found.tensors} tensors are finite, {found.digests} dequantize as recorded"
+            click.echo(f"{folder}: {found.size:,} bytes as the manifest says; {values}")
+            for name in found.unlisted:
+                click.echo(f"{folder}: {name} is not in the manifest", err=True)
+        problems += card.problems(folder) if with_card else []
+    if problems:
+        raise InputError("\n".join(problems))
     if with_card:
         click.echo(f"{len(folders)} cards agree with their reports")
+
+
+@click.command(epilog=EXITS)
+@click.option("--out", type=click.Path(path_type=Path), default=Path(), help="The folder that builds will write to.")
+@DEVICE
+@JSON
+def doctor(out: Path, device: str, as_json: bool) -> None:
+    """Find out whether this machine can build: versions, memory, the file system of --out, kernels, hub login."""
+    from qquant import doctor as examination
+    from qquant.errors import EnvironmentMissingError
+
+    findings = list(examination.examine(out, device_named(device)))
+    if as_json:
+        content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
+        click.echo(json.dumps(content, indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state:<8} {finding.name}: {finding.text}")
+    failed = [finding for finding in findings if finding.state == examination.FAILURE]
+    if failed:
+        raise EnvironmentMissingError("; ".join(f"{finding.name}: {finding.text}" for finding in failed))

@@ -56,8 +56,13 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def open_source(
-    recipe_name: str, checkpoint: str | None, revision: str | None, adapter: Path | None
+    recipe_name: str,
+    checkpoint: str | None,
+    revision: str | None,
+    adapter: Path | None,
+    pickles_beside: Path | None = None,
 ) -> tuple[Recipe, Checkpoint]:
+    """The recipe, and its checkpoint or the one given; pickles of a local folder are converted beside `pickles_beside`, if given."""
     from qquant import recipe
     from qquant.checkpoint import Checkpoint
     from qquant.padding import padded
@@ -68,6 +73,10 @@ def open_source(
         raise UsageError(
             f"recipe {loaded.name} names no checkpoint; give one: qquant build CHECKPOINT --recipe {recipe_name}"
         )
+    if pickles_beside is not None:
+        from qquant.pickles import converted
+
+        reference = str(converted(Path(reference), pickles_beside)) if Path(reference).is_dir() else reference
     return loaded, padded(Checkpoint.open(reference, revision or loaded.revision, adapter), loaded)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from qquant.errors import GateFailedError, InconclusiveError
+from qquant.errors import GateFailedError, InconclusiveError, StoppedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,12 +74,49 @@ def show(report: Report, as_json: bool) -> None:
         raise errors[report.outcome]("\n".join(lines))
 
 
-class Progress:
-    """A bar with an estimate on a terminal, one line per block otherwise; on stderr."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop:
+    """The first SIGINT, SIGTERM or SIGHUP lets the block at hand be finished, the second ends the build where it is.
+
+    Either way what is journalled is kept, and the exit status is 75.
+    """
 
     def __init__(self) -> None:
+        self.asked = ""  # the name of the signal
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        if self.asked:
+            raise StoppedError(f"stopped at once by {name}")
+        self.asked = name
+        os.write(2, f"{name}: stopping after this block; once more to stop at once\n".encode())
+
+    def check(self) -> None:
+        """Raise StoppedError if a signal came."""
+        if self.asked:
+            raise StoppedError(f"stopped by {self.asked}")
+
+
+class Progress:
+    """A bar with an estimate on a terminal, one line per block otherwise; on stderr. Where a signal came, it ends the build."""
+
+    def __init__(self, stop: Stop | None = None) -> None:
         from rich.console import Console
         from rich.progress import Progress as Bars
+
+        self.stop = stop
 
         self.bars = Bars(console=Console(stderr=True)) if sys.stderr.isatty() else None
         self.tasks: dict[str, Any] = {}
@@ -87,6 +125,11 @@ class Progress:
 
     def __call__(self, what: str, done: int, of: int) -> None:
         """Block `done` of `of` of phase `what` is done."""
+        self._show(what, done, of)
+        if self.stop is not None:
+            self.stop.check()
+
+    def _show(self, what: str, done: int, of: int) -> None:
         now = time.monotonic()
         began = self.began.setdefault(what, self.last)
         self.last = now

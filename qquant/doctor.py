@@ -1,0 +1,202 @@
+"""`qquant doctor`: whether this machine can build, found out by trying.
+
+    versions    Python, torch, triton, the libraries that read what we write
+    memory      of the host, within the limit of its control group; of each GPU
+    folder      the file system of --out: create, preallocate, write, sync, rename over, sync the folder, lock, hard link; room
+    numbers     operators and a product in float32 on the device against float64 on the CPU: a GPU that rounds to TF32, or is broken,
+                shows here
+    hub         whether a token is there; never the token, and nothing is sent
+
+A finding is ok, a warning (the build works, with a loss that is named) or a failure (exit status 6). Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qquant import __version__, output
+from qquant.kernels import jit
+from qquant.kernels.gptq_block import gptq_block
+from qquant.kernels.gram import gram
+from qquant.kernels.group_search import group_search
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "numpy")
+ROOM = 1 << 30  # bytes below which a folder is warned about
+EXACT = 1e-5  # relative error that float32 stays below
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried."""
+
+    name: str
+    state: str
+    text: str
+
+
+def examine(out: Path, device: torch.device) -> Iterator[Finding]:
+    """Everything that can be found out without a network."""
+    yield Finding("qquant", OK, f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    yield Finding("libraries", OK, ", ".join(_versions()))
+    yield from _memory(device)
+    yield from folder(out)
+    yield from numbers(device)
+    yield _hub()
+
+
+def _versions() -> Iterator[str]:
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{name} {importlib.metadata.version(name)}"
+
+
+def _memory(device: torch.device) -> Iterator[Finding]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(limit.read_text()))
+    yield Finding("memory", OK if total >= 4 << 30 else WARNING, f"{total / 1e9:.1f} GB")
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        free, whole = torch.cuda.mem_get_info(device)
+        yield Finding("GPU", OK, f"{facts.name}: {free / 1e9:.1f} of {whole / 1e9:.1f} GB free")
+    path = jit.path("gram", device)
+    yield Finding("kernels", OK, f"on {device}: {path}")
+
+
+# --- the file system ----------------------------------------------------------------------------------------------------
+
+
+def folder(out: Path) -> Iterator[Finding]:
+    """What the file system of `out` does, tried in a temporary folder there."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        yield Finding("folder", FAILURE, f"{place}: is no folder")
+        return
+    free = shutil.disk_usage(place).free
+    yield Finding("room", OK if free >= ROOM else WARNING, f"{place}: {free / 1e9:.1f} GB free")
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".qquant-doctor-") as name:
+            for title, attempt, need in ATTEMPTS:
+                yield _tried(title, attempt, Path(name), need)
+    except OSError as error:
+        yield Finding("folder", FAILURE, f"{place}: {error.strerror}. Choose another --out")
+
+
+def _tried(title: str, attempt: Callable[[Path], None], place: Path, need: str) -> Finding:
+    try:
+        attempt(place)
+    except OSError as error:
+        return Finding(title, need, f"{error.strerror or error}")
+    return Finding(title, OK, "works")
+
+
+def _write(place: Path) -> None:
+    output.create(place / "file", 1 << 20, b"first")
+    output.put(place / "file", 1 << 19, b"middle")
+    output.sync(place / "file")
+    data = (place / "file").read_bytes()
+    if len(data) != 1 << 20 or not data.startswith(b"first") or data[1 << 19 :][:6] != b"middle":
+        raise OSError("what was written is not what is read back")
+
+
+def _preallocate(place: Path) -> None:
+    descriptor = os.open(place / "room", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.posix_fallocate(descriptor, 0, 1 << 20)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(place: Path) -> None:
+    (place / "new").write_bytes(b"new")
+    (place / "old").write_bytes(b"old")
+    output.sync(place / "new")
+    output.rename(place / "new", place / "old")
+    (place / "a").mkdir()
+    output.rename(place / "a", place / "b")
+    if (place / "old").read_bytes() != b"new" or (place / "new").exists() or not (place / "b").is_dir():
+        raise OSError("a rename did not replace the old file")
+
+
+def _lock(place: Path) -> None:
+    first, second = (os.open(place / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    try:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        raise OSError("two locks were given for one file")
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+def _link(place: Path) -> None:
+    (place / "one").write_bytes(b"")
+    os.link(place / "one", place / "two")
+
+
+ATTEMPTS: tuple[tuple[str, Callable[[Path], None], str], ...] = (  # title, attempt, what it means if it fails
+    ("write and sync", _write, FAILURE),
+    ("rename and sync", _rename, FAILURE),
+    ("lock", _lock, FAILURE),
+    ("preallocate", _preallocate, WARNING),
+    ("hard links", _link, WARNING),
+)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------------
+
+
+def numbers(device: torch.device) -> Iterator[Finding]:
+    """Operators on `device` against the CPU."""
+    made = torch.Generator().manual_seed(0)
+    x, w = torch.randn(96, 128, generator=made), torch.randn(64, 128, generator=made)
+    truth = x.double() @ w.double().T
+    yield _close("product in float32", (x.to(device) @ w.to(device).T).cpu(), truth)
+    total = torch.zeros(128, 128, device=device)
+    gram(total, x.to(device))
+    yield _close("Gram matrix", total.cpu(), x.double().T @ x.double())
+    importance = x.square().mean(0)
+    here, there = (group_search(w.to(d), importance.to(d), 32, 16, True) for d in (torch.device("cpu"), device))
+    yield _same("search for scales", [(a, b.cpu()) for a, b in zip(here, there, strict=True)])
+    upper = torch.linalg.cholesky(x.T @ x + torch.eye(128)).T.contiguous()
+    step = here[0].repeat_interleave(32, 1)
+    offset = torch.full_like(step, 8.0) * step
+    given = (w, upper, step, offset)
+    one, two = (gptq_block(*(value.to(d) for value in given), 16) for d in (torch.device("cpu"), device))
+    yield _same("error feedback", [(one[0], two[0].cpu())])
+
+
+def _close(title: str, value: torch.Tensor, truth: torch.Tensor) -> Finding:
+    error = float((value.double() - truth).abs().max() / truth.abs().max())
+    return Finding(title, OK if error < EXACT else FAILURE, f"relative error {error:.1e} (allowed {EXACT:.0e})")
+
+
+def _same(title: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Finding:
+    """Equal but for ties: one value in a thousand may differ."""
+    share = max(float((a != b).float().mean()) for a, b in pairs)
+    return Finding(title, OK if share < 0.001 else FAILURE, f"{share:.2%} of the values differ from the CPU's")
+
+
+def _hub() -> Finding:
+    import huggingface_hub  # the door to the hub; costs half a second
+
+    there = huggingface_hub.get_token() is not None
+    return Finding("hub", OK, "a token is there" if there else "no token; publishing needs one (`hf auth login`)")

@@ -1,0 +1,125 @@
+"""Hidden states of the calibration samples, and how they get through a block where memory or range is short.
+
+Samples go through one by one, and each stage's input is added to its Gram matrix once, in the same order with the same arithmetic,
+whatever happens in between; so what is written does not depend on how much memory there was.
+
+    memory    after an allocation that failed the same sample is tried again, and stages that were added already are passed over:
+              first with caches emptied, then with the other samples' states in host memory, then with the Gram matrices there too;
+              then the build ends with exit status 6, and what is finished is kept
+    range     a sample whose activations are not finite in the dtype of the stream (bfloat16) goes through this block in float32, and
+              goes on in the dtype of the stream; the report counts such samples. Float16 checkpoints are computed in float32 from
+              the start, since float16 ends at 65504. What is not finite in float32 either ends the build with exit status 7
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qquant.decoder import Block
+from qquant.errors import EnvironmentMissingError, NumericalError
+from qquant.stats import Gram, NotFiniteError
+
+CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
+LOG = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return refused or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+@dataclass
+class Stream:
+    """Hidden states [T, hidden] of the samples after the blocks walked so far, on `device` while there is room."""
+
+    hidden: list[Tensor]
+    device: torch.device
+    relief: int = 0  # what has given way
+    wide: set[int] = field(default_factory=set)  # samples that went through the last block in float32
+
+    def copy(self) -> Stream:
+        """Another stream from the same states."""
+        return Stream(list(self.hidden), self.device, self.relief)
+
+    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram]) -> None:
+        """Run every sample through `block`, adding stage inputs to `grams` (may be empty).
+
+        Raises:
+            NumericalError: activations are not finite in float32 either.
+            EnvironmentMissingError: there is not enough memory for one sample.
+        """
+        self.wide = set()
+        for index in range(len(self.hidden)):
+            seen: set[str] = set()
+            self.hidden[index] = self.spare(layer, lambda i=index, s=seen: self._through(layer, block, grams, i, s))  # type: ignore[misc] # defaults bind the loop's variables
+        for stage, gram in grams.items():
+            gram.move(self.device)
+            if not bool(torch.isfinite(gram.matrix).all()):
+                raise NumericalError(
+                    f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
+                    "see the checkpoint's weights"
+                )
+
+    def _through(self, layer: int, block: Block, grams: Mapping[str, Gram], index: int, seen: set[str]) -> Tensor:
+        x = self.hidden[index].to(self.device)
+        for widen in (False, True):
+            way = block.widened() if widen else block
+            try:
+                y = way.forward(x.to(way.dtype), self._observer(grams, seen) if grams else None).to(x.dtype)
+                if not bool(torch.isfinite(y).all()):
+                    raise NotFiniteError(f"its output is not finite in {x.dtype}")
+            except NotFiniteError as failure:
+                if way.dtype == torch.float32:
+                    raise NumericalError(
+                        f"block {layer}: activations of sample {index} are not finite in float32 either: {failure}; "
+                        "see the checkpoint's weights"
+                    ) from None
+                self.wide.add(index)
+            else:
+                break
+        return y.cpu() if self.relief >= STATES else y
+
+    def _observer(self, grams: Mapping[str, Gram], seen: set[str]) -> Callable[[str, Tensor], None]:
+        def observe(stage: str, value: Tensor) -> None:
+            if stage in seen:
+                return
+            grams[stage].move(self.device)
+            grams[stage].add(value)
+            seen.add(stage)
+            if self.relief >= GRAMS:
+                grams[stage].move("cpu")
+
+        return observe
+
+    def spare(self, layer: int, work: Callable[[], Result]) -> Result:
+        """`work()`, again with less in memory where an allocation fails; it must give the same when it is called again."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.relief == GRAMS:
+                    raise EnvironmentMissingError(
+                        f"block {layer}: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}). What is finished is kept: "
+                        "the same command continues where there is more, or with --device cpu"
+                    ) from None
+            self._relieve(layer)
+
+    def _relieve(self, layer: int) -> None:
+        self.relief += 1
+        LOG.warning("block %d: out of memory, tried again with less in it (%d of %d)", layer, self.relief, GRAMS)
+        if self.relief >= STATES:
+            self.hidden = [x.cpu() for x in self.hidden]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

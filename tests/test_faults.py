@@ -1,0 +1,414 @@
+"""What goes wrong while a build runs, and what it does then: memory, range, numbers, signals, locks, disks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qquant import lock, pipeline, walk
+from qquant.checkpoint import Checkpoint
+from qquant.checks import loading
+from qquant.decoder import Block
+from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, UsageError
+from qquant.output import claim
+from qquant.plan import Plan
+from qquant.report import warnings_of
+from qquant.stats import Gram
+from tests.test_pipeline import CPU, contents, quiet
+from tests.test_pipeline import HEAD as WHOLE
+from tests.test_pipeline import load_recipe as loaded_recipe
+
+HEAD = WHOLE.replace("bundled: books-en", "path: PLACE/read.txt").replace("bundled:wikitext-2-test", "PLACE/judge.txt")
+NAMES = ("gptq-int4", "awq", "gguf-q4_0")
+
+
+def load_recipe(place, names, text=HEAD):
+    """As in test_pipeline, on two short texts."""
+    for name in ("read", "judge"):
+        lines = (" ".join(f"{name}{i * j}" for i in range(80)) for j in range(1, 12))
+        (place / f"{name}.txt").write_text("\n\n".join(lines))
+    return loaded_recipe(place, names, text.replace("PLACE", str(place)))
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """`build(folder, *artifacts, out="out")` -> (report, out), without the process that imports transformers."""
+    monkeypatch.setattr(loading, "faults", lambda *_: {})
+
+    def run(folder, *names, out="out", text=HEAD):
+        loaded = load_recipe(tmp_path, names or NAMES, text)
+        checkpoint = Checkpoint.open(folder)
+        return pipeline.build(
+            loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / out, CPU, quiet
+        ), tmp_path / out
+
+    return run
+
+
+# --- F11: memory, and I7 ------------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch, owner, name, at, error):
+    """The calls of owner.name whose numbers are in `at` raise; half of the work is done before."""
+    real, count = getattr(owner, name), [0]
+
+    def call(*arguments, **named):
+        count[0] += 1
+        if count[0] in at:
+            if name == "forward":
+                real(*arguments, **named)  # observers have seen every stage
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, call)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "error"),
+    [
+        (Block, "forward", {1, 4, 9}, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        (Gram, "add", {3, 7}, MemoryError()),
+        (
+            walk.Solver,
+            "solve",
+            {2, 9},
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ),
+    ],
+    ids=["three times", "inside a sample", "while solving"],
+)
+def test_short_memory_gives_the_same_bytes(make_checkpoint, build, monkeypatch, owner, name, at, error, caplog):
+    folder = make_checkpoint()
+    _, whole = build(folder, out="whole")
+    failing(monkeypatch, owner, name, at, error)
+    _, out = build(folder)
+    assert contents(out) == contents(whole)
+    assert len([record for record in caplog.records if "out of memory" in record.message]) == len(at)
+
+
+def test_memory_that_never_suffices_ends_with_6(make_checkpoint, build, monkeypatch):
+    failing(monkeypatch, Block, "forward", set(range(5, 100)), torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    with pytest.raises(EnvironmentMissingError, match=r"block 0: out of memory .* the same command continues"):
+        build(make_checkpoint())
+
+
+def test_other_errors_are_not_taken_for_short_memory(make_checkpoint, build, monkeypatch):
+    failing(monkeypatch, Block, "forward", {2}, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        build(make_checkpoint())
+
+
+# --- F7: range ----------------------------------------------------------------------------------------------------------
+
+
+def overflowing(monkeypatch, dtypes, calls):
+    real, count = Block.activate, [0]
+
+    def activate(self, h):
+        count[0] += 1
+        value = real(self, h)
+        return value * float("inf") if self.dtype in dtypes and count[0] in calls else value
+
+    monkeypatch.setattr(Block, "activate", activate)
+
+
+def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch, tmp_path):
+    folder = make_checkpoint()
+    _, whole = build(folder, out="whole")
+    overflowing(monkeypatch, {torch.bfloat16}, {2, 4})
+    report, out = build(folder)
+    manifest = json.loads((out / "model-GPTQ-Int4" / "qquant-manifest.json").read_text())
+    wide = {entry["name"]: entry.get("float32_samples") for entry in manifest["artifacts"]["gptq-int4"]["layers"]}
+    assert wide["model.layers.0"] == 2
+    assert "model.layers.1" not in wide
+    assert any("model.layers.0: 2 samples overflowed and were computed in float32" in line for line in report.warnings)
+    assert contents(out) != contents(whole)
+    plain = json.loads((whole / "report.json").read_text())["artifacts"]
+    for row, artifact in zip(plain, report.artifacts, strict=True):
+        assert artifact.kl_divergence == pytest.approx(row["kl_divergence"], rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_overflows_float32_too_ends_with_7(make_checkpoint, build, monkeypatch, dtype):
+    folder = make_checkpoint(dtype=dtype)
+    overflowing(monkeypatch, {torch.bfloat16, torch.float32}, set(range(100)))
+    with pytest.raises(NumericalError, match=r"block 0: activations of sample 0 are not finite in float32 either"):
+        build(folder)
+
+
+def test_float16_checkpoints_are_computed_in_float32(make_checkpoint, build):
+    """Activations of 1e5, which float16 does not hold, and the report says who cannot run it."""
+    folder = make_checkpoint(dtype=torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("gate", "up"):
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 300
+    tensors["model.layers.0.mlp.down_proj.weight"] /= 60000
+    save_file(tensors, folder / "model.safetensors")
+    report, _ = build(folder, "gptq-int8")
+    assert any(
+        "layers.0.mlp.down_proj.weight: inputs up to" in line and "do not fit float16" in line
+        for line in report.warnings
+    )
+
+
+# --- F8, F9, F10: the report tells ----------------------------------------------------------------------------------------
+
+
+def test_dead_channels_and_too_few_tokens_are_in_the_report(make_checkpoint, build):
+    folder = make_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = 0
+    save_file(tensors, folder / "model.safetensors")
+    report, _ = build(folder, "gptq-int4", text=HEAD.replace("samples: 6", "samples: 2"))
+    told = "\n".join(report.warnings)
+    assert "layers.1.self_attn.q_proj.weight: 1 input channels were always zero" in told
+    assert "layers.0.mlp.down_proj.weight: 96 calibration tokens for 128 inputs" in told
+
+
+def test_too_few_tokens_are_told_by_the_plan(make_checkpoint, tmp_path):
+    loaded = load_recipe(tmp_path, ["gptq-int4"], HEAD.replace("samples: 6", "samples: 2"))
+    plan = Plan.of(loaded, Checkpoint.open(make_checkpoint()))
+    assert plan.warnings == (
+        "96 calibration tokens for linears of 128 inputs: give at least 128, better ten times as many",
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        ({"damping": 0.1, "damping_asked": 0.01}, "w: damping was raised from 0.01 to 0.1"),
+        ({"fallback": "rtn: not positive definite"}, "w: rtn: not positive definite"),
+        ({"largest": 70000.0}, "w: inputs up to 7e+04 do not fit float16 (65504); run it in bfloat16"),
+        ({"damping": 0.01, "damping_asked": 0.01, "dead": 0, "tokens": 9, "inputs": 9, "largest": 65504.0}, None),
+    ],
+)
+def test_what_the_solver_met_is_a_warning(layer, told):
+    assert warnings_of([{"name": "w"} | layer]) == ([told] if told else [])
+
+
+# --- F25: locks -----------------------------------------------------------------------------------------------------------
+
+
+def owner(**changes):
+    return lock.identity() | changes
+
+
+@pytest.mark.parametrize(
+    ("left", "free"),
+    [
+        (b"", True),
+        (b"nonsense", True),
+        (json.dumps(owner(pid=2**22 + 5, start="1")).encode(), True),
+        (json.dumps(owner(pid=os.getppid(), start="1")).encode(), True),  # the number was used again
+        (json.dumps(owner(pid=os.getppid(), boot="another")).encode(), True),
+        (json.dumps(owner(pid=os.getppid(), start=lock._start(os.getppid()))).encode(), False),
+        (json.dumps(owner(host="elsewhere")).encode(), True),  # its beat stands still
+    ],
+)
+def test_a_lock_is_taken_over_from_the_provably_dead(tmp_path, monkeypatch, left, free):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    (tmp_path / "out" / ".partial").mkdir(parents=True)
+    (tmp_path / "out" / ".partial" / "lock").write_bytes(left)
+    if free:
+        with claim(tmp_path / "out"):
+            assert json.loads((tmp_path / "out" / ".partial" / "lock").read_bytes())["pid"] == os.getpid()
+    else:
+        with (
+            pytest.raises(LockedError, match=rf"another build is writing to it \(process {os.getppid()} on "),
+            claim(tmp_path / "out"),
+        ):
+            pass
+
+
+def test_a_lock_of_another_host_that_beats_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    path = tmp_path / "out" / ".partial" / "lock"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(json.dumps(owner(host="elsewhere")).encode())
+    real = time.sleep
+    monkeypatch.setattr(
+        lock.time, "sleep", lambda s: (path.write_bytes(json.dumps(owner(host="elsewhere", beat=9)).encode()), real(s))
+    )
+    with pytest.raises(LockedError, match="on elsewhere"), claim(tmp_path / "out"):
+        pass
+
+
+def test_the_owner_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with claim(tmp_path / "out") as partial:
+        time.sleep(0.5)
+        assert json.loads((partial / "lock").read_bytes())["beat"] > 1
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with pytest.raises(EnvironmentMissingError, match="cannot be locked"), claim(tmp_path / "out"):
+        pass
+
+
+# --- F1, F3: what a killed build leaves, and disks ------------------------------------------------------------------------
+
+
+def test_a_temporary_file_of_a_killed_write_is_no_stranger(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".report.json.tmp").write_text("half")
+    (tmp_path / "out" / ".partial.done").mkdir()
+    with claim(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out" / ".partial.done").exists()
+    (tmp_path / "out" / ".thesis.tmp").write_text("mine")
+    with pytest.raises(UsageError, match="was not made by qquant"), claim(tmp_path / "out"):
+        pass
+
+
+def test_room_is_asked_for_what_is_still_to_be_written(make_checkpoint, build, tmp_path, monkeypatch):
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int8")
+    loaded, checkpoint = load_recipe(tmp_path, ["gptq-int8"]), Checkpoint.open(folder)
+    plan = Plan.of(loaded, checkpoint)
+    assert plan.missing(out) == plan.disk - plan.artifacts[0].size
+    assert plan.missing(tmp_path / "new") == plan.disk
+
+
+@pytest.mark.parametrize("damage", ["head", "copy", "journal", "moments"])
+def test_nothing_kept_is_used_before_it_was_checked(make_checkpoint, build, monkeypatch, tmp_path, damage):
+    """I4: heads, copies, the journal's lines and the statistics of a killed build."""
+    from qquant.artifact import Draft
+
+    folder = make_checkpoint()
+    _, whole = build(folder, out="whole")
+    finish = Draft.finish
+    monkeypatch.setattr(Draft, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(folder)
+    monkeypatch.setattr(Draft, "finish", finish)
+    partial = tmp_path / "out" / ".partial"
+    path = {
+        "head": partial / "gptq-int4" / "model.safetensors",
+        "copy": partial / "awq" / "tokenizer.json",
+        "journal": partial / "awq.journal",
+        "moments": next(partial.glob("moments-*/block-1")),
+    }[damage]
+    data = bytearray(path.read_bytes())
+    data[20 if damage == "head" else len(data) // 2] ^= 1
+    path.write_bytes(data)
+    _, out = build(folder)
+    assert contents(out) == contents(whole)
+
+
+# --- F2: signals ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, time
+from qquant import walk
+from qquant.checks import loading
+from qquant.cli import main
+loading.faults = lambda *_: {}
+finish = walk.Solver.finish
+def slow(self, *rest):
+    print("solving", flush=True)
+    time.sleep(float(sys.argv.pop(1)) if len(sys.argv) > 1 and sys.argv[1][0].isdigit() else 0.3)
+    finish(self, *rest)
+walk.Solver.finish = slow
+sys.argv[0] = "qquant"
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("number", "twice"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_signals_stop_the_build_and_print_what_continues_it(make_checkpoint, build, tmp_path, number, twice):
+    folder = make_checkpoint(num_hidden_layers=3)
+    load_recipe(tmp_path, ["gptq-int4"])
+    _, whole = build(folder, "gptq-int4", out="whole")
+    command = [
+        "build",
+        str(folder),
+        "--recipe",
+        str(tmp_path / "test.yaml"),
+        "--out",
+        str(tmp_path / "out put"),
+        "--device",
+        "cpu",
+    ]
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "solving\n"
+    child.send_signal(number)
+    if twice:
+        time.sleep(0.1)
+        child.send_signal(number)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 75, said
+    assert (
+        f"continue with: qquant build {folder} --recipe {tmp_path}/test.yaml --out '{tmp_path}/out put' --device cpu"
+        in said
+    )
+    assert ("stopped at once by SIGTERM" if twice else f"stopped by {number.name}") in said
+    journal = (tmp_path / "out put" / ".partial" / "gptq-int4.journal").read_text().splitlines()
+    assert len(journal) == (2 if twice else 3)  # the key, the rest, and block 0 where it was finished
+    _, out = build(folder, "gptq-int4", out="out put")
+    assert contents(out) == contents(whole)
+
+
+# --- the harness, small ---------------------------------------------------------------------------------------------------
+
+
+def torture(*arguments):
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.torture", *map(str, arguments)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["violations"] == [], found
+    return found
+
+
+def test_builds_that_are_killed():
+    """Every named place once and as many random times; 200 under `slow`, 1,000 by `make torture`."""
+    found = torture("kill", 26)
+    assert found["kills"] == 26
+    assert found["named places"] >= 13
+
+
+@pytest.mark.slow
+def test_builds_that_are_killed_200_times():
+    assert torture("kill", 200, 1)["kills"] == 200
+
+
+def test_calls_that_fail_one_after_another():
+    """Every hundredth call or so; every single one under `slow`."""
+    assert torture("calls", 100)["ENOSPC: calls"] > 100
+
+
+@pytest.mark.slow
+def test_every_call_that_can_fail():
+    torture("calls", 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
+def test_a_disk_that_is_full():
+    probe = subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True)
+    if probe.returncode:
+        pytest.skip("mounting is not allowed here")
+    assert torture("full", 3)["status 75"] == 3
+
+
+def test_eight_builds_at_once():
+    assert torture("crowd", 8)["own folders"] == 8
