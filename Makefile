@@ -46,6 +46,14 @@ fuzz:
 	for reader in safetensors gguf json; do \
 	  PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/readers.py $$reader $(RUNS) out/fuzz || exit 1; done
 
+# Builds that are killed a thousand times, whose every call fails once, whose disk is full, and that come eight at once.
+KILLS ?= 1000
+torture: $(READY)
+	$(BIN)/python -m tests.torture kill $(KILLS)
+	$(BIN)/python -m tests.torture calls
+	$(BIN)/python -m tests.torture full
+	$(BIN)/python -m tests.torture crowd
+
 size:
 	@find qquant -name '*.py' | xargs wc -l | sort -n
 clean:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ else:
 
 FLOATS = ("BF16", "F16", "F32")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -99,7 +101,9 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import errors
 
     try:
-        commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha or ""
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        commit = info.sha or ""
+        _require_room(repo, info.siblings or [])
         folder = huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES)
     except errors.HFValidationError as error:
         raise UsageError(f"{repo}: {error}") from None
@@ -125,6 +129,27 @@ def card_head(path: Path) -> dict[str, Any]:
     if page.problems:
         return {}
     return head if isinstance(head, dict) else {}
+
+
+def _require_room(repo: str, files: Sequence[Any]) -> None:
+    """Raise EnvironmentMissingError if the hub's cache has no room for the files that would be fetched."""
+    import fnmatch
+
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE).absolute()
+    blobs = place / f"models--{repo.replace('/', '--')}" / "blobs"
+    there = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in HUB_FILES)]
+    need = sum(file.size or 0 for file in wanted if not (file.lfs and file.lfs.sha256 in there))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise EnvironmentMissingError(
+            f"{repo}: takes {need:,} bytes in {place}, {free:,} are free; {need - free:,} bytes are missing. "
+            "Free some space, or set HF_HOME to another disk"
+        )
 
 
 @dataclass
@@ -179,7 +204,11 @@ class Checkpoint:
         return [require_regular(self.path / name) for name in SIDE_FILES if os.path.lexists(self.path / name)]
 
     def content_hash(self) -> str:
-        """sha256 over the config and every byte of the weights (and of the adapter)."""
+        """sha256 over the config and every byte of the weights (and of the adapter).
+
+        Raises:
+            InputError: a file in a hub cache is not what the hub said it is.
+        """
         digest = hashlib.sha256(self.fingerprint.encode())
         files = sorted({info.file for info in self.tensors.values()})
         with ThreadPoolExecutor(min(8, len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
@@ -260,9 +289,14 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
     return tensors, digest
 
 
-def _sha256(file: Path) -> bytes:
-    with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").digest()
+def _sha256(path: Path) -> bytes:
+    """Of a file; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256")
+    named = path.resolve().name
+    if path.is_symlink() and SHA256.fullmatch(named) and named != content.hexdigest():
+        raise InputError(f"{path}: its sha256 is {content.hexdigest()}, the hub's is {named}. Download it again")
+    return content.digest()
 
 
 def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:

@@ -1,5 +1,6 @@
 """Reading checkpoints: what is accepted, and one clear error for everything that is not."""
 
+import hashlib
 import json
 import shutil
 
@@ -231,9 +232,11 @@ def test_hub_id_is_pinned_to_a_commit(monkeypatch, make_checkpoint):
     import huggingface_hub
 
     folder, seen = make_checkpoint(), {}
-    info = type("Info", (), {"sha": "c" * 40})
+    info = type("Info", (), {"sha": "c" * 40, "siblings": None})
     monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda _, repo, revision=None: seen.update(asked=revision) or info
+        huggingface_hub.HfApi,
+        "model_info",
+        lambda _, repo, revision, files_metadata: seen.update(asked=revision) or info,
     )
     monkeypatch.setattr(
         huggingface_hub,
@@ -244,6 +247,40 @@ def test_hub_id_is_pinned_to_a_commit(monkeypatch, make_checkpoint):
     assert seen == {"asked": "main", "got": "c" * 40}
     assert checkpoint.revision == "c" * 40
     assert checkpoint.name == "Qwen1.5-0.5B-Chat"
+
+
+def test_hub_files_that_do_not_fit_are_not_fetched(monkeypatch):
+    import huggingface_hub
+
+    def file(name, size):
+        return type("File", (), {"rfilename": name, "size": size, "lfs": None})
+
+    files = [file("model.safetensors", 10**17), file("tf_model.h5", 10**18)]
+    info = type("Info", (), {"sha": "c" * 40, "siblings": files})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(EnvironmentMissingError, match=r"takes 100,000,000,000,000,000 bytes in"):
+        resolve("Qwen/Qwen1.5-0.5B-Chat")
+
+
+def test_a_blob_of_the_hub_cache_is_its_name(make_checkpoint, tmp_path):
+    """F4: what the hub said of a file is compared, where its cache still knows."""
+    folder = make_checkpoint()
+    right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    snapshot, blobs = tmp_path / "c" / "snapshots" / "r", tmp_path / "c" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    folder.rename(snapshot)
+    for name, good in ((right, True), ("0" * 64, False)):
+        (snapshot / "model.safetensors").rename(blobs / name)
+        (snapshot / "model.safetensors").symlink_to(f"../../blobs/{name}")
+        if good:
+            Checkpoint.open(snapshot).content_hash()
+            (snapshot / "model.safetensors").unlink()
+            (blobs / name).rename(snapshot / "model.safetensors")
+        else:
+            with pytest.raises(InputError, match=r"its sha256 is .*, the hub's is 0000"):
+                Checkpoint.open(snapshot).content_hash()
 
 
 # --- the reader of headers -------------------------------------------------------------------------------------------

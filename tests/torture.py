@@ -341,6 +341,7 @@ def calls(range_, step, random_):
             range_.settle(trial)
             if untouched:
                 range_.counts[f"{fault}: calls"] = n - 1
+                print(f"{fault}: {n - 1} calls, {len(range_.violations)} violations", file=sys.stderr, flush=True)
                 break
             n += random_.randint(1, 2 * step - 1) if step > 1 else 1
 
