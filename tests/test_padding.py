@@ -34,7 +34,8 @@ def load(tmp_path, pad, entries=ALL):
     head = HEAD.replace("calibration:", f"pad_intermediate: {pad}\ncalibration:").replace(
         "windows: 3", "windows: 1, answer_length: 0"
     )
-    path.write_text(head + "".join(f"  - {entry}\n" for entry in entries))
+    ungated = (entry.replace("{", "{gates: {defaults: false}, ", 1) for entry in entries)  # random weights pass no gate
+    path.write_text(head + "".join(f"  - {entry}\n" for entry in ungated))
     return recipe.load(str(path))
 
 
