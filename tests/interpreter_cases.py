@@ -76,12 +76,14 @@ def weights(rows, groups, width, bits, symmetric):
     return guarded(qweight), guarded(params), (codes.double() - zero) * scales.double().repeat_interleave(width, 1)
 
 
-def product(rows, outputs, groups, width, bits, symmetric, splits, height=64, dtype=torch.float16, bias=True, warps=4):
+def product(
+    rows, outputs, groups, width, bits, symmetric, splits, height=64, dtype=torch.float16, bias=True, warps=4, unroll=1
+):
     qweight, params, truth = weights(outputs, groups, width, bits, symmetric)
     x = guarded(torch.randn(rows, groups * width).to(dtype))
     b = guarded(torch.randn(outputs).to(dtype)) if bias else None
     counters = guarded(torch.zeros(blocks(outputs, height), dtype=torch.int32))
-    config = wq_mm.Config(height, splits, warps, 3)
+    config = wq_mm.Config(height, splits, warps, 3, 0, unroll)
     y = wq_mm.launch(x, qweight, params, b, bits, width, config, counters)
     assert int(counters.abs().max()) == 0, "counters are not zero after the call"
     expected = x.double() @ truth.T + (0 if b is None else b.double())
@@ -227,7 +229,7 @@ CASES = {
     "wq_mm 4 bit, 64 rows, 3 splits, blocks of 128": partial(product, 64, 130, 2, 128, 4, True, 3, 128, bias=False),
     "wq_mm 4 bit, 17 rows, groups of 256": partial(product, 17, 16, 3, 256, 4, False, 2),
     "wq_mm 4 bit, one group of 96": partial(product, 3, 16, 1, 96, 4, True, 1),
-    "wq_mm 4 bit, 3 rows, narrow, 43 groups of 32": partial(product, 3, 40, 43, 32, 4, False, 3, 16, warps=1),
+    "wq_mm 4 bit, 3 rows, narrow, 43 groups of 32": partial(product, 3, 40, 43, 32, 4, False, 3, 16, warps=1, unroll=2),
     "wq_mm 8 bit, 8 rows, narrow": partial(product, 8, 70, 3, 128, 8, True, 2, 32, warps=2),
     "wq_mm 4 bit, bfloat16": partial(product, 3, 70, 5, 128, 4, False, 2, dtype=BRAIN),
     "wq_mm 8 bit, 1 row, 107 groups of 32, 5 splits": partial(product, 1, 16, 107, 32, 8, True, 5),

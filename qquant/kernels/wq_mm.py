@@ -74,6 +74,7 @@ class Config:
 
     Fewer than four warps use the older matrix instruction, where every warp runs for itself, and pad up to 8 rows of x to 8.
     `ahead`: a program asks for all its weights before it does anything else, so that they are in the L2 cache when it reads them.
+    `unroll`: tiles of a step of the loop, which has one barrier.
     """
 
     rows: int
@@ -81,6 +82,7 @@ class Config:
     warps: int
     stages: int
     ahead: int = 0
+    unroll: int = 1
 
 
 @jit
@@ -207,6 +209,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     INLINE: tl.constexpr,
     WIDE: tl.constexpr,  # interpreter: multiply in float32
     AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr,
     EARLY: tl.constexpr,  # started before the kernel before it is done
 ) -> None:
     TILE: tl.constexpr = 512 // BITS
@@ -225,7 +228,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     _begin(words_at + row * (tiles * 16) + first * 16, tl.maximum(last - first, 1), AHEAD, EARLY)
     acc = tl.zeros((BN, BM), tl.float32)
     param = tl.load(params_at + _group(row, first, groups, TILES_PER_GROUP))
-    for t in tl.range(first, last, num_stages=STAGES):
+    for t in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         words = tl.load(words_row + t * 16)
         for part in tl.static_range(PARTS):
             if PARTS > 1:
@@ -281,6 +284,7 @@ def constants(  # noqa: PLR0913 a kernel has that many
         "INLINE": inline,
         "WIDE": INTERPRETED,
         "AHEAD": config.ahead if inline else 0,
+        "UNROLL": config.unroll,
         "EARLY": early,
         "num_warps": config.warps,
         "num_stages": config.stages,
