@@ -1,17 +1,22 @@
 """The GGUF container and its metadata, read back by the `gguf` package."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 from gguf.metadata import Metadata
 from gguf.utility import size_label
 
+from qquant.artifact import as_bytes
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
-from qquant.formats import FORMATS, gguf_metadata
+from qquant.formats import FORMATS, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def fields_of(folder, name, **changes):
@@ -112,6 +117,26 @@ def test_the_card_and_the_parent_of_a_fine_tuned_model(make_checkpoint):
     assert fields["general.base_model.0.organization"] == "Qwen"
     assert fields["general.base_model.0.repo_url"].endswith("/Qwen/Qwen1.5-7B")
     assert fields["qwen2.attention.key_length"] == fields["qwen2.attention.value_length"] == 16
+
+
+FILES = json.loads((GOLDEN / "llama_quantize.json").read_text())
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_whole_files_are_llama_quantizes(demo, kind):
+    """sha256 of the file that its converter and llama-quantize made of the demo checkpoint, metadata included."""
+    checkpoint, (type_name, *given) = Checkpoint.open(demo), kind.split("+")
+    measured = imatrix.read(GOLDEN / "tiny.imatrix.gguf") if given else None
+    spec = GgufArtifact(name="x", format="gguf", type=type_name, imatrix=bool(given), solver="ggml")
+    planned = FORMATS["gguf"].plan(checkpoint, spec, load("demo"), "tiny-qwen1.5", measured)
+    names = {checkpoint.family.gguf_name(name): name for name in planned.grids}
+    digest = hashlib.sha256(planned.files[0].head)
+    for tensor in planned.files[0].tensors:
+        importance = measured.importance(tensor.name) if measured else None
+        stored = FORMATS["gguf"].store(planned, names[tensor.name], checkpoint.tensor(names[tensor.name]), importance)
+        digest.update(as_bytes(stored[tensor.name]))
+        digest.update(b"\0" * (-tensor.nbytes % 32))
+    assert digest.hexdigest() == FILES[kind]
 
 
 def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
