@@ -44,8 +44,11 @@ class Clock:
         self.seconds = defaultdict(float)
 
     def watch(self, owner, name, label):
-        """Replace owner.name by a timed version."""
-        inner = getattr(owner, name)
+        """Replace owner.name by a timed version, if there is one."""
+        inner = getattr(owner, name, None)
+        if inner is None:
+            print(f"{label}: not timed, {owner.__name__} has no {name}")
+            return
 
         def timed(*args, **kwargs):
             torch.cuda.synchronize()
@@ -72,7 +75,7 @@ def main():
     began = time.monotonic()
     folder = options.work / "model"
     if not folder.exists():
-        write_random(folder, options.shape, options.layers, "cuda")
+        write_random(folder, options.shape, options.layers, "cuda", shards=4)
     print(f"random checkpoint: {time.monotonic() - began:.1f} s", flush=True)
     path = options.work / "recipe.yaml"
     path.write_text(

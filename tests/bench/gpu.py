@@ -351,7 +351,38 @@ def profile(contender, record):
 
 # -- the run
 
-SECTIONS = {"variants": variants, "steps": steps_agree, "tune": tuner, "decode": decode}
+
+def in_a_process(module, *arguments):
+    """Run a program beside this one, and give what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    return lines if done.returncode == 0 else [*lines, f"exit {done.returncode}", *done.stderr.splitlines()[-12:]]
+
+
+def kernels(record, options):
+    """The other sections of `kernels_gpu`, with the table of this run if there is one."""
+    sections = ("ceilings", "correctness", "products", "dequant", "solver", "kquants")
+    table = options.out / "table.json"
+    arguments = ("--out", options.out, "--seconds", options.share, "--table", table, "--only", *sections)
+    return in_a_process("tests.bench.kernels_gpu", *arguments)
+
+
+def build(record, options):
+    """GPTQ-Int4 of the 7B shape by phase, then every artifact if there is time."""
+    work = Path("/dev/shm/build")
+    return in_a_process("tests.bench.build_gpu", "--work", work, "--out", options.out, "--sets", *options.sets)
+
+
+SECTIONS = {
+    "variants": variants,
+    "steps": steps_agree,
+    "tune": tuner,
+    "decode": decode,
+    "kernels": kernels,
+    "build": build,
+}
 
 
 def main():
@@ -359,6 +390,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--models", nargs="+", default=["7B", "0.5B", "14B", "1.8B", "4B"])
+    parser.add_argument("--sets", nargs="+", default=["gptq-int4"], help="artifact sets of the build, see build_gpu")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--compile-variants", nargs=2, type=int, help=argparse.SUPPRESS)

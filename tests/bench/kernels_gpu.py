@@ -544,7 +544,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=470)
     sections = ("ceilings", "correctness", "tune", "products", "dequant", "solver", "kquants")
     parser.add_argument("--only", nargs="+", choices=(*sections, "smoke"), default=sections)
+    parser.add_argument("--table", type=Path, help="a launch table to use instead of the package's")
     options = parser.parse_args()
+    if options.table and options.table.is_file():
+        wq_mm.TABLE = options.table
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(0)

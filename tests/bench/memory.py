@@ -57,8 +57,8 @@ finally:
 """
 
 
-def write_random(folder, shape, layers, device="cpu"):
-    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor."""
+def write_random(folder, shape, layers, device="cpu", shards=1):
+    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor into `shards` files."""
     config = COMMON | SHAPES[shape] | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -66,12 +66,23 @@ def write_random(folder, shape, layers, device="cpu"):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((demo / name).read_bytes())
     shapes = FAMILIES["qwen2"].shapes(parse_config(config, "bench"))
-    head, _ = header_bytes([(name, "BF16", size) for name, size in shapes.items()], {"format": "pt"})
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(head)
-        for name, size in shapes.items():
-            value = torch.ones(size) if "norm" in name else torch.randn(size, device=device) * size[-1] ** -0.5
-            file.write(value.bfloat16().cpu().view(torch.uint8).numpy().data)
+    names = list(shapes)
+    step = -(-len(names) // shards)
+    parts = [names[start : start + step] for start in range(0, len(names), step)]
+    files = [f"model-{n + 1:05d}-of-{len(parts):05d}.safetensors" for n in range(len(parts))]
+    if shards == 1:
+        files = ["model.safetensors"]
+    else:
+        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for file_name, part in zip(files, parts, strict=True):
+        head, _ = header_bytes([(name, "BF16", shapes[name]) for name in part], {"format": "pt"})
+        with (folder / file_name).open("wb") as file:
+            file.write(head)
+            for name in part:
+                size = shapes[name]
+                value = torch.ones(size) if "norm" in name else torch.randn(size, device=device) * size[-1] ** -0.5
+                file.write(value.bfloat16().cpu().view(torch.uint8).numpy().data)
     return folder
 
 
