@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.checks import sanity, structure
+from qquant.formats.gguf_source import GgufSource
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from tests.conftest import write_checkpoint
@@ -51,9 +53,12 @@ def damaged(built, tmp_path):
     folder, out = built
 
     def copy(kind):
-        (origin,) = [path for path in out.iterdir() if path.name.lower().endswith({"gptq": "int4", "awq": "awq"}[kind])]
+        ends = {"gptq": "int4", "awq": "awq", "gguf": "gguf"}
+        (origin,) = [path for path in out.iterdir() if path.name.lower().endswith(ends[kind])]
         made = tmp_path / "artifact"
         shutil.copytree(origin, made)
+        if kind == "gguf":
+            (made,) = made.glob("*.gguf")
 
         def reasons():
             report = pipeline.check(
@@ -79,7 +84,7 @@ O = "model.layers.1.self_attn.o_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "gguf"])
 def test_no_fault_no_finding(damaged, kind):
     assert damaged(kind)[1]() == ""
 
@@ -179,6 +184,54 @@ def test_missing_files_warn(damaged, built):
     made, _ = damaged("gptq")
     (made / "generation_config.json").unlink()
     assert structure.missing(made, Checkpoint.open(built[0])) == ("generation_config.json: missing",)
+
+
+def patch(path, before, old, new):
+    """Replace `old` by `new` in a file, right after the bytes `before`."""
+    content = path.read_bytes()
+    at = content.index(before) + len(before)
+    assert content[at : at + len(old)] == old
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
+
+
+def test_wrong_eos_of_a_gguf_file(damaged, demo):
+    made, reasons = damaged("gguf")
+    kind, eos = struct.pack("<I", 4), Tokenizer.open(demo).eos[0]
+    patch(made, b"tokenizer.ggml.eos_token_id", kind + struct.pack("<I", eos), kind + struct.pack("<I", 5))
+    assert "tokenizer.ggml.eos_token_id is 5, the checkpoint stops on" in reasons()
+
+
+def test_another_models_tokenizer_in_a_gguf_file(damaged):
+    made, reasons = damaged("gguf")
+    content = made.read_bytes()
+    one, other = (struct.pack("<Q", 3) + f"Ġ{letter}".encode() for letter in "ng")
+    at, there = content.index(one), content.index(other)
+    assert max(at, there) < content.index(b"tokenizer.ggml.merges")
+    swapped = bytearray(content)
+    swapped[at : at + 11], swapped[there : there + 11] = other, one
+    made.write_bytes(swapped)
+    assert "tokenizer.ggml.tokens: is not the checkpoint's vocabulary" in reasons()
+
+
+def test_other_merges_in_a_gguf_file(damaged):
+    made, reasons = damaged("gguf")
+    content = made.read_bytes()
+    start = content.index(b"tokenizer.ggml.merges")
+    one, other = (struct.pack("<Q", 4) + f"Ġ {letter}".encode() for letter in "ta")
+    at, there = content.index(one, start), content.index(other, start)
+    swapped = bytearray(content)
+    swapped[at : at + 12], swapped[there : there + 12] = other, one
+    made.write_bytes(swapped)
+    assert "tokenizer.ggml.merges: are not the checkpoint's" in reasons()
+
+
+def test_nan_scale_in_a_gguf_file(damaged):
+    made, reasons = damaged("gguf")
+    place = GgufSource.open(made).header.tensors["blk.1.ffn_up.weight"].offset
+    with made.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x00\x7e")  # the fp16 scale of the first block
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in reasons()
 
 
 def test_two_bits_are_no_fault():

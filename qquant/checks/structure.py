@@ -28,6 +28,7 @@ from qquant.families import Family, ModelConfig
 from qquant.formats import detect
 from qquant.formats.gguf_shards import read_model
 from qquant.untrusted import read_json
+from qquant.vocabulary import read
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
 LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance
@@ -157,7 +158,7 @@ def of_files(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
         InputError: a file is damaged.
     """
     if detect(path) == "gguf":
-        return tuple(_gguf(path, Tokenizer.open(checkpoint.path)))
+        return tuple(_gguf(path, Tokenizer.open(checkpoint.path), checkpoint.path))
     found = _stops(path, checkpoint.path)
     if any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         found += _tokenizer(Tokenizer.open(path), Tokenizer.open(checkpoint.path))
@@ -197,16 +198,18 @@ def _tokenizer(mine: Tokenizer, theirs: Tokenizer) -> list[str]:
     return found
 
 
-def _gguf(path: Path, tokenizer: Tokenizer) -> list[str]:
+def _gguf(path: Path, tokenizer: Tokenizer, source: Path) -> list[str]:
     fields: dict[str, Any] = {entry.key: entry.value for entry in read_model(path).fields.values()}
     found = []
     eos = fields.get("tokenizer.ggml.eos_token_id")
     if eos is not None and eos not in tokenizer.eos:
         found.append(f"tokenizer.ggml.eos_token_id is {eos}, the checkpoint stops on {sorted(tokenizer.eos)}")
-    tokens = fields.get("tokenizer.ggml.tokens")
-    known = {token: index for token, index in tokenizer.special.items()}
+    tokens, merges, theirs = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges"), read(source)
+    known = dict(theirs.tokens) | {token.content: token.id for token in theirs.added}
     if tokens is not None and any(index >= len(tokens) or tokens[index] != token for token, index in known.items()):
         found.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary")
+    if merges is not None and list(merges) != [" ".join(pair) for pair in theirs.merges]:
+        found.append("tokenizer.ggml.merges: are not the checkpoint's; the same text gets other tokens")
     template = fields.get("tokenizer.chat_template")
     if template is not None and tokenizer.template is not None and template != tokenizer.template:
         found.append("tokenizer.chat_template: is not the checkpoint's")
