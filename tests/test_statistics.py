@@ -158,6 +158,12 @@ def test_intervals_are_in_the_units_of_the_recipe():
     assert found.limit == pytest.approx(0.9)
 
 
+def test_one_window_bounds_nothing():
+    (found,) = gate.judge(Gates(perplexity_ratio=1.1), means(0.05, count=1)).gates
+    assert (found.low, found.high) == (0.0, math.inf)
+    assert found.outcome == "inconclusive"
+
+
 def test_perplexity_does_not_judge_eight_bits_where_something_finer_does():
     gates = Gates(perplexity_ratio=1.0001, kl_divergence=0.01)
     noisy = means(0.0001, 0.005, 0.01) | {"nll": np.random.default_rng(0).normal(0.0001, 0.01, 40)}

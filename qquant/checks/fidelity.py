@@ -28,7 +28,7 @@ from qquant.decoder import Block, embed, rms_norm, source_block
 from qquant.errors import NumericalError
 
 Progress = Callable[[str, int, int], None]
-SLICE = 4096  # rows of the heads at a time
+SLICE = 1024  # rows of the heads at a time, of every source at once
 TILE = 1024  # positions at a time
 
 
@@ -202,16 +202,20 @@ def final_states(
     layers = sources[0].config.layers
     for layer in range(layers):
         for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
-            block = block_of(source, layer, device)
             observe = peaks.observer(index, layer) if peaks else None
-            states[:] = [block.forward(x, observe) for x in states]
-            if observe:
-                for x in states:
-                    observe("", x)
+            _through(block_of(source, layer, device), states, observe)
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
         progress("check", layer + 1, layers)
     return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
+
+
+def _through(block: Block, states: list[Tensor], observe: Callable[[str, Tensor], None] | None) -> None:
+    """Take `states` through a block, in place; the block is gone before the next one is read."""
+    for index, x in enumerate(states):
+        states[index] = block.forward(x, observe)
+        if observe:
+            observe("", states[index])
 
 
 def _final(source: WeightSource, states: list[Tensor], first: int) -> Tensor:

@@ -42,7 +42,7 @@ def _agreement(value: float) -> float:
 
 
 def _ratio(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _gates(gates: Gates, means: Means, earlier: Means | None, fine: bool) -> list[_Gate]:
