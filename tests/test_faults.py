@@ -21,12 +21,24 @@ from qquant.output import claim
 from qquant.plan import Plan
 from qquant.report import warnings_of
 from qquant.stats import Gram
+from tests.conftest import write_checkpoint
 from tests.test_pipeline import CPU, contents, quiet
 from tests.test_pipeline import HEAD as WHOLE
 from tests.test_pipeline import load_recipe as loaded_recipe
+from tests.torture import VOCABULARY, cut_vocabulary
 
 HEAD = WHOLE.replace("bundled: books-en", "path: PLACE/read.txt").replace("bundled:wikitext-2-test", "PLACE/judge.txt")
 NAMES = ("gptq-int4", "awq", "gguf-q4_0")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    """As in conftest, with a small vocabulary."""
+
+    def make(name="model", **options):
+        return cut_vocabulary(write_checkpoint(tmp_path / name, vocab_size=VOCABULARY, **options))
+
+    return make
 
 
 def load_recipe(place, names, text=HEAD):
@@ -393,13 +405,14 @@ def test_builds_that_are_killed_200_times():
 
 
 def test_calls_that_fail_one_after_another():
-    """Every four hundredth call or so; every single one under `slow`."""
+    """Every four hundredth call or so; every tenth under `slow`."""
     assert torture("calls", 400)["ENOSPC: calls"] > 100
 
 
 @pytest.mark.slow
-def test_every_call_that_can_fail():
-    torture("calls", 1)
+def test_every_tenth_call_fails():
+    """Every single one takes two hours: `make torture`."""
+    torture("calls", 10)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")

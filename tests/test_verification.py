@@ -21,10 +21,10 @@ from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.output import MANIFEST
 from tests.conftest import write_checkpoint
-from tests.test_faults import build, load_recipe
+from tests.test_faults import build, load_recipe, make_checkpoint
 from tests.torture import digests
 
-assert build
+assert build, make_checkpoint
 CHILD = Path(pickles.__file__).with_name("pickle_child.py")
 
 
@@ -164,7 +164,7 @@ def test_doctor_exits_6(tmp_path, monkeypatch):
 @pytest.fixture
 def pickled(tmp_path):
     """A checkpoint whose weights are in two .bin files."""
-    folder = write_checkpoint(tmp_path / "Old-Chat", num_hidden_layers=1, vocab_size=8192)
+    folder = write_checkpoint(tmp_path / "Old-Chat", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

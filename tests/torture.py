@@ -54,22 +54,18 @@ BUG = 70  # exit status of a child that met an error which is no QQuantError
 
 
 def small_checkpoint(folder):
-    """Two layers wide enough for K-quants, and the demo's tokenizer cut to its first tokens."""
-    write_checkpoint(
-        folder,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-    )
+    """Two layers wide enough for K-quants."""
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    return cut_vocabulary(write_checkpoint(folder, vocab_size=VOCABULARY, **shape))
+
+
+def cut_vocabulary(folder):
+    """The demo's tokenizer in `folder`, cut to its first tokens, so that builds are quick."""
     content = json.loads((data_dir("recipes") / "demo" / "tiny-qwen1.5" / "tokenizer.json").read_text())
     kept = {token: number for token, number in content["model"]["vocab"].items() if number < VOCABULARY - 3}
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in content["model"]["merges"]]
-    content["model"] |= {
-        "vocab": kept,
-        "merges": [m for m in merges if m[0] in kept and m[1] in kept and "".join(m) in kept],
-    }
+    merges = [merge for merge in merges if merge[0] in kept and merge[1] in kept and "".join(merge) in kept]
+    content["model"] |= {"vocab": kept, "merges": merges}
     content["added_tokens"] = [
         token | {"id": VOCABULARY - 3 + number} for number, token in enumerate(content["added_tokens"])
     ]
