@@ -237,7 +237,7 @@ def test_interrupt_exits_75(qquant, make_checkpoint, recipe_file, tmp_path, monk
         "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
     )
     assert code == 75
-    assert "the same command continues" in err
+    assert "continue with: qquant build" in err
 
 
 def test_bug_is_called_a_bug(tmp_path, make_checkpoint, recipe_file):
