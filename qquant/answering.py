@@ -22,7 +22,7 @@ from qquant.calibration import Tokenizer
 from qquant.checkpoint import resolve
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats.gguf_container import Header
-from qquant.formats.gguf_metadata import CONTROL, USER_DEFINED
+from qquant.formats.gguf_metadata import CONTROL, NORMAL, USER_DEFINED
 from qquant.formats.gguf_source import GgufSource
 
 WORDS = (
@@ -200,7 +200,7 @@ def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
     kind = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.pre")
     if kind != ("gpt2", "qwen2") or not tokens or not merges or not kinds:
         raise InputError(f"{path}: its tokenizer is {kind[0]!r}/{kind[1]!r}; qquant runs 'gpt2'/'qwen2', Qwen1.5's")
-    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] not in (CONTROL, USER_DEFINED)}
+    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] == NORMAL}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, byte_fallback=False))
     backend.normalizer = normalizers.NFC()

@@ -9,7 +9,9 @@ from gguf import GGUFReader
 from gguf.metadata import Metadata
 from gguf.utility import size_label
 
+from qquant.answering import gguf_tokenizer
 from qquant.artifact import as_bytes
+from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.formats import FORMATS, gguf_metadata, imatrix
@@ -156,6 +158,16 @@ def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
         value = reader.get_field(key).contents()
         assert (value == field.value) if not isinstance(value, float) else value == pytest.approx(field.value)
     assert [tensor.name for tensor in ours.tensors.values()] == [tensor.name for tensor in reader.tensors]
+
+
+def test_a_vocabulary_that_is_padded_is_read_back(make_checkpoint, tmp_path):
+    folder = make_checkpoint(vocab_size=8200)
+    spec = GgufArtifact(name="x", format="gguf", type="q8_0")
+    (file, _) = FORMATS["gguf"].plan(Checkpoint.open(folder), spec, load("demo"), "model").files
+    path = tmp_path / file.name
+    path.write_bytes(file.head.ljust(file.size, b"\0"))
+    text = "<|im_start|>user\nTwo words<|im_end|>"
+    assert gguf_tokenizer(path, read_header(path)).encode(text) == Tokenizer.open(folder).encode(text)
 
 
 def test_token_beyond_the_vocabulary_is_refused(make_checkpoint):

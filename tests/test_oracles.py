@@ -22,8 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qquant import recipe
+from qquant.answering import gguf_tokenizer
 from qquant.artifact import open_weights
+from qquant.calibration import Tokenizer
+from qquant.checkpoint import Checkpoint
+from qquant.formats import FORMATS
 from qquant.formats.gguf_container import read_header
+from qquant.recipe import GgufArtifact
 from qquant.resources import data_dir
 from tests.conftest import write_checkpoint
 
@@ -146,15 +152,15 @@ EVERYTHING = HEAD + FOLDER_ENTRIES + entries(GGUF_TYPES, False)
 
 
 def build(checkpoint, folder, text=EVERYTHING, *options):
-    recipe = folder / "oracles.yaml"
+    described = folder / "oracles.yaml"
     folder.mkdir(exist_ok=True)
-    recipe.write_text(text)
+    described.write_text(text)
     command = [
         Path(sys.executable).with_name("qquant"),
         "build",
         checkpoint,
         "--recipe",
-        recipe,
+        described,
         "--out",
         folder / "out",
         *options,
@@ -419,3 +425,47 @@ def test_llama_cpp_finds_the_perplexity_that_the_report_states(built, tmp_path):
     rows = json.loads((built.out / "report.json").read_text())["artifacts"]
     (stated,) = [row for row in rows if row["name"] == "gguf-f16"]
     assert found["ppl"] == pytest.approx(stated["perplexity"], rel=2e-3)
+
+
+SHARED = ROOT.parent / "shared"  # texts and the tokenizer of Qwen1.5, where they are
+
+
+@needs("llama")
+@pytest.mark.skipif(not (SHARED / "data" / "qwen-tokenizer").is_dir(), reason="Qwen's own tokenizer is not here")
+def test_the_tokenizer_of_a_gguf_file_is_qwens(tmp_path):
+    """llama.cpp reads it from our metadata: 47 of 47 golden cases, and two texts token by token and back."""
+    checkpoint = write_checkpoint(tmp_path / "Qwen1.5-0.0B", vocab_size=151936, hidden_size=32)
+    for path in (SHARED / "data" / "qwen-tokenizer").iterdir():
+        shutil.copy(path, checkpoint / path.name)
+    (checkpoint / "chat_template.jinja").unlink()
+    planned = FORMATS["gguf"].plan(
+        Checkpoint.open(checkpoint),
+        GgufArtifact(name="x", format="gguf", type="q8_0", imatrix=False),
+        recipe.load("demo"),
+        "Qwen1.5-0.0B",
+    )
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(planned.files[0].head.ljust(planned.files[0].size, b"\0"))
+    header = read_header(path)
+    assert header.value("tokenizer.ggml.add_bos_token") is header.value("tokenizer.ggml.add_eos_token") is False
+    cases = (SHARED / "golden" / "qwen2-tokenizer.inp").read_text().split("\n__ggml_vocab_test__\n")
+    answers = (SHARED / "golden" / "qwen2-tokenizer.out").read_text().split("\n")
+    golden = [[int(token) for token in line.split()] for line in answers[: len(cases)]]
+    assert len(cases) == 47
+    texts = [tmp_path / f"{number}.txt" for number in range(len(cases))]
+    for text, case in zip(texts, cases, strict=True):
+        text.write_text(case, newline="")
+    texts += [SHARED / "data" / "wiki.test.raw", SHARED / "data" / "wiki.valid.txt"]
+    said = run("llama", "llama_tokens.py", path, tmp_path / "ids.safetensors", *texts)
+    theirs = load_file(tmp_path / "ids.safetensors")
+    ours, from_file = Tokenizer.open(checkpoint), gguf_tokenizer(path, header)
+    for number, text in enumerate(texts):
+        found = theirs[str(number)].tolist()
+        content = text.read_bytes().decode()
+        assert found == ours.encode(content, special=False) == from_file.encode(content, special=False), text
+        if number < len(golden):
+            assert found == golden[number]
+    assert said["round_trip"][-2:] == [True, True]
+    for text in texts[-2:]:
+        content = text.read_bytes().decode()
+        assert from_file.decode(from_file.encode(content, special=False)) == content
