@@ -63,7 +63,7 @@ def spreads(found):
     sd = {name: found.means[name].std(ddof=1) for name in LOSSES}
     nll = sd["nll"] / math.sqrt(2 * kl / scored)
     top1 = sd["top1"] / math.sqrt(share * (1 - share) / scored)
-    return f"nll {nll:.2f} sqrt(2 k / S), kl {sd['kl'] / kl * math.sqrt(scored / 255):.2f} k sqrt(255 / S), top-1 {top1:.2f} binomial"
+    return f"nll {nll:.2f} sqrt(2 k / S), kl {sd['kl'] / kl * (scored / 255) ** 0.25:.2f} k (255 / S)^(1/4), top-1 {top1:.2f} binomial"
 
 
 def main():
