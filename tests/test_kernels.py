@@ -443,3 +443,14 @@ def test_rule_of_thumb_fills_the_device():
                 assert tiles // config.splits >= 4
                 assert config.splits * -(-outputs // config.rows) >= min(132, tiles // 4 * -(-outputs // config.rows))
     assert [wq_mm.bucket(rows) for rows in (1, 2, 4, 5, 16, 17, 64)] == [1, 4, 4, 16, 16, 64, 64]
+
+
+def test_kernels_start_early_on_hopper_only(monkeypatch):
+    assert not jit.starts_early(torch.device("cpu"))
+    monkeypatch.setattr(jit, "_capability", lambda _: (9, 0))
+    assert jit.starts_early(torch.device("cuda"))
+    monkeypatch.setattr(jit, "early", False)
+    assert not jit.starts_early(torch.device("cuda"))
+    monkeypatch.setattr(jit, "early", True)
+    monkeypatch.setattr(jit, "_capability", lambda _: (8, 0))
+    assert not jit.starts_early(torch.device("cuda"))

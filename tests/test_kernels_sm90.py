@@ -99,6 +99,7 @@ def product(
     symmetric=True,
     inline=True,
     ahead=1,
+    unroll=1,
 ):
     """`wq_mm` for up to `rows` rows, and the number of weights that a thread handles in one step of the loop."""
     pointers = {
@@ -111,11 +112,11 @@ def product(
         "counters_at": "*i32",
     }
     sizes = {"M": "i32", "N": "i32/16", "K": "i32/16", "tiles": "i32", "groups": "i32", "splits": "i32"}
-    config = wq_mm.Config(height, 4, warps, stages, ahead)
+    config = wq_mm.Config(height, 4, warps, stages, ahead, unroll)
     constants = wq_mm.constants(rows, 4096, bits, group, config, symmetric, bias=True, early=True) | {"INLINE": inline}
     options = {name: constants.pop(name) for name in ("launch_pdl", "num_warps", "num_stages", "enable_fp_fusion")}
     machine = build(tmp_path, wq_mm._kernel, {**pointers, **sizes}, constants, **options)
-    return machine, height * 512 / bits / (32 * warps)
+    return machine, unroll * height * 512 / bits / (32 * warps)
 
 
 # case -> (arguments of `product`, most registers, instructions per weight in the main loop by Triton version)
@@ -153,6 +154,29 @@ def test_matrix_product(case, tmp_path):
     assert copies >= thread_bytes // 16, "weights in 16-byte copies"
     assert machine.registers <= registers
     assert machine.shared <= 100 * 1024
+    no_more_than(len(loop) / weights, recorded)
+
+
+# the same for tiles of few warps, which use the instruction of a single warp (HMMA), and for two tiles a step
+NARROW = {
+    "16 outputs, 1 warp": ({"height": 16, "warps": 1}, {"3.6": 3.08, "3.9": 2.80}),
+    "32 outputs, 1 warp": ({"height": 32, "warps": 1}, {"3.6": 2.48, "3.9": 2.20}),
+    "32 outputs, 1 warp, two tiles": ({"height": 32, "warps": 1, "unroll": 2}, {"3.6": 2.21, "3.9": 2.00}),
+    "64 outputs, 2 warps": ({"height": 64, "warps": 2}, {"3.6": 2.40, "3.9": 2.17}),
+    "64 outputs, 4 warps, two tiles": ({"warps": 4, "unroll": 2}, {"3.6": 2.64, "3.9": 2.80}),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_matrix_product_for_one_row(case, tmp_path):
+    arguments, recorded = NARROW[case]
+    machine, weights = product(tmp_path, kind="bf16", rows=1, **arguments)
+    loop = machine.loop(using="MMA")
+    assert machine.stack == 0
+    assert machine.count(r"^(LDL|STL)") == 0
+    assert any("HGMMA" in text if arguments["warps"] == 4 else text.startswith("HMMA") for text in loop)
+    assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) >= weights / 2 // 16
+    assert machine.registers <= 128
     no_more_than(len(loop) / weights, recorded)
 
 
