@@ -415,8 +415,8 @@ def test_everything_works_without_triton():
 
 
 def test_table_is_well_formed():
-    table = json.loads(wq_mm.TABLE.read_text())
-    assert set(table) == {"device", "capability", "date", "entries"}
+    table = json.loads(jit.TABLE.read_text())
+    assert set(table) == {"device", "capability", "date", "early", "entries"}
     for key, entry in table["entries"].items():
         operator, bits, rows, columns, outputs = key.split("/")
         config = wq_mm.Config(*entry)
@@ -448,7 +448,7 @@ def test_rule_of_thumb_fills_the_device():
 def test_kernels_start_early_on_hopper_only(monkeypatch):
     assert not jit.starts_early(torch.device("cpu"))
     monkeypatch.setattr(jit, "_capability", lambda _: (9, 0))
-    assert jit.starts_early(torch.device("cuda"))
+    assert jit.starts_early(torch.device("cuda")) == json.loads(jit.TABLE.read_text())["early"]
     monkeypatch.setattr(jit, "early", False)
     assert not jit.starts_early(torch.device("cuda"))
     monkeypatch.setattr(jit, "early", True)

@@ -11,7 +11,9 @@ arithmetic, inline assembly) each kernel avoids by a constexpr switch; INTERPRET
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,13 @@ def kernel(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
     return triton.jit(do_not_specialize=list(sizes)) if AVAILABLE else lambda function: function
 
 
-early = True  # False: kernels wait for the one before them to be done (for comparisons)
+TABLE = Path(__file__).with_name("table.json")  # launch choices that were measured, and whether with early starts
+early: bool | None = None  # whether kernels may start early; None: as the table was measured
+
+
+@functools.lru_cache
+def _measured_early() -> bool:
+    return bool(json.loads(TABLE.read_text())["early"])
 
 
 def starts_early(device: torch.device) -> bool:
@@ -58,7 +66,8 @@ def starts_early(device: torch.device) -> bool:
     Hopper and later can (programmatic dependent launch); in a captured graph the start of one kernel then hides behind the end
     of another.
     """
-    return early and device.type == "cuda" and torch.version.hip is None and _capability(device) >= (9, 0)
+    wanted = _measured_early() if early is None else early
+    return wanted and device.type == "cuda" and torch.version.hip is None and _capability(device) >= (9, 0)
 
 
 @functools.lru_cache

@@ -22,20 +22,19 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qquant.errors import UsageError
+from qquant.kernels import jit as launching
 from qquant.kernels.dequant import dequant
 from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, gdc, jit, kernel, starts_early, tl
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
 
 MAX_ROWS = 64
 BUCKETS = (1, 4, 16, 64)  # rows for which the table has entries; others use the next larger
-TABLE = Path(__file__).with_name("table.json")
 
 
 @torch.library.custom_op("qquant::wq_mm", mutates_args=())
@@ -380,7 +379,7 @@ def _counters(device: torch.device) -> Counters:
 
 @functools.lru_cache
 def _table() -> dict[str, Any]:
-    return json.loads(TABLE.read_text())
+    return json.loads(launching.TABLE.read_text())
 
 
 def bucket(rows: int) -> int:

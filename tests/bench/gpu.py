@@ -315,7 +315,7 @@ def tuner(record, options):
         options.models, options.share - (time.monotonic() - began), report=partial(print, flush=True)
     )
     tune.write(table, options.out / "table.json")
-    wq_mm.TABLE = options.out / "table.json"
+    jit.TABLE = options.out / "table.json"
     wq_mm._table.cache_clear()
     wq_mm.config_for.cache_clear()
     record.update(times={key: list(value) for key, value in times.items()})
@@ -395,6 +395,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--compile-variants", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    jit.early = True
     if options.compile_variants:
         compile_variants(*options.compile_variants)
         return

@@ -276,7 +276,7 @@ def tuner(record, folder, seconds):
     """Fill the launch table, and use it for the rest of this run."""
     table, times = tune.fill(["7B", "14B", "0.5B", "1.8B", "4B"], seconds, report=partial(print, flush=True))
     tune.write(table, folder / "table.json")
-    wq_mm.TABLE = folder / "table.json"
+    jit.TABLE = folder / "table.json"
     wq_mm._table.cache_clear()
     wq_mm.config_for.cache_clear()
     gain = [rule / best for best, rule in times.values()]
@@ -547,7 +547,7 @@ def main():
     parser.add_argument("--table", type=Path, help="a launch table to use instead of the package's")
     options = parser.parse_args()
     if options.table and options.table.is_file():
-        wq_mm.TABLE = options.table
+        jit.TABLE = options.table
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(0)

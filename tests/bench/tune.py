@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from qquant.kernels import wq_mm
+from qquant.kernels import jit, wq_mm
 from qquant.kernels.dequant import dequant
 from qquant.kernels.jit import blocks, starts_early
 from qquant.kernels.unpack import WORDS, tile
@@ -221,6 +221,7 @@ def fill(models, seconds, report=print, rows=wq_mm.BUCKETS):
     table = {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
+        "early": jit.starts_early(torch.device("cuda")),
         "date": time.strftime("%Y-%m-%d"),
         "entries": dict(sorted(entries.items())),
     }
@@ -242,6 +243,7 @@ def main():
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--compile", nargs=2, type=int, metavar=("INDEX", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    jit.early = True
     if options.compile:
         compile_share(*options.compile)
         return
