@@ -36,9 +36,9 @@ class Moments:
         return self.folder / f"block-{layer}"
 
     def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
-        """Keep the diagonals of a block's Gram matrices."""
+        """Keep the sums of squares of a block's stage inputs."""
         make_folder(self.folder)
-        tensors = {stage: mended(gram.matrix.diagonal().cpu()).contiguous() for stage, gram in grams.items()}
+        tensors = {stage: mended(gram.squares.cpu()).contiguous() for stage, gram in grams.items()}
         tokens = torch.tensor(next(iter(grams.values())).tokens)
         content = save(tensors | {"tokens": tokens})
         write_synced(self.path(layer), hashlib.sha256(content).digest() + content)

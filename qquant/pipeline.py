@@ -57,14 +57,17 @@ def build(
         tokenizer = Tokenizer.open(checkpoint.path)
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens)
+        aim = recipe.calibration
+        seen = aim.curvature_tokens if aim.objective == "kl" else 0
         inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+        inputs["objective"] = f"{aim.objective} {seen}"
         if plan.imatrix:
             inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
         earlier = {spec.name: earlier_release(spec.gates, spec.name, text) for spec in recipe.artifacts}
         drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
-        walk.quantize(checkpoint, samples, drafts, moments, device, progress)
+        walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         for draft in drafts:
             draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
         tokens.save(out / "calibration")

@@ -2,7 +2,8 @@
 
 Memory of a build (host, or GPU with `--device cuda`): the process itself, one block in its own dtype and in float32, four Gram
 matrices and one factorisation of the widest, and one hidden state per calibration token. It does not depend on the number of
-layers. Disk: the artifacts themselves, since they are filled in place.
+layers. Disk: the artifacts themselves, since they are filled in place, and for `objective: kl` the inputs of all blocks for the tokens
+that curvature is measured on, which give way to the curvature itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qquant.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
 TEMPORARY = 32 << 20  # bytes in the folder for temporary files
+ROWS = 2048  # as in `qquant.curvature`, which needs torch
 MARGIN = 64 << 20  # bytes of disk for manifests, reports, calibration
 
 
@@ -73,7 +75,7 @@ class Plan:
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
-        disk = sum(artifact.size for artifact in planned) + MARGIN
+        disk = sum(artifact.size for artifact in planned) + MARGIN + _scratch(recipe, checkpoint)
         parallel = {spec.name: _parallel(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.linear_shapes(checkpoint.config).values())
@@ -169,4 +171,21 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     stream = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
     sample = recipe.calibration.length * config.intermediate * 4 * 4
     solve = 4 * (sum(columns * columns for columns in inputs) + 4 * widest * widest + 6 * tallest)
-    return PROCESS + stream + sample + solve + block * (SIZES[checkpoint.dtype] * 2 + 4)
+    rows = (
+        sum(4 * count * min(count, ROWS) for count, _ in shapes.values()) if recipe.calibration.objective == "kl" else 0
+    )
+    own = any(getattr(spec, "propagate", False) for spec in recipe.artifacts)
+    lockstep = stream // config.hidden * (8 * config.hidden + 2 * config.intermediate) if own else 0
+    return PROCESS + stream + sample + solve + rows + lockstep + block * (SIZES[checkpoint.dtype] * 2 + 4)
+
+
+def _scratch(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Bytes on disk, while the build runs, of block inputs and of the curvature that is measured with them."""
+    if recipe.calibration.objective != "kl":
+        return 0
+    config = checkpoint.config
+    calibration = recipe.calibration
+    tokens = max(calibration.length, min(calibration.curvature_tokens, calibration.samples * calibration.length))
+    rows = sum(2 * count * min(count, ROWS) for count, _ in checkpoint.family.linear_shapes(config).values())
+    states = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
+    return config.layers * (max(states, rows) + 16 * tokens) + rows

@@ -1,9 +1,10 @@
 """What one stage of one block saw during calibration: the Gram matrix of its input.
 
-    H = sum_t x_t x_t'   [K, K] float32        importance_k = H_kk / tokens = mean of x_k^2
+    H = sum_t s_t x_t x_t'   [K, K] float32        importance_k = sum_t x_tk^2 / tokens
 
-From this single pass come GPTQ (H), AWQ (H and mean |x|; scaling a channel by s turns H into S^-1 H S^-1), and the
-importance matrix of GGUF (diag). Samples are added one by one in a fixed order, so results do not depend on a batch size.
+From this single pass come GPTQ (H), AWQ (H and mean |x|; scaling a channel by s turns H into S^-1 H S^-1), and the importance
+matrix of GGUF. s_t is 1, or what an error at token t costs the prediction (`qquant.curvature`); the importance matrix is never
+weighted. Samples are added one by one in a fixed order, so results do not depend on a batch size.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Gram:
 
     matrix: Tensor  # float32 [K, K]
     absolute: Tensor  # float32 [K]: sum of |x|
+    squares: Tensor  # float32 [K]: sum of x^2
     tokens: int = 0
     largest: float = 0.0  # largest |x|
     factors: dict[float, object] = field(default_factory=dict)  # solver factorisations by damping, shared by artifacts
@@ -34,31 +36,43 @@ class Gram:
     @classmethod
     def zeros(cls, columns: int, device: torch.device | str = "cpu") -> Gram:
         """An empty accumulator for inputs of `columns` channels."""
-        return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
+        empty = torch.zeros(columns, device=device)
+        return cls(torch.zeros(columns, columns, device=device), empty, empty.clone())
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of x [T, K] (any float dtype); all of it, or nothing where it fails.
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of x [T, K] (any float dtype), with `weights` float32 [T] in the matrix; all of it, or nothing where it fails.
 
         Raises:
             NotFiniteError: `x` holds NaN or infinity.
         """
-        magnitude = x.float().abs()
-        largest, absolute = float(magnitude.max()), magnitude.sum(0)
+        self._add(x, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
+
+    def watch(self, x: Tensor) -> None:
+        """Add the rows of x [T, K] to everything but the matrix; otherwise like `add`."""
+        self._add(x, None)
+
+    def _add(self, x: Tensor, weighted: Tensor | None) -> None:
+        wide = x.float()
+        magnitude = wide.abs()
+        largest, absolute, squares = float(magnitude.max()), magnitude.sum(0), wide.square().sum(0)
         if not math.isfinite(largest):
             raise NotFiniteError(f"the input of a stage is not finite in {x.dtype}")
-        gram(self.matrix, x.contiguous())
+        if weighted is not None:
+            gram(self.matrix, weighted)
         self.absolute += absolute
+        self.squares += squares
         self.largest = max(self.largest, largest)
         self.tokens += len(x)
 
     def move(self, device: torch.device | str) -> None:
         """Keep the matrix on `device` from now on."""
         self.matrix, self.absolute = self.matrix.to(device), self.absolute.to(device)
+        self.squares = self.squares.to(device)
 
     @property
     def importance(self) -> Tensor:
         """Mean square of each channel, float32 [K]: the importance matrix of llama.cpp."""
-        return self.matrix.diagonal() / max(1, self.tokens)
+        return self.squares / max(1, self.tokens)
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -68,12 +82,13 @@ class Gram:
     @property
     def dead(self) -> int:
         """Number of channels that were always zero."""
-        return int((self.matrix.diagonal() == 0).sum())
+        return int((self.squares == 0).sum())
 
     def scaled(self, scale: Tensor) -> Gram:
         """The statistics of x / scale, for scale float32 [K] > 0."""
-        return Gram(self.matrix / scale[:, None] / scale, self.absolute / scale, self.tokens, self.largest)
+        matrix = self.matrix / scale[:, None] / scale
+        return Gram(matrix, self.absolute / scale, self.squares / scale.square(), self.tokens, self.largest)
 
     def energy(self, weight: Tensor) -> Tensor:
-        """Per row of weight float32 [N, K]: the sum over tokens of (w . x)^2 = w H w', float32 [N]."""
+        """Per row of weight float32 [N, K]: the weighted sum over tokens of (w . x)^2 = w H w', float32 [N]."""
         return ((weight @ self.matrix) * weight).sum(1)

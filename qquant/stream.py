@@ -17,18 +17,26 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from qquant.decoder import Block
+from qquant.decoder import Block, Observer
 from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.stats import Gram, NotFiniteError
 
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Add = Callable[[Gram, str, Tensor, int], None]  # (Gram of a stage, stage, its input, sample)
+
+
+def plainly(gram: Gram, stage: str, x: Tensor, index: int) -> None:
+    """Every token counts alike."""
+    del stage, index
+    gram.add(x)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,8 +58,8 @@ class Stream:
         """Another stream from the same states."""
         return Stream(list(self.hidden), self.device, self.relief)
 
-    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram]) -> None:
-        """Run every sample through `block`, adding stage inputs to `grams` (may be empty).
+    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram], add: Add = plainly) -> None:
+        """Run every sample through `block`, adding stage inputs to `grams` (may be empty) by `add`.
 
         Raises:
             NumericalError: activations are not finite in float32 either.
@@ -59,8 +67,8 @@ class Stream:
         """
         self.wide = set()
         for index in range(len(self.hidden)):
-            seen: set[str] = set()
-            self.hidden[index] = self.spare(layer, lambda i=index, s=seen: self._through(layer, block, grams, i, s))  # type: ignore[misc] # defaults bind the loop's variables
+            observe = self._observer(grams, index, add) if grams else None
+            self.hidden[index] = self.spare(layer, partial(self._through, layer, block, index, observe))
         for stage, gram in grams.items():
             gram.move(self.device)
             if not bool(torch.isfinite(gram.matrix).all()):
@@ -69,12 +77,12 @@ class Stream:
                     "see the checkpoint's weights"
                 )
 
-    def _through(self, layer: int, block: Block, grams: Mapping[str, Gram], index: int, seen: set[str]) -> Tensor:
+    def _through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
         x = self.hidden[index].to(self.device)
         for widen in (False, True):
             way = block.widened() if widen else block
             try:
-                y = way.forward(x.to(way.dtype), self._observer(grams, seen) if grams else None).to(x.dtype)
+                y = way.forward(x.to(way.dtype), observe).to(x.dtype)
                 if not bool(torch.isfinite(y).all()):
                     raise NotFiniteError(f"its output is not finite in {x.dtype}")
             except NotFiniteError as failure:
@@ -88,12 +96,14 @@ class Stream:
                 break
         return y.cpu() if self.relief >= STATES else y
 
-    def _observer(self, grams: Mapping[str, Gram], seen: set[str]) -> Callable[[str, Tensor], None]:
+    def _observer(self, grams: Mapping[str, Gram], index: int, add: Add) -> Observer:
+        seen: set[str] = set()
+
         def observe(stage: str, value: Tensor) -> None:
             if stage in seen:
                 return
             grams[stage].move(self.device)
-            grams[stage].add(value)
+            add(grams[stage], stage, value, index)
             seen.add(stage)
             if self.relief >= GRAMS:
                 grams[stage].move("cpu")

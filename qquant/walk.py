@@ -6,37 +6,48 @@ stage's Gram matrix, and the output is the next block's input. Then, for each ar
     transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
 
 Activations have the dtype of the checkpoint (float16 checkpoints are computed in float32: float16 overflows); what happens where they
-are not finite, or memory is short, is in `stream`. Only one block and its Gram matrices are in memory, besides one hidden state per calibration token. An artifact with `propagate` walks on a
-stream of its own, which runs through its own quantized linears.
+are not finite, or memory is short, is in `stream`. Only one block and its Gram matrices are in memory, besides one hidden state per
+calibration token.
+
+With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model.
+
+An artifact with `propagate` walks on a stream of its own, which runs through its own quantized linears beside the 16-bit one. Every
+linear then has the target that makes up for the errors before it, as far as its own input x~ can tell them:
+
+    W <- W + SHARE (W sum_t s_t (x - x~) x~'  +  sum_t s_t (r - r~) x~') (H~ + RIDGE mean(diag H~) I)^-1
+
+with x its input and r the residual stream that its output is added to (second term: o and down), both without quantization. The first
+term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 2505.11695).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qquant.algorithms import ROUNDERS, descent
 from qquant.algorithms.awq import Transformed, awq
-from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
+from qquant.curvature import BlockCurvature, measure, spread
 from qquant.decoder import HEAD_ROWS, Block, embed
-from qquant.errors import NumericalError, QQuantError
-from qquant.families import Stage
+from qquant.errors import NumericalError
 from qquant.formats import FORMATS
 from qquant.moments import Moments
-from qquant.padding import narrow, widened, widened_codes, widens
+from qquant.padding import narrow
+from qquant.solver import Rows, Solver, unit
 from qquant.stats import Gram, NotFiniteError
 from qquant.stream import Stream
-from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
+from qquant.tensor import Grid
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 REST = "rest"
+SHARE = 0.7  # of the correction for errors before a linear
+RIDGE = 0.2  # of the mean of diag(H~)
 
 
 def quantize(
@@ -46,8 +57,12 @@ def quantize(
     moments: Moments,
     device: torch.device,
     progress: Progress,
+    curvature_tokens: int = 0,
 ) -> None:
     """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths.
+
+    With `curvature_tokens` the solvers minimise the KL divergence of the model, as measured on so many tokens; with 0 the output
+    error of each linear.
 
     Raises:
         NumericalError: an activation is not finite.
@@ -59,26 +74,77 @@ def quantize(
     source = narrow(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
     layers = checkpoint.config.layers
-    waiting = [draft for draft in drafts if any(_unit(layer) not in draft.units for layer in range(layers))]
+    waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
     if not waiting and (measured or not drafts):
         return
+    curvature = None
+    if curvature_tokens and any(solves(draft) for draft in waiting):
+        chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
+        curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
     start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples], device)
-    streams = [(start, [draft for draft in waiting if not getattr(draft.plan.spec, "propagate", False)])]
-    streams += [(start.copy(), [draft]) for draft in waiting if getattr(draft.plan.spec, "propagate", False)]
+    own = [(start.copy(), draft) for draft in waiting if propagates(draft)]
+    shared = [draft for draft in waiting if not propagates(draft)]
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in source.block(layer).items()}
-        for stream, followers in streams:
-            block = Block(source.family, source.config, weights, dtype)
-            if stream is start:
-                _shared(checkpoint, layer, weights, block, stream, followers, moments)
-            else:
-                _propagated(checkpoint, layer, weights, block, stream, followers[0], moments)
+        view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
+        before = list(start.hidden) if own else []
+        grams = _shared(view, start, shared, [draft for _, draft in own], moments)
+        for stream, draft in own:
+            _propagated(view, grams, before, stream, Solver(checkpoint, draft, layer, moments))
         progress("quantize", layer + 1, layers)
 
 
-def _unit(layer: int) -> str:
-    return f"block {layer}"
+def propagates(draft: Draft) -> bool:
+    """Whether an artifact is calibrated on its own stream."""
+    return bool(getattr(draft.plan.spec, "propagate", False))
+
+
+def solves(draft: Draft) -> bool:
+    """Whether the codes of an artifact are chosen with feedback."""
+    spec = draft.plan.spec
+    return getattr(spec, "rounding", getattr(spec, "solver", "")) == "gptq"
+
+
+@dataclass(frozen=True)
+class View:
+    """One block of the checkpoint, and what is known of it."""
+
+    checkpoint: Checkpoint
+    layer: int
+    weights: Mapping[str, Tensor]  # in the checkpoint's dtype
+    dtype: torch.dtype  # of activations
+    curvature: BlockCurvature | None
+
+    def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
+        """The block with its own weights, or with others."""
+        source = narrow(self.checkpoint)
+        return Block(source.family, source.config, weights or self.weights, self.dtype)
+
+    def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
+        """Add the input of a stage for sample `index` to its Gram matrix, weighted where a curvature was measured."""
+        if self.curvature is None:
+            gram.add(x)
+        elif index in self.curvature.weights[stage]:
+            gram.add(x, self.curvature.weights[stage][index])
+        else:
+            gram.watch(x)
+
+    def grams(self, device: torch.device) -> dict[str, Gram]:
+        """Empty accumulators, by stage."""
+        shapes = self.checkpoint.family.linear_shapes(narrow(self.checkpoint).config)
+        stages = self.checkpoint.family.stages
+        return {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in stages}
+
+    def rows(self, transformed: Transformed) -> Rows:
+        """The curvature of every linear's rows after a transform; nothing where it was not measured."""
+        if self.curvature is None:
+            return {}
+        found = dict(self.curvature.rows)
+        for linear, scale in transformed.divided.items():
+            pieces = zip(found[linear], scale.split([len(part) for part in found[linear]]), strict=True)
+            found[linear] = tuple(part * s[:, None] * s for part, s in pieces)
+        return found
 
 
 def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tensor]]:
@@ -98,236 +164,105 @@ def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tens
 
 
 def _shared(
-    checkpoint: Checkpoint,
-    layer: int,
-    weights: Mapping[str, Tensor],
-    block: Block,
-    stream: Stream,
-    drafts: Sequence[Draft],
-    moments: Moments,
-) -> None:
-    todo = [draft for draft in drafts if _unit(layer) not in draft.units]
-    shapes = checkpoint.family.linear_shapes(narrow(checkpoint).config)
-    device = stream.device
-    grams = (
-        {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in checkpoint.family.stages}
-        if todo or moments.load(layer) is None
-        else {}
-    )
-    stream.advance(layer, block, grams)
+    view: View, stream: Stream, drafts: Sequence[Draft], others: Sequence[Draft], moments: Moments
+) -> dict[str, Gram]:
+    """Move the 16-bit stream on, solve the block for every draft that follows it; the block's statistics, if any draft needs them."""
+    layer, family = view.layer, view.checkpoint.family
+    todo = [draft for draft in drafts if unit(layer) not in draft.units]
+    needed = todo or moments.load(layer) is None or any(unit(layer) not in draft.units for draft in others)
+    grams = view.grams(stream.device) if needed else {}
+    stream.advance(layer, view.block(), grams, view.add)
     if grams:
         moments.save(layer, grams)
 
     def solve(draft: Draft) -> None:
-        transformed = _transform(checkpoint, draft, layer, weights, grams)
-        solver = Solver(checkpoint, draft, layer, moments)
-        for stage in checkpoint.family.stages:
-            solver.solve(stage, transformed.weights, transformed.grams[stage.name])
-        solver.record += [{"name": solver.prefix + choice.stage, "awq": vars(choice)} for choice in transformed.choices]
-        solver.finish(transformed.weights, stream.wide)
+        transformed = _transform(view, draft, grams)
+        rows = view.rows(transformed)
+        solver = Solver(view.checkpoint, draft, layer, moments)
+        for stage in family.stages:
+            solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
+        solver.finish(transformed.weights, transformed.choices, stream.wide)
 
     for draft in todo:
         stream.spare(layer, partial(solve, draft))
+    return grams
 
 
-def _transform(
-    checkpoint: Checkpoint, draft: Draft, layer: int, weights: Mapping[str, Tensor], grams: Mapping[str, Gram]
-) -> Transformed:
-    spec, prefix = draft.plan.spec, checkpoint.family.block.format(layer)
+def _transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:
+    checkpoint, spec, prefix = view.checkpoint, draft.plan.spec, view.checkpoint.family.block.format(view.layer)
     if getattr(spec, "transform", "none") == "none":
-        return Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
+        return Transformed({name: value.float() for name, value in view.weights.items()}, dict(grams))
 
     def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
         grid = FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
         assert grid is not None
         return grid
 
-    return awq(checkpoint.family, checkpoint.config, weights, grams, grid_for, spec.ratios)
+    return awq(checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios)
 
 
 def _propagated(
-    checkpoint: Checkpoint,
-    layer: int,
-    weights: Mapping[str, Tensor],
-    block: Block,
-    stream: Stream,
-    draft: Draft,
-    moments: Moments,
+    view: View, grams: Mapping[str, Gram], before: Sequence[Tensor], stream: Stream, solver: Solver
 ) -> None:
-    """Solve stage by stage, each on inputs that came through the stages already quantized."""
-    shapes = checkpoint.family.linear_shapes(narrow(checkpoint).config)
-    full = {name: value.float() for name, value in weights.items()}
-    solver = Solver(checkpoint, draft, layer, moments)
-    if _unit(layer) in draft.units:
-        block.weights |= {name: value.to(block.weights[name]) for name, value in solver.stored().items()}
-        stream.advance(layer, block, {})
+    """Solve stage by stage, each on inputs that came through the stages already quantized; `before`: the 16-bit block input."""
+    layer, family = view.layer, view.checkpoint.family
+    if unit(layer) in solver.draft.units:
+        device = stream.device
+        stream.advance(layer, view.block({name: value.to(device) for name, value in solver.stored().items()}), {})
         return
-    passes = [block.stages(x) for x in stream.hidden]
-    for stage in checkpoint.family.stages:
-        gram = Gram.zeros(shapes[stage.linears[0]][1], stream.device)
+    transformed = _transform(view, solver.draft, grams)
+    rows = view.rows(transformed)
+    exact, own = view.block(transformed.weights), view.block(transformed.weights)
+    exact_passes, own_passes = [exact.stages(x) for x in before], [own.stages(y) for y in stream.hidden]
+    rest = list(zip(before, stream.hidden, strict=True))
+    for stage in family.stages:
+        inputs = [(next(x)[1], next(y)[1]) for x, y in zip(exact_passes, own_passes, strict=True)]
+        adds = stage.linears[0] in (family.stages[1].linears[0], family.stages[3].linears[0])
         try:
-            for sample in passes:
-                gram.add(next(sample)[1])
+            gram, cross, missing = _drift(view, stage.name, inputs, rest if adds else ())
         except NotFiniteError as failure:
-            raise NumericalError(f"block {layer}: {stage.name} of {draft.plan.name}: {failure}") from None
-        for linear, value in solver.solve(stage, full, gram).items():
-            block.weights[f"{linear}.weight"] = value.to(block.weights[f"{linear}.weight"])
-    stream.hidden = [next(sample)[1] for sample in passes]
-    solver.finish(full)
+            raise NumericalError(f"block {layer}: {stage.name} of {solver.draft.plan.name}: {failure}") from None
+        targets = dict(transformed.weights)
+        for linear in stage.linears:
+            weight = transformed.weights[f"{linear}.weight"]
+            correction = weight @ cross if missing is None else weight @ cross + missing
+            targets[f"{linear}.weight"] = weight + SHARE * _against(correction, gram)
+        for linear, value in solver.solve(stage, targets, gram, rows).items():
+            own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
+        if adds:
+            linear = stage.linears[0]
+            rest = [
+                (r + exact.linear(linear, x), q + own.linear(linear, y))
+                for (r, q), (x, y) in zip(rest, inputs, strict=True)
+            ]
+    stream.hidden = [next(sample)[1] for sample in own_passes]
+    solver.finish(transformed.weights, transformed.choices)
 
 
-def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
-    """Steps and offsets of stacked linears."""
-    levels = [value.levels() for value in params.values()]
-    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+def _drift(
+    view: View, stage: str, inputs: Sequence[tuple[Tensor, Tensor]], rest: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Gram, Tensor, Tensor | None]:
+    """H~, sum s (x - x~) x~' [K, K], and sum s (r - r~) x~' [N, K] of a stage, from its inputs (x, x~) and residuals (r, r~)."""
+    first = inputs[0][1]
+    gram = Gram.zeros(first.shape[1], first.device)
+    cross = torch.zeros_like(gram.matrix)
+    missing = torch.zeros(rest[0][0].shape[1], len(cross), device=first.device) if rest else None
+    for index, (x, y) in enumerate(inputs):
+        view.add(gram, stage, y, index)
+        if view.curvature is not None and index not in view.curvature.weights[stage]:
+            continue
+        wide = y.float()
+        weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][index].unsqueeze(1)
+        cross.addmm_((x.float() - wide).T, weighted)
+        if missing is not None:
+            r, q = rest[index]
+            missing.addmm_((r.float() - q.float()).T, weighted)
+    return gram, cross, missing
 
 
-def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
-    return [part.contiguous() for part in codes.split([len(matrix) for matrix in linears.values()])]
-
-
-def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
-    params = grid.fit(weight, importance)
-    return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
-
-
-def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """The part of a stored matrix that is not padding."""
-    return value[: shape[0], : shape[1]]
-
-
-def _widened_gram(gram: Gram, columns: int) -> Gram:
-    """The statistics with channels that were always zero."""
-    matrix, absolute = widened(gram.matrix, (columns, columns)), widened(gram.absolute, (columns,))
-    return gram if matrix is gram.matrix else Gram(matrix, absolute, gram.tokens, gram.largest)
-
-
-class Solver:
-    """Solves the stages of one block for one artifact, and writes the block when all are done."""
-
-    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int, moments: Moments) -> None:
-        self.checkpoint = checkpoint
-        self.moments = moments
-        self.draft = draft
-        self.format = FORMATS[draft.plan.format]
-        self.layer = layer
-        self.prefix = checkpoint.family.block.format(layer)
-        self.shapes = checkpoint.family.linear_shapes(checkpoint.config)  # as stored; solved without padding
-        self.tensors: dict[str, Tensor] = {}
-        self.record: list[dict[str, Any]] = []
-
-    def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
-        """Quantize the linears of a stage; their float32 values as readers will see them."""
-        values: dict[str, Tensor] = {}
-        linears = {linear: weights[f"{linear}.weight"] for linear in stage.linears}
-        grids = {
-            linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
-            for linear, weight in linears.items()
-        }
-        for grid in dict.fromkeys(grids.values()):
-            same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
-            values |= self._store(same, gram) if grid is None else self._round(same, gram, grid)
-        return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
-
-    def _name(self, linear: str) -> str:
-        return f"{self.prefix}{linear}.weight"
-
-    def _store(self, linears: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
-        values = {}
-        for linear, weight in linears.items():
-            importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
-            shape = self.shapes[linear]
-            wide = widened(weight, shape), widened(importance, shape[1:])
-            stored = self.format.store(self.draft.plan, self._name(linear), *wide)
-            values[linear] = self._keep(linear, stored)
-            energy = float(gram.energy(weight).sum()) or 1.0
-            error = float(gram.energy(_inside(values[linear], weight.shape) - weight).sum()) / energy
-            self._note(linear, values[linear], gram, error=error)
-        return values
-
-    def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid) -> dict[str, Tensor]:
-        """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
-        if not widens(grid, len(gram.absolute)):
-            linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
-            gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
-        weight = torch.cat(list(linears.values()))
-        plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
-        solved, damping, fallback = plain, None, None
-        if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
-            try:
-                solved = self._solved(linears, weight, gram, grid)
-                damping = factorize(gram, self.draft.plan.spec.damping).damping
-            except NotPositiveDefiniteError as failure:
-                fallback = f"rtn: {failure}"
-        values = {}
-        for linear, matrix in linears.items():
-            total = float(gram.energy(matrix).sum()) or 1.0
-            errors = [float(gram.energy(way[linear].dequantize() - matrix).sum()) / total for way in (solved, plain)]
-            chosen, note = solved[linear], fallback
-            if errors[1] < errors[0]:
-                chosen, note = plain[linear], f"rtn: solved error {errors[0]:.3g} was not below {errors[1]:.3g}"
-            chosen = widened_codes(chosen, self.shapes[linear])
-            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
-            if not torch.equal(value, chosen.dequantize()):
-                raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
-            values[linear] = value
-            facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
-            facts["damping_asked"] = getattr(self.draft.plan.spec, "damping", None)
-            self._note(linear, value, gram, **facts)
-        return values
-
-    def _solved(
-        self, linears: Mapping[str, Tensor], weight: Tensor, gram: Gram, grid: Grid
-    ) -> dict[str, QuantizedTensor]:
-        """GPTQ on scales searched with its own weights, then `sweeps` of descent and scale refits."""
-        spec = self.draft.plan.spec
-        importance = rounding_weight(gram, spec.damping)
-        params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
-        codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
-        damped = descent.damped(gram.matrix, spec.damping)
-        for count in range(getattr(spec, "sweeps", 0)):
-            codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
-            for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
-                fitted = params[linear]
-                if isinstance(fitted, UniformParams):
-                    params[linear] = descent.refit(matrix, damped, part, fitted, grid)
-        return {
-            linear: QuantizedTensor(part, params[linear], grid)
-            for linear, part in zip(linears, _split(codes, linears), strict=True)
-        }
-
-    def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
-        self.tensors |= {name: value.cpu() for name, value in stored.items()}
-        return self.format.restore(self.draft.plan, self._name(linear), stored)
-
-    def _note(self, linear: str, value: Tensor, gram: Gram, **facts: Any) -> None:
-        self.record.append(
-            {
-                "name": self._name(linear),
-                "checksum": checksum(value),
-                "tokens": gram.tokens,
-                "inputs": len(gram.absolute),
-                "dead": gram.dead,
-                "largest": gram.largest,
-                **facts,
-            }
-        )
-
-    def stored(self) -> dict[str, Tensor]:
-        """The float32 linears of this block as an earlier run wrote them."""
-        path = next(self.draft.folder / file.name for file in self.draft.plan.files if file.tensors)
-        source = self.format.read(path if path.suffix == ".gguf" else self.draft.folder)
-        shapes = self.checkpoint.family.linear_shapes(narrow(self.checkpoint).config)
-        return {
-            f"{linear}.weight": _inside(source.tensor(self._name(linear)), shape) for linear, shape in shapes.items()
-        }
-
-    def finish(self, weights: Mapping[str, Tensor], wide: Collection[int] = ()) -> None:
-        """Write the block: solved linears, and the norms and biases of `weights`; `wide` samples were computed in float32."""
-        if wide:
-            self.record.append({"name": self.prefix.rstrip("."), "float32_samples": len(wide)})
-        linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
-        for name, value in weights.items():
-            if name not in linears:
-                self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
-        self.draft.write(_unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record)
+def _against(correction: Tensor, gram: Gram) -> Tensor:
+    """`correction` (H + RIDGE mean(diag H) I)^-1."""
+    damped = gram.matrix.clone()
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(RIDGE * mean + (mean == 0))
+    return torch.cholesky_solve(correction.T, torch.linalg.cholesky(damped)).T

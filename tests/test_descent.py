@@ -104,3 +104,69 @@ def test_rounding_weight_is_what_an_error_costs_after_compensation():
         schur = h[j, j] - h[j, rest] @ torch.linalg.solve(h[rest, rest], h[rest, j])
         assert float(weights[j]) == pytest.approx(float(schur), rel=1e-3)
     assert float(weights[23]) == pytest.approx(float(h[23, 23]), rel=1e-3)
+
+
+def coupled_loss(weight, gram, rows, codes, levels, grid):
+    error = (value_of(codes, *levels, grid) - weight).double()
+    return float((torch.block_diag(*rows).double() * (error @ gram.double() @ error.T)).sum())
+
+
+def curvature(*sizes):
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for size in sizes:
+        gradients = torch.randn(4 * size, size, generator=generator) @ torch.randn(size, size, generator=generator)
+        rows = gradients.T @ gradients
+        made.append(rows / rows.diagonal().mean())
+    return made
+
+
+def test_a_coupled_sweep_lowers_the_loss_over_rows_and_columns(solved):
+    weight, _, gram, codes, params, grid = solved
+    rows = curvature(16, 8)
+    levels = params.levels()
+    damped = [part + descent.ROW_DAMPING * part.diagonal().mean() * torch.eye(len(part)) for part in rows]
+    before = coupled_loss(weight, gram, damped, codes, levels, grid)
+    for shift in (False, True, False):
+        codes = descent.sweep(weight, gram, codes, levels, grid, shift, rows)
+        after = coupled_loss(weight, gram, damped, codes, levels, grid)
+        assert after <= before * (1 + 1e-5)
+        before = after
+
+
+def test_coupled_rows_gain_where_the_curvature_says_so(solved):
+    weight, _, gram, codes, params, grid = solved
+    rows = curvature(16, 8)
+    levels = params.levels()
+    alone = coupled = codes
+    for count in range(2):
+        alone = descent.sweep(weight, gram, alone, levels, grid, count == 1)
+        coupled = descent.sweep(weight, gram, coupled, levels, grid, count == 1, rows)
+    ratio = coupled_loss(weight, gram, rows, coupled, levels, grid) / coupled_loss(
+        weight, gram, rows, alone, levels, grid
+    )
+    assert ratio < 0.8
+
+
+def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved):
+    """With the rest held, the gradient of the loss at the target of a subset and a block is zero."""
+    weight, _, gram, codes, params, grid = solved
+    (rows,) = curvature(24)
+    subset, mix = list(descent._subsets([rows]))[1]
+    damped = (rows + descent.ROW_DAMPING * rows.diagonal().mean() * torch.eye(24)).double()
+    block, _, upper = descent._factored(gram, 64)
+    value = value_of(codes, *params.levels(), grid)
+    slope = (value - weight) @ gram
+    moved = value.double().clone()
+    moved[subset, block] -= ((mix.pull(slope[mix.span, block]) @ upper.T) @ upper).double()
+    gradient = (damped @ (moved - weight.double()) @ gram.double())[subset, block]
+    start = (damped @ (value.double() - weight.double()) @ gram.double())[subset, block]
+    assert float(gradient.norm() / start.norm()) < 1e-3
+
+
+def test_rows_without_curvature_are_left_alone(solved):
+    weight, _, gram, codes, params, grid = solved
+    rows = [curvature(16)[0], torch.zeros(8, 8)]
+    swept = descent.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    assert torch.equal(swept[16:], codes[16:])
+    assert not torch.equal(swept[:16], codes[:16])

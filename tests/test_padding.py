@@ -74,21 +74,21 @@ def test_config_and_index_say_the_new_size(make_checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_padded_build_of_an_own_stream_continues(make_checkpoint, tmp_path, monkeypatch):
-    from qquant import walk
+    from qquant import solver
 
     folder = make_checkpoint(intermediate_size=192)
     entry = "{name: a, format: gptq, bits: 4, group_size: 32, propagate: true}"
     _, whole = build(tmp_path, folder, "256", [entry])
     expected = (whole / "model-GPTQ-Int4" / "model.safetensors").read_bytes()
-    finish, done = walk.Solver.finish, []
+    finish, done = solver.Solver.finish, []
 
-    def dying(self, weights):
+    def dying(self, *given):
         if done:
             raise KeyboardInterrupt
-        finish(self, weights)
+        finish(self, *given)
         done.append(self.layer)
 
-    monkeypatch.setattr(walk.Solver, "finish", dying)
+    monkeypatch.setattr(solver.Solver, "finish", dying)
     (tmp_path / "again").mkdir()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "again", folder, "256", [entry])

@@ -24,6 +24,7 @@ from qquant.errors import (
 from qquant.output import claim
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
+from qquant.solver import Solver
 
 CPU = torch.device("cpu")
 HEAD = """
@@ -169,7 +170,9 @@ def test_the_forward_runs_once_per_linear_and_token(make_checkpoint, build, monk
     )
     build(folder, "gptq-int4", "gptq-int8", "awq", "gguf-q4_0", "gguf-q8_0")
     building = [count for count in calls if count == 48]  # calibration samples; the check's windows are 64 long
-    assert len(building) == 6 * 2  # samples x layers, whatever the number of artifacts
+    assert (
+        len(building) == 3 * 6 * 2
+    )  # samples x layers, twice for curvature, once to solve, for any number of artifacts
 
 
 def test_gptq_beats_round_to_nearest(make_checkpoint, build):
@@ -181,14 +184,34 @@ def test_gptq_beats_round_to_nearest(make_checkpoint, build):
         assert layer["error"] <= layer["rtn_error"]
 
 
-def test_propagated_artifact_calibrates_on_its_own_stream(make_checkpoint, build):
-    folder = make_checkpoint()
-    shared, first = build(folder, "gptq-int4")
-    own, second = build(folder, "gptq-own", out="own")
+def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, build):
+    folder = make_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=3)
+    text = HEAD.replace("samples: 6", "samples: 24")
+    shared, first = build(folder, "gptq-int4", text=text)
+    own, second = build(folder, "gptq-own", out="own", text=text)
     a, b = (load_file(out / "model-GPTQ-Int4" / "model.safetensors") for out in (first, second))
     assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
     assert not torch.equal(a["model.layers.1.mlp.down_proj.qweight"], b["model.layers.1.mlp.down_proj.qweight"])
-    assert own.artifacts[0].kl_divergence < 3 * shared.artifacts[0].kl_divergence
+    assert own.artifacts[0].kl_divergence < shared.artifacts[0].kl_divergence
+
+
+def test_the_correction_is_the_ridge_regression_of_what_is_missing():
+    """For weights W' = W + correction: W' x~ is nearest to W x + (r - r~) under the ridge, computed by stacking rows."""
+    generator = torch.Generator().manual_seed(3)
+    weight, x, own, r, q = (
+        torch.randn(*shape, generator=generator) for shape in ((5, 8), (40, 8), (40, 8), (40, 5), (40, 5))
+    )
+    own = x + 0.3 * own
+    view = walk.View(None, 0, {}, torch.float32, None)
+    gram, cross, missing = walk._drift(
+        view, "o", [(x[:25], own[:25]), (x[25:], own[25:])], [(r[:25], q[:25]), (r[25:], q[25:])]
+    )
+    found = walk._against(weight @ cross + missing, gram)
+    wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
+    ridge = (walk.RIDGE * gram.matrix.diagonal().mean()).sqrt()
+    stacked = torch.cat([own, ridge * torch.eye(8)]).double(), torch.cat([wanted, torch.zeros(8, 5)]).double()
+    expected = torch.linalg.lstsq(*stacked).solution.T
+    assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 def test_adapter_is_part_of_the_model(make_checkpoint, build, tmp_path):
@@ -210,22 +233,22 @@ def test_adapter_is_part_of_the_model(make_checkpoint, build, tmp_path):
 def test_interrupted_build_continues_to_the_same_bytes(make_checkpoint, build, monkeypatch, names, stop):
     folder = make_checkpoint(num_hidden_layers=3)
     _, whole = build(folder, *names, out="whole")
-    solved, finish = [], walk.Solver.finish
+    solved, finish = [], Solver.finish
 
-    def dying(self, weights):
+    def dying(self, *given):
         if len(solved) == min(stop, 2 * len(names)):
             raise KeyboardInterrupt
-        finish(self, weights)
+        finish(self, *given)
         solved.append((self.draft.plan.name, self.layer))
 
-    monkeypatch.setattr(walk.Solver, "finish", dying)
+    monkeypatch.setattr(Solver, "finish", dying)
     with pytest.raises(KeyboardInterrupt):
         build(folder, *names)
     before = list(solved)
     monkeypatch.setattr(
-        walk.Solver,
+        Solver,
         "finish",
-        lambda self, weights: finish(self, weights) or solved.append((self.draft.plan.name, self.layer)),
+        lambda self, *given: finish(self, *given) or solved.append((self.draft.plan.name, self.layer)),
     )
     _, out = build(folder, *names)
     assert contents(out) == contents(whole)
@@ -253,7 +276,7 @@ def test_second_run_keeps_finished_artifacts(make_checkpoint, build, monkeypatch
     folder = make_checkpoint()
     _, out = build(folder, "gptq-int4", "gguf-q4_0")
     before = contents(out)
-    monkeypatch.setattr(walk.Solver, "__init__", None)  # solving anything would fail
+    monkeypatch.setattr(Solver, "__init__", None)  # solving anything would fail
     report, _ = build(folder, "gptq-int4", "gguf-q4_0")
     assert contents(out) == before
     assert report.passed

@@ -202,11 +202,9 @@ RECIPE_KEYS = (
     "gguf_split_size"
 )
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, defaults, waiver"
-CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share"
+CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
 SOURCE_KEYS = "bundled, dataset, path, config, split, revision, field, kind, weight"
-AWQ_KEYS = (
-    "name, gates, format, bits, group_size, zero_point, damping, rounding, scale_search, sweeps, transform, ratios"
-)
+AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, rounding, scale_search, sweeps, transform, ratios, propagate"
 
 
 @pytest.mark.parametrize(
@@ -901,7 +899,7 @@ def test_fingerprint_stays_what_it_was():
         calibration=Calibration(sources=(Source(bundled="a"),)),
         artifacts=(AwqArtifact(name="a", format="awq"),),
     )
-    assert recipe.fingerprint(made) == "bd2f166d0c9b82247c49f7db4a2cb33509333bfefc2272317dd784a9653caa7d"
+    assert recipe.fingerprint(made) == "0b96974ec76945156d39afd74128d83f95fe325f71a355a4ee6a39bb2664a8d5"
 
 
 # The schema and the documentation.

@@ -17,7 +17,7 @@ over scales takes its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Transformed:
     weights: dict[str, Tensor]  # float32, by name in the block
     grams: dict[str, Gram]
     choices: tuple[Choice, ...] = ()
+    divided: dict[str, Tensor] = field(default_factory=dict)  # producer -> what its rows were divided by
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def _apply(
         new.weights[norm] = torch.where(divided == 0, new.weights[norm], divided)
     else:
         new.weights[norm] = new.weights[norm] / scale[:, None]
+        new.divided[pair.producer] = scale
         bias = f"{pair.producer}.bias"
         if bias in new.weights:
             new.weights[bias] = new.weights[bias] / scale

@@ -1,26 +1,34 @@
 """Polish after GPTQ: block coordinate descent on the codes, and the best scales for the codes that result.
 
 GPTQ never revisits a column. With all other columns held, the best answer for a block S of columns is
-t = v_S - (v - w) H_{:,S} H_SS^-1; rounding t onto the grid by GPTQ within the block, and keeping it only for the rows whose
-loss it lowers, can only lower the loss tr((v - w) H (v - w)'). Sweeps alternate between blocks shifted by half a block.
+t = v_S - (v - w) H_{:,S} H_SS^-1; rounding t onto the grid by GPTQ within the block, and keeping it only where it lowers the
+loss tr((v - w) H (v - w)'), can only lower that loss. Sweeps alternate between blocks shifted by half a block.
 
-Then, codes kept, the scales of a row's groups that minimise the same loss solve a small linear system per row,
+Where the curvature G of the outputs is known (`qquant.curvature`), the loss is tr(G (v - w) H (v - w)') and rows depend on each
+other. Rows are then taken in PARTS interleaved subsets R, so that strongly coupled neighbours are in different ones; with the rest
+held, t = v_RS - G_RR^-1 (G_R: (v - w) H_:S) H_SS^-1, and a block of columns of a subset is kept or left as a whole.
+
+Then, codes kept, the scales of a row's groups that minimise the loss without G solve a small linear system per row,
 
     A s = b,   A_gh = q_g H_gh q_h',   b_g = q_g H_g: w'        q: codes minus zero points, g, h: groups
 
 and are taken, as float16 stores them, by the rows that gain. Coordinate descent on GPTQ's objective: CDQuant (arXiv 2406.17542);
-closed-form scales: arXiv 2602.02126.
+a curvature of rows and columns: YAQA (arXiv 2505.22988); closed-form scales: arXiv 2602.02126.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from qquant.kernels.gptq_block import gptq_block
-from qquant.tensor import Grid, UniformParams, as_scale, value_of
+from qquant.tensor import Grid, UniformParams, as_scale
 
 BLOCK = 64
+PARTS = 8  # subsets of coupled rows
+ROW_DAMPING = 0.05  # of the mean of diag(G)
 ROWS = 2048  # rows whose scales are solved for at a time
 
 
@@ -34,31 +42,85 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def sweep(
-    weight: Tensor, gram: Tensor, codes: Tensor, levels: tuple[Tensor, Tensor], grid: Grid, shift: bool
+    weight: Tensor,
+    gram: Tensor,
+    codes: Tensor,
+    levels: tuple[Tensor, Tensor],
+    grid: Grid,
+    shift: bool,
+    rows: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Codes after one pass over all blocks; gram: float32 [K, K], positive definite; codes uint8 [N, K]."""
-    step, offset = levels
-    value = value_of(codes, step, offset, grid)
-    slope = (value - weight) @ gram
-    codes = codes.clone()
+    """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite.
+
+    `rows`: G of consecutive rows in turn, float32 [n, n] each, N rows together; None: rows are independent.
+    """
     columns = torch.arange(weight.shape[1], device=weight.device).roll(BLOCK // 2 if shift else 0)
-    for start in range(0, len(columns), BLOCK):
-        block = columns[start : start + BLOCK]
-        block = block[torch.argsort(gram.diagonal()[block], descending=True, stable=True)]
-        inside = gram[block][:, block]
-        root = torch.linalg.cholesky(inside.flip(0, 1)).flip(0, 1)
-        upper = torch.linalg.solve_triangular(root, torch.eye(len(block), device=weight.device), upper=True)
-        target = value[:, block] - (slope[:, block] @ upper.T) @ upper
-        group = block // grid.width
-        chosen, _ = gptq_block(target, upper, step[:, group], offset[:, group], grid.levels)
-        new = step[:, group] * chosen.float() - offset[:, group]
-        before, after = value[:, block] - target, new - target
-        better = (((after @ inside) * after).sum(1) < ((before @ inside) * before).sum(1)).unsqueeze(1)
-        change = torch.where(better, new - value[:, block], torch.zeros_like(new))
-        codes[:, block] = torch.where(better, chosen, codes[:, block])
-        value[:, block] += change
-        slope.addmm_(change, gram[block])
-    return codes
+    order = torch.cat(
+        [part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in columns.split(BLOCK)]
+    )
+    gram = gram[order][:, order]
+    step, offset = (level.repeat_interleave(grid.width, dim=1)[:, order] for level in levels)
+    codes = codes[:, order]
+    value = step * codes.float() - offset
+    slope = (value - weight[:, order]) @ gram
+    blocks = [_factored(gram, start) for start in range(0, len(order), BLOCK)]
+    for chosen, mix in [(slice(0, len(weight)), None)] if rows is None else _subsets(rows):
+        for block, inside, upper in blocks:
+            old = value[chosen, block]
+            pull = slope[chosen, block] if mix is None else mix.pull(slope[mix.span, block])
+            target = old - (pull @ upper.T) @ upper
+            steps, offsets = step[chosen, block].contiguous(), offset[chosen, block].contiguous()
+            found, _ = gptq_block(target, upper, steps, offsets, grid.levels)
+            new = steps * found.float() - offsets
+            better = _cost(new - target, inside, mix) < _cost(old - target, inside, mix)
+            change = torch.where(better, new - old, torch.zeros_like(new))
+            codes[chosen, block] = torch.where(better, found, codes[chosen, block])
+            value[chosen, block] += change
+            slope[chosen] += change @ gram[block]
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    return natural
+
+
+def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor]:
+    """A block of columns, its part of H, and the upper factor of the inverse of that."""
+    block = slice(start, min(start + BLOCK, len(gram)))
+    inside = gram[block, block]
+    root = torch.linalg.cholesky(inside.flip(0, 1)).flip(0, 1)
+    return block, inside, torch.linalg.solve_triangular(root, torch.eye(len(inside), device=gram.device), upper=True)
+
+
+class _Coupled:
+    """A subset of rows that are solved together, among the rows `span` that they are coupled with."""
+
+    def __init__(self, matrix: Tensor, first: int, span: slice) -> None:
+        self.span = span
+        self.mix = matrix[first::PARTS]
+        self.inside = self.mix[:, first::PARTS]
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.inside))
+
+    def pull(self, slope: Tensor) -> Tensor:
+        """G_RR^-1 G_R: slope, for the slope of all rows of the span."""
+        return self.inverse @ (self.mix @ slope)
+
+
+def _subsets(rows: Sequence[Tensor]) -> Iterator[tuple[slice, _Coupled]]:
+    start = 0
+    for matrix in rows:
+        mean = matrix.diagonal().mean()
+        stop = start + len(matrix)
+        if bool(mean > 0):
+            damped = matrix + ROW_DAMPING * mean * torch.eye(len(matrix), device=matrix.device)
+            for first in range(min(PARTS, len(matrix))):
+                yield slice(start + first, stop, PARTS), _Coupled(damped, first, slice(start, stop))
+        start = stop
+
+
+def _cost(error: Tensor, inside: Tensor, mix: _Coupled | None) -> Tensor:
+    """The loss of errors [R, S] from their target: of every row, [R, 1]; of coupled rows, of all together."""
+    if mix is None:
+        return ((error @ inside) * error).sum(1, keepdim=True)
+    return ((mix.inside @ error) * (error @ inside)).sum()
 
 
 def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: UniformParams, grid: Grid) -> UniformParams:

@@ -163,6 +163,13 @@ class Calibration(_Strict):
     default_system_share: Share = Field(
         default=0.25, description="share of the chats rendered with the template's default system turn"
     )
+    objective: Literal["kl", "output"] = Field(
+        default="kl",
+        description="what solvers minimise; kl: the KL divergence of the model, to second order; output: each linear's output error",
+    )
+    curvature_tokens: int = Field(
+        default=65536, ge=256, le=2**30, description="of the samples, for `objective: kl`; they are all the solvers see"
+    )
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -272,6 +279,12 @@ class AwqArtifact(_Artifact):
     sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq")
     transform: Literal["none", "awq"] = Field(default="awq", description="none: the layout only")
     ratios: int = Field(default=20, ge=1, le=100, description="as for gptq")
+    propagate: bool = Field(default=False, description="as for gptq")
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if given["propagate"] is True and given["rounding"] == "rtn":
+            yield ("propagate",), "rounding: rtn does not look at the stream, got true; allowed: false"
 
 
 class GgufArtifact(_Artifact):
@@ -284,11 +297,15 @@ class GgufArtifact(_Artifact):
         default="ggml", description="ggml: byte-identical to llama-quantize; gptq: error-compensated codes"
     )
     damping: float = Field(default=0.01, gt=0, lt=1, description="as for gptq; solver: ggml has no use for it")
+    sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq; solver: ggml has no use for it")
+    propagate: bool = Field(default=False, description="as for gptq, with solver: gptq")
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
         if given["solver"] == "gptq" and given["type"] in ("f16", "bf16"):
             yield ("solver",), f'{given["type"]} has no codes to solve for, got "gptq"; allowed: ggml'
+        if given["propagate"] is True and given["solver"] != "gptq":
+            yield ("propagate",), "solver: ggml does not look at the stream, got true; allowed: false"
 
 
 ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qquant import artifact, pipeline, recipe, walk
+from qquant import artifact, pipeline, recipe, solver, walk
 from qquant.checkpoint import Checkpoint
 from qquant.plan import Plan
 from tests.bench.memory import write_random
@@ -88,11 +88,12 @@ def main():
         (pipeline.calibration, "load", "calibration"),
         (Checkpoint, "content_hash", "hash of the checkpoint"),
         (Checkpoint, "block", "read blocks"),
+        (walk, "measure", "curvature"),
         (walk.Stream, "advance", "forward and Gram"),
         (walk, "_transform", "AWQ search"),
-        (walk, "factorize", "factorise"),
-        (walk.Solver, "_round", "solve"),
-        (walk.Solver, "_store", "GGUF blocks"),
+        (solver, "factorize", "factorise"),
+        (solver.Solver, "_round", "solve"),
+        (solver.Solver, "_store", "GGUF blocks"),
         (artifact.Draft, "write", "write"),
         (artifact.Draft, "finish", "read back and rename"),
         (walk, "_rest", "other tensors"),

@@ -1,0 +1,250 @@
+"""What an error in a linear's output costs the model's predictions: its Fisher information, from one backward pass.
+
+Let y = W x become y + E x at every token t. To second order the KL divergence from the checkpoint's next-token distribution is
+
+    KL = 1/2 sum_t (E x_t)' F_t (E x_t),    F_t = expectation of g_t g_t' over v ~ p_t,    g_t = d(-log p_t(v)) / d y_t
+
+with v drawn from the checkpoint's own prediction. Two factors of it are kept, so that KL is about tr(G E H E'):
+
+    s_t = |g_t|^2, summed over the linears of a stage, mean 1    weighs the tokens in H = sum_t s_t x_t x_t'
+    G   = sum_t g_t g_t'                                         [N, N]: which outputs of a linear count, and together
+
+K-FAC (Martens and Grosse 2015, arXiv 1503.05671); in quantization GuidedQuant (arXiv 2505.07004) and YAQA (arXiv 2505.22988). G is
+kept for groups of at most ROWS rows; what lies outside these blocks of its diagonal is left out.
+
+The forward pass leaves the input of every block in scratch files; the backward pass takes the blocks from the last to the first, one
+in memory, runs each forward again and back, and writes one file a block:
+
+    FOLDER/block-<n>   "weights <stage>" float32 [tokens],  "rows <linear> <k>" bfloat16 [rows, rows], trace / rows = 1
+    FOLDER/complete    sha256 of every block file; nothing is used before it was compared
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qquant.checkpoint import Checkpoint
+from qquant.decoder import HEAD_ROWS, Block, embed, rms_norm
+from qquant.errors import NumericalError
+from qquant.families import Family, ModelConfig
+from qquant.kernels.gram import gram
+from qquant.output import make_folder, write_synced
+from qquant.stream import Stream
+
+ROWS = 2048  # rows of a linear whose curvature is kept together
+TOKENS = 256  # tokens whose logits are in memory at a time; a GPU takes eight times as many
+SEED = 0
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+@dataclass(frozen=True)
+class BlockCurvature:
+    """The factors of one block. `weights`: by stage and measured sample, float32 [T]; `rows`: by linear, [n, n] for its rows in turn."""
+
+    weights: Mapping[str, Mapping[int, Tensor]]
+    rows: Mapping[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The measured factors of a whole model, in `folder`, for some of the calibration samples."""
+
+    folder: Path
+    lengths: Mapping[int, int]  # tokens of every measured sample, by its place among all
+
+    def block(self, layer: int, device: torch.device) -> BlockCurvature:
+        """The factors of block `layer`, on `device`, as they are solved with."""
+        weights: dict[str, Mapping[int, Tensor]] = {}
+        rows: dict[str, list[Tensor]] = {}
+        for key, value in sorted(load_file(_path(self.folder, layer)).items()):
+            kind, name, *_ = key.split(" ")
+            if kind == "weights":
+                weights[name] = dict(
+                    zip(self.lengths, value.to(device).split(list(self.lengths.values())), strict=True)
+                )
+            else:
+                rows.setdefault(name, []).append(value.to(device).float())
+        return BlockCurvature(weights, {name: tuple(parts) for name, parts in rows.items()})
+
+
+class _Watched(Block):
+    """A block that reports the gradient of every linear's output."""
+
+    def __init__(self, family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__(family, config, weights, dtype)
+        self.gradients: dict[str, Tensor] = {}
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = super().linear(name, x)
+        y.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+        return y
+
+
+def spread(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Places of as many samples as hold about `tokens` tokens, evenly spread over all of them; at least one."""
+    share = min(1.0, tokens / max(1, sum(lengths)))
+    count = max(1, int(len(lengths) * share))
+    return [index * len(lengths) // count for index in range(count)]
+
+
+def measure(
+    source: Checkpoint,
+    samples: Mapping[int, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Curvature:
+    """Measure the factors on `samples` (int token ids [T], by place) into `folder`, or take them from there if they are complete.
+
+    Raises:
+        NumericalError: a gradient is not finite.
+    """
+    found = Curvature(folder, {place: len(sample) for place, sample in samples.items()})
+    layers = source.config.layers
+    if _complete(folder, layers):
+        return found
+    make_folder(folder)
+    stream = Stream([embed(source, sample, dtype).to(device) for sample in samples.values()], device)
+    for layer in range(layers):
+        write_synced(_input(folder, layer), save({"x": torch.cat([x.cpu() for x in stream.hidden])}))
+        stream.advance(layer, Block(source.family, source.config, _on(source.block(layer), device), dtype), {})
+    gradients = list(_head_gradients(source, [x.to(device) for x in stream.hidden]))
+    del stream
+    digests = {}
+    for layer in reversed(range(layers)):
+        inputs = load_file(_input(folder, layer))["x"].to(device).split(list(found.lengths.values()))
+        block = _Watched(source.family, source.config, _on(source.block(layer), device), dtype)
+        gradients, content = _backward(block, layer, inputs, gradients)
+        write_synced(_path(folder, layer), content)
+        digests[str(layer)] = hashlib.sha256(content).hexdigest()
+        _input(folder, layer).unlink()
+        progress("curvature", layers - layer, layers)
+    write_synced(folder / "complete", json.dumps(digests).encode())
+    return found
+
+
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"block-{layer}"
+
+
+def _input(folder: Path, layer: int) -> Path:
+    return folder / f"input-{layer}"
+
+
+def _on(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in weights.items()}
+
+
+def _complete(folder: Path, layers: int) -> bool:
+    """Whether every block file is there with the bytes that were written."""
+    record = folder / "complete"
+    if not record.is_file():
+        return False
+    digests = json.loads(record.read_bytes())
+    return all(
+        _path(folder, layer).is_file()
+        and hashlib.sha256(_path(folder, layer).read_bytes()).hexdigest() == digests.get(str(layer))
+        for layer in range(layers)
+    )
+
+
+def _head_gradients(source: Checkpoint, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Gradient of -log p(v) for a drawn v at every position, by the output of the last block, [T, hidden] each."""
+    device = hidden[0].device
+    generator = torch.Generator(device).manual_seed(SEED)
+    head = _Head(source, device)
+    norm = source.tensor(source.family.final_norm).to(device)
+    for x in hidden:
+        pieces = []
+        for part in x.split(8 * TOKENS if x.is_cuda else TOKENS):
+            leaf = part.detach().requires_grad_()
+            normed = rms_norm(leaf, norm.to(leaf.dtype), source.config.epsilon)
+            normed.backward(head.gradient(normed.detach().float(), generator).to(normed.dtype))
+            assert leaf.grad is not None
+            pieces.append(leaf.grad)
+        yield torch.cat(pieces)
+
+
+class _Head:
+    """The output head, in slices of rows; they stay on a GPU, and are read again for every call elsewhere."""
+
+    def __init__(self, source: Checkpoint, device: torch.device) -> None:
+        self.source = source
+        vocab = source.config.vocab
+        self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
+        self.kept = {part: self._read(*part).to(device) for part in self.slices} if device.type == "cuda" else {}
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.source.family.head, start, stop)
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, rows of the head)."""
+        for start, stop in self.slices:
+            yield start, stop, self.kept[start, stop] if self.kept else self._read(start, stop)
+
+    def gradient(self, normed: Tensor, generator: torch.Generator) -> Tensor:
+        """(p - onehot(v)) @ head for v ~ p = softmax(normed @ head'), float32 [T, hidden]."""
+        scores = torch.empty(len(normed), self.source.config.vocab, device=normed.device)
+        for start, stop, rows in self.parts():
+            scores[:, start:stop] = normed @ rows.to(normed).T
+        p = scores.softmax(1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+        gradient = torch.zeros_like(normed)
+        for start, stop, rows in self.parts():
+            gradient += p[:, start:stop] @ rows.to(normed)
+        return gradient
+
+
+def _backward(
+    block: _Watched, layer: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[list[Tensor], bytes]:
+    """Gradients by the input of a block from those by its output, and the block's file."""
+    family = block.family
+    rows: dict[str, list[Tensor]] = {}
+    weights: dict[str, list[Tensor]] = {stage.name: [] for stage in family.stages}
+    behind = []
+    for x, gradient in zip(inputs, gradients, strict=True):
+        leaf = x.clone().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the faster ones add gradients in an order that changes from run to run
+            block.forward(leaf).backward(gradient)
+        assert leaf.grad is not None
+        behind.append(leaf.grad)
+        for stage in family.stages:
+            weights[stage.name].append(sum(block.gradients[name].float().square().sum(1) for name in stage.linears))  # type: ignore[arg-type]  # sum of a non-empty sequence
+            for name in stage.linears:
+                parts = block.gradients[name].split(ROWS, dim=1)
+                known = rows.setdefault(
+                    name, [torch.zeros(part.shape[1], part.shape[1], device=x.device) for part in parts]
+                )
+                for total, part in zip(known, parts, strict=True):
+                    gram(total, part.contiguous())
+        block.gradients.clear()
+    stored = {f"weights {name}": _mean_one(torch.cat(values)) for name, values in weights.items()}
+    stored |= {
+        f"rows {name} {index:04d}": _mean_one(part, part.diagonal()).bfloat16()
+        for name, parts in rows.items()
+        for index, part in enumerate(parts)
+    }
+    if not all(bool(torch.isfinite(value).all()) for value in stored.values()):
+        raise NumericalError(
+            f"block {layer}: gradients are not finite in {inputs[0].dtype}; set calibration.objective to output"
+        )
+    return behind, save({name: value.cpu().contiguous() for name, value in stored.items()})
+
+
+def _mean_one(value: Tensor, of: Tensor | None = None) -> Tensor:
+    """`value` over the mean of `of` (of itself); zeros stay as they are."""
+    mean = (value if of is None else of).mean()
+    return value / mean if bool(mean != 0) else value

@@ -1,0 +1,207 @@
+"""One block of one artifact: every stage's linears are fitted, rounded, packed, read back, and the whole block is written.
+
+A linear whose solved error is worse than round-to-nearest's keeps the latter, and its record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qquant.algorithms import ROUNDERS, descent
+from qquant.algorithms.awq import Choice
+from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
+from qquant.artifact import Draft
+from qquant.checkpoint import Checkpoint
+from qquant.errors import QQuantError
+from qquant.families import Stage
+from qquant.formats import FORMATS
+from qquant.moments import Moments
+from qquant.padding import narrow, widened, widened_codes, widens
+from qquant.stats import Gram
+from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
+
+Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known
+
+
+def unit(layer: int) -> str:
+    """The journal's name of a block."""
+    return f"block {layer}"
+
+
+def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
+    """Steps and offsets of stacked linears."""
+    levels = [value.levels() for value in params.values()]
+    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+
+
+def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
+    return [part.contiguous() for part in codes.split([len(matrix) for matrix in linears.values()])]
+
+
+def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
+    params = grid.fit(weight, importance)
+    return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
+
+
+def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of a stored matrix that is not padding."""
+    return value[: shape[0], : shape[1]]
+
+
+def _trimmed(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """A stored tensor without its padding."""
+    return value[: shape[0]] if len(shape) == 1 else _inside(value, shape)
+
+
+def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The curvature of a linear's rows, and zeros for rows of padding."""
+    missing = rows - sum(len(part) for part in parts)
+    return [*parts, parts[0].new_zeros(missing, missing)] if missing else list(parts)
+
+
+def _widened_gram(gram: Gram, columns: int) -> Gram:
+    """The statistics with channels that were always zero."""
+    matrix = widened(gram.matrix, (columns, columns))
+    if matrix is gram.matrix:
+        return gram
+    absolute, squares = widened(gram.absolute, (columns,)), widened(gram.squares, (columns,))
+    return Gram(matrix, absolute, squares, gram.tokens, gram.largest)
+
+
+class Solver:
+    """Solves the stages of one block for one artifact, and writes the block when all are done."""
+
+    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int, moments: Moments) -> None:
+        self.checkpoint = checkpoint
+        self.moments = moments
+        self.draft = draft
+        self.format = FORMATS[draft.plan.format]
+        self.layer = layer
+        self.prefix = checkpoint.family.block.format(layer)
+        self.shapes = checkpoint.family.linear_shapes(checkpoint.config)  # as stored; solved without padding
+        self.tensors: dict[str, Tensor] = {}
+        self.record: list[dict[str, Any]] = []
+
+    def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows) -> dict[str, Tensor]:
+        """Quantize the linears of a stage; their float32 values as readers will see them."""
+        values: dict[str, Tensor] = {}
+        linears = {linear: weights[f"{linear}.weight"] for linear in stage.linears}
+        grids = {
+            linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
+            for linear, weight in linears.items()
+        }
+        for grid in dict.fromkeys(grids.values()):
+            same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
+            values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows)
+        return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
+
+    def _name(self, linear: str) -> str:
+        return f"{self.prefix}{linear}.weight"
+
+    def _store(self, linears: Mapping[str, Tensor], gram: Gram) -> dict[str, Tensor]:
+        values = {}
+        for linear, weight in linears.items():
+            importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
+            shape = self.shapes[linear]
+            wide = widened(weight, shape), widened(importance, shape[1:])
+            stored = self.format.store(self.draft.plan, self._name(linear), *wide)
+            values[linear] = self._keep(linear, stored)
+            energy = float(gram.energy(weight).sum()) or 1.0
+            error = float(gram.energy(_inside(values[linear], weight.shape) - weight).sum()) / energy
+            self._note(linear, values[linear], gram, error=error)
+        return values
+
+    def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, Tensor]:
+        """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
+        if not widens(grid, len(gram.absolute)):
+            linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
+            gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
+        plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
+        solved, damping, fallback = plain, None, None
+        if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
+            try:
+                solved = self._solved(linears, gram, grid, rows)
+                damping = factorize(gram, self.draft.plan.spec.damping).damping
+            except NotPositiveDefiniteError as failure:
+                fallback = f"rtn: {failure}"
+        values = {}
+        for linear, matrix in linears.items():
+            total = float(gram.energy(matrix).sum()) or 1.0
+            errors = [float(gram.energy(way[linear].dequantize() - matrix).sum()) / total for way in (solved, plain)]
+            chosen, note = solved[linear], fallback
+            if errors[1] < errors[0]:
+                chosen, note = plain[linear], f"rtn: solved error {errors[0]:.3g} was not below {errors[1]:.3g}"
+            chosen = widened_codes(chosen, self.shapes[linear])
+            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
+            if not torch.equal(value, chosen.dequantize()):
+                raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
+            values[linear] = value
+            facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
+            facts["damping_asked"] = getattr(self.draft.plan.spec, "damping", None)
+            self._note(linear, value, gram, **facts)
+        return values
+
+    def _solved(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, QuantizedTensor]:
+        """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
+        spec = self.draft.plan.spec
+        weight = torch.cat(list(linears.values()))
+        importance = rounding_weight(gram, spec.damping)
+        params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
+        codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
+        damped = descent.damped(gram.matrix, spec.damping)
+        for count in range(getattr(spec, "sweeps", 0)):
+            codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
+            for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
+                fitted = params[linear]
+                if isinstance(fitted, UniformParams):
+                    params[linear] = descent.refit(matrix, damped, part, fitted, grid)
+        if rows:
+            coupled = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
+            for count in range(getattr(spec, "sweeps", 0)):
+                codes = descent.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, coupled)
+        return {
+            linear: QuantizedTensor(part, params[linear], grid)
+            for linear, part in zip(linears, _split(codes, linears), strict=True)
+        }
+
+    def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
+        self.tensors |= {name: value.cpu() for name, value in stored.items()}
+        return self.format.restore(self.draft.plan, self._name(linear), stored)
+
+    def _note(self, linear: str, value: Tensor, gram: Gram, **facts: Any) -> None:
+        self.record.append(
+            {
+                "name": self._name(linear),
+                "checksum": checksum(value),
+                "tokens": gram.tokens,
+                "inputs": len(gram.absolute),
+                "dead": gram.dead,
+                "largest": gram.largest,
+                **facts,
+            }
+        )
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of this block as an earlier run wrote them, float32."""
+        path = next(self.draft.folder / file.name for file in self.draft.plan.files if file.tensors)
+        source = self.format.read(path if path.suffix == ".gguf" else self.draft.folder)
+        shapes = self.checkpoint.family.block_shapes(narrow(self.checkpoint).config, self.layer)
+        return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
+
+    def finish(self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), wide: Collection[int] = ()) -> None:
+        """Write the block: solved linears, and the norms and biases of `weights`.
+
+        Into the record go `choices` of a transform, and how many samples were computed in float32 (`wide`).
+        """
+        if wide:
+            self.record.append({"name": self.prefix.rstrip("."), "float32_samples": len(wide)})
+        self.record += [{"name": self.prefix + choice.stage, "awq": vars(choice)} for choice in choices]
+        linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
+        for name, value in weights.items():
+            if name not in linears:
+                self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
+        self.draft.write(unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record)

@@ -1,0 +1,149 @@
+"""Curvature: the streamed backward pass is autograd's, the drawn gradients have the Fisher information as their mean, and it predicts KL."""
+
+import math
+
+import pytest
+import torch
+
+from qquant.checkpoint import Checkpoint
+from qquant.curvature import SEED, _Head, _head_gradients, measure, spread
+from qquant.decoder import embed, rms_norm, source_block
+from qquant.errors import NumericalError
+from qquant.stats import Gram
+
+CPU = torch.device("cpu")
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture
+def source(make_checkpoint):
+    return Checkpoint.open(make_checkpoint(dtype=torch.float32, num_hidden_layers=2, vocab_size=8192))
+
+
+def samples(count=3, length=24):
+    generator = torch.Generator().manual_seed(1)
+    return {place: torch.randint(0, 8000, (length + place,), generator=generator) for place in range(0, 2 * count, 2)}
+
+
+def whole_gradients(source, tokens, drawn_gradients):
+    """Gradients by every linear's output with the whole model in one graph; the head's gradients are given."""
+    outputs = {}
+    x = embed(source, tokens, torch.float32).requires_grad_()
+    for layer in range(source.config.layers):
+        block = source_block(source, layer, torch.float32)
+
+        def linear(name, value, block=block, layer=layer, plain=block.linear):
+            outputs[layer, name] = plain(name, value)
+            outputs[layer, name].retain_grad()
+            return outputs[layer, name]
+
+        block.linear = linear
+        x = block.forward(x)
+    x.backward(drawn_gradients)
+    return {key: value.grad for key, value in outputs.items()}
+
+
+def test_factors_are_those_of_one_backward_pass_through_the_whole_model(source, tmp_path):
+    given = samples()
+    found = measure(source, given, tmp_path / "c", torch.float32, CPU, quiet)
+    hidden = []
+    for tokens in given.values():
+        x = embed(source, tokens, torch.float32)
+        for layer in range(source.config.layers):
+            x = source_block(source, layer, torch.float32).forward(x)
+        hidden.append(x)
+    heads = list(_head_gradients(source, hidden))
+    whole = [whole_gradients(source, tokens, head) for tokens, head in zip(given.values(), heads, strict=True)]
+    for layer in range(source.config.layers):
+        block = found.block(layer, CPU)
+        for stage in source.family.stages:
+            weights = [sum(grads[layer, name].square().sum(1) for name in stage.linears) for grads in whole]
+            mean = torch.cat(weights).mean()
+            for place, expected in zip(given, weights, strict=True):
+                assert torch.allclose(block.weights[stage.name][place], expected / mean, rtol=1e-4, atol=1e-6)
+            for name in stage.linears:
+                rows = sum(grads[layer, name].T @ grads[layer, name] for grads in whole)
+                rows = rows / rows.diagonal().mean()
+                assert torch.allclose(block.rows[name][0], rows, rtol=2**-8, atol=1e-6), name  # kept as bfloat16
+
+
+def test_drawn_gradients_have_the_fisher_information_as_second_moment(source):
+    hidden = torch.randn(1, source.config.hidden)
+    norm = source.tensor(source.family.final_norm)
+    normed = rms_norm(hidden, norm, source.config.epsilon)
+    head = source.rows(source.family.head, 0, source.config.vocab)
+    p = (normed @ head.T).softmax(1)[0].double()
+    fisher = head.T.double() @ (torch.diag(p) - torch.outer(p, p)) @ head.double()
+    draw = _Head(source, CPU)
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = draw.gradient(normed.expand(20000, -1).contiguous(), generator).double()
+    estimate = drawn.T @ drawn / len(drawn)
+    assert float((estimate - fisher).norm() / fisher.norm()) < 0.1
+    assert float(drawn.mean(0).norm() / fisher.trace().sqrt()) < 0.03
+
+
+def test_the_factors_predict_which_errors_cost_kl_divergence(source, tmp_path):
+    """Errors of one size in the directions that G calls dear and cheap: KL divergences in the proportion that the factors predict."""
+    given = samples(4, 64)
+    found = measure(source, given, tmp_path / "c", torch.float32, CPU, quiet).block(1, CPU)
+    stage = source.family.stages[1]
+    gram, inputs = Gram.zeros(source.config.hidden), {}
+    rows = found.rows[stage.linears[0]][0]
+    blocks = [source_block(source, layer, torch.float32) for layer in range(source.config.layers)]
+    norm = source.tensor(source.family.final_norm)
+    head = source.rows(source.family.head, 0, source.config.vocab).float()
+
+    def log_p(place):
+        x = blocks[0].forward(embed(source, given[place], torch.float32))
+        x = blocks[1].forward(x, lambda name, value: inputs.__setitem__((name, place), value))
+        return (rms_norm(x, norm, source.config.epsilon) @ head.T).log_softmax(1).double()
+
+    base = {place: log_p(place) for place in given}
+    for place in given:
+        gram.add(inputs[stage.name, place], found.weights[stage.name][place])
+    name = f"{stage.linears[0]}.weight"
+    weight = blocks[1].weights[name]
+    noise = torch.randn(source.config.hidden, generator=torch.Generator().manual_seed(2))
+    directions = torch.linalg.eigh(rows).eigenvectors
+    measured, predicted = [], []
+    for direction in (directions[:, -1], directions[:, len(directions) // 2]):
+        error = 3e-3 * torch.outer(direction, noise)
+        blocks[1].weights[name] = weight + error
+        measured.append(sum(float((b.exp() * (b - log_p(place))).sum()) for place, b in base.items()))
+        predicted.append(float((rows * (error @ gram.matrix @ error.T)).sum()))
+    assert predicted[0] > 3 * predicted[1]
+    assert measured[0] / measured[1] == pytest.approx(predicted[0] / predicted[1], rel=0.6)
+
+
+def test_complete_factors_are_read_again_and_changed_ones_measured_again(source, tmp_path):
+    counted = []
+    folder = tmp_path / "c"
+
+    def count(*values):
+        counted.append(values)
+
+    measure(source, samples(), folder, torch.float32, CPU, count)
+    assert counted == [("curvature", 1, 2), ("curvature", 2, 2)]
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(first) == ["block-0", "block-1", "complete"]
+    measure(source, samples(), folder, torch.float32, CPU, count)
+    assert len(counted) == 2
+    (folder / "block-1").write_bytes(first["block-1"][:-1] + bytes([first["block-1"][-1] ^ 1]))
+    measure(source, samples(), folder, torch.float32, CPU, count)
+    assert len(counted) == 4
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_gradients_that_overflow_are_an_error(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Head, "gradient", lambda self, normed, generator: torch.full_like(normed, math.inf))
+    with pytest.raises(NumericalError, match="gradients are not finite in torch.float32"):
+        measure(source, samples(), tmp_path / "c", torch.float32, CPU, quiet)
+
+
+def test_spread_takes_whole_samples_evenly():
+    assert spread([10] * 8, 1000) == list(range(8))
+    assert spread([10] * 8, 40) == [0, 2, 4, 6]
+    assert spread([10] * 8, 1) == [0]
