@@ -64,7 +64,8 @@ def test_a_model_against_itself_and_another(harness, make_checkpoint, capsys):
     one, other = make_checkpoint("one"), make_checkpoint("other", seed=1)
     asked = tasks.Questions(("sentences",))
     same, different = tasks.run(Checkpoint.open(one), [one, other], asked, CPU, quiet)
-    assert (same.to_wrong, same.to_right, same.p_worse, same.outcome) == (0, 0, 1.0, "pass")
+    assert (same.to_wrong, same.to_right, same.p_worse) == (0, 0, 1.0)
+    assert same.outcome == "inconclusive", "six equal answers do not prove that one in fifty is not lost"
     assert (same.task, same.metric, same.questions) == ("sentences", "acc,none", 6)
     assert same.score == same.score_baseline == different.score_baseline
     assert different.to_wrong + different.to_right > 0
@@ -135,8 +136,10 @@ def test_command(harness, make_checkpoint, monkeypatch):
     common = ["tasks", str(folder), "--against", str(folder), "--task", "sentences", "--device", "cpu"]
     shown = CliRunner().invoke(cli, [*common, "--json"])
     (result,) = json.loads(shown.stdout)["results"]
-    assert (result["to_wrong"], result["outcome"]) == (0, "pass")
-    table = CliRunner().invoke(cli, common)
+    assert (result["to_wrong"], result["outcome"]) == (0, "inconclusive")
+    assert "too few questions to tell a loss from 0.02" in str(shown.exception)
+    table = CliRunner().invoke(cli, [*common, "--margin", "0.9"])
+    assert (table.exit_code, table.exception) == (0, None)
     assert "McNemar" in table.stdout
     worse = SimpleNamespace(**result | {"outcome": "fail"})
     monkeypatch.setattr(tasks, "run", lambda *_: [worse])
