@@ -17,7 +17,7 @@ from torch import Tensor
 from qquant.errors import InputError
 from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
 
-CHUNK = 2048  # rows widened at a time
+CHUNK = 2048  # rows widened at a time; and of a launch, since the matrix unit cuts where its sums should round
 
 
 @torch.library.custom_op("qquant::gram", mutates_args=("h",))
@@ -116,7 +116,8 @@ def _gram_cuda(h: Tensor, x: Tensor) -> None:
         reference(h, x)
     else:
         with torch.cuda.device_of(x):
-            launch(h, x.contiguous())
+            for part in x.contiguous().split(CHUNK):
+                launch(h, part)
 
 
 if AVAILABLE:
