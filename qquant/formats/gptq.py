@@ -109,7 +109,7 @@ class GptqLayout(QuantizedLayout):
         columns = quantized.codes.shape[1]
         index = tensors.get("g_idx")
         natural = torch.arange(columns, device=quantized.codes.device) // quantized.grid.width
-        if index is None or bool((index == natural).all()):
+        if index is None or bool((index.to(natural) == natural).all()):
             return quantized.dequantize()
         step, offset = quantized.params.levels()
         _require_groups(index, step.shape[1])
