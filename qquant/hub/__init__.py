@@ -1,0 +1,37 @@
+"""Where releases go: the Hugging Face hub, ModelScope, a folder; and one setting changed in all siblings (`patch`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qquant.hub.failures import clean, pause
+from qquant.hub.folder import Folder
+from qquant.hub.huggingface import HuggingFace
+from qquant.hub.modelscope import ModelScope
+from qquant.hub.patch import Change, Setting, patch
+from qquant.hub.request import Destination, Published, Request, Say
+
+__all__ = [
+    "Change",
+    "Destination",
+    "Folder",
+    "HuggingFace",
+    "ModelScope",
+    "Published",
+    "Request",
+    "Setting",
+    "clean",
+    "destination",
+    "patch",
+    "pause",
+]
+
+
+def destination(kind: str, out: Path | None, endpoint: str | None, say: Say) -> Destination:
+    """The destination of that name: "hf", "modelscope" or "dir" (below `out`)."""
+    match kind:
+        case "dir" if out is not None:
+            return Folder(out)
+        case "modelscope":
+            return ModelScope.connect(say)
+    return HuggingFace.connect(endpoint, say)
