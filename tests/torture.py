@@ -1,5 +1,6 @@
 """Builds that are killed, starved and crowded: python -m tests.torture MODE [COUNT] [SEED] prints one JSON line of what happened.
 
+    sample      some of all that follows, in one process (COUNT kills)
     kill        COUNT builds get SIGKILL, at a random time or at a random call of `output.reached`, every named place at least once
     calls       the n-th open, write, fsync, rename, link or mkdir fails with ENOSPC, EIO, EINTR, or a short write; n = 1, 2, ... until
                 the build passes untouched (COUNT: only every so manieth n)
@@ -339,7 +340,7 @@ def calls(range_, step, random_):
                 range_.counts[f"{fault}: calls"] = n - 1
                 print(f"{fault}: {n - 1} calls, {len(range_.violations)} violations", file=sys.stderr, flush=True)
                 break
-            n += random_.randint(1, 2 * step - 1) if step > 1 else 1
+            n += random_.randint(max(1, step // 2), step)
 
 
 # --- a full disk, and crowds ----------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def full(range_, steps, random_):
             status = range_.finish(range_.start(lambda: setattr(Plan, "require_room", lambda *_: None)))
             if status != 75:
                 range_.wrong(trial, f"ends with {status}: {range_.tail('errors')} {range_.tail('stderr')}")
-            range_.counts[f"status {status}"] += 1
+            range_.counts[f"full: status {status}"] += 1
             range_.look(trial)
             subprocess.run(["mount", "-o", "remount,size=1g", str(range_.out)], check=True)
             again = range_.finish(range_.start())
@@ -396,7 +397,16 @@ def crowd(range_, count, random_):
     range_.clear()
 
 
-MODES = {"kill": (kill, 200), "calls": (calls, 1), "full": (full, 6), "crowd": (crowd, 8)}
+def sample(range_, kills, random_):
+    """Some of everything, in one process."""
+    kill(range_, kills, random_)
+    calls(range_, 700, random_)
+    crowd(range_, 8, random_)
+    if os.geteuid() == 0 and not subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        full(range_, 2, random_)
+
+
+MODES = {"sample": (sample, 14), "kill": (kill, 200), "calls": (calls, 1), "full": (full, 6), "crowd": (crowd, 8)}
 
 
 def main():
