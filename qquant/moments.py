@@ -54,7 +54,7 @@ class Moments:
         """The importance of each input of a linear (GGUF name): the given one, else the measured one."""
         given = self.given.importance(name) if self.given else None
         if given is None:  # as readers of the exported matrix will compute it
-            given = mended(gram.matrix.diagonal().cpu()) / max(1, gram.tokens)
+            given = mended(gram.squares.cpu()) / max(1, gram.tokens)
         return given.to(gram.matrix)
 
     def collect(self, checkpoint: Checkpoint, dataset: str) -> Imatrix | None:

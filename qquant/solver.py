@@ -110,8 +110,9 @@ class Solver:
             wide = widened(weight, shape), widened(importance, shape[1:])
             stored = self.format.store(self.draft.plan, self._name(linear), *wide)
             values[linear] = self._keep(linear, stored)
-            energy = float(gram.energy(weight).sum()) or 1.0
-            error = float(gram.energy(_inside(values[linear], weight.shape) - weight).sum()) / energy
+            # By the sums of squares: a Gram matrix is weighted only where another artifact is solved beside this one.
+            energy = float((weight.square() @ gram.squares).sum()) or 1.0
+            error = float(((_inside(values[linear], weight.shape) - weight).square() @ gram.squares).sum()) / energy
             self._note(linear, values[linear], gram, error=error)
         return values
 

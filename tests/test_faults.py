@@ -17,12 +17,12 @@ from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.decoder import Block
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, UsageError
-from qquant.output import claim
+from qquant.output import MANIFEST, claim
 from qquant.plan import Plan
 from qquant.report import warnings_of
 from qquant.stats import Gram
 from tests.conftest import write_checkpoint
-from tests.test_pipeline import CPU, contents, quiet
+from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
 from tests.test_pipeline import HEAD as WHOLE
 from tests.test_pipeline import load_recipe as loaded_recipe
 from tests.torture import VOCABULARY, cut_vocabulary
@@ -104,6 +104,20 @@ def test_short_memory_gives_the_same_bytes(make_checkpoint, build, monkeypatch, 
     _, out = build(folder)
     assert contents(out) == contents(whole)
     assert len([record for record in caplog.records if "out of memory" in record.message]) == len(at)
+
+
+def test_an_artifact_that_is_not_solved_is_the_same_beside_solved_ones(make_checkpoint, build, monkeypatch):
+    """I7: neither its blocks nor its record depend on what is measured for the others."""
+    monkeypatch.setitem(ARTIFACTS, "plain", "{name: plain, format: gguf, type: q4_0, solver: ggml}")
+    folder = make_checkpoint()
+    _, beside = build(folder, "gptq-int4", "plain", out="beside")
+    _, alone = build(folder, "plain", out="alone")
+    name = "model-GGUF"
+    assert contents(alone / name) == contents(beside / name)
+    layers = [
+        json.loads((out / name / MANIFEST).read_text())["artifacts"]["plain"]["layers"] for out in (alone, beside)
+    ]
+    assert layers[0] == layers[1]
 
 
 def test_memory_that_never_suffices_ends_with_6(make_checkpoint, build, monkeypatch):
