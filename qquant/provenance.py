@@ -362,6 +362,25 @@ def _metrics(report: Mapping[str, Any]) -> Iterable[dict[str, str]]:
             yield {"type": kind, "value": str(artifact[kind]), "slice": artifact["name"]}
 
 
+def with_signature(repository: Repository, signed: Path) -> Repository:
+    """The repository with the signature that `sign` left in its folder below `signed`; every file there is compared first.
+
+    Raises:
+        InputError: there is none, or it was made over other files.
+    """
+    folder = signed / repository.name
+    if not (folder / SIGNATURE).is_file():
+        raise InputError(f"{folder / SIGNATURE}: not found. Make it with `qquant publish --to dir`, then `qquant sign`")
+    for name, payload in repository.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != payload.size or sha256_of(path) != payload.sha256:
+            raise InputError(
+                f"{path}: is not what would be published, so the signature would not hold. Make the folder with the same "
+                "--namespace, --tag and --base-model, and sign it again"
+            )
+    return repository.with_files({SIGNATURE: (folder / SIGNATURE).read_bytes()})
+
+
 def sign(folder: Path, key: Path | None = None) -> Path:
     """Sign a release folder as the OpenSSF model signing specification says: with a private key, or keyless through Sigstore.
 

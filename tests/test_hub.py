@@ -478,6 +478,29 @@ def test_the_command_publishes_and_never_shows_its_token(hub, build):
     assert "hf_wrong" not in refused.stderr
 
 
+def test_a_signature_is_published_with_what_it_signs(hub, build, tmp_path):
+    arguments = (build, "--namespace", "org", "--base-model", "Qwen/Qwen1.5-Test-Chat")
+    assert run(*arguments, "--to", "dir", "--out", tmp_path / "release").returncode == 0
+    remote = (*arguments, "--endpoint", hub.url, "--signed", tmp_path / "release")
+    unsigned = run(*remote, HF_TOKEN=TOKEN)
+    assert unsigned.returncode == 5
+    assert "model.sig: not found" in unsigned.stderr
+    for name in CONTENTS:
+        (tmp_path / "release" / name / "model.sig").write_bytes(f"signature of {name}".encode())
+    other = run(*remote, "--tag", "v2", HF_TOKEN=TOKEN)
+    assert other.returncode == 5
+    assert "is not what would be published, so the signature would not hold" in other.stderr
+    done = run(*remote, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    for name in CONTENTS:
+        files = hub.files(f"org/{name}")
+        assert files.pop("model.sig") == f"signature of {name}".encode()
+        folder = {path.name: path.read_bytes() for path in (tmp_path / "release" / name).iterdir()}
+        assert files == {file: content for file, content in folder.items() if file != "model.sig"} | {
+            file: files[file] for file in files if file == ".gitattributes"
+        }
+
+
 def test_the_command_asks_for_what_is_missing(build):
     done = run(build)
     assert (done.returncode, done.stderr) == (2, "error: --to hf needs --namespace USER_OR_ORGANISATION\n")
@@ -521,6 +544,32 @@ def test_one_setting_changes_in_all_siblings(hub, family, tmp_path):
     again, _ = change(hub, "config.json:eos_token_id=[151645, 151643]", "org/Qwen1.5-*-Chat-*")
     assert all(found.commit is None and not found.diff for found in again)
     assert all(len(hub.history[name]) == 3 for name in family)
+
+
+def test_what_vouched_for_the_old_bytes_goes_with_a_change(hub, family):
+    """The statement keeps what is still true, the bill of materials has the new hash, the signature is gone."""
+    name = family[0]
+    old = {file: hashlib.sha256(content).hexdigest() for file, content in hub.files(name).items()}
+    statement = {"subject": [{"name": file, "digest": {"sha256": digest}} for file, digest in old.items()]}
+    component = {"name": "config.json", "hashes": [{"alg": "SHA-256", "content": old["config.json"]}]}
+    bill = {"metadata": {"component": {"components": [component]}}}
+    signed = {
+        "qquant-provenance__json": json.dumps(statement).encode(),
+        "qquant-bom__cdx__json": json.dumps(bill).encode(),
+        "model__sig": b"over the old bytes",
+    }
+    hub.push(name, **signed)
+    _, shown = change(hub, "config.json:a=1", name)
+    assert f"{name}/model.sig: goes" in shown[0]
+    files = hub.files(name)
+    assert "model.sig" not in files
+    subjects = json.loads(files["qquant-provenance.json"])["subject"]
+    assert {subject["name"] for subject in subjects} == old.keys() - {"config.json", "qquant-manifest.json"}
+    assert all(
+        subject["digest"]["sha256"] == hashlib.sha256(files[subject["name"]]).hexdigest() for subject in subjects
+    )
+    (listed,) = json.loads(files["qquant-bom.cdx.json"])["metadata"]["component"]["components"]
+    assert listed["hashes"][0]["content"] == hashlib.sha256(files["config.json"]).hexdigest()
 
 
 def test_nothing_changes_without_consent_or_when_one_cannot(hub, family):

@@ -46,6 +46,11 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
 @click.option("--out", type=click.Path(path_type=Path), help="With --to dir: where the release folders go.")
 @click.option("--only", multiple=True, metavar="ARTIFACT", help="Publish these artifacts only; may be repeated.")
 @click.option("--tag", default="v1", show_default=True, help="Tag of the release; never moved once it is set.")
+@click.option(
+    "--signed",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Release folders (--out of --to dir) that `qquant sign` signed; their model.sig is published, too.",
+)
 @click.option("--base-model", help="Hub id of the checkpoint, where the build had a local folder.")
 @click.option("--collection", help="Title of a collection that gets every repository.")
 @click.option("--private", is_flag=True, help="Create repositories that only the namespace can read.")
@@ -55,7 +60,8 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
 @click.option("--dry-run", is_flag=True, help="Look and say what would be uploaded; change nothing.")
 @JSON
 def publish(
-    folder: Path, to: str, namespace: str, out: Path | None, only: tuple[str, ...], tag: str, base_model: str | None,
+    folder: Path, to: str, namespace: str, out: Path | None, only: tuple[str, ...], tag: str, signed: Path | None,
+    base_model: str | None,
     collection: str | None, private: bool, pr: bool, no_merge: bool, endpoint: str | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Publish what passed: FOLDER is the output of `qquant build`; one repository per artifact folder.
@@ -77,6 +83,8 @@ def publish(
         provenance.with_statements(card.with_card(provenance.complete(repository, facts)))
         for repository in release.repositories
     ]
+    if signed:
+        repositories = [provenance.with_signature(repository, signed) for repository in repositories]
     request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
     done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
     if as_json:

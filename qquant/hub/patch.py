@@ -1,7 +1,7 @@
 """One setting in all sibling repositories: every change is shown first, then made in one guarded commit each.
 
-The manifest's hash of the file changes in the same commit, so that `qquant verify` still holds. What vouched for the old bytes goes:
-the files' entries in the provenance statement, and the signature, which would no longer verify.
+The hashes in the manifest and the bill of materials change in the same commit, so that `qquant verify` still holds. What vouched for
+the old bytes goes with them: the files' entries in the provenance statement, and a signature, which would no longer hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qquant.hub.failures import CHANGED, reported
 from qquant.hub.huggingface import HuggingFace
 from qquant.hub.trees import holds, operations
 from qquant.output import MANIFEST
-from qquant.provenance import REPORT, Payload, as_json
+from qquant.provenance import BOM, REPORT, SIGNATURE, STATEMENT, Payload, as_json
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,17 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class _Patch:
+    """What one commit would do to `name`, if main is still at `head`."""
+
+    name: str
+    head: str
+    files: Mapping[str, bytes]
+    removed: tuple[str, ...] = ()
+    diff: str = ""
+
+
+@dataclass(frozen=True)
 class Change:
     """What a setting changes in one repository."""
 
@@ -92,13 +103,13 @@ def patch(
         names = _matching(client, patterns)
         if not names:
             raise UsageError(f"{', '.join(patterns)}: matches no repository")
-        planned = [(name, *_patched(client, name, setting)) for name in names]
+        planned = [_patched(client, name, setting) for name in names]
         changes = []
-        for name, head, files, diff in planned:
-            change = Change(name, diff)
-            if show(change) and diff:
-                change = Change(name, diff, _commit_patch(client, name, head, files, setting))
-                done.append(name)
+        for one in planned:
+            change = Change(one.name, one.diff)
+            if show(change) and one.diff:
+                change = Change(one.name, one.diff, _commit(client, one, setting))
+                done.append(one.name)
             changes.append(change)
     return changes
 
@@ -118,8 +129,7 @@ def _models(client: HuggingFace, owner: str) -> list[Any]:
     return list(client.api.list_models(author=owner))
 
 
-def _patched(client: HuggingFace, name: str, setting: Setting) -> tuple[str, dict[str, bytes], str]:
-    """(head, new contents by file, unified diff) of one repository."""
+def _patched(client: HuggingFace, name: str, setting: Setting) -> _Patch:
     head = client.refs(name)["main"]
     there = client.tree(name, head)
     if setting.file not in there:
@@ -127,45 +137,60 @@ def _patched(client: HuggingFace, name: str, setting: Setting) -> tuple[str, dic
     old = client.download(name, head, setting.file)
     new = setting.apply(old, name)
     if new == old:
-        return head, {}, ""
+        return _Patch(name, head, {})
     files = {setting.file: new}
-    if MANIFEST in there:
-        files[MANIFEST] = _patched_manifest(json.loads(client.download(name, head, MANIFEST)), setting, new)
-    lines = difflib.unified_diff(
-        old.decode().splitlines(),
-        new.decode().splitlines(),
-        f"{name}/{setting.file}",
-        f"{name}/{setting.file}",
-        lineterm="",
-    )
-    return head, files, "\n".join(lines)
+    for file, patched in ((MANIFEST, _manifest), (BOM, _bill), (STATEMENT, _statement)):
+        if file in there:
+            files[file] = as_json(patched(json.loads(client.download(name, head, file)), setting, files))
+    removed = (SIGNATURE,) if SIGNATURE in there else ()
+    where = f"{name}/{setting.file}"
+    lines = list(difflib.unified_diff(old.decode().splitlines(), new.decode().splitlines(), where, where, lineterm=""))
+    lines += [f"{name}/{file}: goes, it was made over the old bytes" for file in removed]
+    return _Patch(name, head, files, removed, "\n".join(lines))
 
 
-def _patched_manifest(manifest: dict[str, Any], setting: Setting, content: bytes) -> bytes:
-    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _manifest(manifest: dict[str, Any], setting: Setting, files: Mapping[str, bytes]) -> dict[str, Any]:
+    content = files[setting.file]
+    facts = {"bytes": len(content), "sha256": _sha256(content)}
     for entry in manifest["artifacts"].values():
         if setting.file in entry["files"]:
             entry["files"][setting.file] = facts
     manifest.setdefault("patches", []).append(
         {"file": setting.file, "key": ".".join(setting.keys), "value": setting.value, **facts}
     )
-    return as_json(manifest)
+    return manifest
 
 
-def _commit_patch(client: HuggingFace, name: str, head: str, files: Mapping[str, bytes], setting: Setting) -> str:
-    payloads = {file: Payload.of(content) for file, content in files.items()}
+def _bill(bill: dict[str, Any], _: Setting, files: Mapping[str, bytes]) -> dict[str, Any]:
+    for component in bill["metadata"]["component"]["components"]:
+        if component["name"] in files:
+            component["hashes"] = [{"alg": "SHA-256", "content": _sha256(files[component["name"]])}]
+    return bill
+
+
+def _statement(statement: dict[str, Any], _: Setting, files: Mapping[str, bytes]) -> dict[str, Any]:
+    statement["subject"] = [subject for subject in statement["subject"] if subject["name"] not in files]
+    return statement
+
+
+def _commit(client: HuggingFace, planned: _Patch, setting: Setting) -> str:
+    payloads = {file: Payload.of(content) for file, content in planned.files.items()}
 
     def send() -> str:
-        now = client.refs(name)["main"]
-        tree = client.tree(name, now)
+        now = client.refs(planned.name)["main"]
+        tree = client.tree(planned.name, now)
         if all(holds(payload, tree.get(file)) for file, payload in payloads.items()):
             return now
         made = client.api.create_commit(
-            name,
-            operations(payloads, ()),
+            planned.name,
+            operations(payloads, planned.removed),
             commit_message=f"Set {'.'.join(setting.keys)} in {setting.file}",
-            parent_commit=head,
+            parent_commit=planned.head,
         )
         return str(made.oid)
 
-    return client.attempt(f"{name}: commit", send)
+    return client.attempt(f"{planned.name}: commit", send)
