@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
 
 from qquant.errors import InputError
 from qquant.formats import imatrix
@@ -133,7 +132,7 @@ def test_a_constant_channel_counts_its_square_and_silent_ones_are_exported_mende
     assert importance[1] == 0
     assert (importance[16:] > 0).all()
     moments.save(0, {"qkv": gram})
-    stored = load_file(moments.path(0))
+    stored = moments.load(0)
     exported = imatrix.Imatrix({"a": stored["qkv"]}, {"a": int(stored["tokens"])}, "")
     assert torch.equal(exported.sums["a"] / 64, importance), "others compute what we used"
     assert torch.equal(exported.importance("a"), importance)
