@@ -113,6 +113,11 @@ def sum_in_order(x: Tensor) -> Tensor:
     return _Space(x).tensor(_sum(x))
 
 
+def squares_in_order(x: Tensor) -> Tensor:
+    """`sum_in_order(x * x)` for `x` [E, B]."""
+    return _Space(x).tensor(_dot(x, x))
+
+
 def _sum(x: Tensor) -> Array:
     if on_cpu(x) and x.shape[-1] > 1:
         # numpy adds row to row along a slow axis; its pairwise summation is for the fast axis only

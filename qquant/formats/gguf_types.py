@@ -45,6 +45,7 @@ _ENERGY = 1 << 20  # values whose row sums are computed at once: long vectors ac
 _RETAINED = (
     31 << 20
 )  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
+_GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 Result = TypeVar("Result")
 
 
@@ -140,6 +141,8 @@ class Bits:
         if self.bits == 8:
             return values
         values = (values >> self.shift if self.shift else values) & ((1 << self.bits) - 1)
+        if self.bits == self.run == 1:
+            return _bits_of_bytes(values)
         values = values.view(len(values), self.bytes // self.run, self.planes, self.run)
         data = values[:, :, 0].clone(memory_format=torch.contiguous_format)
         for plane in range(1, self.planes):
@@ -155,6 +158,14 @@ class Bits:
             values[:, :, plane] = ((runs >> (plane * self.bits)) & mask) << self.shift
         values = values.view(len(data), self.count)
         arrays[self.name] = arrays[self.name] | values if self.name in arrays else values
+
+
+def _bits_of_bytes(values: Tensor) -> Tensor:
+    """Uint8 [b, n / 8]: bit i of each byte is value i of eight, from `values` 0 or 1, uint8 [b, n], n a multiple of 8.
+
+    Eight values are one little-endian integer; the product moves value i to bit 56 + i, and no other term reaches the top byte.
+    """
+    return (values.contiguous().view(torch.int64) * _GATHER >> 56).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -212,7 +223,7 @@ class _Cut:
 
     def energy(self) -> Tensor:
         """Float32 [S]: mean square of each block."""
-        return search.sum_in_order(self.blocks * self.blocks).div_(len(self.blocks))
+        return search.squares_in_order(self.blocks).div_(len(self.blocks))
 
     def damped(self, energy: Tensor) -> Tensor:
         """Importance times sqrt(energy + x^2); `energy` float32 [S]."""
@@ -283,7 +294,7 @@ def _row_energy(rows: Rows) -> Tensor:
     parts = []
     for some in rows.batches(_ENERGY):
         columns = _transposed(rows.x[some])
-        total = search.sum_in_order(columns.mul_(columns))
+        total = search.squares_in_order(columns)
         parts.append(total.div_(torch.full_like(total, len(columns))))
     return torch.cat(parts)
 
@@ -967,7 +978,8 @@ def _over_threads(weight: Tensor, work: Callable[[slice], Result]) -> list[Resul
 def _rows(weight: Tensor, importance: Tensor | None, place: slice) -> Rows:
     """Some rows in float32, checked to be finite."""
     x = weight[place].detach().to(torch.float32).contiguous()
-    if not bool((x.amax() - x.amin()).isfinite()):
+    low, high = x.aminmax() if x.numel() else (x.sum(), x.sum())
+    if not bool((high - low).isfinite()):
         bad = (~x.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
