@@ -48,8 +48,11 @@ def hashes(folder: Path) -> int:
 
 
 def unlisted(folder: Path) -> tuple[str, ...]:
-    """Files below `folder` that its manifest does not name."""
-    named = provenance.named_files([read_manifest(folder)]) | {MANIFEST}
+    """Files below `folder` that its manifest does not name; what `publish` adds to a release is known."""
+    manifest = read_manifest(folder)
+    named = provenance.named_files([manifest]) | {MANIFEST}
+    if "release" in manifest:
+        named |= provenance.ADDED
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     return tuple(sorted(found - named))
 

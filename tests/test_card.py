@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from qquant import card, provenance
+from qquant import card, provenance, verification
 from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.hub import Folder, Request
@@ -214,6 +214,12 @@ def test_a_build_folder_has_no_card_yet(build):
 def verify(*arguments):
     command = [sys.executable, "-m", "qquant.cli", "verify", "--bytes", *map(str, arguments)]  # no real weights
     return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_what_publish_adds_is_no_strange_file(written):
+    assert verification.unlisted(written / GPTQ) == ()
+    (written / GPTQ / "notes.txt").write_text("mine")
+    assert verification.unlisted(written / GPTQ) == ("notes.txt",)
 
 
 def test_the_command_checks_files_and_card(written):
