@@ -22,7 +22,7 @@ from qquant.formats import FORMATS
 from qquant.moments import Moments
 from qquant.padding import narrow, widened, widened_codes, widens
 from qquant.stats import Gram
-from qquant.tensor import Grid, Params, QuantizedTensor, UniformParams, checksum, nearest
+from qquant.tensor import Grid, Params, QuantizedTensor, checksum, nearest, value_of
 
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known
 
@@ -45,6 +45,18 @@ def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
 def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
     params = grid.fit(weight, importance)
     return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
+
+
+def _refitted(weight: Tensor, gram: Tensor, codes: Tensor, params: Params, grid: Grid) -> Params:
+    """The parameters that suit the codes best: coefficients, integers, and coefficients for these integers."""
+
+    def values(given: Params) -> Tensor:
+        return value_of(codes, *given.levels(), grid)
+
+    found = descent.refit(weight, gram, codes, params)
+    if not found.integers(codes):
+        return found
+    return descent.refit(weight, gram, codes, descent.choose_integers(weight, gram, codes, found, values))
 
 
 def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -157,9 +169,7 @@ class Solver:
         for count in range(getattr(spec, "sweeps", 0)):
             codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
             for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
-                fitted = params[linear]
-                if isinstance(fitted, UniformParams):
-                    params[linear] = descent.refit(matrix, damped, part, fitted, grid)
+                params[linear] = _refitted(matrix, damped, part, params[linear], grid)
         if rows:
             coupled = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
             for count in range(getattr(spec, "sweeps", 0)):

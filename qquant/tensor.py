@@ -10,6 +10,7 @@ definition that packers, kernels and loaders are tested against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +31,36 @@ class Params(Protocol):
     def levels(self) -> tuple[Tensor, Tensor]:
         """(step, offset), both float32 [N, K / width]: `value = step * code - offset`."""
         ...
+
+    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(coefficients float16 [N, S], basis float32 [N, K]) for codes uint8 [N, K]; K / S columns share a coefficient.
+
+        The values are the sum of coefficient times basis.
+        """
+        ...
+
+    def with_factors(self, coefficients: Sequence[Tensor]) -> Params:
+        """The same with other coefficients."""
+        ...
+
+    def integers(self, codes: Tensor) -> list[Multipliers]:
+        """Small integers among the parameters that may be chosen again, for codes uint8 [N, K]."""
+        ...
+
+    def with_integers(self, name: str, values: Tensor) -> Params:
+        """The same with other integers `name`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Multipliers [N, G] that multiply groups of columns: one more of them adds `unit` float32 [N, K] to the values."""
+
+    name: str
+    values: Tensor
+    unit: Tensor
+    lowest: int
+    highest: int
 
 
 class Grid(Protocol):
@@ -104,6 +135,24 @@ class UniformParams:
         """The step is the scale, the offset scale * zero; both products are exact in float32."""
         step = self.scales.float()
         return step, step * self.zeros
+
+    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The scales, and codes less zeros."""
+        width = codes.shape[1] // self.scales.shape[1]
+        return [(self.scales, codes.float() - self.zeros.repeat_interleave(width, dim=1))]
+
+    def with_factors(self, coefficients: Sequence[Tensor]) -> UniformParams:
+        """Other scales."""
+        return UniformParams(coefficients[0], self.zeros)
+
+    def integers(self, codes: Tensor) -> list[Multipliers]:
+        """None: zeros stay where the search put them."""
+        del codes
+        return []
+
+    def with_integers(self, name: str, values: Tensor) -> UniformParams:
+        """Not asked for."""
+        raise AssertionError(f"{name}: {values.shape}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import torch
 
 from qquant.algorithms import descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
+from qquant.formats import gguf_types
 from qquant.tensor import UniformGrid, UniformParams, value_of
 from tests.test_gptq import problem
 
@@ -60,7 +61,7 @@ def test_a_block_target_is_the_least_squares_answer(solved, monkeypatch):
 
 def test_refitted_scales_are_the_least_squares_answer(solved):
     weight, _, damped, codes, params, grid = solved
-    new = descent.refit(weight, damped, codes, params, grid)
+    new = descent.refit(weight, damped, codes, params)
     h = damped.double()
     signed = codes.double() - params.zeros.double().repeat_interleave(grid.width, dim=1)
     for row in (0, 7, 23):
@@ -74,8 +75,8 @@ def test_refitted_scales_are_the_least_squares_answer(solved):
 
 def test_refit_keeps_rows_that_would_lose(solved):
     weight, _, damped, codes, params, grid = solved
-    best = descent.refit(weight, damped, codes, params, grid)
-    again = descent.refit(weight, damped, codes, best, grid)
+    best = descent.refit(weight, damped, codes, params)
+    again = descent.refit(weight, damped, codes, best)
     assert bool(
         (
             loss(weight, damped, codes, again.levels(), grid)
@@ -87,7 +88,6 @@ def test_refit_keeps_rows_that_would_lose(solved):
         damped,
         torch.full_like(codes, 8),
         UniformParams(params.scales, torch.full_like(params.zeros, 8)),
-        grid,
     )
     assert bool(torch.isfinite(silent.scales).all())
 
@@ -170,3 +170,32 @@ def test_rows_without_curvature_are_left_alone(solved):
     swept = descent.sweep(weight, gram, codes, params.levels(), grid, False, rows)
     assert torch.equal(swept[16:], codes[16:])
     assert not torch.equal(swept[:16], codes[:16])
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q8_0"])
+def test_parameters_of_block_types_suit_their_codes_better(kind):
+    weight, gram = problem(12, 512, 900)
+    grid = gguf_types.grid(kind)
+    params = grid.fit(weight, rounding_weight(gram, 0.01))
+    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    damped = descent.damped(gram.matrix, 0.01)
+    values = value_of(codes, *params.levels(), grid)
+    factors = params.factors(codes)
+    made = sum(c.float().repeat_interleave(512 // c.shape[1], 1) * basis for c, basis in factors)
+    assert torch.allclose(made, values, atol=1e-5)
+    for integers in params.integers(codes):
+        one_more = params.with_integers(integers.name, integers.values + 1)
+        assert torch.allclose(value_of(codes, *one_more.levels(), grid) - values, integers.unit, atol=1e-5)
+    before = loss(weight, damped, codes, params.levels(), grid)
+    fitted = descent.refit(weight, damped, codes, params)
+    after = loss(weight, damped, codes, fitted.levels(), grid)
+    assert bool((after <= before * (1 + 1e-5)).all())
+    chosen = descent.choose_integers(weight, damped, codes, fitted, lambda p: value_of(codes, *p.levels(), grid))
+    last = loss(weight, damped, codes, chosen.levels(), grid)
+    assert bool((last <= after * (1 + 1e-5)).all())
+    if kind in ("q2_k", "q3_k", "q4_k"):
+        assert float(last.sum()) < 0.99 * float(before.sum())
+    blocks = grid.pack(codes, chosen)
+    again, stored = grid.unpack(blocks)
+    assert torch.equal(again, codes)
+    assert torch.equal(value_of(again, *stored.levels(), grid), value_of(codes, *chosen.levels(), grid))

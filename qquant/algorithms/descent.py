@@ -12,24 +12,27 @@ Then, codes kept, the scales of a row's groups that minimise the loss without G 
 
     A s = b,   A_gh = q_g H_gh q_h',   b_g = q_g H_g: w'        q: codes minus zero points, g, h: groups
 
-and are taken, as float16 stores them, by the rows that gain. Coordinate descent on GPTQ's objective: CDQuant (arXiv 2406.17542);
+and are taken, as float16 stores them, by the rows that gain. A K-quant has two unknowns a super-block, d and dmin, with sub-scale times
+code and minus the sub-minimum as what they multiply; its sub-scales and sub-minima are then chosen again, group by group, as the best
+integers for the codes. Coordinate descent on GPTQ's objective: CDQuant (arXiv 2406.17542);
 a curvature of rows and columns: YAQA (arXiv 2505.22988); closed-form scales: arXiv 2602.02126.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from qquant.kernels.gptq_block import gptq_block
-from qquant.tensor import Grid, UniformParams, as_scale
+from qquant.tensor import Grid, Params, as_scale
 
 BLOCK = 64
 PARTS = 8  # subsets of coupled rows
 ROW_DAMPING = 0.05  # of the mean of diag(G)
-ROWS = 2048  # rows whose scales are solved for at a time
+ROWS = 2048  # rows whose scales are solved for at a time, and fewer
+SYSTEM = 1 << 26  # where their systems together have more values than this
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -123,27 +126,66 @@ def _cost(error: Tensor, inside: Tensor, mix: _Coupled | None) -> Tensor:
     return ((mix.inside @ error) * (error @ inside)).sum()
 
 
-def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: UniformParams, grid: Grid) -> UniformParams:
-    """The scales that minimise the loss for these codes, for the rows that gain by them."""
-    scales = params.scales.clone()
-    rows, groups = scales.shape
-    for start in range(0, rows, ROWS):
-        part = slice(start, min(start + ROWS, rows))
-        old = scales[part]
-        signed = codes[part].float() - params.zeros[part].repeat_interleave(grid.width, dim=1)
-        target = weight[part] @ gram
-        right = (signed * target).view(len(old), groups, grid.width).sum(-1)
-        system = torch.empty(len(old), groups, groups, device=weight.device)
-        for group in range(groups):
-            inside = slice(group * grid.width, (group + 1) * grid.width)
-            spread = (signed[:, inside] @ gram[inside]) * signed
-            system[:, group] = spread.view(len(old), groups, grid.width).sum(-1)
+def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params:
+    """The coefficients (scales; d and dmin) that minimise the loss for these codes, for the rows that gain by them."""
+    factors = params.factors(codes)
+    old = torch.cat([coefficients for coefficients, _ in factors], 1)
+    new = old.clone()
+    target = weight @ gram
+    rows = max(1, min(ROWS, SYSTEM // old.shape[1] ** 2))
+    for start in range(0, len(weight), rows):
+        part = slice(start, min(start + rows, len(weight)))
+        system, right = _normal_equations([basis[part] for _, basis in factors], target[part], gram, old.shape[1])
         diagonal = system.diagonal(dim1=1, dim2=2)
+        used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
-        new = as_scale(torch.linalg.solve(system, right))
-        gain = _loss(system, right, old) - _loss(system, right, new)
-        scales[part] = torch.where((gain > 0).unsqueeze(1), new, old)
-    return UniformParams(scales, params.zeros)
+        found = torch.where(used, as_scale(torch.linalg.solve(system, right)), old[part])
+        gain = _loss(system, right, old[part]) - _loss(system, right, found)
+        new[part] = torch.where((gain > 0).unsqueeze(1), found, old[part])
+    return params.with_factors(list(new.split([coefficients.shape[1] for coefficients, _ in factors], dim=1)))
+
+
+def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Tensor, unknowns: int) -> tuple[Tensor, Tensor]:
+    """A [R, U, U] and b [R, U] of the coefficients of `bases` [R, K] each."""
+    rows, columns = target.shape
+    each = unknowns // len(bases)
+    width = columns // each
+
+    def summed(product: Tensor) -> Tensor:
+        return product.view(rows, each, width).sum(-1)
+
+    right = torch.cat([summed(basis * target) for basis in bases], 1)
+    system = torch.empty(rows, unknowns, unknowns, device=target.device)
+    for place in range(unknowns):
+        basis, inside = bases[place // each], slice(place % each * width, (place % each + 1) * width)
+        spread = basis[:, inside] @ gram[inside]
+        system[:, place] = torch.cat([summed(spread * other) for other in bases], 1)
+    return system, right
+
+
+def choose_integers(
+    weight: Tensor, gram: Tensor, codes: Tensor, params: Params, levels: Callable[[Params], Tensor]
+) -> Params:
+    """Sub-scales and sub-minima chosen again, group by group, for these codes: the best integer with the others held.
+
+    `levels`: the values float32 [N, K] of some params with these codes.
+    """
+    for name in [integers.name for integers in params.integers(codes)]:
+        integers = next(integers for integers in params.integers(codes) if integers.name == name)
+        slope = (levels(params) - weight) @ gram
+        values = integers.values.float()
+        width = weight.shape[1] // values.shape[1]
+        for group in range(values.shape[1]):
+            inside = slice(group * width, (group + 1) * width)
+            unit = integers.unit[:, inside]
+            curve = ((unit @ gram[inside, inside]) * unit).sum(1)
+            step = -(unit * slope[:, inside]).sum(1) / curve.clamp(min=1e-30)
+            best = (values[:, group] + step).round().clamp(integers.lowest, integers.highest)
+            change = torch.where(curve > 0, best - values[:, group], torch.zeros_like(best))
+            values[:, group] += change
+            slope.addmm_(unit * change.unsqueeze(1), gram[inside])
+        params = params.with_integers(name, values.to(integers.values.dtype))
+    return params
 
 
 def _loss(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ b + 2 run, ... from its low bits up. Left out: IQ1, IQ2, IQ3, TQ, MXFP4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats import gguf_search as search
 from qquant.resources import lazy
+from qquant.tensor import Multipliers
 
 if TYPE_CHECKING:
     import torch
@@ -85,11 +86,47 @@ class BlockParams:
             return None
         return self.dmin.float() if self.mins is None else -_spread(self.dmin, self.mins)
 
+    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.tensor.Params`."""
+        columns = codes.shape[1]
+        centred = codes.float() - (self.type.centre if self.dmin is None else 0)
+        found = [(self.d, centred if self.scales is None else centred * _wide(self.scales, columns))]
+        if self.dmin is not None:
+            basis = torch.ones_like(centred) if self.mins is None else -_wide(self.mins, columns)
+            found.append((self.dmin, basis))
+        return found
+
+    def with_factors(self, coefficients: Sequence[Tensor]) -> BlockParams:
+        """Other d and dmin."""
+        return replace(self, d=coefficients[0], dmin=coefficients[1] if self.dmin is not None else None)
+
+    def integers(self, codes: Tensor) -> list[Multipliers]:
+        """The sub-scales and sub-minima of a K-quant."""
+        columns = codes.shape[1]
+        found = []
+        if self.scales is not None:
+            lowest, highest = self.type.scale_range
+            unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * _wide(self.d, columns)
+            found.append(Multipliers("scales", self.scales, unit, lowest, highest))
+        if self.mins is not None and self.dmin is not None:
+            lowest, highest = self.type.scale_range
+            found.append(Multipliers("mins", self.mins, -_wide(self.dmin, columns), lowest, highest))
+        return found
+
+    def with_integers(self, name: str, values: Tensor) -> BlockParams:
+        """Other sub-scales or sub-minima."""
+        return replace(self, scales=values) if name == "scales" else replace(self, mins=values)
+
     def rows(self, rows: slice) -> BlockParams:
         """The parameters of some rows."""
         return BlockParams(
             self.type, self.d[rows], *(None if a is None else a[rows] for a in (self.dmin, self.scales, self.mins))
         )
+
+
+def _wide(value: Tensor, columns: int) -> Tensor:
+    """Float32 [N, columns] of a value [N, S] per block or group."""
+    return value.float().repeat_interleave(columns // value.shape[1], dim=1)
 
 
 def _spread(half: Tensor, integers: Tensor) -> Tensor:
@@ -311,6 +348,7 @@ class BlockType:
     centre: ClassVar[int] = 0  # code of the value zero
     fields: ClassVar[tuple[Field, ...]] = ()
     scale_bias: ClassVar[int] = 0  # stored scale = scale + bias
+    scale_range: ClassVar[tuple[int, int]] = (0, 0)  # of sub-scales and sub-minima, both ends included
     code_flip: ClassVar[int] = 0  # stored code = code xor flip
     weights: ClassVar[tuple[str, str]] = ("", "")  # keys of WEIGHTS: without and with importance
 
@@ -662,6 +700,7 @@ class Q2_K(_KAffine):
 
     name, ggml_id, bytes = "q2_k", 10, 84
     width, levels, limit = 16, 4, 15
+    scale_range = (0, 15)
     fields = (Nibbles(), Bits("codes", 256, 2, 32), Half("d"), Half("dmin"))
     weights = ("|x|", "importance, block")
     schedule = (-0.5, 0.1, 16, True)
@@ -678,6 +717,7 @@ class Q3_K(_KSymmetric):
 
     name, ggml_id, bytes = "q3_k", 11, 110
     width, levels, centre, scale_bias = 16, 8, 4, 32
+    scale_range = (-32, 31)
     fields = (
         Bits("codes", 256, 1, 32, shift=2),
         Bits("codes", 256, 2, 32),
@@ -711,6 +751,7 @@ class Q4_K(_KAffine):
 
     name, ggml_id, bytes = "q4_k", 12, 144
     width, levels, limit = 32, 16, 63
+    scale_range = (0, 63)
     fields = (Half("d"), Half("dmin"), SixBits(), Bits("codes", 256, 4, 32))
     schedule = (-1.0, 0.1, 21, False)
 
@@ -724,6 +765,7 @@ class Q5_K(_KAffine):
 
     name, ggml_id, bytes = "q5_k", 13, 176
     width, levels, limit = 32, 32, 63
+    scale_range = (0, 63)
     fields = (Half("d"), Half("dmin"), SixBits(), Bits("codes", 256, 1, 32, shift=4), Bits("codes", 256, 4, 32))
 
 
@@ -737,6 +779,7 @@ class Q6_K(_KSymmetric):
 
     name, ggml_id, bytes = "q6_k", 14, 210
     width, levels, centre = 16, 64, 32
+    scale_range = (-128, 127)
     fields = (Bits("codes", 256, 4, 64), Bits("codes", 256, 2, 32, shift=4), Bits("scales", 16, 8, 16), Half("d"))
     weights = ("x^2", "importance")
 

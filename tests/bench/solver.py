@@ -68,7 +68,7 @@ def ours(stages, sweeps, search="importance"):
         damped = descent.damped(gram.matrix, 0.01)
         for count in range(sweeps):
             codes = descent.sweep(weight, damped, codes, params.levels(), grid, shift=count % 2 == 1)
-            params = descent.refit(weight, damped, codes, params, grid)
+            params = descent.refit(weight, damped, codes, params)
         error = value_of(codes, *params.levels(), grid) - weight
         loss += float(((error @ h) * error).sum())
     return loss
