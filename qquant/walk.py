@@ -83,12 +83,13 @@ def quantize(
         chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
         curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
     start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples], device)
-    own = [(start.copy(), draft) for draft in waiting if propagates(draft)]
+    places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
+    own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in waiting if propagates(draft)]
     shared = [draft for draft in waiting if not propagates(draft)]
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in source.block(layer).items()}
         view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
-        before = list(start.hidden) if own else []
+        before = {place: start.hidden[place] for place in places} if own else {}
         grams = _shared(view, start, shared, [draft for _, draft in own], moments)
         for stream, draft in own:
             _propagated(view, grams, before, stream, Solver(checkpoint, draft, layer, moments))
@@ -97,7 +98,7 @@ def quantize(
 
 def propagates(draft: Draft) -> bool:
     """Whether an artifact is calibrated on its own stream."""
-    return bool(getattr(draft.plan.spec, "propagate", False))
+    return bool(getattr(draft.plan.spec, "propagate", False)) and solves(draft)
 
 
 def solves(draft: Draft) -> bool:
@@ -202,9 +203,12 @@ def _transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transform
 
 
 def _propagated(
-    view: View, grams: Mapping[str, Gram], before: Sequence[Tensor], stream: Stream, solver: Solver
+    view: View, grams: Mapping[str, Gram], before: Mapping[int, Tensor], stream: Stream, solver: Solver
 ) -> None:
-    """Solve stage by stage, each on inputs that came through the stages already quantized; `before`: the 16-bit block input."""
+    """Solve stage by stage, each on inputs that came through the stages already quantized.
+
+    `before`: the input of the 16-bit block, by the place of the samples that `stream` runs on.
+    """
     layer, family = view.layer, view.checkpoint.family
     if unit(layer) in solver.draft.units:
         device = stream.device
@@ -213,13 +217,16 @@ def _propagated(
     transformed = _transform(view, solver.draft, grams)
     rows = view.rows(transformed)
     exact, own = view.block(transformed.weights), view.block(transformed.weights)
-    exact_passes, own_passes = [exact.stages(x) for x in before], [own.stages(y) for y in stream.hidden]
-    rest = list(zip(before, stream.hidden, strict=True))
+    exact_passes = [exact.stages(x) for x in before.values()]
+    own_passes = [own.stages(y.to(stream.device)) for y in stream.hidden]
+    rest = list(zip(before.values(), stream.hidden, strict=True))
     for stage in family.stages:
         inputs = [(next(x)[1], next(y)[1]) for x, y in zip(exact_passes, own_passes, strict=True)]
         adds = stage.linears[0] in (family.stages[1].linears[0], family.stages[3].linears[0])
         try:
-            gram, cross, missing = _drift(view, stage.name, inputs, rest if adds else ())
+            gram, cross, missing = _drift(
+                view, stage.name, dict(zip(before, inputs, strict=True)), rest if adds else ()
+            )
         except NotFiniteError as failure:
             raise NumericalError(f"block {layer}: {stage.name} of {solver.draft.plan.name}: {failure}") from None
         targets = dict(transformed.weights)
@@ -240,19 +247,17 @@ def _propagated(
 
 
 def _drift(
-    view: View, stage: str, inputs: Sequence[tuple[Tensor, Tensor]], rest: Sequence[tuple[Tensor, Tensor]]
+    view: View, stage: str, inputs: Mapping[int, tuple[Tensor, Tensor]], rest: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Gram, Tensor, Tensor | None]:
     """H~, sum s (x - x~) x~' [K, K], and sum s (r - r~) x~' [N, K] of a stage, from its inputs (x, x~) and residuals (r, r~)."""
-    first = inputs[0][1]
+    first = next(iter(inputs.values()))[1]
     gram = Gram.zeros(first.shape[1], first.device)
     cross = torch.zeros_like(gram.matrix)
     missing = torch.zeros(rest[0][0].shape[1], len(cross), device=first.device) if rest else None
-    for index, (x, y) in enumerate(inputs):
-        view.add(gram, stage, y, index)
-        if view.curvature is not None and index not in view.curvature.weights[stage]:
-            continue
+    for index, (place, (x, y)) in enumerate(inputs.items()):
+        view.add(gram, stage, y, place)
         wide = y.float()
-        weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][index].unsqueeze(1)
+        weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
         cross.addmm_((x.float() - wide).T, weighted)
         if missing is not None:
             r, q = rest[index]

@@ -43,6 +43,7 @@ ARTIFACTS = {
     "gptq-int4": "{name: gptq-int4, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}",
     "gptq-int8": "{name: gptq-int8, format: gptq, bits: 8, group_size: 64, gates: {defaults: false}}",
     "gptq-row": "{name: gptq-row, format: gptq, bits: 8, group_size: -1, scale_search: minmax, gates: {defaults: false}}",
+    "gptq-shared": "{name: gptq-shared, format: gptq, bits: 4, group_size: 32, propagate: false, gates: {defaults: false}}",
     "gptq-own": "{name: gptq-own, format: gptq, bits: 4, group_size: 32, propagate: true, gates: {defaults: false}}",
     "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax, gates: {defaults: false}}",
     "awq": "{name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}",
@@ -187,7 +188,7 @@ def test_gptq_beats_round_to_nearest(make_checkpoint, build):
 def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, build):
     folder = make_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=3)
     text = HEAD.replace("samples: 6", "samples: 24")
-    shared, first = build(folder, "gptq-int4", text=text)
+    shared, first = build(folder, "gptq-shared", text=text)
     own, second = build(folder, "gptq-own", out="own", text=text)
     a, b = (load_file(out / "model-GPTQ-Int4" / "model.safetensors") for out in (first, second))
     assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
@@ -204,7 +205,7 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
     own = x + 0.3 * own
     view = walk.View(None, 0, {}, torch.float32, None)
     gram, cross, missing = walk._drift(
-        view, "o", [(x[:25], own[:25]), (x[25:], own[25:])], [(r[:25], q[:25]), (r[25:], q[25:])]
+        view, "o", {0: (x[:25], own[:25]), 1: (x[25:], own[25:])}, [(r[:25], q[:25]), (r[25:], q[25:])]
     )
     found = walk._against(weight @ cross + missing, gram)
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks

@@ -414,9 +414,9 @@ def test_one_problem_one_line(old, new, line):
             '16:11: artifacts[2].name: repeated name, got "four"; allowed: any but that of artifacts[0]',
         ),
         (
-            "bits: 4",
-            "bits: 4\n    rounding: rtn\n    propagate: true",
-            "14:16: artifacts[0].propagate: rounding: rtn does not look at the stream, got true; allowed: false",
+            "type: q4_k_m",
+            "type: q4_k_m\n    propagate: true",
+            "19:16: artifacts[2].propagate: solver: ggml does not look at the stream, got true; allowed: false",
         ),
         (
             "type: q4_k_m",
@@ -899,7 +899,7 @@ def test_fingerprint_stays_what_it_was():
         calibration=Calibration(sources=(Source(bundled="a"),)),
         artifacts=(AwqArtifact(name="a", format="awq"),),
     )
-    assert recipe.fingerprint(made) == "0b96974ec76945156d39afd74128d83f95fe325f71a355a4ee6a39bb2664a8d5"
+    assert recipe.fingerprint(made) == "54fc894a8271b86dd5fcb0302686b60c2a831feec19b42f5270001bf619814fe"
 
 
 # The schema and the documentation.

@@ -256,12 +256,10 @@ class GptqArtifact(_Artifact):
     )
     transform: Literal["none", "awq"] = Field(default="none", description="awq: fold scales into the operator before")
     ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for folded scales")
-    propagate: bool = Field(default=False, description="calibrate on the artifact's own quantized stream")
-
-    @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given["propagate"] is True and given["rounding"] == "rtn":
-            yield ("propagate",), "rounding: rtn does not look at the stream, got true; allowed: false"
+    propagate: bool = Field(
+        default=True,
+        description="make up for the errors before a linear; not for `rounding: rtn`, and of no use to 8 bits",
+    )
 
 
 class AwqArtifact(_Artifact):
@@ -279,12 +277,7 @@ class AwqArtifact(_Artifact):
     sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq")
     transform: Literal["none", "awq"] = Field(default="awq", description="none: the layout only")
     ratios: int = Field(default=20, ge=1, le=100, description="as for gptq")
-    propagate: bool = Field(default=False, description="as for gptq")
-
-    @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given["propagate"] is True and given["rounding"] == "rtn":
-            yield ("propagate",), "rounding: rtn does not look at the stream, got true; allowed: false"
+    propagate: bool = Field(default=True, description="as for gptq")
 
 
 class GgufArtifact(_Artifact):
