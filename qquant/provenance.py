@@ -35,7 +35,9 @@ SOURCE = "source.json"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-ADDED = frozenset({"README.md", REPORT, BOM, STATEMENT, SIGNATURE, *LICENCES})  # to a build's folder, by `publish` and `sign`
+ADDED = frozenset(
+    {"README.md", REPORT, BOM, STATEMENT, SIGNATURE, *LICENCES}
+)  # to a build's folder, by `publish` and `sign`
 BUILD_TYPE = "urn:qquant:build:1"
 PASSED = ("pass", "waived")
 
