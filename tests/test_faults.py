@@ -238,6 +238,7 @@ def owner(**changes):
         (json.dumps(owner(pid=os.getppid(), start=lock._start(os.getppid()))).encode(), False),
         (json.dumps(owner(host="elsewhere")).encode(), True),  # its beat stands still
     ],
+    ids=["empty", "nonsense", "no-process", "number-used-again", "earlier-boot", "alive", "elsewhere-and-still"],
 )
 def test_a_lock_is_taken_over_from_the_provably_dead(tmp_path, monkeypatch, left, free):
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
