@@ -22,8 +22,8 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,7 +40,7 @@ from qquant.moments import Moments
 from qquant.padding import narrow
 from qquant.solver import Rows, Solver, unit
 from qquant.stats import Gram, NotFiniteError
-from qquant.stream import Stream
+from qquant.stream import STATES, Stream
 from qquant.tensor import Grid
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
@@ -92,7 +92,7 @@ def quantize(
         before = {place: start.hidden[place] for place in places} if own else {}
         grams = _shared(view, start, shared, [draft for _, draft in own], moments)
         for stream, draft in own:
-            _propagated(view, grams, before, stream, Solver(checkpoint, draft, layer, moments))
+            stream.spare(layer, partial(_own_block, view, grams, before, stream, (draft, moments), start.wide))
         progress("quantize", layer + 1, layers)
 
 
@@ -202,8 +202,38 @@ def _transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transform
     return awq(checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios)
 
 
+def _own_block(
+    view: View,
+    grams: Mapping[str, Gram],
+    before: Mapping[int, Tensor],
+    stream: Stream,
+    target: tuple[Draft, Moments],
+    overflowed: Collection[int],
+) -> None:
+    """Solve a block on the artifact's own stream; in float32 where it is not finite in the stream's dtype.
+
+    `overflowed`: samples that went through the 16-bit block in float32.
+    """
+    draft, moments = target
+    for wide in (view, replace(view, dtype=torch.float32)):
+        try:
+            _propagated(wide, grams, before, stream, Solver(view.checkpoint, draft, view.layer, moments), overflowed)
+        except NotFiniteError as failure:
+            if wide.dtype == torch.float32:
+                raise NumericalError(
+                    f"block {view.layer} of {draft.plan.name}: activations are not finite in float32 either: {failure}"
+                ) from None
+        else:
+            return
+
+
 def _propagated(
-    view: View, grams: Mapping[str, Gram], before: Mapping[int, Tensor], stream: Stream, solver: Solver
+    view: View,
+    grams: Mapping[str, Gram],
+    before: Mapping[int, Tensor],
+    stream: Stream,
+    solver: Solver,
+    overflowed: Collection[int],
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized.
 
@@ -217,18 +247,16 @@ def _propagated(
     transformed = _transform(view, solver.draft, grams)
     rows = view.rows(transformed)
     exact, own = view.block(transformed.weights), view.block(transformed.weights)
-    exact_passes = [exact.stages(x) for x in before.values()]
-    own_passes = [own.stages(y.to(stream.device)) for y in stream.hidden]
-    rest = list(zip(before.values(), stream.hidden, strict=True))
+    kept = stream.hidden[0].dtype
+    rest = [
+        (x.to(stream.device, view.dtype), y.to(stream.device, view.dtype))
+        for x, y in zip(before.values(), stream.hidden, strict=True)
+    ]
+    exact_passes, own_passes = [exact.stages(x) for x, _ in rest], [own.stages(y) for _, y in rest]
     for stage in family.stages:
         inputs = [(next(x)[1], next(y)[1]) for x, y in zip(exact_passes, own_passes, strict=True)]
         adds = stage.linears[0] in (family.stages[1].linears[0], family.stages[3].linears[0])
-        try:
-            gram, cross, missing = _drift(
-                view, stage.name, dict(zip(before, inputs, strict=True)), rest if adds else ()
-            )
-        except NotFiniteError as failure:
-            raise NumericalError(f"block {layer}: {stage.name} of {solver.draft.plan.name}: {failure}") from None
+        gram, cross, missing = _drift(view, stage.name, dict(zip(before, inputs, strict=True)), rest if adds else ())
         targets = dict(transformed.weights)
         for linear in stage.linears:
             weight = transformed.weights[f"{linear}.weight"]
@@ -242,8 +270,11 @@ def _propagated(
                 (r + exact.linear(linear, x), q + own.linear(linear, y))
                 for (r, q), (x, y) in zip(rest, inputs, strict=True)
             ]
-    stream.hidden = [next(sample)[1] for sample in own_passes]
-    solver.finish(transformed.weights, transformed.choices)
+    hidden = [next(sample)[1].to(kept) for sample in own_passes]
+    if not all(bool(torch.isfinite(y).all()) for y in hidden):
+        raise NotFiniteError(f"its output is not finite in {kept}")
+    solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
+    stream.hidden = [y.cpu() for y in hidden] if stream.relief >= STATES else hidden
 
 
 def _drift(

@@ -148,9 +148,10 @@ def overflowing(monkeypatch, dtypes, calls):
 
 def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch, tmp_path):
     folder = make_checkpoint()
-    _, whole = build(folder, out="whole")
+    text = HEAD.replace("  samples: 6", "  objective: output\n  samples: 6")
+    _, whole = build(folder, out="whole", text=text)
     overflowing(monkeypatch, {torch.bfloat16}, {2, 4})
-    report, out = build(folder)
+    report, out = build(folder, text=text)
     manifest = json.loads((out / "model-GPTQ-Int4" / "qquant-manifest.json").read_text())
     wide = {entry["name"]: entry.get("float32_samples") for entry in manifest["artifacts"]["gptq-int4"]["layers"]}
     assert wide["model.layers.0"] == 2
@@ -160,6 +161,24 @@ def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpo
     plain = json.loads((whole / "report.json").read_text())["artifacts"]
     for row, artifact in zip(plain, report.artifacts, strict=True):
         assert artifact.kl_divergence == pytest.approx(row["kl_divergence"], rel=0.2)
+
+
+def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch):
+    folder = make_checkpoint()
+    real, dtypes = walk._propagated, []
+
+    def watched(view, *rest):
+        dtypes.append(view.dtype)
+        with monkeypatch.context() as patch:
+            plain = Block.activate
+            wrong = view.layer == 1 and view.dtype == torch.bfloat16
+            patch.setattr(Block, "activate", lambda self, h: plain(self, h) * (float("inf") if wrong else 1))
+            real(view, *rest)
+
+    monkeypatch.setattr(walk, "_propagated", watched)
+    report, _ = build(folder, "gptq-int4")
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert any("model.layers.1: 6 samples overflowed and were computed in float32" in line for line in report.warnings)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
