@@ -152,13 +152,13 @@ def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved):
     """With the rest held, the gradient of the loss at the target of a subset and a block is zero."""
     weight, _, gram, codes, params, grid = solved
     (rows,) = curvature(24)
-    subset, mix = list(descent._subsets([rows]))[1]
+    subset, mix = list(descent._subsets(rows))[1]
     damped = (rows + descent.ROW_DAMPING * rows.diagonal().mean() * torch.eye(24)).double()
     block, _, upper = descent._factored(gram, 64)
     value = value_of(codes, *params.levels(), grid)
     slope = (value - weight) @ gram
     moved = value.double().clone()
-    moved[subset, block] -= ((mix.pull(slope[mix.span, block]) @ upper.T) @ upper).double()
+    moved[subset, block] -= ((mix.pull(slope[:, block]) @ upper.T) @ upper).double()
     gradient = (damped @ (moved - weight.double()) @ gram.double())[subset, block]
     start = (damped @ (value.double() - weight.double()) @ gram.double())[subset, block]
     assert float(gradient.norm() / start.norm()) < 1e-3

@@ -31,7 +31,7 @@ from qquant.tensor import Grid, Params, as_scale
 BLOCK = 64
 PARTS = 8  # subsets of coupled rows
 ROW_DAMPING = 0.05  # of the mean of diag(G)
-ROWS = 2048  # rows whose scales are solved for at a time, and fewer
+ROWS = 2048  # rows that are swept, or whose scales are solved for, at a time; fewer
 SYSTEM = 1 << 26  # where their systems together have more values than this
 
 
@@ -62,27 +62,48 @@ def sweep(
         [part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in columns.split(BLOCK)]
     )
     gram = gram[order][:, order]
-    step, offset = (level.repeat_interleave(grid.width, dim=1)[:, order] for level in levels)
-    codes = codes[:, order]
-    value = step * codes.float() - offset
-    slope = (value - weight[:, order]) @ gram
     blocks = [_factored(gram, start) for start in range(0, len(order), BLOCK)]
-    for chosen, mix in [(slice(0, len(weight)), None)] if rows is None else _subsets(rows):
+    swept = torch.empty_like(codes)
+    start = 0
+    independent: list[Tensor | None] = [None] * -(-len(weight) // ROWS)
+    for matrix in independent if rows is None else rows:
+        span = slice(start, min(start + (ROWS if matrix is None else len(matrix)), len(weight)))
+        step, offset = (level[span].repeat_interleave(grid.width, dim=1)[:, order] for level in levels)
+        target = weight[span][:, order]
+        swept[span, order] = _swept_rows(
+            target, gram, codes[span][:, order], (step, offset), grid.levels, blocks, matrix
+        )
+        start = span.stop
+    return swept
+
+
+def _swept_rows(
+    weight: Tensor,
+    gram: Tensor,
+    codes: Tensor,
+    levels: tuple[Tensor, Tensor],
+    count: int,
+    blocks: Sequence[tuple[slice, Tensor, Tensor]],
+    matrix: Tensor | None,
+) -> Tensor:
+    """`sweep` of rows that depend on no others; columns in the order of the blocks, levels [N, K], `matrix` their G."""
+    step, offset = levels
+    value = step * codes.float() - offset
+    slope = (value - weight) @ gram
+    for chosen, mix in [(slice(0, len(weight)), None)] if matrix is None else _subsets(matrix):
         for block, inside, upper in blocks:
             old = value[chosen, block]
-            pull = slope[chosen, block] if mix is None else mix.pull(slope[mix.span, block])
+            pull = slope[chosen, block] if mix is None else mix.pull(slope[:, block])
             target = old - (pull @ upper.T) @ upper
             steps, offsets = step[chosen, block].contiguous(), offset[chosen, block].contiguous()
-            found, _ = gptq_block(target, upper, steps, offsets, grid.levels)
+            found, _ = gptq_block(target, upper, steps, offsets, count)
             new = steps * found.float() - offsets
             better = _cost(new - target, inside, mix) < _cost(old - target, inside, mix)
             change = torch.where(better, new - old, torch.zeros_like(new))
             codes[chosen, block] = torch.where(better, found, codes[chosen, block])
             value[chosen, block] += change
             slope[chosen] += change @ gram[block]
-    natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return natural
+    return codes
 
 
 def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor]:
@@ -94,29 +115,25 @@ def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor]:
 
 
 class _Coupled:
-    """A subset of rows that are solved together, among the rows `span` that they are coupled with."""
+    """Every PARTS-th row from `first`, solved together among the rows that G couples them with."""
 
-    def __init__(self, matrix: Tensor, first: int, span: slice) -> None:
-        self.span = span
+    def __init__(self, matrix: Tensor, first: int) -> None:
         self.mix = matrix[first::PARTS]
         self.inside = self.mix[:, first::PARTS]
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.inside))
 
     def pull(self, slope: Tensor) -> Tensor:
-        """G_RR^-1 G_R: slope, for the slope of all rows of the span."""
+        """G_RR^-1 G_R: slope, for the slope of all coupled rows."""
         return self.inverse @ (self.mix @ slope)
 
 
-def _subsets(rows: Sequence[Tensor]) -> Iterator[tuple[slice, _Coupled]]:
-    start = 0
-    for matrix in rows:
-        mean = matrix.diagonal().mean()
-        stop = start + len(matrix)
-        if bool(mean > 0):
-            damped = matrix + ROW_DAMPING * mean * torch.eye(len(matrix), device=matrix.device)
-            for first in range(min(PARTS, len(matrix))):
-                yield slice(start + first, stop, PARTS), _Coupled(damped, first, slice(start, stop))
-        start = stop
+def _subsets(matrix: Tensor) -> Iterator[tuple[slice, _Coupled]]:
+    """The subsets of the rows that `matrix` [N, N] couples; none where it is zero."""
+    mean = matrix.diagonal().mean()
+    if bool(mean > 0):
+        damped = matrix + ROW_DAMPING * mean * torch.eye(len(matrix), device=matrix.device)
+        for first in range(min(PARTS, len(matrix))):
+            yield slice(first, None, PARTS), _Coupled(damped, first)
 
 
 def _cost(error: Tensor, inside: Tensor, mix: _Coupled | None) -> Tensor:
@@ -131,11 +148,12 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     factors = params.factors(codes)
     old = torch.cat([coefficients for coefficients, _ in factors], 1)
     new = old.clone()
-    target = weight @ gram
     rows = max(1, min(ROWS, SYSTEM // old.shape[1] ** 2))
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
-        system, right = _normal_equations([basis[part] for _, basis in factors], target[part], gram, old.shape[1])
+        system, right = _normal_equations(
+            [basis[part] for _, basis in factors], weight[part] @ gram, gram, old.shape[1]
+        )
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
