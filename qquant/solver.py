@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.algorithms import ROUNDERS, descent
+from qquant.algorithms import ROUNDERS, coupled, descent
 from qquant.algorithms.awq import Choice
 from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
 from qquant.artifact import Draft
@@ -171,9 +171,9 @@ class Solver:
             for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
                 params[linear] = _refitted(matrix, damped, part, params[linear], grid)
         if rows:
-            coupled = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
+            known = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
             for count in range(getattr(spec, "sweeps", 0)):
-                codes = descent.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, coupled)
+                codes = coupled.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, known)
         return {
             linear: QuantizedTensor(part, params[linear], grid)
             for linear, part in zip(linears, _split(codes, linears), strict=True)

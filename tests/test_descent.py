@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qquant.algorithms import descent
+from qquant.algorithms import coupled, descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
 from qquant.formats import gguf_types
 from qquant.tensor import UniformGrid, UniformParams, value_of
@@ -125,10 +125,10 @@ def test_a_coupled_sweep_lowers_the_loss_over_rows_and_columns(solved):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(16, 8)
     levels = params.levels()
-    damped = [part + descent.ROW_DAMPING * part.diagonal().mean() * torch.eye(len(part)) for part in rows]
+    damped = [part + coupled.DAMPING * part.diagonal().mean() * torch.eye(len(part)) for part in rows]
     before = coupled_loss(weight, gram, damped, codes, levels, grid)
     for shift in (False, True, False):
-        codes = descent.sweep(weight, gram, codes, levels, grid, shift, rows)
+        codes = coupled.sweep(weight, gram, codes, levels, grid, shift, rows)
         after = coupled_loss(weight, gram, damped, codes, levels, grid)
         assert after <= before * (1 + 1e-5)
         before = after
@@ -138,36 +138,49 @@ def test_coupled_rows_gain_where_the_curvature_says_so(solved):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(16, 8)
     levels = params.levels()
-    alone = coupled = codes
+    alone = both = codes
     for count in range(2):
         alone = descent.sweep(weight, gram, alone, levels, grid, count == 1)
-        coupled = descent.sweep(weight, gram, coupled, levels, grid, count == 1, rows)
-    ratio = coupled_loss(weight, gram, rows, coupled, levels, grid) / coupled_loss(
-        weight, gram, rows, alone, levels, grid
-    )
+        both = coupled.sweep(weight, gram, both, levels, grid, count == 1, rows)
+    ratio = coupled_loss(weight, gram, rows, both, levels, grid) / coupled_loss(weight, gram, rows, alone, levels, grid)
     assert ratio < 0.8
 
 
-def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved):
-    """With the rest held, the gradient of the loss at the target of a subset and a block is zero."""
+def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved, monkeypatch):
+    """With the rest held, the gradient of the loss at the target of a subset and a block is zero: here of the first."""
     weight, _, gram, codes, params, grid = solved
-    (rows,) = curvature(24)
-    subset, mix = list(descent._subsets(rows))[1]
-    damped = (rows + descent.ROW_DAMPING * rows.diagonal().mean() * torch.eye(24)).double()
-    block, _, upper = descent._factored(gram, 64)
-    value = value_of(codes, *params.levels(), grid)
-    slope = (value - weight) @ gram
-    moved = value.double().clone()
-    moved[subset, block] -= ((mix.pull(slope[:, block]) @ upper.T) @ upper).double()
-    gradient = (damped @ (moved - weight.double()) @ gram.double())[subset, block]
-    start = (damped @ (value.double() - weight.double()) @ gram.double())[subset, block]
-    assert float(gradient.norm() / start.norm()) < 1e-3
+    rows = curvature(12, 12)
+    seen = []
+    block = coupled.gptq_block
+    monkeypatch.setattr(coupled, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
+    coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    columns = descent.blocks_of(gram, False).order[: descent.BLOCK]
+    value = value_of(codes, *params.levels(), grid).double()
+    for place in (0, 1):
+        damped = (rows[place] + coupled.DAMPING * rows[place].diagonal().mean() * torch.eye(12)).double()
+        mine, subset = slice(12 * place, 12 * place + 12), torch.arange(0, 12, coupled.PARTS)
+        start = (damped @ (value - weight.double())[mine] @ gram.double())[subset][:, columns]
+        moved = value[mine].clone()
+        moved[subset[:, None], columns] = seen[0].view(2, len(subset), -1)[place].double()
+        gradient = (damped @ (moved - weight.double()[mine]) @ gram.double())[subset][:, columns]
+        assert float(gradient.norm() / start.norm()) < 1e-3
+
+
+def test_batches_of_rows_give_the_codes_of_each_alone(solved, monkeypatch):
+    weight, _, gram, codes, params, grid = solved
+    rows = curvature(8, 8, 5, 3)
+    together = coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    monkeypatch.setattr(coupled, "VALUES", {"cpu": 1})
+    assert (
+        float((coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows) == together).float().mean())
+        > 0.999
+    )
 
 
 def test_rows_without_curvature_are_left_alone(solved):
     weight, _, gram, codes, params, grid = solved
     rows = [curvature(16)[0], torch.zeros(8, 8)]
-    swept = descent.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    swept = coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
     assert torch.equal(swept[16:], codes[16:])
     assert not torch.equal(swept[:16], codes[:16])
 

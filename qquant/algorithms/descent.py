@@ -4,10 +4,6 @@ GPTQ never revisits a column. With all other columns held, the best answer for a
 t = v_S - (v - w) H_{:,S} H_SS^-1; rounding t onto the grid by GPTQ within the block, and keeping it only where it lowers the
 loss tr((v - w) H (v - w)'), can only lower that loss. Sweeps alternate between blocks shifted by half a block.
 
-Where the curvature G of the outputs is known (`qquant.curvature`), the loss is tr(G (v - w) H (v - w)') and rows depend on each
-other. Rows are then taken in PARTS interleaved subsets R, so that strongly coupled neighbours are in different ones; with the rest
-held, t = v_RS - G_RR^-1 (G_R: (v - w) H_:S) H_SS^-1, and a block of columns of a subset is kept or left as a whole.
-
 Then, codes kept, the scales of a row's groups that minimise the loss without G solve a small linear system per row,
 
     A s = b,   A_gh = q_g H_gh q_h',   b_g = q_g H_g: w'        q: codes minus zero points, g, h: groups
@@ -15,12 +11,13 @@ Then, codes kept, the scales of a row's groups that minimise the loss without G 
 and are taken, as float16 stores them, by the rows that gain. A K-quant has two unknowns a super-block, d and dmin, with sub-scale times
 code and minus the sub-minimum as what they multiply; its sub-scales and sub-minima are then chosen again, group by group, as the best
 integers for the codes. Coordinate descent on GPTQ's objective: CDQuant (arXiv 2406.17542);
-a curvature of rows and columns: YAQA (arXiv 2505.22988); closed-form scales: arXiv 2602.02126.
+closed-form scales: arXiv 2602.02126. Rows that depend on each other: `qquant.algorithms.coupled`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,8 +26,6 @@ from qquant.kernels.gptq_block import gptq_block
 from qquant.tensor import Grid, Params, as_scale
 
 BLOCK = 64
-PARTS = 8  # subsets of coupled rows
-ROW_DAMPING = 0.05  # of the mean of diag(G)
 ROWS = 2048  # rows that are swept, or whose scales are solved for, at a time; fewer
 SYSTEM = 1 << 26  # where their systems together have more values than this
 
@@ -44,103 +39,66 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return result
 
 
-def sweep(
-    weight: Tensor,
-    gram: Tensor,
-    codes: Tensor,
-    levels: tuple[Tensor, Tensor],
-    grid: Grid,
-    shift: bool,
-    rows: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite.
+@dataclass(frozen=True)
+class Columns:
+    """Columns in the order of their blocks, within a block by falling diag(H)."""
 
-    `rows`: G of consecutive rows in turn, float32 [n, n] each, N rows together; None: rows are independent.
-    """
-    columns = torch.arange(weight.shape[1], device=weight.device).roll(BLOCK // 2 if shift else 0)
-    order = torch.cat(
-        [part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in columns.split(BLOCK)]
-    )
+    order: Tensor  # int64 [K]
+    gram: Tensor  # float32 [K, K], in this order
+    blocks: list[tuple[slice, Tensor, Tensor, Tensor]]  # columns, H_SS, H_SS^-1, and the upper factor of the latter
+
+
+def blocks_of(gram: Tensor, shift: bool) -> Columns:
+    """Blocks of gram float32 [K, K], positive definite; shifted by half a block, or not."""
+    columns = torch.arange(len(gram), device=gram.device).roll(BLOCK // 2 if shift else 0)
+    parts = columns.split(BLOCK)
+    order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = gram[order][:, order]
-    blocks = [_factored(gram, start) for start in range(0, len(order), BLOCK)]
+    return Columns(order, gram, [_factored(gram, start) for start in range(0, len(order), BLOCK)])
+
+
+def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor, Tensor]:
+    block = slice(start, min(start + BLOCK, len(gram)))
+    inside = gram[block, block].contiguous()
+    root = torch.linalg.cholesky(inside.flip(0, 1)).flip(0, 1)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(inside), device=gram.device), upper=True)
+    return block, inside, upper.T @ upper, upper
+
+
+def sweep(
+    weight: Tensor, gram: Tensor, codes: Tensor, levels: tuple[Tensor, Tensor], grid: Grid, shift: bool
+) -> Tensor:
+    """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
+    columns = blocks_of(gram, shift)
     swept = torch.empty_like(codes)
-    start = 0
-    independent: list[Tensor | None] = [None] * -(-len(weight) // ROWS)
-    for matrix in independent if rows is None else rows:
-        span = slice(start, min(start + (ROWS if matrix is None else len(matrix)), len(weight)))
-        step, offset = (level[span].repeat_interleave(grid.width, dim=1)[:, order] for level in levels)
-        target = weight[span][:, order]
-        swept[span, order] = _swept_rows(
-            target, gram, codes[span][:, order], (step, offset), grid.levels, blocks, matrix
-        )
-        start = span.stop
+    for start in range(0, len(weight), ROWS):
+        part = slice(start, min(start + ROWS, len(weight)))
+        step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
+        given = (weight[part][:, columns.order], codes[part][:, columns.order], step, offset)
+        swept[part, columns.order] = _swept(columns, grid.levels, *given)
     return swept
 
 
-def _swept_rows(
-    weight: Tensor,
-    gram: Tensor,
-    codes: Tensor,
-    levels: tuple[Tensor, Tensor],
-    count: int,
-    blocks: Sequence[tuple[slice, Tensor, Tensor]],
-    matrix: Tensor | None,
-) -> Tensor:
-    """`sweep` of rows that depend on no others; columns in the order of the blocks, levels [N, K], `matrix` their G."""
-    step, offset = levels
+def _swept(columns: Columns, count: int, weight: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    """Codes [N, K] after a pass, the columns in the order of `columns`."""
     value = step * codes.float() - offset
-    slope = (value - weight) @ gram
-    for chosen, mix in [(slice(0, len(weight)), None)] if matrix is None else _subsets(matrix):
-        for block, inside, upper in blocks:
-            old = value[chosen, block]
-            pull = slope[chosen, block] if mix is None else mix.pull(slope[:, block])
-            target = old - (pull @ upper.T) @ upper
-            steps, offsets = step[chosen, block].contiguous(), offset[chosen, block].contiguous()
-            found, _ = gptq_block(target, upper, steps, offsets, count)
-            new = steps * found.float() - offsets
-            better = _cost(new - target, inside, mix) < _cost(old - target, inside, mix)
-            change = torch.where(better, new - old, torch.zeros_like(new))
-            codes[chosen, block] = torch.where(better, found, codes[chosen, block])
-            value[chosen, block] += change
-            slope[chosen] += change @ gram[block]
+    slope = (value - weight) @ columns.gram
+    for block, inside, inverse, upper in columns.blocks:
+        old = value[:, block]
+        target = old - slope[:, block] @ inverse
+        steps, offsets = step[:, block].contiguous(), offset[:, block].contiguous()
+        found, _ = gptq_block(target, upper, steps, offsets, count)
+        new = steps * found.float() - offsets
+        better = _cost(new - target, inside) < _cost(old - target, inside)
+        change = torch.where(better, new - old, torch.zeros_like(new))
+        codes[:, block] = torch.where(better, found, codes[:, block])
+        slope += change @ columns.gram[block]
     return codes
 
 
-def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor]:
-    """A block of columns, its part of H, and the upper factor of the inverse of that."""
-    block = slice(start, min(start + BLOCK, len(gram)))
-    inside = gram[block, block]
-    root = torch.linalg.cholesky(inside.flip(0, 1)).flip(0, 1)
-    return block, inside, torch.linalg.solve_triangular(root, torch.eye(len(inside), device=gram.device), upper=True)
-
-
-class _Coupled:
-    """Every PARTS-th row from `first`, solved together among the rows that G couples them with."""
-
-    def __init__(self, matrix: Tensor, first: int) -> None:
-        self.mix = matrix[first::PARTS]
-        self.inside = self.mix[:, first::PARTS]
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.inside))
-
-    def pull(self, slope: Tensor) -> Tensor:
-        """G_RR^-1 G_R: slope, for the slope of all coupled rows."""
-        return self.inverse @ (self.mix @ slope)
-
-
-def _subsets(matrix: Tensor) -> Iterator[tuple[slice, _Coupled]]:
-    """The subsets of the rows that `matrix` [N, N] couples; none where it is zero."""
-    mean = matrix.diagonal().mean()
-    if bool(mean > 0):
-        damped = matrix + ROW_DAMPING * mean * torch.eye(len(matrix), device=matrix.device)
-        for first in range(min(PARTS, len(matrix))):
-            yield slice(first, None, PARTS), _Coupled(damped, first)
-
-
-def _cost(error: Tensor, inside: Tensor, mix: _Coupled | None) -> Tensor:
-    """The loss of errors [R, S] from their target: of every row, [R, 1]; of coupled rows, of all together."""
-    if mix is None:
-        return ((error @ inside) * error).sum(1, keepdim=True)
-    return ((mix.inside @ error) * (error @ inside)).sum()
+def _cost(error: Tensor, inside: Tensor) -> Tensor:
+    """The loss of every row of errors [N, S] from their target, [N, 1]."""
+    return ((error @ inside) * error).sum(1, keepdim=True)
 
 
 def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params:
