@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from qquant import artifact, pipeline, recipe, solver, walk
+from qquant import artifact, curvature, pipeline, recipe, solver, walk
+from qquant.algorithms import coupled, descent
 from qquant.checkpoint import Checkpoint
 from qquant.plan import Plan
+from qquant.tensor import UniformGrid
 from tests.bench.memory import write_random
 
 RECIPE = """
@@ -93,6 +95,13 @@ def main():
         (walk, "_transform", "AWQ search"),
         (solver, "factorize", "factorise"),
         (solver.Solver, "_round", "solve"),
+        (walk, "_drift", "own stream: Gram and drift"),
+        (walk, "_against", "own stream: correction"),
+        (descent, "sweep", "sweeps"),
+        (descent, "refit", "scales refitted"),
+        (coupled, "sweep", "coupled sweeps"),
+        (UniformGrid, "fit", "scale search"),
+        (curvature, "_backward", "curvature: blocks"),
         (solver.Solver, "_store", "GGUF blocks"),
         (artifact.Draft, "write", "write"),
         (artifact.Draft, "finish", "read back and rename"),
