@@ -43,15 +43,20 @@ class Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self, most: int = 7) -> list[float]:
-        """Round values inside, 1-2-5 where there is room, else powers of ten."""
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        """Round values inside, 1-2-5 where there is room, else powers of ten; finer ones where an axis is short."""
         for steps in ((1, 2, 5), (1, 3), (1,)):
-            found = [step * 10.0**power for power in powers for step in steps]
-            found = [value for value in found if self.low <= value <= self.high]
+            found = self._inside(steps)
             if len(found) <= most:
                 break
+        found = found or self._inside((1.5, 3, 4, 6, 7, 8, 9))
         stride = -(-len(found) // most)
         return found[::stride]
+
+    def _inside(self, steps: Sequence[float]) -> list[float]:
+        """Multiples of powers of ten that the axis shows."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps]
+        return [value for value in found if self.low <= value <= self.high]
 
 
 def render(report: Report) -> str:

@@ -185,6 +185,14 @@ def test_axis_ticks_are_round_and_inside():
     assert len(wide.ticks()) <= 7
 
 
+def test_an_axis_of_nearly_equal_values_has_a_tick():
+    """Two artifacts of one size: no 1-2-5 number may lie between 1.25 times less and 1.25 times more."""
+    for tenths in range(10, 100):
+        axis = report_html.Axis.of([tenths * 1e5], 0, 100)
+        assert axis.ticks(), tenths
+        assert all(axis.low <= value <= axis.high for value in axis.ticks())
+
+
 # --- the record read again, and what machines read -------------------------------------------------------------------------
 
 
