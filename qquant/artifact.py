@@ -2,7 +2,7 @@
 
     DIR/.partial/<name>/...        files preallocated to their planned size, filled tensor by tensor
     DIR/.partial/<name>.journal    one JSON line per finished unit (a decoder block, or the tensors outside the blocks),
-                                   appended and synced after the unit's bytes were synced: {unit, checksums, record}
+                                   appended and synced after the unit's bytes were synced: {unit, checksums, record, seconds}
     DIR/<folder>/qquant-manifest.json   size and sha256 of every file, and the build's key; no times, so the same build, the same bytes
 
 A folder with a manifest is complete: it gets its final name in one rename, after everything in it was read back. An artifact that
@@ -60,6 +60,14 @@ class Unit:
     name: str  # "block 3" or "rest"
     checksums: dict[str, str]  # stored tensor -> sha256 of its bytes
     record: list[dict[str, Any]]  # per linear: errors, damping, fallback
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # by stage and block; in the journal only, so not in any artifact
+
+
+def _line(unit: Unit) -> dict[str, Any]:
+    """What the journal says of a unit."""
+    return {"unit": unit.name, "checksums": unit.checksums, "record": unit.record, "seconds": unit.seconds}
 
 
 @dataclass
@@ -126,10 +134,10 @@ class Draft:
         if not all(self._intact(file) for file in self.plan.files):
             return False
         for line in lines[1:]:
-            unit = Unit(line["unit"], line["checksums"], line["record"])
+            unit = Unit(line["unit"], line["checksums"], line["record"], line["seconds"])
             if all(self._stored_sha256(name) == value for name, value in unit.checksums.items()):
                 self.units[unit.name] = unit
-        kept = [{"unit": unit.name, "checksums": unit.checksums, "record": unit.record} for unit in self.units.values()]
+        kept = [_line(unit) for unit in self.units.values()]
         if [*lines[:1], *kept] != lines or not self.journal.read_bytes().endswith(b"\n"):
             self.journal.unlink()
             reached("while a journal is written again")
@@ -146,7 +154,7 @@ class Draft:
                 content = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            keys = {"unit", "checksums", "record"} if lines else {"key", "plan"}
+            keys = {"unit", "checksums", "record", "seconds"} if lines else {"key", "plan"}
             if not isinstance(content, dict) or set(content) != keys:
                 break
             lines.append(content)
@@ -178,8 +186,14 @@ class Draft:
                 left -= len(piece)
         return digest.hexdigest()
 
-    def write(self, unit: str, pieces: Iterable[tuple[str, int, Tensor]], record: list[dict[str, Any]]) -> None:
-        """Write (stored name, byte offset inside the tensor, piece) and journal the unit.
+    def write(
+        self,
+        unit: str,
+        pieces: Iterable[tuple[str, int, Tensor]],
+        record: list[dict[str, Any]],
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write (stored name, byte offset inside the tensor, piece) and journal the unit, with what took how long.
 
         Raises:
             EnvironmentMissingError: the disk is full.
@@ -206,8 +220,8 @@ class Draft:
         for path in sorted(touched):
             sync(path)
         reached("before a unit is journalled")
-        done = Unit(unit, {name: digest.hexdigest() for name, digest in digests.items()}, record)
-        self._append([{"unit": done.name, "checksums": done.checksums, "record": done.record}])
+        done = Unit(unit, {name: digest.hexdigest() for name, digest in digests.items()}, record, dict(seconds or {}))
+        self._append([_line(done)])
         self.units[unit] = done
         reached("after a unit is journalled")
 

@@ -3,6 +3,7 @@
 DIR/<artifact folders>      complete, each with qquant-manifest.json
 DIR/calibration/            the tokens that were used, with their provenance
 DIR/report.json, report.md, report.html, evidence/
+DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
 DIR/source.json             which checkpoint, from where, under which licence
 DIR/.partial/               a build in progress, with its lock; gone when the build is done
 
@@ -26,7 +27,8 @@ from qquant.lock import hold
 PARTIAL = ".partial"
 DONE = ".partial.done"  # what is left of a build that is done, while it is removed
 MANIFEST = "qquant-manifest.json"
-OURS = {PARTIAL, DONE, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
+TIMINGS = "timings.json"
+OURS = {PARTIAL, DONE, TIMINGS, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EAGAIN}  # the same command may well continue
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 

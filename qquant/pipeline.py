@@ -35,11 +35,12 @@ from qquant.formats.imatrix import Imatrix
 from qquant.gates import is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.moments import Moments
-from qquant.output import claim, write_synced
+from qquant.output import TIMINGS, claim, write_synced
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.report import Report, SpeedReport
 from qquant.safetensors_file import SIZES
+from qquant.untrusted import read_json
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,6 +69,7 @@ def build(
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
+        write_timings(drafts, out)
         for draft in drafts:
             draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
         tokens.save(out / "calibration")
@@ -144,6 +146,16 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
         }
         for candidate in candidates
     }
+
+
+def write_timings(drafts: Sequence[Draft], out: Path) -> None:
+    """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
+    path = out / TIMINGS
+    known = read_json(path).get("artifacts") if path.is_file() else None
+    found = known if isinstance(known, dict) else {}
+    for draft in drafts:
+        found[draft.plan.name] = {name: took for unit in draft.units.values() for name, took in unit.seconds.items()}
+    write_synced(path, (json.dumps({"schema": "qquant-timings-1", "artifacts": found}, indent=2) + "\n").encode())
 
 
 def write_imatrix(found: Imatrix | None, folder: Path) -> None:

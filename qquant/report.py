@@ -117,7 +117,7 @@ class ArtifactReport:
     top1_agreement: float
     verdict: Verdict
     fallbacks: tuple[str, ...] = ()
-    layers: tuple[Mapping[str, Any], ...] = ()  # per linear: errors before and after the solver, damping, fallback
+    layers: tuple[Mapping[str, Any], ...] = ()  # per linear: error, error after each step, damping, fallback
     kl_percentiles: Mapping[str, float] = field(default_factory=dict)  # "50", "90", "99", "99.9"
     delta_p: Mapping[str, float] = field(default_factory=dict)  # of the right token: mean, rms, percentiles
     kl_histogram: tuple[int, ...] = ()  # tokens per bin of KL_BINS, below and above them at the ends

@@ -21,6 +21,7 @@ WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHADES = 8  # steps of the heat map
+STEPS = {"rtn": "to nearest", "gptq": "GPTQ", "sweeps": "descent and scales", "coupled": "coupled rows"}
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,13 @@ def _place(name: str) -> tuple[int, str] | None:
 def _heat(artifact: ArtifactReport) -> dict[str, Any]:
     """Relative squared error of each linear by block: the stronger the more, on a logarithmic scale of this artifact."""
     cells: dict[tuple[int, str], float] = {}
+    notes: dict[tuple[int, str], str] = {}
     for layer in artifact.layers:
         place = _place(str(layer.get("name", "")))
         if place and isinstance(layer.get("error"), float | int):
             cells[place] = float(layer["error"])
+            steps = ((STEPS.get(step, step), float(error)) for step, error in layer.get("steps", {}).items())
+            notes[place] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[place], 3)
     blocks = sorted({block for block, _ in cells})
     linears = list(dict.fromkeys(linear for _, linear in cells))
     positive = [value for value in cells.values() if value > 0]
@@ -203,10 +207,22 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
         return min(SHADES - 1, int(share * SHADES))
 
     rows = [
-        (linear, [(block, cells.get((block, linear)), shade(cells.get((block, linear)) or 0.0)) for block in blocks])
+        (linear, [(block, notes.get((block, linear)), shade(cells.get((block, linear)) or 0.0)) for block in blocks])
         for linear in linears
     ]
-    return {"artifact": artifact, "rows": rows, "blocks": blocks, "low": math.exp(low), "high": math.exp(high)}
+    ends = {"low": math.exp(low), "high": math.exp(high)}
+    return {"artifact": artifact, "rows": rows, "blocks": blocks, "steps": _steps(artifact)} | ends
+
+
+def _steps(artifact: ArtifactReport) -> list[tuple[str, float]]:
+    """The error after each step as a share of that of round to nearest, geometric mean over the linears."""
+    shares: dict[str, list[float]] = {}
+    for layer in artifact.layers:
+        errors = {step: float(error) for step, error in layer.get("steps", {}).items()}
+        for step, error in errors.items():
+            if step != "rtn" and 0 < error < math.inf and 0 < errors["rtn"] < math.inf:
+                shares.setdefault(step, []).append(math.log(error / errors["rtn"]))
+    return [(STEPS.get(step, step), math.exp(sum(logs) / len(logs))) for step, logs in shares.items()]
 
 
 def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[ArtifactReport, float, int]]:

@@ -1,10 +1,13 @@
 """One block of one artifact: every stage's linears are fitted, rounded, packed, read back, and the whole block is written.
 
-A linear whose solved error is worse than round-to-nearest's keeps the latter, and its record says so.
+A linear whose solved error is worse than round-to-nearest's keeps the latter, and its record says so. The record has the error after
+each step, w H w' of what is missing over that of the weights: `rtn` to nearest, `gptq`, `sweeps` of descent with their scale refits,
+`coupled` sweeps (which look at the divergence of the model, so this error may rise). Seconds are kept apart: they are no part of the result.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from qquant.padding import narrow, widened, widened_codes, widens
 from qquant.stats import Gram
 from qquant.tensor import Grid, Params, QuantizedTensor, checksum, nearest, value_of
 
+Steps = dict[str, dict[str, float]]  # linear -> step -> error
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known
 
 
@@ -57,6 +61,11 @@ def _refitted(weight: Tensor, gram: Tensor, codes: Tensor, params: Params, grid:
     if not found.integers(codes):
         return found
     return descent.refit(weight, gram, codes, descent.choose_integers(weight, gram, codes, found, values))
+
+
+def _missing(gram: Gram, found: QuantizedTensor, weight: Tensor) -> float:
+    """The output error of a linear, summed over its rows and the calibration tokens."""
+    return float(gram.energy(found.dequantize() - weight).sum())
 
 
 def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -97,9 +106,12 @@ class Solver:
         self.shapes = checkpoint.family.linear_shapes(checkpoint.config)  # as stored; solved without padding
         self.tensors: dict[str, Tensor] = {}
         self.record: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}  # by stage; of the whole block when it is written
+        self.began = time.perf_counter()
 
     def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows) -> dict[str, Tensor]:
         """Quantize the linears of a stage; their float32 values as readers will see them."""
+        began = time.perf_counter()
         values: dict[str, Tensor] = {}
         linears = {linear: weights[f"{linear}.weight"] for linear in stage.linears}
         grids = {
@@ -109,6 +121,7 @@ class Solver:
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows)
+        self.seconds[self.prefix + stage.name] = round(time.perf_counter() - began, 4)
         return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
 
     def _name(self, linear: str) -> str:
@@ -135,49 +148,66 @@ class Solver:
             gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
         plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
         solved, damping, fallback = plain, None, None
+        steps: Steps = {linear: {"rtn": _missing(gram, plain[linear], matrix)} for linear, matrix in linears.items()}
         if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
             try:
-                solved = self._solved(linears, gram, grid, rows)
+                solved, later = self._solved(linears, gram, grid, rows)
+                steps = {linear: steps[linear] | later[linear] for linear in linears}
                 damping = factorize(gram, self.draft.plan.spec.damping).damping
             except NotPositiveDefiniteError as failure:
                 fallback = f"rtn: {failure}"
         values = {}
         for linear, matrix in linears.items():
             total = float(gram.energy(matrix).sum()) or 1.0
-            errors = [float(gram.energy(way[linear].dequantize() - matrix).sum()) / total for way in (solved, plain)]
+            errors = {step: error / total for step, error in steps[linear].items()}
+            last, first = list(errors.values())[-1], errors["rtn"]
             chosen, note = solved[linear], fallback
-            if errors[1] < errors[0]:
-                chosen, note = plain[linear], f"rtn: solved error {errors[0]:.3g} was not below {errors[1]:.3g}"
+            if first < last:
+                chosen, note = plain[linear], f"rtn: solved error {last:.3g} was not below {first:.3g}"
             chosen = widened_codes(chosen, self.shapes[linear])
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
             if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
-            facts = {"error": min(errors), "rtn_error": errors[1], "damping": damping, "fallback": note}
+            facts = {"error": min(first, last), "steps": errors, "damping": damping, "fallback": note}
             facts["damping_asked"] = getattr(self.draft.plan.spec, "damping", None)
             self._note(linear, value, gram, **facts)
         return values
 
-    def _solved(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, QuantizedTensor]:
+    def _solved(
+        self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows
+    ) -> tuple[dict[str, QuantizedTensor], Steps]:
         """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
         spec = self.draft.plan.spec
+        sweeps = getattr(spec, "sweeps", 0)
         weight = torch.cat(list(linears.values()))
         importance = rounding_weight(gram, spec.damping)
         params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
         codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
+        steps: Steps = {linear: {} for linear in linears}
+
+        def parts() -> dict[str, QuantizedTensor]:
+            split = zip(linears, _split(codes, linears), strict=True)
+            return {linear: QuantizedTensor(part, params[linear], grid) for linear, part in split}
+
+        def note(step: str) -> None:
+            for linear, part in parts().items():
+                steps[linear][step] = _missing(gram, part, linears[linear])
+
+        note("gptq")
         damped = descent.damped(gram.matrix, spec.damping)
-        for count in range(getattr(spec, "sweeps", 0)):
+        for count in range(sweeps):
             codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
             for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
                 params[linear] = _refitted(matrix, damped, part, params[linear], grid)
-        if rows:
+        if sweeps:
+            note("sweeps")
+        if rows and sweeps:
             known = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
-            for count in range(getattr(spec, "sweeps", 0)):
+            for count in range(sweeps):
                 codes = coupled.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, known)
-        return {
-            linear: QuantizedTensor(part, params[linear], grid)
-            for linear, part in zip(linears, _split(codes, linears), strict=True)
-        }
+            note("coupled")
+        return parts(), steps
 
     def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
         self.tensors |= {name: value.cpu() for name, value in stored.items()}
@@ -211,8 +241,11 @@ class Solver:
         if wide:
             self.record.append({"name": self.prefix.rstrip("."), "float32_samples": len(wide)})
         self.record += [{"name": self.prefix + choice.stage, "awq": vars(choice)} for choice in choices]
+        self.seconds[self.prefix.rstrip(".")] = round(time.perf_counter() - self.began, 4)
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
         for name, value in weights.items():
             if name not in linears:
                 self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
-        self.draft.write(unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record)
+        self.draft.write(
+            unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record, self.seconds
+        )

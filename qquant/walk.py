@@ -177,9 +177,9 @@ def _shared(
         moments.save(layer, grams)
 
     def solve(draft: Draft) -> None:
+        solver = Solver(view.checkpoint, draft, layer, moments)
         transformed = _transform(view, draft, grams)
         rows = view.rows(transformed)
-        solver = Solver(view.checkpoint, draft, layer, moments)
         for stage in family.stages:
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
         solver.finish(transformed.weights, transformed.choices, stream.wide)

@@ -45,6 +45,7 @@ ARTIFACTS = {
     "gptq-row": "{name: gptq-row, format: gptq, bits: 8, group_size: -1, scale_search: minmax, gates: {defaults: false}}",
     "gptq-shared": "{name: gptq-shared, format: gptq, bits: 4, group_size: 32, propagate: false, gates: {defaults: false}}",
     "gptq-own": "{name: gptq-own, format: gptq, bits: 4, group_size: 32, propagate: true, gates: {defaults: false}}",
+    "gptq-once": "{name: gptq-once, format: gptq, bits: 4, group_size: 32, propagate: false, sweeps: 0, gates: {defaults: false}}",
     "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax, gates: {defaults: false}}",
     "awq": "{name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}",
     "gguf-q8_0": "{name: gguf-q8_0, format: gguf, type: q8_0, gates: {defaults: false}}",
@@ -77,12 +78,17 @@ def build(tmp_path):
 
 
 def contents(folder):
-    """Every file below `folder` and its bytes; reports hold no times but layer seconds, so they are left out."""
+    """Every file below `folder` and its bytes, but for seconds, reports, and manifests, which hold the whole recipe."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(("report.", "qquant-manifest"))
+        if path.is_file() and not path.name.startswith(("report.", "timings.", "qquant-manifest"))
     }
+
+
+def seconds(folder):
+    """What took how long, by artifact."""
+    return json.loads((folder / "timings.json").read_text())["artifacts"]
 
 
 VARIANTS = {
@@ -109,7 +115,7 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
                 assert path.read_bytes() == file.copy_of.read_bytes()
     assert {path.name for path in out.iterdir()} == {
         "Qwen1.5-Test-Chat-GPTQ-Int4", "Qwen1.5-Test-Chat-GPTQ-Int8", "Qwen1.5-Test-Chat-AWQ", "Qwen1.5-Test-Chat-GGUF",
-        "calibration", "evidence", "report.html", "report.json", "report.md",
+        "calibration", "evidence", "report.html", "report.json", "report.md", "timings.json",
     }  # fmt: skip
     assert (out / "Qwen1.5-Test-Chat-GGUF" / "qwen1_5-test-chat-q8_0.gguf").is_file()
     rows = {row.name: row for row in (*report.artifacts, *other.artifacts)}
@@ -182,7 +188,51 @@ def test_gptq_beats_round_to_nearest(make_checkpoint, build):
     plain, _ = build(folder, "rtn", out="rtn")
     assert report.artifacts[0].kl_divergence < 0.8 * plain.artifacts[0].kl_divergence
     for layer in report.artifacts[0].layers:
-        assert layer["error"] <= layer["rtn_error"]
+        assert layer["error"] <= layer["steps"]["rtn"]
+    assert all(set(layer["steps"]) == {"rtn"} for layer in plain.artifacts[0].layers)
+
+
+def test_error_after_each_step_is_recorded(make_checkpoint, build, monkeypatch):
+    """In w H w' of what is missing over that of the weights, computed here in float64 from the finished file."""
+    folder = make_checkpoint(hidden_size=128, intermediate_size=256)
+    asked, round_ = {}, Solver._round
+
+    def watched(self, linears, gram, *rest):
+        asked.update(
+            {self._name(linear): (weight.double(), gram.matrix.double()) for linear, weight in linears.items()}
+        )
+        return round_(self, linears, gram, *rest)
+
+    monkeypatch.setattr(Solver, "_round", watched)
+    once, out = build(folder, "gptq-once")
+    stored = open_weights(out / "model-GPTQ-Int4")
+    for layer in once.artifacts[0].layers:
+        weight, gram = asked[layer["name"]]
+        missing = stored.tensor(layer["name"]).double() - weight
+        error = torch.trace(missing @ gram @ missing.T) / torch.trace(weight @ gram @ weight.T)
+        assert set(layer["steps"]) == {"rtn", "gptq"}
+        assert layer["error"] == layer["steps"]["gptq"] == pytest.approx(float(error), rel=1e-4)
+    swept, _ = build(folder, "gptq-shared", out="swept")
+    for layer, first in zip(swept.artifacts[0].layers, once.artifacts[0].layers, strict=True):
+        assert list(layer["steps"]) == ["rtn", "gptq", "sweeps", "coupled"]
+        assert layer["steps"]["gptq"] == pytest.approx(first["steps"]["gptq"], rel=1e-6)
+        assert layer["error"] == layer["steps"]["coupled"]
+    errors = [layer["steps"] for layer in swept.artifacts[0].layers]
+    assert sum(one["sweeps"] for one in errors) < 0.99 * sum(one["gptq"] for one in errors)
+
+
+def test_seconds_stand_beside_the_report_and_in_no_artifact(make_checkpoint, build):
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int4", "awq")
+    first = seconds(out)
+    for entry in first.values():
+        for block in ("model.layers.0", "model.layers.1"):
+            stages = [entry[f"{block}.{stage}"] for stage in ("qkv", "o", "gate_up", "down")]
+            assert 0 < sum(stages) <= entry[block]
+    build(folder, "gptq-int4", "awq", "gguf-q8_0")
+    assert {name: seconds(out)[name] for name in first} == first
+    assert set(seconds(out)) == {*first, "gguf-q8_0"}
+    assert all(b"seconds" not in path.read_bytes() for path in out.rglob("qquant-manifest.json"))
 
 
 def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, build):
@@ -256,6 +306,11 @@ def test_interrupted_build_continues_to_the_same_bytes(make_checkpoint, build, m
     assert len(solved) == len(set(solved)), "a solved block was solved again"
     assert solved[: len(before)] == before
     assert not (out / ".partial").exists()
+    for path in whole.glob("*/qquant-manifest.json"):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert {name: set(entry) for name, entry in seconds(out).items()} == {
+        name: set(entry) for name, entry in seconds(whole).items()
+    }
 
 
 def test_journalled_bytes_are_checked_before_they_are_trusted(make_checkpoint, build, monkeypatch, tmp_path):

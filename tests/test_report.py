@@ -24,7 +24,12 @@ from qquant.report import (
 
 GATE = GateReport("mean KL divergence", "fail", 0.06, 0.05, 0.055, 0.066, 1.0, 0.0002, 0.004, 40)
 LAYERS = tuple(
-    {"name": f"model.layers.{block}.{linear}.weight", "error": 0.001 * (block + 1), "largest": 10.0 * 100**block}
+    {
+        "name": f"model.layers.{block}.{linear}.weight",
+        "error": 0.001 * (block + 1),
+        "steps": {"rtn": 0.004 * (block + 1), "gptq": 0.002 * (block + 1), "sweeps": 0.001 * (block + 1)},
+        "largest": 10.0 * 100**block,
+    }
     for block in range(3)
     for linear in ("self_attn.q_proj", "mlp.down_proj")
 )
@@ -138,7 +143,14 @@ def test_heat_map_shows_every_linear():
     page = Page(report_html.render(report()))
     text = " ".join("".join(page.text).split())
     assert "mlp.down_proj" in text
-    assert "from 0.0010 (faint) to 0.0030 (strong)" in text
+    assert (
+        "from 0.0010 (faint) to 0.0030 (strong), logarithmic; to nearest is 1, after GPTQ 0.500, after descent and scales 0.250"
+        in text
+    )
+    assert (
+        "mlp.down_proj of block 1: to nearest 0.00800; GPTQ 0.00400; descent and scales 0.00200"
+        in report_html.render(report())
+    )
     assert "a153 %20.10 · 2.0 · 153" in text
 
 
