@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qquant.checkpoint import Checkpoint
-from qquant.decoder import HEAD_ROWS, Block, embed, rms_norm
+from qquant.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.kernels.gram import gram
@@ -115,7 +115,7 @@ def measure(
     if _complete(folder, layers):
         return found
     make_folder(folder)
-    stream = Stream([embed(source, sample, dtype).to(device) for sample in samples.values()], device)
+    stream = Stream.start(source, list(samples.values()), dtype, device)
     for layer in range(layers):
         write_synced(_input(folder, layer), save({"x": torch.cat([x.cpu() for x in stream.hidden])}))
         stream.advance(layer, Block(source.family, source.config, _on(source.block(layer), device), dtype), {})

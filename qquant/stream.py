@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -23,7 +23,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qquant.decoder import Block, Observer
+from qquant.checkpoint import WeightSource
+from qquant.decoder import Block, Observer, embed
 from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.stats import Gram, NotFiniteError
 
@@ -54,9 +55,11 @@ class Stream:
     relief: int = 0  # what has given way
     wide: set[int] = field(default_factory=set)  # samples that went through the last block in float32
 
-    def copy(self) -> Stream:
-        """Another stream from the same states."""
-        return Stream(list(self.hidden), self.device, self.relief)
+    @classmethod
+    def start(cls, source: WeightSource, samples: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Stream:
+        """The embeddings of samples, int token ids [T] each, for which the table is read once."""
+        rows = embed(source, torch.cat(list(samples)), dtype).split([len(sample) for sample in samples])
+        return cls([piece.clone().to(device) for piece in rows], device)
 
     def advance(self, layer: int, block: Block, grams: Mapping[str, Gram], add: Add = plainly) -> None:
         """Run every sample through `block`, adding stage inputs to `grams` (may be empty) by `add`.

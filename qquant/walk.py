@@ -33,7 +33,7 @@ from qquant.algorithms.awq import Transformed, awq
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, measure, spread
-from qquant.decoder import HEAD_ROWS, Block, embed
+from qquant.decoder import HEAD_ROWS, Block
 from qquant.errors import NumericalError
 from qquant.formats import FORMATS
 from qquant.moments import Moments
@@ -82,7 +82,7 @@ def quantize(
     if curvature_tokens and any(solves(draft) for draft in waiting):
         chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
         curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
-    start = Stream([embed(checkpoint, sample, dtype).to(device) for sample in samples], device)
+    start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
     own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in waiting if propagates(draft)]
     shared = [draft for draft in waiting if not propagates(draft)]

@@ -6,6 +6,7 @@ import transformers
 
 from qquant import decoder
 from qquant.checkpoint import Checkpoint
+from qquant.stream import Stream
 
 CASES = {
     "attention biases": {},
@@ -53,6 +54,17 @@ def test_one_sequence_at_a_time_equals_a_padded_batch(make_checkpoint):
     padded = theirs(folder, batch, torch.float32, mask)
     assert torch.allclose(ours(checkpoint, short, torch.float32), padded[0, 13:], atol=2e-5)
     assert torch.allclose(ours(checkpoint, long, torch.float32), padded[1], atol=2e-5)
+
+
+def test_a_stream_reads_the_table_once_for_all_samples(demo, monkeypatch):
+    checkpoint = Checkpoint.open(demo)
+    samples = [torch.randint(0, 8192, (length,)) for length in (40, 7, 90)]
+    alone = [decoder.embed(checkpoint, sample, torch.bfloat16) for sample in samples]
+    reads, rows = [], Checkpoint.rows
+    monkeypatch.setattr(Checkpoint, "rows", lambda *args: reads.append(args[2:]) or rows(*args))
+    together = Stream.start(checkpoint, samples, torch.bfloat16, torch.device("cpu")).hidden
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert len(reads) == len(set(reads))
 
 
 def test_stages_see_the_inputs_of_their_linears(make_checkpoint):

@@ -19,13 +19,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from qquant.algorithms.descent import BLOCK, Columns, blocks_of
+from qquant.algorithms.descent import BLOCK, VALUES, Columns, blocks_of
 from qquant.kernels.gptq_block import gptq_block
 from qquant.tensor import Grid
 
 PARTS = 8  # subsets of coupled rows
 DAMPING = 0.05  # of the mean of diag(G)
-VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}  # weights in a batch, unless one matrix has more
 
 
 def sweep(
@@ -55,22 +54,21 @@ def sweep(
 
 
 def _batches(rows: Iterable[Tensor], weight: Tensor) -> Iterator[tuple[list[slice], Tensor]]:
-    """Spans of rows whose G have one size, and these G [B, n, n]; without those that are zero."""
-    limit, start = VALUES[weight.device.type], 0
-    spans: list[slice] = []
-    matrices: list[Tensor] = []
+    """Spans of rows whose G have one size, and these G [B, n, n], as many as fit; without those that are zero."""
+    start = 0
+    waiting: dict[int, list[tuple[slice, Tensor]]] = {}
     for matrix in rows:
         span = slice(start, start + len(matrix))
         start = span.stop
-        full = (len(spans) + 1) * len(matrix) * weight.shape[1] > limit
-        if matrices and (full or len(matrices[0]) != len(matrix)):
-            yield spans, torch.stack(matrices)
-            spans, matrices = [], []
+        same = waiting.setdefault(len(matrix), [])
         if bool(matrix.diagonal().mean() > 0):
-            spans.append(span)
-            matrices.append(matrix)
-    if matrices:
-        yield spans, torch.stack(matrices)
+            same.append((span, matrix))
+        if same and (len(same) + 1) * len(matrix) * weight.shape[1] > VALUES[weight.device.type]:
+            yield [span for span, _ in same], torch.stack([matrix for _, matrix in same])
+            same.clear()
+    for same in waiting.values():
+        if same:
+            yield [span for span, _ in same], torch.stack([matrix for _, matrix in same])
 
 
 def _swept(

@@ -16,7 +16,7 @@ closed-form scales: arXiv 2602.02126. Rows that depend on each other: `qquant.al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,8 @@ from qquant.kernels.gptq_block import gptq_block
 from qquant.tensor import Grid, Params, as_scale
 
 BLOCK = 64
-ROWS = 2048  # rows that are swept, or whose scales are solved for, at a time; fewer
+VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}  # weights that are swept at a time
+ROWS = 2048  # rows whose scales are solved for at a time; fewer
 SYSTEM = 1 << 26  # where their systems together have more values than this
 
 
@@ -54,15 +55,19 @@ def blocks_of(gram: Tensor, shift: bool) -> Columns:
     parts = columns.split(BLOCK)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = gram[order][:, order]
-    return Columns(order, gram, [_factored(gram, start) for start in range(0, len(order), BLOCK)])
+    return Columns(order, gram, list(_factored(gram)))
 
 
-def _factored(gram: Tensor, start: int) -> tuple[slice, Tensor, Tensor, Tensor]:
-    block = slice(start, min(start + BLOCK, len(gram)))
-    inside = gram[block, block].contiguous()
-    root = torch.linalg.cholesky(inside.flip(0, 1)).flip(0, 1)
-    upper = torch.linalg.solve_triangular(root, torch.eye(len(inside), device=gram.device), upper=True)
-    return block, inside, upper.T @ upper, upper
+def _factored(gram: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Blocks of one size in one batch."""
+    spans = [slice(start, min(start + BLOCK, len(gram))) for start in range(0, len(gram), BLOCK)]
+    for same in (spans[:-1], spans[-1:]) if len(gram) % BLOCK else (spans,):
+        if same:
+            inside = torch.stack([gram[span, span] for span in same])
+            root = torch.linalg.cholesky(inside.flip(1, 2)).flip(1, 2)
+            one = torch.eye(inside.shape[1], device=gram.device).expand_as(inside)
+            upper = torch.linalg.solve_triangular(root, one, upper=True)
+            yield from zip(same, inside, upper.mT @ upper, upper, strict=True)
 
 
 def sweep(
@@ -71,8 +76,9 @@ def sweep(
     """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
     columns = blocks_of(gram, shift)
     swept = torch.empty_like(codes)
-    for start in range(0, len(weight), ROWS):
-        part = slice(start, min(start + ROWS, len(weight)))
+    rows = max(1, VALUES[weight.device.type] // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, min(start + rows, len(weight)))
         step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
         given = (weight[part][:, columns.order], codes[part][:, columns.order], step, offset)
         swept[part, columns.order] = _swept(columns, grid.levels, *given)
