@@ -1,16 +1,22 @@
 """Quality of every tool's artifacts on the same calibration tokens, in the same formats, by the same check.
 
     make oracles
-    python tests/bench/quality.py CHECKPOINT [--recipe demo] [--windows 100] [--keep FOLDER] [--only gptq-int4 ...]
+    python tests/bench/quality.py CHECKPOINT [--recipe demo] [--windows 100] [--keep FOLDER] [--only gptq-int4 ...] [--group-size 64]
+    python tests/bench/quality.py CHECKPOINT --peers-only --keep FOLDER --save peers.json
+    python tests/bench/quality.py CHECKPOINT --ours OUT --against peers.json
 
 Builds each format with qquant and with the tools of that format (auto-gptq with Qwen's settings, gptqmodel's defaults, autoawq,
 llama-quantize with qquant's importance matrix), each in its pinned environment of `make oracles`, all from the calibration tokens of
-the recipe. Every result is read back and compared with the checkpoint on held-out text in one lockstep pass. The last column is the
-mean KL divergence of ours divided by theirs, with a 95 % interval from resampling windows (paired: the same windows for both).
+the recipe. Every result is read back and compared with the checkpoint on held-out text in one lockstep pass. The last column but two
+is the mean KL divergence of ours divided by theirs, with a 95 % interval from resampling windows (paired: the same windows for both).
+
+What stands under --keep is not built again. --ours takes artifacts that `qquant build` made elsewhere, from every output folder below
+it. --save keeps what was measured, window by window; --against compares with that instead of building and measuring the peers again.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,8 +33,9 @@ from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.checks import fidelity
 from qquant.checks.review import held_out
+from qquant.output import MANIFEST
 from qquant.plan import Plan
-from qquant.recipe import AwqArtifact, Checks, GgufArtifact, GptqArtifact
+from qquant.recipe import AwqArtifact, Checks, Gates, GgufArtifact, GptqArtifact
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / ".oracles"
@@ -36,37 +43,28 @@ RUNNERS = ROOT / "tests" / "oracles"
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 OURS = {
     "gptq-int4": GptqArtifact(name="gptq-int4", format="gptq", bits=4),
-    "gptq-int8": GptqArtifact(name="gptq-int8", format="gptq", bits=8),
+    "gptq-int8": GptqArtifact(name="gptq-int8", format="gptq", bits=8, propagate=False),
     "awq": AwqArtifact(name="awq", format="awq"),
 } | {f"gguf-{kind}": GgufArtifact(name=f"gguf-{kind}", format="gguf", type=kind, solver="gptq") for kind in GGUF}
 
 
-def theirs(name, source, tokens, imatrix, work):
-    """(tool, command, result) for every rival of artifact `name`."""
+def theirs(name, source, work, group_size):
+    """(tool, environment, command, result) for every rival of artifact `name`."""
+    tokens = work.parent / "tokens.safetensors"
+    size = ["--group-size", group_size]
     if name.startswith("gptq"):
-        bits = ["--bits", name[-1]]
-        yield (
-            "auto-gptq",
-            "auto-gptq",
-            ["autogptq_quantize.py", source, tokens, work / "auto-gptq", *bits],
-            work / "auto-gptq",
-        )
-        yield (
-            "gptqmodel",
-            "transformers",
-            ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", *bits],
-            work / "gptqmodel",
-        )
+        for tool, environment in (("auto-gptq", "auto-gptq"), ("gptqmodel", "transformers")):
+            runner = f"{tool.replace('-', '')}_quantize.py"
+            command = [runner, source, tokens, work / tool, "--bits", name[-1], *size]
+            yield tool, environment, command, work / tool
     elif name == "awq":
-        yield "autoawq", "auto-awq", ["autoawq_quantize.py", source, tokens, work / "autoawq"], work / "autoawq"
-        command = ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", "--method", "awq"]
+        yield "autoawq", "auto-awq", ["autoawq_quantize.py", source, tokens, work / "autoawq", *size], work / "autoawq"
+        command = ["gptqmodel_quantize.py", source, tokens, work / "gptqmodel", "--method", "awq", *size]
         yield "gptqmodel", "transformers", command, work / "gptqmodel"
     else:
-        kind, full = name.removeprefix("gguf-"), work.parent / "full.gguf"
-        if not full.exists():
-            run("llama", ["llama_convert.py", source, full])
-        command = ["llama_quantize.py", full, work / "llama.gguf", kind, "--imatrix", imatrix]
-        yield "llama-quantize", "llama", command, work / "llama.gguf"
+        kind, full, result = name.removeprefix("gguf-"), work.parent / "full.gguf", work / "llama.gguf"
+        command = ["llama_quantize.py", full, result, kind, "--imatrix", imatrix_of(work.parent)]
+        yield "llama-quantize", "llama", command, result
 
 
 def run(environment, command):
@@ -81,84 +79,178 @@ def run(environment, command):
     return facts.get("seconds", round(time.monotonic() - began, 1)), facts.get("peak_mb", "")
 
 
-def build_ours(base, checkpoint, name, out):
-    """(path, seconds, peak megabytes of this process so far) of our artifact."""
-    import resource
+def imatrix_of(keep):
+    """The importance matrix that `ready` left for llama-quantize."""
+    return keep / "imatrix" / "calibration" / "imatrix.gguf"
 
-    loaded = base.model_copy(
-        update={"artifacts": (OURS[name],), "checks": Checks(text="bundled:zh-test", windows=1, length=32)}
-    )
+
+def ready(base, checkpoint, keep):
+    """Leave in `keep` what llama-quantize starts from: the checkpoint as f32 GGUF, and our importance matrix (one forward pass)."""
+    if not (keep / "full.gguf").exists():
+        run("llama", ["llama_convert.py", checkpoint.path, keep / "full.gguf"])
+    if not imatrix_of(keep).exists():
+        spec = GgufArtifact(name="imatrix", format="gguf", type="q8_0", gates=Gates(defaults=False))
+        build_ours(base, checkpoint, spec, keep / "imatrix")
+
+
+def spec_of(base, name, group_size):
+    """What the recipe builds in this format, else its defaults; in groups of `group_size`, if the format has a choice."""
+    found = next((spec for spec in base.artifacts if kind_of(spec.model_dump()) == name), OURS[name])
+    return found.model_copy(update={"group_size": group_size}) if hasattr(found, "group_size") else found
+
+
+def kind_of(spec):
+    """The key of `OURS` for an artifact of a recipe."""
+    match spec["format"]:
+        case "gptq":
+            return f"gptq-int{spec['bits']}"
+        case "gguf":
+            return f"gguf-{spec['type']}"
+    return spec["format"]
+
+
+def build_ours(base, checkpoint, spec, out):
+    """(path, seconds, peak megabytes of this process so far) of our artifact."""
+    checks = Checks(text="bundled:zh-test", windows=1, length=32)
+    loaded = base.model_copy(update={"artifacts": (spec,), "checks": checks})
     plan = Plan.of(loaded, checkpoint)
     began = time.monotonic()
     pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), lambda *_: None)
-    return (
-        installed(out, plan.artifacts[0]),
-        round(time.monotonic() - began, 1),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return installed(out, plan.artifacts[0]), round(time.monotonic() - began, 1), peak
+
+
+def made(folder):
+    """Format -> path of every artifact of ours in the output folders below `folder`."""
+    found = {}
+    for path in sorted(folder.rglob(MANIFEST)):
+        for name, entry in json.loads(path.read_text())["artifacts"].items():
+            spec = next(spec for spec in entry["recipe"]["artifacts"] if spec["name"] == name)
+            files = [path.parent / file for file in entry["files"] if file.endswith(".gguf")]
+            found[kind_of(spec)] = files[0] if files else path.parent
+    return found
+
+
+def build(base, checkpoint, options):
+    """Paths and (seconds, megabytes) by (format, tool): ours and theirs, built where they are not there yet."""
+    built, facts = {}, {}
+    ours = made(options.ours) if options.ours else {}
+    for name in options.only:
+        folder = options.keep / name
+        folder.mkdir(exist_ok=True)
+        if options.ours and name in ours:
+            built[name, "qquant"] = ours[name]
+        elif not options.ours and not options.peers_only:
+            spec = spec_of(base, name, options.group_size)
+            built[name, "qquant"], *facts[name, "qquant"] = build_ours(base, checkpoint, spec, folder / "qquant")
+        if not options.against:
+            if name.startswith("gguf"):
+                ready(base, checkpoint, options.keep)
+            for tool, environment, command, result in theirs(name, checkpoint.path, folder, options.group_size):
+                if not result.exists():
+                    facts[name, tool] = run(environment, command)
+                built[name, tool] = result
+        print(f"built {name}", file=sys.stderr)
+    return built, facts
+
+
+def measure(checkpoint, built, text):
+    """What the table says of every artifact, by "format tool"; `kl`: the mean of every window."""
+    sources = {f"{name} {tool}": open_weights(path) for (name, tool), path in built.items()}
+    found = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None)
+    rows = {}
+    for (name, tool), path in built.items():
+        one = found[f"{name} {tool}"]
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        rows[f"{name} {tool}"] = {
+            "bytes": sum(file.stat().st_size for file in files),
+            "perplexity_ratio": one.perplexity_ratio,
+            "kl99": float(one.kl.flatten().quantile(0.99)),
+            "top1": one.top1,
+            "kl": one.kl.mean(1).tolist(),
+        }
+    return rows
 
 
 def interval(ours, other, draws=2000):
     """Ratio of mean KL divergences and its 95 % interval, windows resampled."""
-    a, b = ours.kl.mean(1).numpy(), other.kl.mean(1).numpy()
+    a, b = np.array(ours["kl"]), np.array(other["kl"])
     picks = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
     ratios = a[picks].mean(1) / b[picks].mean(1)
     return a.mean() / b.mean(), *np.quantile(ratios, [0.025, 0.975])
 
 
-def main():
-    """Build, measure, print."""
+def show(rows, facts):
+    """Print the table."""
+    columns = "format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB"
+    print(f"| {columns} |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for key, row in sorted(rows.items(), key=lambda item: list(OURS).index(item[0].split()[0])):
+        name, tool = key.split()
+        ours = rows.get(f"{name} qquant")
+        ratio = "" if tool == "qquant" or not ours else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(ours, row))
+        seconds, peak = facts.get((name, tool), ("", ""))
+        print(
+            f"| {name} | {tool} | {row['bytes']:,} | {row['perplexity_ratio']:.4f} | {np.mean(row['kl']):.7f} "
+            f"| {row['kl99']:.5f} | {row['top1']:.4f} | {ratio} | {seconds} | {peak} |"
+        )
+
+
+def known(path, conditions, names):
+    """The rows of other tools in a file that --save wrote."""
+    content = json.loads(path.read_text())
+    if content["conditions"] != conditions:
+        raise SystemExit(f"{path}: was measured on {content['conditions']}, not on {conditions}")
+    rows = content["rows"].items()
+    return {key: row for key, row in rows if key.split()[0] in names and key.split()[1] != "qquant"}
+
+
+def arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--group-size", type=int, default=128, help="of GPTQ and AWQ, for every tool")
+    parser.add_argument("--windows", type=int, default=100, help="of 512 tokens, the second half scored")
     parser.add_argument("--keep", type=Path, help="keep (and reuse) what was built here")
     parser.add_argument("--only", nargs="*", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--ours", type=Path, help="artifacts of ours that were built elsewhere; none is built")
+    parser.add_argument("--peers-only", action="store_true", help="build and measure the other tools' artifacts only")
+    parser.add_argument("--save", type=Path, help="keep what was measured, as JSON")
+    parser.add_argument(
+        "--against", type=Path, help="the other tools' numbers from this file instead of building theirs"
+    )
     options = parser.parse_args()
-    work = options.keep or Path(tempfile.mkdtemp())
-    work.mkdir(parents=True, exist_ok=True)
+    if options.peers_only and (options.ours or options.against):
+        parser.error("--peers-only leaves nothing to do for --ours and --against")
+    options.keep = options.keep or Path(tempfile.mkdtemp())
+    options.keep.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main():
+    """Build, measure, print."""
+    options = arguments()
     checkpoint, base = Checkpoint.open(options.checkpoint), recipe.load(options.recipe)
     tokenizer = Tokenizer.open(checkpoint.path)
     samples = calibration.load(base.calibration, tokenizer, template_expected=False)
     whole = [torch.as_tensor(sample) for sample in samples.tokens if len(sample) == base.calibration.length]
     if len(whole) < len(samples.tokens):
         raise SystemExit("the runners take samples of one length: use a recipe with plain texts only")
-    save_file({"tokens": torch.stack(whole).int()}, work / "tokens.safetensors")
-    built, facts = {}, {}
-    for name in options.only:
-        folder = work / name
-        folder.mkdir(exist_ok=True)
-        path, seconds, peak = build_ours(base, checkpoint, name, folder / "qquant")
-        built[name, "qquant"], facts[name, "qquant"] = path, (seconds, peak)
-        imatrix = folder / "qquant" / "calibration" / "imatrix.gguf"
-        for tool, environment, command, result in theirs(
-            name, checkpoint.path, work / "tokens.safetensors", imatrix, folder
-        ):
-            if not result.exists():
-                facts[name, tool] = run(environment, command)
-            built[name, tool] = result
-        print(f"built {name}", file=sys.stderr)
+    save_file({"tokens": torch.stack(whole).int()}, options.keep / "tokens.safetensors")
     text = held_out(Checks(text="bundled:wikitext-2-test", windows=options.windows, length=512), tokenizer)
-    sources = {f"{name} {tool}": open_weights(path) for (name, tool), path in built.items()}
-    measured = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None)
-    print(
-        "| format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for (name, tool), path in built.items():
-        found = measured[f"{name} {tool}"]
-        size = (
-            path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        )
-        ratio = (
-            "" if tool == "qquant" else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(measured[f"{name} qquant"], found))
-        )
-        seconds, peak = facts.get((name, tool), ("", ""))
-        high = float(found.kl.flatten().quantile(0.99))
-        print(
-            f"| {name} | {tool} | {size:,} | {found.perplexity_ratio:.4f} | {found.mean_kl:.6f} | {high:.5f} "
-            f"| {found.top1:.4f} | {ratio} | {seconds} | {peak} |"
-        )
+    conditions = {
+        "checkpoint": checkpoint.content_hash(),
+        "calibration": samples.sha256,
+        "group_size": options.group_size,
+    }
+    conditions |= {"windows": options.windows, "tokens_sha256": text.facts["tokens_sha256"]}
+    built, facts = build(base, checkpoint, options)
+    rows = measure(checkpoint, built, text)
+    if options.against:
+        rows |= known(options.against, conditions, {name for name, _ in built})
+    if options.save:
+        options.save.write_text(json.dumps({"conditions": conditions, "rows": rows}))
+    show(rows, facts)
 
 
 if __name__ == "__main__":
