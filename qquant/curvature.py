@@ -2,9 +2,10 @@
 
 Let y = W x become y + E x at every token t. To second order the KL divergence from the checkpoint's next-token distribution is
 
-    KL = 1/2 sum_t (E x_t)' F_t (E x_t),    F_t = expectation of g_t g_t' over v ~ p_t,    g_t = d(-log p_t(v)) / d y_t
+    KL = 1/2 sum_t (E x_t)' F_t (E x_t),    F_t = expectation of g_t g_t',    g_t = d(log p_t(w) - log p_t(v)) / d y_t / sqrt 2
 
-with v drawn from the checkpoint's own prediction. Two factors of it are kept, so that KL is about tr(G E H E'):
+with v and w drawn from the checkpoint's own prediction p_t. (Half the covariance of the difference of two draws is that of one, and the
+sum over the vocabulary that a single draw's gradient needs cancels.) Two factors of it are kept, so that KL is about tr(G E H E'):
 
     s_t = |g_t|^2, summed over the linears of a stage, mean 1    weighs the tokens in H = sum_t s_t x_t x_t'
     G   = sum_t g_t g_t'                                         [N, N]: which outputs of a linear count, and together
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
 
 from qquant.checkpoint import Checkpoint
 from qquant.decoder import HEAD_ROWS, Block, rms_norm
@@ -41,7 +43,8 @@ from qquant.output import make_folder, write_synced
 from qquant.stream import Stream
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
-TOKENS = 256  # tokens whose logits are in memory at a time; a GPU takes eight times as many
+TOKENS = 1024  # tokens that take a slice of the head at a time
+STRIP = 64  # columns of a slice whose mass is summed first
 SEED = 0
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
@@ -160,20 +163,18 @@ def _complete(folder: Path, layers: int) -> bool:
 
 
 def _head_gradients(source: Checkpoint, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Gradient of -log p(v) for a drawn v at every position, by the output of the last block, [T, hidden] each."""
-    device = hidden[0].device
-    generator = torch.Generator(device).manual_seed(SEED)
-    head = _Head(source, device)
-    norm = source.tensor(source.family.final_norm).to(device)
-    for x in hidden:
-        pieces = []
-        for part in x.split(8 * TOKENS if x.is_cuda else TOKENS):
-            leaf = part.detach().requires_grad_()
-            normed = rms_norm(leaf, norm.to(leaf.dtype), source.config.epsilon)
-            normed.backward(head.gradient(normed.detach().float(), generator).to(normed.dtype))
-            assert leaf.grad is not None
-            pieces.append(leaf.grad)
-        yield torch.cat(pieces)
+    """Gradients of log p(w) - log p(v), over sqrt 2, for drawn v and w by the output of the last block, [T, hidden] each."""
+    generator = torch.Generator().manual_seed(SEED)
+    head = _Head(source, hidden[0].device)
+    norm = source.tensor(source.family.final_norm).to(hidden[0])
+    pieces = []
+    for part in torch.cat(list(hidden)).split(TOKENS):
+        leaf = part.clone().requires_grad_()
+        normed = rms_norm(leaf, norm, source.config.epsilon)
+        normed.backward(head.gradient(normed.detach(), generator))
+        assert leaf.grad is not None
+        pieces.append(leaf.grad)
+    yield from torch.cat(pieces).split([len(x) for x in hidden])
 
 
 class _Head:
@@ -188,23 +189,44 @@ class _Head:
     def _read(self, start: int, stop: int) -> Tensor:
         return self.source.rows(self.source.family.head, start, stop)
 
-    def parts(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, rows of the head)."""
-        for start, stop in self.slices:
-            yield start, stop, self.kept[start, stop] if self.kept else self._read(start, stop)
-
     def gradient(self, normed: Tensor, generator: torch.Generator) -> Tensor:
-        """(p - onehot(v)) @ head for v ~ p = softmax(normed @ head'), float32 [T, hidden]."""
-        scores = torch.empty(len(normed), self.source.config.vocab, device=normed.device)
-        for start, stop, rows in self.parts():
-            scores[:, start:stop] = normed @ rows.to(normed).T
-        p = scores.softmax(1)
-        drawn = torch.multinomial(p, 1, generator=generator)
-        p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
-        gradient = torch.zeros_like(normed)
-        for start, stop, rows in self.parts():
-            gradient += p[:, start:stop] @ rows.to(normed)
-        return gradient
+        """(head_v - head_w) / sqrt 2 for independent v, w ~ softmax(normed @ head'), like `normed` [T, hidden].
+
+        Slices are seen once: what was drawn so far gives way to a draw from the next slice with that one's share of the mass so far.
+        `generator`: on the CPU; every token takes its numbers in turn, so that calls with fewer tokens draw the same.
+        """
+        chances = torch.rand(len(normed), len(self.slices), 2, dtype=torch.float64, generator=generator)
+        chances = chances.to(normed.device)
+        top = torch.full((len(normed), 1), -torch.inf, device=normed.device)
+        total = torch.zeros(len(normed), 1, dtype=torch.float64, device=normed.device)
+        drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
+        for index, part in enumerate(self.slices):
+            rows = (self.kept[part] if self.kept else self._read(*part)).to(normed)
+            scores = normed @ rows.T
+            before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
+            strips, sums = _mass(scores, top)
+            total = total * (before - top).exp() + sums[:, -1:]
+            for place, chance in enumerate(chances[:, index].split(1, dim=1)):
+                found = rows[_drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)]
+                drawn[place] = torch.where(chance * total < sums[:, -1:], found, drawn[place])
+        return (drawn[0] - drawn[1]) * 0.5**0.5
+
+
+def _mass(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scores - top) of scores [T, R] in strips, float32 [T, R / STRIP, STRIP], and their sums from the left, float64."""
+    mass = scores.float().sub_(top).exp_()
+    if mass.shape[1] % STRIP:
+        mass = pad(mass, (0, -mass.shape[1] % STRIP))
+    strips = mass.view(len(mass), -1, STRIP)
+    return strips, strips.sum(2).double().cumsum(1)
+
+
+def _drawn(strips: Tensor, sums: Tensor, level: Tensor) -> Tensor:
+    """Where the running sum of `_mass` exceeds level [T, 1], int64 [T]."""
+    strip = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)
+    inside = strips.gather(1, strip.unsqueeze(2).expand(-1, -1, STRIP))[:, 0].double().cumsum(1)
+    behind = level - sums.gather(1, strip) + inside[:, -1:]
+    return (strip * STRIP + torch.searchsorted(inside, behind, right=True).clamp_(max=STRIP - 1))[:, 0]
 
 
 def _backward(
