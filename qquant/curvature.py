@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.kernels.gram import gram
 from qquant.output import make_folder, write_synced
+from qquant.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
@@ -51,11 +52,37 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 @dataclass(frozen=True)
+class RowFactors(Mapping[str, tuple[Tensor, ...]]):
+    """G by linear, float32 [n, n] for its rows in turn, read from a block's file whenever it is asked for."""
+
+    parts: Mapping[str, Sequence[TensorInfo]]
+    device: torch.device
+    scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear -> what its rows were divided by, float32 [N]
+
+    def divided(self, scales: Mapping[str, Tensor]) -> RowFactors:
+        """The factors of linears whose rows were divided by `scales`."""
+        return RowFactors(self.parts, self.device, scales)
+
+    def __getitem__(self, linear: str) -> tuple[Tensor, ...]:
+        found = [read_tensor(part).to(self.device).float() for part in self.parts[linear]]
+        if linear in self.scales:
+            scales = self.scales[linear].split([len(part) for part in found])
+            found = [part * scale[:, None] * scale for part, scale in zip(found, scales, strict=True)]
+        return tuple(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+@dataclass(frozen=True)
 class BlockCurvature:
-    """The factors of one block. `weights`: by stage and measured sample, float32 [T]; `rows`: by linear, [n, n] for its rows in turn."""
+    """The factors of one block. `weights`: by stage and measured sample, float32 [T]."""
 
     weights: Mapping[str, Mapping[int, Tensor]]
-    rows: Mapping[str, tuple[Tensor, ...]]
+    rows: RowFactors
 
 
 @dataclass(frozen=True)
@@ -68,16 +95,15 @@ class Curvature:
     def block(self, layer: int, device: torch.device) -> BlockCurvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
         weights: dict[str, Mapping[int, Tensor]] = {}
-        rows: dict[str, list[Tensor]] = {}
-        for key, value in sorted(load_file(_path(self.folder, layer)).items()):
+        rows: dict[str, list[TensorInfo]] = {}
+        for key, info in sorted(read_header(_path(self.folder, layer))[0].items()):
             kind, name, *_ = key.split(" ")
             if kind == "weights":
-                weights[name] = dict(
-                    zip(self.lengths, value.to(device).split(list(self.lengths.values())), strict=True)
-                )
+                samples = read_tensor(info).to(device).split(list(self.lengths.values()))
+                weights[name] = dict(zip(self.lengths, samples, strict=True))
             else:
-                rows.setdefault(name, []).append(value.to(device).float())
-        return BlockCurvature(weights, {name: tuple(parts) for name, parts in rows.items()})
+                rows.setdefault(name, []).append(info)
+        return BlockCurvature(weights, RowFactors(rows, device))
 
 
 class _Watched(Block):

@@ -10,7 +10,7 @@ Left out: KV cache, sliding windows, dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class Block:
         gate, up = self.family.stages[2].linears
         return F.silu(self.linear(gate, h)) * self.linear(up, h)
 
-    def stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def stages(self, x: Tensor) -> Generator[tuple[str, Tensor], None, None]:
         """Yield (stage, its input) in order for one sequence x [T, hidden], last ("", output of the block).
 
         The weights of a stage are read only after its input was yielded, so a caller may replace them in between.
@@ -91,11 +91,14 @@ class Block:
         h = rms_norm(x, self.weights[family.attention_norm], epsilon)
         yield attention.name, h
         a = self.attend(h)
+        del h  # many samples may wait here at once
         yield output.name, a
         x = x + self.linear(output.linears[0], a)
+        del a
         h = rms_norm(x, self.weights[family.mlp_norm], epsilon)
         yield gate_up.name, h
         m = self.activate(h)
+        del h
         yield down.name, m
         yield "", x + self.linear(down.linears[0], m)
 

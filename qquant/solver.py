@@ -42,6 +42,12 @@ def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
     return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
 
 
+def _stacked(linears: Mapping[str, Tensor]) -> Tensor:
+    """The matrices as one; not a copy where there is one."""
+    matrices = list(linears.values())
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
 def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
     return [part.contiguous() for part in codes.split([len(matrix) for matrix in linears.values()])]
 
@@ -110,10 +116,10 @@ class Solver:
         self.began = time.perf_counter()
 
     def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows) -> dict[str, Tensor]:
-        """Quantize the linears of a stage; their float32 values as readers will see them."""
+        """Quantize the linears of a stage, of any dtype; their float32 values as readers will see them."""
         began = time.perf_counter()
         values: dict[str, Tensor] = {}
-        linears = {linear: weights[f"{linear}.weight"] for linear in stage.linears}
+        linears = {linear: weights[f"{linear}.weight"].float() for linear in stage.linears}
         grids = {
             linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
             for linear, weight in linears.items()
@@ -180,7 +186,7 @@ class Solver:
         """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
         spec = self.draft.plan.spec
         sweeps = getattr(spec, "sweeps", 0)
-        weight = torch.cat(list(linears.values()))
+        weight = _stacked(linears)
         importance = rounding_weight(gram, spec.damping)
         params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
         codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)

@@ -22,7 +22,7 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +35,7 @@ from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, measure, spread
 from qquant.decoder import HEAD_ROWS, Block
 from qquant.errors import NumericalError
+from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.moments import Moments
 from qquant.padding import narrow
@@ -44,6 +45,8 @@ from qquant.stream import STATES, Stream
 from qquant.tensor import Grid
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
+Passage = Generator[tuple[str, Tensor], None, None]  # of a sample through a block
+Inputs = tuple[int, Tensor, Tensor]  # of a stage: place of the sample, without quantization, with it
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 REST = "rest"
 SHARE = 0.7  # of the correction for errors before a linear
@@ -91,6 +94,8 @@ def quantize(
         view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
         before = {place: start.hidden[place] for place in places} if own else {}
         grams = _shared(view, start, shared, [draft for _, draft in own], moments)
+        if not any(transforms(draft) for _, draft in own):
+            grams.clear()
         for stream, draft in own:
             stream.spare(layer, partial(_own_block, view, grams, before, stream, (draft, moments), start.wide))
         progress("quantize", layer + 1, layers)
@@ -105,6 +110,11 @@ def solves(draft: Draft) -> bool:
     """Whether the codes of an artifact are chosen with feedback."""
     spec = draft.plan.spec
     return getattr(spec, "rounding", getattr(spec, "solver", "")) == "gptq"
+
+
+def transforms(draft: Draft) -> bool:
+    """Whether an artifact's weights change before they are solved."""
+    return bool(getattr(draft.plan.spec, "transform", "none") != "none")
 
 
 @dataclass(frozen=True)
@@ -139,13 +149,7 @@ class View:
 
     def rows(self, transformed: Transformed) -> Rows:
         """The curvature of every linear's rows after a transform; nothing where it was not measured."""
-        if self.curvature is None:
-            return {}
-        found = dict(self.curvature.rows)
-        for linear, scale in transformed.divided.items():
-            pieces = zip(found[linear], scale.split([len(part) for part in found[linear]]), strict=True)
-            found[linear] = tuple(part * s[:, None] * s for part, s in pieces)
-        return found
+        return self.curvature.rows.divided(transformed.divided) if self.curvature else {}
 
 
 def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tensor]]:
@@ -191,8 +195,8 @@ def _shared(
 
 def _transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:
     checkpoint, spec, prefix = view.checkpoint, draft.plan.spec, view.checkpoint.family.block.format(view.layer)
-    if getattr(spec, "transform", "none") == "none":
-        return Transformed({name: value.float() for name, value in view.weights.items()}, dict(grams))
+    if not transforms(draft):
+        return Transformed(dict(view.weights), dict(grams))
 
     def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
         grid = FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
@@ -246,46 +250,74 @@ def _propagated(
         return
     transformed = _transform(view, solver.draft, grams)
     rows = view.rows(transformed)
-    exact, own = view.block(transformed.weights), view.block(transformed.weights)
+    exact = view.block(transformed.weights)
+    own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
     rest = [
         (x.to(stream.device, view.dtype), y.to(stream.device, view.dtype))
         for x, y in zip(before.values(), stream.hidden, strict=True)
     ]
-    exact_passes, own_passes = [exact.stages(x) for x, _ in rest], [own.stages(y) for _, y in rest]
+    passes = {place: (exact.stages(x), own.stages(y)) for place, (x, y) in zip(before, rest, strict=True)}
+    _, output, _, down = family.stages
     for stage in family.stages:
-        inputs = [(next(x)[1], next(y)[1]) for x, y in zip(exact_passes, own_passes, strict=True)]
-        adds = stage.linears[0] in (family.stages[1].linears[0], family.stages[3].linears[0])
-        gram, cross, missing = _drift(view, stage.name, dict(zip(before, inputs, strict=True)), rest if adds else ())
-        targets = dict(transformed.weights)
-        for linear in stage.linears:
-            weight = transformed.weights[f"{linear}.weight"]
-            correction = weight @ cross if missing is None else weight @ cross + missing
-            targets[f"{linear}.weight"] = weight + SHARE * _against(correction, gram)
+        inputs: Iterable[Inputs] = _inputs(passes, last=stage is down)
+        if stage is output:
+            inputs = list(inputs)
+        gram, targets = _targets(view, stage, transformed.weights, inputs, rest if stage in (output, down) else ())
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
-        if adds:
+        del gram, targets
+        if stage is output:
             linear = stage.linears[0]
             rest = [
                 (r + exact.linear(linear, x), q + own.linear(linear, y))
-                for (r, q), (x, y) in zip(rest, inputs, strict=True)
+                for (r, q), (_, x, y) in zip(rest, inputs, strict=True)
             ]
-    hidden = [next(sample)[1].to(kept) for sample in own_passes]
+    hidden = [next(sample)[1].to(kept) for _, sample in passes.values()]
     if not all(bool(torch.isfinite(y).all()) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
     stream.hidden = [y.cpu() for y in hidden] if stream.relief >= STATES else hidden
 
 
+def _inputs(passes: Mapping[int, tuple[Passage, Passage]], last: bool) -> Iterator[Inputs]:
+    """The next stage's inputs (x, x~) of every sample in turn; after the `last` stage nothing is asked of the first."""
+    for place, (exact, own) in passes.items():
+        yield place, next(exact)[1], next(own)[1]
+        if last:
+            exact.close()
+
+
+def _targets(
+    view: View,
+    stage: Stage,
+    weights: Mapping[str, Tensor],
+    inputs: Iterable[Inputs],
+    rest: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Gram, dict[str, Tensor]]:
+    """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
+    columns = weights[f"{stage.linears[0]}.weight"].shape[1]
+    gram, cross, missing = _drift(view, stage.name, columns, inputs, rest)
+    targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
+    lacking = {
+        name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()
+    }
+    del cross, missing
+    factor = _ridge(gram)
+    for name, weight in targets.items():
+        targets[name] = weight + SHARE * _against(lacking.pop(name), factor)
+    return gram, targets
+
+
 def _drift(
-    view: View, stage: str, inputs: Mapping[int, tuple[Tensor, Tensor]], rest: Sequence[tuple[Tensor, Tensor]]
+    view: View, stage: str, columns: int, inputs: Iterable[Inputs], rest: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Gram, Tensor, Tensor | None]:
     """H~, sum s (x - x~) x~' [K, K], and sum s (r - r~) x~' [N, K] of a stage, from its inputs (x, x~) and residuals (r, r~)."""
-    first = next(iter(inputs.values()))[1]
-    gram = Gram.zeros(first.shape[1], first.device)
+    device = next(iter(view.weights.values())).device
+    gram = Gram.zeros(columns, device)
     cross = torch.zeros_like(gram.matrix)
-    missing = torch.zeros(rest[0][0].shape[1], len(cross), device=first.device) if rest else None
-    for index, (place, (x, y)) in enumerate(inputs.items()):
+    missing = torch.zeros(rest[0][0].shape[1], columns, device=device) if rest else None
+    for index, (place, x, y) in enumerate(inputs):
         view.add(gram, stage, y, place)
         wide = y.float()
         weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
@@ -296,9 +328,14 @@ def _drift(
     return gram, cross, missing
 
 
-def _against(correction: Tensor, gram: Gram) -> Tensor:
-    """`correction` (H + RIDGE mean(diag H) I)^-1."""
+def _ridge(gram: Gram) -> Tensor:
+    """The lower factor of H + RIDGE mean(diag H) I."""
     damped = gram.matrix.clone()
     mean = damped.diagonal().mean()
     damped.diagonal().add_(RIDGE * mean + (mean == 0))
-    return torch.cholesky_solve(correction.T, torch.linalg.cholesky(damped)).T
+    return torch.linalg.cholesky(damped)
+
+
+def _against(correction: Tensor, factor: Tensor) -> Tensor:
+    """`correction` (L L')^-1."""
+    return torch.cholesky_solve(correction.T, factor).T

@@ -21,6 +21,7 @@ from qquant.errors import (
     StoppedError,
     UsageError,
 )
+from qquant.families import FAMILIES
 from qquant.output import claim
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
@@ -253,11 +254,12 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
         torch.randn(*shape, generator=generator) for shape in ((5, 8), (40, 8), (40, 8), (40, 5), (40, 5))
     )
     own = x + 0.3 * own
-    view = walk.View(None, 0, {}, torch.float32, None)
-    gram, cross, missing = walk._drift(
-        view, "o", {0: (x[:25], own[:25]), 1: (x[25:], own[25:])}, [(r[:25], q[:25]), (r[25:], q[25:])]
-    )
-    found = walk._against(weight @ cross + missing, gram)
+    stage = FAMILIES["qwen2"].stages[1]
+    weights = {f"{stage.linears[0]}.weight": weight}
+    view = walk.View(None, 0, weights, torch.float32, None)
+    inputs = [(0, x[:25], own[:25]), (1, x[25:], own[25:])]
+    gram, targets = walk._targets(view, stage, weights, inputs, [(r[:25], q[:25]), (r[25:], q[25:])])
+    found = (targets[f"{stage.linears[0]}.weight"] - weight) / walk.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
     ridge = (walk.RIDGE * gram.matrix.diagonal().mean()).sqrt()
     stacked = torch.cat([own, ridge * torch.eye(8)]).double(), torch.cat([wanted, torch.zeros(8, 5)]).double()

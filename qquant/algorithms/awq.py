@@ -43,7 +43,7 @@ class Choice:
 class Transformed:
     """A block whose function is unchanged, and the statistics of its new stage inputs."""
 
-    weights: dict[str, Tensor]  # float32, by name in the block
+    weights: dict[str, Tensor]  # by name in the block; float32 where they changed
     grams: dict[str, Gram]
     choices: tuple[Choice, ...] = ()
     divided: dict[str, Tensor] = field(default_factory=dict)  # producer -> what its rows were divided by

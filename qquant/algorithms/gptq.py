@@ -54,18 +54,22 @@ def factorize(gram: Gram, damping: float) -> Factor:
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = float(diagonal.mean()) or 1.0
     for step in LADDER:
-        damped = gram.matrix[order][:, order]
-        dead = damped.diagonal() == 0
-        damped.diagonal().add_(damping * step * mean + dead * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            upper = torch.linalg.solve_triangular(
-                lower.flip(0, 1), torch.eye(len(order), device=lower.device), upper=True
-            )
+        root = _root(gram.matrix, order.flip(0), damping * step * mean, mean)
+        if root is not None:
+            upper = torch.eye(len(order), device=root.device).mT  # in the layout that is solved in place
+            torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
             factor = Factor(upper, order, damping * step)
             gram.factors[damping] = factor
             return factor
     raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")
+
+
+def _root(matrix: Tensor, backwards: Tensor, damping: float, dead: float) -> Tensor | None:
+    """R of the head of this file, where channels that were never active have `dead` on the diagonal; None if there is none."""
+    damped = matrix[backwards[:, None], backwards]
+    damped.diagonal().add_(damping + (damped.diagonal() == 0) * dead)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    return lower.flip(0, 1) if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None
 
 
 def rounding_weight(gram: Gram, damping: float) -> Tensor:
