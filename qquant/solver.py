@@ -102,8 +102,9 @@ def _widened_gram(gram: Gram, columns: int) -> Gram:
 class Solver:
     """Solves the stages of one block for one artifact, and writes the block when all are done."""
 
-    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int, moments: Moments) -> None:
+    def __init__(self, checkpoint: Checkpoint, draft: Draft, layer: int, moments: Moments, alone: bool = False) -> None:
         self.checkpoint = checkpoint
+        self.alone = alone  # no other artifact is solved on the same statistics
         self.moments = moments
         self.draft = draft
         self.format = FORMATS[draft.plan.format]
@@ -157,9 +158,9 @@ class Solver:
         steps: Steps = {linear: {"rtn": _missing(gram, plain[linear], matrix)} for linear, matrix in linears.items()}
         if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
             try:
+                damping = factorize(gram, self.draft.plan.spec.damping).damping
                 solved, later = self._solved(linears, gram, grid, rows)
                 steps = {linear: steps[linear] | later[linear] for linear in linears}
-                damping = factorize(gram, self.draft.plan.spec.damping).damping
             except NotPositiveDefiniteError as failure:
                 fallback = f"rtn: {failure}"
         values = {}
@@ -190,6 +191,8 @@ class Solver:
         importance = rounding_weight(gram, spec.damping)
         params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
         codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
+        if self.alone:
+            gram.factors.clear()
         steps: Steps = {linear: {} for linear in linears}
 
         def parts() -> dict[str, QuantizedTensor]:

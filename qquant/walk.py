@@ -221,7 +221,8 @@ def _own_block(
     draft, moments = target
     for wide in (view, replace(view, dtype=torch.float32)):
         try:
-            _propagated(wide, grams, before, stream, Solver(view.checkpoint, draft, view.layer, moments), overflowed)
+            solver = Solver(view.checkpoint, draft, view.layer, moments, alone=True)
+            _propagated(wide, grams, before, stream, solver, overflowed)
         except NotFiniteError as failure:
             if wide.dtype == torch.float32:
                 raise NumericalError(
