@@ -212,8 +212,8 @@ class Solver:
         if sweeps:
             note("sweeps")
         if rows and sweeps:
-            known = [part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix))]
             for count in range(sweeps):
+                known = (part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix)))
                 codes = coupled.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, known)
             note("coupled")
         return parts(), steps
