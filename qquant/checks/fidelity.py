@@ -147,7 +147,8 @@ class Peaks:
         """Takes in the activations of one block."""
 
         def observe(_: str, x: Tensor) -> None:
-            peak = float(x.abs().max())
+            low, high = torch.aminmax(x)
+            peak = float(torch.maximum(-low, high))
             known = self.largest.get((source, layer), 0.0)
             self.largest[source, layer] = peak if math.isnan(peak) else max(known, peak)
 
@@ -198,7 +199,7 @@ def final_states(
 
     `peaks` takes in the largest |activation| of each source and block.
     """
-    hidden = [[embed(source, window, torch.float32).to(device) for window in text.windows] for source in sources]
+    hidden = [_embedded(source, text.windows, device) for source in sources]
     layers = sources[0].config.layers
     for layer in range(layers):
         for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
@@ -208,6 +209,11 @@ def final_states(
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
         progress("check", layer + 1, layers)
     return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
+
+
+def _embedded(source: WeightSource, windows: Tensor, device: torch.device) -> list[Tensor]:
+    """By window [length, hidden]; the table is read once for all of them."""
+    return list(embed(source, windows.flatten(), torch.float32).to(device).split(windows.shape[1]))
 
 
 def _through(block: Block, states: list[Tensor], observe: Callable[[str, Tensor], None] | None) -> None:
