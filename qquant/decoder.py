@@ -39,7 +39,8 @@ def rotary(config: ModelConfig, length: int, device: torch.device, dtype: torch.
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The heads x [..., T, head_dim] turned to their positions by tables [..., T, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
@@ -69,7 +70,7 @@ class Block:
             for name in self.family.stages[0].linears
         )
         cosine, sine = rotary(config, len(h), h.device, h.dtype)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         groups = config.heads // config.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)

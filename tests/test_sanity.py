@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
-from qquant.checks import sanity, structure
+from qquant.checks import decoding, sanity, structure
 from qquant.formats.gguf_source import GgufSource
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
@@ -275,19 +275,28 @@ def test_prompts_are_those_that_break_models():
     assert {script for script, _, _ in sanity.PROMPTS} == {"en", "zh", ""}
 
 
+def answers(**columns):
+    no = [False] * len(sanity.QUESTIONS)
+    return sanity.Answers(
+        **{name: columns.get(name, no) for name in ("stopped", "runs", "repetitive", "invalid", "script", "nan")}
+    )
+
+
 def test_worse_beyond_chance_fails_and_chance_does_not():
     """Twelve answers that no longer stop, or that repeat one token, are no chance; two are."""
 
     def of(stopping, running, count=33):
-        no = [False] * count
         runs = [index < running for index in range(count)]
-        return sanity.Answers([index < stopping for index in range(count)], runs, no, no, no, no)
+        return answers(stopped=[index < stopping for index in range(count)], runs=runs)
 
     baseline = of(30, 1)
     assert of(18, 1).proven_worse(baseline) == ["stopped"]
     assert of(30, 13).proven_worse(baseline) == ["runs"]
     assert of(28, 3).proven_worse(baseline) == []
     assert of(33, 0).proven_worse(baseline) == []
+    assert (
+        sanity.warnings([{"dtype": "fp16", "baseline": baseline.counts()} | of(28, 3).counts() | {"worse": []}]) == ()
+    )
     run = {"dtype": "fp16", "baseline": baseline.counts()}
     worse = of(18, 13)
     found = sanity.problems([run | worse.counts() | {"worse": worse.proven_worse(baseline)}])
@@ -297,20 +306,102 @@ def test_worse_beyond_chance_fails_and_chance_does_not():
     )
 
 
+def warned(mine, theirs, name="repetitive"):
+    one, other = answers(**{name: mine}), answers(**{name: theirs})
+    run = {"dtype": "bf16", "baseline": other.counts(), "worse": one.proven_worse(other)}
+    return sanity.warnings([run | one.counts()])
+
+
+def test_an_answer_alone_and_in_a_batch_is_one_pair():
+    """Seven questions answered worse in both ways are seven pairs, which may be chance, and not fourteen."""
+    assert len(set(sanity.QUESTIONS)) == 24
+    never = [False] * len(sanity.QUESTIONS)
+    short = sanity.PROMPTS[:7]
+    twice = [prompt in short and not sampled for prompt, sampled in sanity.QUESTIONS]
+    assert sum(twice) == 14
+    assert sanity.flips(twice, never) == (7, 0)
+    assert sanity.flips(never, twice) == (0, 7)
+    assert warned(twice, never) == ()
+    once = [prompt == sanity.PROMPTS[0] and not sampled for prompt, sampled in sanity.QUESTIONS]
+    first = [True] + [False] * (len(once) - 1)
+    assert sanity.flips(once, first) == (1, 0), "one of two answers more"
+
+
+def test_a_model_that_repeats_itself_by_chance_is_no_warning_and_one_that_loops_is():
+    """Answers of two equals, each repetitive on one question of six: at most 4 of 100 may be warned of, whatever was asked."""
+    draws = torch.Generator().manual_seed(0)
+
+    def by_chance(share):
+        kind = {question: bool(torch.rand(1, generator=draws) < share) for question in sanity.QUESTIONS}
+        return [kind[question] for question in sanity.QUESTIONS]
+
+    assert sum(bool(warned(by_chance(1 / 6), by_chance(1 / 6))) for _ in range(500)) <= 20
+    assert sum(bool(warned(by_chance(3 / 4), by_chance(1 / 6))) for _ in range(100)) >= 90
+    assert warned([True] * 33, by_chance(1 / 6))[0].startswith("answers in bf16: 33 of 33 repeat themselves, ")
+    assert "100% stop, 0%" in warned([True] * 33, [False] * 33, "stopped")[0]
+
+
 def test_greedy_answers_equal_transformers(demo):
     import transformers
 
     checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
     prompts = [tokenizer.encode("The history of"), tokenizer.encode("In 1912 the ship was")]
-    model = sanity._model(checkpoint, checkpoint, torch.float32, CPU)
-    ours = sanity.generate(model, prompts, (), tokenizer.size, 6, sampled=False)
+    model = decoding.Decoder(checkpoint, torch.float32, CPU)
+    ours = model.answer(prompts, 6, decoding.Chooser(tokenizer.size, ()))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
-    for prompt, (ids, finite) in zip(prompts, ours, strict=True):
+    for prompt, answered in zip(prompts, ours, strict=True):
         expected = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, repetition_penalty=1.0
         )
-        assert ids == expected[0, len(prompt) :].tolist()
-        assert finite
+        assert answered.ids == expected[0, len(prompt) :].tolist()
+        assert answered.finite
+
+
+def test_logits_in_16_bits_are_those_of_transformers(demo):
+    """Prompts of different length with a common beginning, in both dtypes: their distance from float32 is rounding, about that of transformers' own pass."""
+    import transformers
+
+    checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
+    prompts = [tokenizer.encode(f"The history of the {rest}") for rest in ("town", "railway between two towns")]
+    exact = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    for dtype in sanity.DTYPES.values():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=dtype)
+        chooser = Kept(tokenizer.size, ())
+        decoding.Decoder(checkpoint, dtype, CPU).answer(prompts, 1, chooser)
+        for prompt, mine in zip(prompts, chooser.seen[0], strict=True):
+            with torch.no_grad():
+                truth, other = (
+                    model(torch.tensor([prompt])).logits[0, -1, : tokenizer.size].float() for model in (exact, theirs)
+                )
+            assert float((mine - truth).norm()) < 3 * float((other - truth).norm())
+
+
+class Kept(decoding.Chooser):
+    """Keeps the logits that it chose from."""
+
+    seen = ()
+
+    def choose(self, logits):
+        self.seen = (*self.seen, logits.clone())
+        return super().choose(logits)
+
+
+def test_a_draft_changes_nothing(demo):
+    """A right guess, one that is wrong in the middle, one wrong from the start, one with a stop token, and answers in a padded batch."""
+    checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
+    model = decoding.Decoder(checkpoint, torch.float32, CPU)
+    prompts = [tokenizer.encode(text) for text in ("The history of", "In 1912 the ship was on her way to")]
+    chooser = decoding.Chooser(tokenizer.size, ())
+    batch = model.answer(prompts, 12, chooser)
+    for prompt, answered in zip(prompts, batch, strict=True):
+        (alone,) = model.answer([prompt], 12, chooser)
+        assert alone.ids == answered.ids
+        guess = alone.ids
+        for draft in (guess, [*guess[:5], guess[5] ^ 1, *guess[6:]], [7] * 12, guess[:3], [*guess, *guess]):
+            assert model.answer([prompt], 12, chooser, draft) == [alone]
+        stopping = decoding.Chooser(tokenizer.size, (guess[6],))
+        until = guess[: guess.index(guess[6]) + 1]
+        assert [model.answer([prompt], 12, stopping, draft)[0].ids for draft in ((), guess)] == [until] * 2
 
 
 def test_overflow_in_fp16_fails_by_name(built, tmp_path):
