@@ -151,8 +151,8 @@ def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved, monkeypa
     weight, _, gram, codes, params, grid = solved
     rows = curvature(12, 12)
     seen = []
-    block = coupled.gptq_block
-    monkeypatch.setattr(coupled, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
+    block = descent.gptq_block
+    monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
     coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
     columns = descent.blocks_of(gram, False).order[: descent.BLOCK]
     value = value_of(codes, *params.levels(), grid).double()

@@ -4,9 +4,10 @@ With the curvature G of the outputs (`qquant.curvature`) the loss is tr(G (v - w
 one G are taken in PARTS interleaved subsets R, so that strongly coupled neighbours are in different ones, the columns in blocks S, as
 in `qquant.algorithms.descent`. With everything else held, the best answer for a subset and a block is
 
-    t = v_RS - P H_SS^-1,    P = G_RR^-1 G_R: (v - w) H_:S
+    t = v_RS - P_S H_SS^-1,    P = G_RR^-1 G_R: (v - w) H
 
-which GPTQ rounds within the block; d = rounded - v_RS is kept, as a whole, where it lowers the loss: tr(G_RR d (d H_SS + 2 P)') < 0.
+which GPTQ rounds within the block; d = rounded - v_RS is kept, as a whole, where it lowers the loss: tr(G_RR d (d H_SS + 2 P_S)') < 0.
+As long as only rows of R change, P changes by d H_S: like the slope of rows that depend on no others.
 
 Matrices G of one size do not depend on each other: as many of them as fit into memory are taken together, as one batch.
 A curvature of rows and columns: YAQA (arXiv 2505.22988).
@@ -19,8 +20,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from qquant.algorithms.descent import BLOCK, VALUES, Columns, blocks_of
-from qquant.kernels.gptq_block import gptq_block
+from qquant.algorithms.descent import VALUES, Columns, blocks_of, visit
 from qquant.tensor import Grid
 
 PARTS = 8  # subsets of coupled rows
@@ -76,37 +76,22 @@ def _swept(
 ) -> Tensor:
     """Codes [B, n, K] of a batch, its columns in the order of `columns`."""
     batch, rows, width = weight.shape
-    subsets = [torch.arange(first, rows, PARTS, device=weight.device) for first in range(min(PARTS, rows))]
-    order = torch.cat(subsets)
-    matrices = matrices[:, order][:, :, order]
-    matrices += DAMPING * torch.diag_embed(matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows))
-    slope = (step * codes - offset - weight)[:, order] @ columns.gram
-    start = 0
-    for subset in subsets:
-        part = slice(start, start + len(subset))
-        start = part.stop
-        inside = matrices[:, part, part].contiguous()
-        mix = torch.cholesky_solve(matrices[:, part], torch.linalg.cholesky(inside))
-        steps, offsets, known = (_split(x[:, subset].flatten(0, 1)) for x in (step, offset, codes))
-        found = []
-        for place, (block, within, inverse, upper) in enumerate(columns.blocks):
-            old = torch.addcmul(-offsets[place], steps[place], known[place].float())
-            pull = (mix @ slope[:, :, block]).flatten(0, 1)
-            target = torch.addmm(old, pull, inverse, alpha=-1)
-            rounded, _ = gptq_block(target, upper, steps[place], offsets[place], count)
-            change = torch.addcmul(-offsets[place], steps[place], rounded.float()).sub_(old)
-            costs = (inside @ change.view(batch, len(subset), -1)).flatten(0, 1)
-            costs.mul_(torch.addmm(pull, change, within, beta=2))
-            lower = (costs.view(batch, -1).sum(1) < 0).repeat_interleave(len(subset)).unsqueeze(1)
-            change.mul_(lower)
-            found.append(torch.where(lower, rounded, known[place]))
-            slope[:, part] += (change @ columns.gram[block]).view(batch, len(subset), width)
-        codes[:, subset] = torch.cat(found, 1).view(batch, len(subset), width)
+    matrices = matrices + DAMPING * torch.diag_embed(
+        matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
+    )
+    slope = (step * codes - offset - weight) @ columns.gram
+    for first in range(min(PARTS, rows)):
+        subset = torch.arange(first, rows, PARTS, device=weight.device)
+        mix = matrices[:, subset]
+        inside = mix[:, :, subset]
+        pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky(inside)).flatten(0, 1)
+
+        def lowers(change: Tensor, gain: Tensor, inside: Tensor = inside) -> Tensor:
+            costs = (inside @ change.view(batch, -1, change.shape[1])).mul_(gain.view(batch, -1, gain.shape[1]))
+            return (costs.sum((1, 2)) < 0).repeat_interleave(inside.shape[1]).unsqueeze(1)
+
+        known, *levels = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
+        found, changes = zip(*visit(columns, count, pull, known, (levels[0], levels[1]), lowers), strict=True)
+        slope[:, subset] += (torch.cat(changes, 1) @ columns.gram).view(batch, -1, width)
+        codes[:, subset] = torch.cat(found, 1).view(batch, -1, width)
     return codes
-
-
-def _split(x: Tensor) -> list[Tensor]:
-    """The columns of x [R, K] in blocks, contiguous each."""
-    whole = x.shape[1] // BLOCK * BLOCK
-    pieces = list(x[:, :whole].view(len(x), -1, BLOCK).transpose(0, 1).contiguous().unbind())
-    return [*pieces, x[:, whole:].contiguous()] if whole < x.shape[1] else pieces

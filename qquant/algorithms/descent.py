@@ -80,31 +80,47 @@ def sweep(
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
         step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
-        given = (weight[part][:, columns.order], codes[part][:, columns.order], step, offset)
-        swept[part, columns.order] = _swept(columns, grid.levels, *given)
+        known = codes[part][:, columns.order]
+        slope = (step * known - offset - weight[part][:, columns.order]) @ columns.gram
+        found = [block for block, _ in visit(columns, grid.levels, slope, known, (step, offset), _row_by_row)]
+        swept[part, columns.order] = torch.cat(found, 1)
     return swept
 
 
-def _swept(columns: Columns, count: int, weight: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """Codes [N, K] after a pass, the columns in the order of `columns`."""
-    value = step * codes.float() - offset
-    slope = (value - weight) @ columns.gram
-    for block, inside, inverse, upper in columns.blocks:
-        old = value[:, block]
-        target = old - slope[:, block] @ inverse
-        steps, offsets = step[:, block].contiguous(), offset[:, block].contiguous()
-        found, _ = gptq_block(target, upper, steps, offsets, count)
-        new = steps * found.float() - offsets
-        better = _cost(new - target, inside) < _cost(old - target, inside)
-        change = torch.where(better, new - old, torch.zeros_like(new))
-        codes[:, block] = torch.where(better, found, codes[:, block])
-        slope += change @ columns.gram[block]
-    return codes
+def visit(
+    columns: Columns,
+    count: int,
+    slope: Tensor,
+    codes: Tensor,
+    levels: tuple[Tensor, Tensor],
+    lowers: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes uint8 [N, S] of every block of columns in turn, and by how much their values changed.
+
+    slope: (v - w) H, float32 [N, K], which is used up; levels: steps and offsets [N, K]; all in the order of `columns`.
+    A change d [N, S] is kept in the rows for which `lowers(d, d H_SS + 2 slope_S)` is true, bool [N, 1].
+    """
+    blocks = zip(columns.blocks, *(_split(x) for x in (codes, *levels)), strict=True)
+    for (block, inside, inverse, upper), known, step, offset in blocks:
+        minus = torch.addcmul(offset, step, known.float(), value=-1)  # -v
+        target = torch.addmm(minus, slope[:, block], inverse, beta=-1, alpha=-1)
+        found, _ = gptq_block(target, upper, step, offset, count)
+        change = torch.addcmul(minus, step, found.float()).sub_(offset)
+        keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
+        change.mul_(keep)
+        slope[:, block.stop :].addmm_(change, columns.gram[block, block.stop :])
+        yield torch.where(keep, found, known), change
 
 
-def _cost(error: Tensor, inside: Tensor) -> Tensor:
-    """The loss of every row of errors [N, S] from their target, [N, 1]."""
-    return ((error @ inside) * error).sum(1, keepdim=True)
+def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:
+    return (change * gain).sum(1, keepdim=True) < 0
+
+
+def _split(x: Tensor) -> list[Tensor]:
+    """The columns of x [N, K] in blocks, contiguous each."""
+    whole = x.shape[1] // BLOCK * BLOCK
+    pieces = list(x[:, :whole].reshape(len(x), -1, BLOCK).transpose(0, 1).contiguous().unbind())
+    return [*pieces, x[:, whole:].contiguous()] if whole < x.shape[1] else pieces
 
 
 def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params:
