@@ -195,13 +195,12 @@ def show(rows, facts):
         )
 
 
-def known(path, conditions, names):
+def known(path, conditions):
     """The rows of other tools in a file that --save wrote."""
     content = json.loads(path.read_text())
     if content["conditions"] != conditions:
         raise SystemExit(f"{path}: was measured on {content['conditions']}, not on {conditions}")
-    rows = content["rows"].items()
-    return {key: row for key, row in rows if key.split()[0] in names and key.split()[1] != "qquant"}
+    return {key: row for key, row in content["rows"].items() if not key.endswith(" qquant")}
 
 
 def arguments():
@@ -244,10 +243,12 @@ def main():
         "group_size": options.group_size,
     }
     conditions |= {"windows": options.windows, "tokens_sha256": text.facts["tokens_sha256"]}
+    peers = known(options.against, conditions) if options.against else {}
     built, facts = build(base, checkpoint, options)
-    rows = measure(checkpoint, built, text)
-    if options.against:
-        rows |= known(options.against, conditions, {name for name, _ in built})
+    if not built:
+        raise SystemExit(f"{options.ours}: no artifact of the formats asked for stands below it")
+    formats = {name for name, _ in built}
+    rows = measure(checkpoint, built, text) | {key: row for key, row in peers.items() if key.split()[0] in formats}
     if options.save:
         options.save.write_text(json.dumps({"conditions": conditions, "rows": rows}))
     show(rows, facts)
