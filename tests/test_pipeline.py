@@ -42,6 +42,7 @@ artifacts:
 # Too little text is read to decide a gate, so none is asked.
 ARTIFACTS = {
     "gptq-int4": "{name: gptq-int4, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}",
+    "gptq-128": "{name: gptq-128, format: gptq, bits: 4}",
     "gptq-int8": "{name: gptq-int8, format: gptq, bits: 8, group_size: 64, gates: {defaults: false}}",
     "gptq-row": "{name: gptq-row, format: gptq, bits: 8, group_size: -1, scale_search: minmax, gates: {defaults: false}}",
     "gptq-shared": "{name: gptq-shared, format: gptq, bits: 4, group_size: 32, propagate: false, gates: {defaults: false}}",
@@ -126,6 +127,14 @@ def test_every_artifact_is_what_was_planned_and_close_to_the_source(make_checkpo
     for name in ("gptq-int4", "awq", "gguf-q4_0"):
         assert 0.0005 < rows[name].kl_divergence < 0.3, name
     assert report.passed
+
+
+@pytest.mark.parametrize(("hidden", "remedy"), [(192, "Give it group_size: 64 or 32"), (80, "No group_size fits: pad")])
+def test_a_group_size_that_does_not_fit_is_answered_with_those_that_do(make_checkpoint, tmp_path, hidden, remedy):
+    folder = make_checkpoint(hidden_size=hidden, num_attention_heads=2, num_key_value_heads=2, intermediate_size=256)
+    loaded = load_recipe(tmp_path, ["gptq-128"])
+    with pytest.raises(InputError, match=rf"q_proj \[{hidden}, {hidden}\] needs .* {remedy}"):
+        Plan.of(loaded, Checkpoint.open(folder))
 
 
 @pytest.mark.parametrize("tied", [True, False])

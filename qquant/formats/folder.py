@@ -35,6 +35,7 @@ else:
     torch = lazy("torch")
 
 Entry = tuple[str, str, tuple[int, ...]]
+GROUPS = (128, 64, 32)  # sizes to suggest
 
 
 class QuantizedLayout(ABC):
@@ -86,6 +87,11 @@ class ModelFolder(ABC):
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
 
+    def _fits(self, spec: Any, group_size: int, linears: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether every linear could be stored in groups of this size."""
+        layout = self.layout(spec.model_copy(update={"group_size": group_size}))
+        return all(layout.problems(matrix) is None for matrix in linears.values())
+
     def plan(
         self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str, imatrix: Imatrix | None = None
     ) -> PlannedArtifact:
@@ -99,9 +105,11 @@ class ModelFolder(ABC):
         for linear, matrix in linears.items():
             problem = layout.problems(matrix)
             if problem:
-                raise InputError(
-                    f"artifact {spec.name}: {linear} {problem}. Choose another group_size, or pad the model"
+                fitting = [str(size) for size in GROUPS if self._fits(spec, size, linears)]
+                remedy = (
+                    f"Give it group_size: {' or '.join(fitting)}" if fitting else "No group_size fits: pad the model"
                 )
+                raise InputError(f"artifact {spec.name}: {linear} {problem}. {remedy}")
         entries: list[Entry] = []
         grids: dict[str, str] = {}
         quantized = {f"{linear}.weight" for linear in linears}
