@@ -11,7 +11,8 @@ the recipe. Every result is read back and compared with the checkpoint on held-o
 is the mean KL divergence of ours divided by theirs, with a 95 % interval from resampling windows (paired: the same windows for both).
 
 What stands under --keep is not built again. --ours takes artifacts that `qquant build` made elsewhere, from every output folder below
-it. --save keeps what was measured, window by window; --against compares with that instead of building and measuring the peers again.
+it. --save keeps what was measured, window by window, beside what the file has already; --against compares with the numbers of such a
+file instead of building and measuring the peers again.
 """
 
 import argparse
@@ -195,12 +196,12 @@ def show(rows, facts):
         )
 
 
-def known(path, conditions):
-    """The rows of other tools in a file that --save wrote."""
+def stored(path, conditions):
+    """The rows of a file that --save wrote."""
     content = json.loads(path.read_text())
     if content["conditions"] != conditions:
         raise SystemExit(f"{path}: was measured on {content['conditions']}, not on {conditions}")
-    return {key: row for key, row in content["rows"].items() if not key.endswith(" qquant")}
+    return content["rows"]
 
 
 def arguments():
@@ -243,14 +244,17 @@ def main():
         "group_size": options.group_size,
     }
     conditions |= {"windows": options.windows, "tokens_sha256": text.facts["tokens_sha256"]}
-    peers = known(options.against, conditions) if options.against else {}
+    peers = stored(options.against, conditions) if options.against else {}
     built, facts = build(base, checkpoint, options)
     if not built:
         raise SystemExit(f"{options.ours}: no artifact of the formats asked for stands below it")
     formats = {name for name, _ in built}
-    rows = measure(checkpoint, built, text) | {key: row for key, row in peers.items() if key.split()[0] in formats}
+    rows = measure(checkpoint, built, text) | {
+        key: row for key, row in peers.items() if key.split()[0] in formats and not key.endswith(" qquant")
+    }
     if options.save:
-        options.save.write_text(json.dumps({"conditions": conditions, "rows": rows}))
+        before = stored(options.save, conditions) if options.save.exists() else {}
+        options.save.write_text(json.dumps({"conditions": conditions, "rows": before | rows}))
     show(rows, facts)
 
 
