@@ -42,6 +42,7 @@ from qquant.kernels.gram import gram
 from qquant.output import make_folder, write_synced
 from qquant.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
+from qquant.tensor import finite
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
 TOKENS = 1024  # tokens that take a slice of the head at a time
@@ -285,7 +286,7 @@ def _backward(
         for name, parts in rows.items()
         for index, part in enumerate(parts)
     }
-    if not all(bool(torch.isfinite(value).all()) for value in stored.values()):
+    if not all(finite(value) for value in stored.values()):
         raise NumericalError(
             f"block {layer}: gradients are not finite in {inputs[0].dtype}; set calibration.objective to output"
         )

@@ -27,6 +27,7 @@ from qquant.checkpoint import WeightSource
 from qquant.decoder import Block, Observer, embed
 from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.stats import Gram, NotFiniteError
+from qquant.tensor import finite
 
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
 LOG = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Stream:
             self.hidden[index] = self.spare(layer, partial(self._through, layer, block, index, observe))
         for stage, gram in grams.items():
             gram.move(self.device)
-            if not bool(torch.isfinite(gram.matrix).all()):
+            if not finite(gram.matrix):
                 raise NumericalError(
                     f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
                     "see the checkpoint's weights"
@@ -86,7 +87,7 @@ class Stream:
             way = block.widened() if widen else block
             try:
                 y = way.forward(x.to(way.dtype), observe).to(x.dtype)
-                if not bool(torch.isfinite(y).all()):
+                if not finite(y):
                     raise NotFiniteError(f"its output is not finite in {x.dtype}")
             except NotFiniteError as failure:
                 if way.dtype == torch.float32:

@@ -210,6 +210,11 @@ def as_scale(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(half), half)
 
 
+def finite(value: Tensor) -> bool:
+    """Whether `value` holds neither NaN nor infinity. Extremes carry both, and are found far faster than elements are tested."""
+    return not value.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))
+
+
 def checksum(value: Tensor) -> str:
     """16 hex digits over the float32 bits of `value` and their order; -0 counts as 0. Fast, not cryptographic."""
     bits = (value.float().contiguous().view(-1) + 0.0).view(torch.int32)

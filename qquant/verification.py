@@ -22,7 +22,7 @@ from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
 from qquant.output import MANIFEST
 from qquant.resources import lazy
-from qquant.tensor import checksum
+from qquant.tensor import checksum, finite
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def verify(folder: Path, deep: bool = False) -> Found:
         source = FORMATS[_format(folder, name, entry)].read(_place(folder, entry))
         for tensor in source.family.shapes(source.config) if deep else _sample(recorded):
             value = source.tensor(tensor)
-            if not bool(torch.isfinite(value).all()):
+            if not finite(value):
                 raise InputError(f"{folder}: {name}: {tensor} holds NaN or infinity")
             scanned += 1
             if tensor in recorded:

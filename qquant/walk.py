@@ -42,7 +42,7 @@ from qquant.padding import narrow
 from qquant.solver import Rows, Solver, unit
 from qquant.stats import Gram, NotFiniteError
 from qquant.stream import STATES, Stream
-from qquant.tensor import Grid
+from qquant.tensor import Grid, finite
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 Passage = Generator[tuple[str, Tensor], None, None]  # of a sample through a block
@@ -275,7 +275,7 @@ def _propagated(
                 for (r, q), (_, x, y) in zip(rest, inputs, strict=True)
             ]
     hidden = [next(sample)[1].to(kept) for _, sample in passes.values()]
-    if not all(bool(torch.isfinite(y).all()) for y in hidden):
+    if not all(finite(y) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
     stream.hidden = [y.cpu() for y in hidden] if stream.relief >= STATES else hidden

@@ -213,3 +213,20 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
     again, stored = grid.unpack(blocks)
     assert torch.equal(again, codes)
     assert torch.equal(value_of(again, *stored.levels(), grid), value_of(codes, *chosen.levels(), grid))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(32, 32), (24, 12)], ids=["a batch, recorded", "one after the other"])
+def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
+    weight, gram = problem(sum(rows), 256, 900)
+    grid = UniformGrid(4, 32, True, "importance")
+    params = grid.fit(weight, rounding_weight(gram, 0.01))
+    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    damped, matrices = descent.damped(gram.matrix, 0.01), curvature(*rows)
+    ends = []
+    for device in ("cpu", "cuda"):
+        given = [x.to(device) for x in (weight, damped, codes)]
+        levels = tuple(level.to(device) for level in params.levels())
+        found = coupled.sweep(*given, levels, grid, False, [matrix.to(device) for matrix in matrices]).cpu()
+        ends.append(coupled_loss(weight, damped, matrices, found, params.levels(), grid))
+    assert ends[1] == pytest.approx(ends[0], rel=0.01)

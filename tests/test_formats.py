@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qquant.formats.awq import AwqLayout
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.gptq import GptqLayout
-from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
+from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams, finite
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -134,3 +134,14 @@ def test_gptq_v2_zeros_are_not_shifted():
 def test_shapes_that_do_not_fit_are_refused(shape, word):
     problem = GptqLayout(4, 32).problems(shape)
     assert (problem is None) == (word is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_one_odd_element_is_found_anywhere(dtype, odd):
+    for place in (0, 17, 998):
+        value = torch.randn(999).to(dtype)
+        assert finite(value)
+        value[place] = odd
+        assert not finite(value)
+    assert finite(torch.empty(0))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.descent import VALUES, Columns, blocks_of, visit
+from qquant.kernels.replay import Replay
 from qquant.tensor import Grid
 
 PARTS = 8  # subsets of coupled rows
@@ -80,18 +81,22 @@ def _swept(
         matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
     )
     slope = (step * codes - offset - weight) @ columns.gram
+
+    @Replay
+    def visited(pull: Tensor, inside: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        def lowers(change: Tensor, gain: Tensor) -> Tensor:
+            costs = (inside @ change.view(batch, -1, change.shape[1])).mul_(gain.view(batch, -1, gain.shape[1]))
+            return (costs.sum((1, 2)) < 0).repeat_interleave(inside.shape[1]).unsqueeze(1)
+
+        found, changes = zip(*visit(columns, count, pull, codes, (step, offset), lowers), strict=True)
+        return torch.cat(found, 1), torch.cat(changes, 1)
+
     for first in range(min(PARTS, rows)):
         subset = torch.arange(first, rows, PARTS, device=weight.device)
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
         pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky(inside)).flatten(0, 1)
-
-        def lowers(change: Tensor, gain: Tensor, inside: Tensor = inside) -> Tensor:
-            costs = (inside @ change.view(batch, -1, change.shape[1])).mul_(gain.view(batch, -1, gain.shape[1]))
-            return (costs.sum((1, 2)) < 0).repeat_interleave(inside.shape[1]).unsqueeze(1)
-
-        known, *levels = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
-        found, changes = zip(*visit(columns, count, pull, known, (levels[0], levels[1]), lowers), strict=True)
-        slope[:, subset] += (torch.cat(changes, 1) @ columns.gram).view(batch, -1, width)
-        codes[:, subset] = torch.cat(found, 1).view(batch, -1, width)
+        found, change = visited(pull, inside, *(x[:, subset].flatten(0, 1) for x in (codes, step, offset)))
+        slope[:, subset] += (change @ columns.gram).view(batch, -1, width)
+        codes[:, subset] = found.view(batch, -1, width)
     return codes

@@ -27,6 +27,7 @@ from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.families import Family, ModelConfig
 from qquant.formats import detect
 from qquant.formats.gguf_shards import read_model
+from qquant.tensor import finite
 from qquant.untrusted import read_json
 from qquant.vocabulary import read
 
@@ -104,7 +105,7 @@ class Watched:
 
 def fault(value: Tensor, truth: Tensor, folds: bool) -> str:
     """What is wrong with a weight [N, K] or a vector [N] of the artifact, against the checkpoint's; empty: nothing."""
-    if not bool(torch.isfinite(value).all()):
+    if not finite(value):
         return "holds NaN or infinity"
     if truth.dim() == 1:
         far = not folds and float((value - truth).norm()) > FAR * float(truth.norm())
