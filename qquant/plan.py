@@ -20,7 +20,7 @@ from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
-from qquant.gates import Reach, kind_of, reach, resolved
+from qquant.gates import Reach, is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.output import PARTIAL
 from qquant.padding import group_of, narrow, parallel_sizes
@@ -174,8 +174,10 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     rows = (
         sum(4 * count * min(count, ROWS) for count, _ in shapes.values()) if recipe.calibration.objective == "kl" else 0
     )
-    own = any(getattr(spec, "propagate", False) for spec in recipe.artifacts)
+    own = [is_fine(kind_of(spec)) for spec in recipe.artifacts if getattr(spec, "propagate", False)]
     lockstep = stream // config.hidden * (8 * config.hidden + 2 * config.intermediate) if own else 0
+    if any(own):  # float32, and a 16-bit stream beside it in float32 too
+        lockstep = 2 * lockstep + 8 * tokens * config.hidden
     return PROCESS + stream + sample + solve + rows + lockstep + block * (SIZES[checkpoint.dtype] * 2 + 4)
 
 

@@ -11,7 +11,8 @@ calibration token.
 
 With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model.
 
-An artifact with `propagate` walks on a stream of its own, which runs through its own quantized linears beside the 16-bit one. Every
+An artifact with `propagate` walks on a stream of its own, which runs through its own quantized linears beside the 16-bit one (both in
+float32 for 8 bits, which stray less than bfloat16 is rounded). Every
 linear then has the target that makes up for the errors before it, as far as its own input x~ can tell them:
 
     W <- W + SHARE (W sum_t s_t (x - x~) x~'  +  sum_t s_t (r - r~) x~') (H~ + RIDGE mean(diag H~) I)^-1
@@ -37,6 +38,7 @@ from qquant.decoder import HEAD_ROWS, Block
 from qquant.errors import NumericalError
 from qquant.families import Stage
 from qquant.formats import FORMATS
+from qquant.gates import is_fine, kind_of
 from qquant.moments import Moments
 from qquant.padding import narrow
 from qquant.solver import Rows, Solver, unit
@@ -87,18 +89,35 @@ def quantize(
         curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
     start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
-    own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in waiting if propagates(draft)]
     shared = [draft for draft in waiting if not propagates(draft)]
+    near = [draft for draft in waiting if propagates(draft) and not fine(draft, dtype)]
+    close = [draft for draft in waiting if propagates(draft) and fine(draft, dtype)]
+    wide = (
+        Stream.start(checkpoint, [samples[place] for place in places], torch.float32, device)
+        if close
+        else Stream([], device)
+    )
+    own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
+    own += [(Stream(list(wide.hidden), device), draft) for draft in close]
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in source.block(layer).items()}
         view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
-        before = {place: start.hidden[place] for place in places} if own else {}
-        grams = _shared(view, start, shared, [draft for _, draft in own], moments)
-        if not any(transforms(draft) for _, draft in own):
+        exact = view, {place: start.hidden[place] for place in places if near}, start.wide
+        exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
+        grams = _shared(view, start, shared, near + close, moments)
+        if not any(transforms(draft) for draft in near + close):
             grams.clear()
         for stream, draft in own:
-            stream.spare(layer, partial(_own_block, view, grams, before, stream, (draft, moments), start.wide))
+            seen, before, overflowed = exact_wide if draft in close else exact
+            stream.spare(layer, partial(_own_block, seen, grams, before, stream, (draft, moments), overflowed))
+        if close:
+            wide.advance(layer, exact_wide[0].block(), {})
         progress("quantize", layer + 1, layers)
+
+
+def fine(draft: Draft, dtype: torch.dtype) -> bool:
+    """Whether an artifact strays less from the checkpoint than activations of `dtype` are rounded: float32 then shows by how much."""
+    return dtype != torch.float32 and is_fine(kind_of(draft.plan.spec))
 
 
 def propagates(draft: Draft) -> bool:

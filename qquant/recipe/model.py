@@ -258,7 +258,7 @@ class GptqArtifact(_Artifact):
     ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for folded scales")
     propagate: bool = Field(
         default=True,
-        description="make up for the errors before a linear; not for `rounding: rtn`, and of no use to 8 bits",
+        description="make up for the errors before a linear; not for `rounding: rtn`; 8 bits walk in float32 for it",
     )
 
 
