@@ -40,6 +40,7 @@ from qquant.recipe import AwqArtifact, Checks, Gates, GgufArtifact, GptqArtifact
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / ".oracles"
+IMATRIX = "imatrix"  # an artifact that is built for its importance matrix only
 RUNNERS = ROOT / "tests" / "oracles"
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 OURS = {
@@ -82,7 +83,7 @@ def run(environment, command):
 
 def imatrix_of(keep):
     """The importance matrix that `ready` left for llama-quantize."""
-    return keep / "imatrix" / "calibration" / "imatrix.gguf"
+    return keep / IMATRIX / "calibration" / "imatrix.gguf"
 
 
 def ready(base, checkpoint, keep):
@@ -90,8 +91,8 @@ def ready(base, checkpoint, keep):
     if not (keep / "full.gguf").exists():
         run("llama", ["llama_convert.py", checkpoint.path, keep / "full.gguf"])
     if not imatrix_of(keep).exists():
-        spec = GgufArtifact(name="imatrix", format="gguf", type="q8_0", gates=Gates(defaults=False))
-        build_ours(base, checkpoint, spec, keep / "imatrix")
+        spec = GgufArtifact(name=IMATRIX, format="gguf", type="q8_0", gates=Gates(defaults=False))
+        build_ours(base, checkpoint, spec, keep / IMATRIX)
 
 
 def spec_of(base, name, group_size):
@@ -128,7 +129,14 @@ def made(folder):
         for name, entry in json.loads(path.read_text())["artifacts"].items():
             spec = next(spec for spec in entry["recipe"]["artifacts"] if spec["name"] == name)
             files = [path.parent / file for file in entry["files"] if file.endswith(".gguf")]
-            found[kind_of(spec)] = files[0] if files else path.parent
+            place = files[0] if files else path.parent
+            if name == IMATRIX:
+                continue
+            if kind_of(spec) in found:
+                raise SystemExit(
+                    f"{place} and {found[kind_of(spec)]}: both are {kind_of(spec)}. Give --ours one of them"
+                )
+            found[kind_of(spec)] = place
     return found
 
 
