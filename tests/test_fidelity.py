@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qquant import pipeline, recipe
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
-from qquant.checks import evidence, llama_cpp, regression
+from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
 from qquant.decoder import embed, source_block
 from qquant.errors import InputError
@@ -127,6 +128,30 @@ def test_windows_are_independent(pair):
     joined = first.joined([first, rest])
     assert torch.allclose(joined.kl, whole.kl, atol=1e-9)
     assert np.allclose(joined.window_means()["nll"], whole.window_means()["nll"], atol=1e-9)
+
+
+@pytest.mark.parametrize(("first", "tile"), [(12, 24), (12, 1024), (0, 8)])
+def test_short_memory_changes_no_bit(pair, monkeypatch, first, tile):
+    """Windows in one group, and one by one: the same numbers, peaks, and progress that ends at the end."""
+    source, other, windows = pair
+    monkeypatch.setattr(fidelity, "TILE", tile)
+    text, found, told = Scored(windows, first, 8000), [], []
+    for memory in (1e12, 1.0):
+        peaks, seen = Peaks(), []
+        numbers = measure(source, {"o": other}, text, CPU, lambda _, *at, seen=seen: seen.append(at), peaks, memory)[
+            "o"
+        ]
+        found.append((numbers, peaks))
+        told.append(seen)
+    for name, column in vars(found[0][0]).items():
+        assert torch.equal(column, getattr(found[1][0], name)), name
+    assert found[0][1] == found[1][1]
+    groups = 1 if tile == 1024 else 3 if first == 0 else 2
+    assert told == [[(1, 2), (2, 2)], [(at, 2 * groups) for at in range(1, 2 * groups + 1)]]
+
+
+def test_free_memory_is_what_the_kernel_says_is_available():
+    assert 1 << 20 < fidelity.free_memory(CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_report_has_texts_percentiles_and_worst_tokens(built):

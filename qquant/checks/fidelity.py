@@ -1,7 +1,8 @@
 """How close an artifact stays to its 16-bit checkpoint, token by token, on held-out text.
 
 Baseline and artifacts walk the text together, one decoder block at a time, so only one block of each is in memory and no logits
-are stored. Then the heads are read once, in slices of the vocabulary, and per scored position these sums are kept in float64:
+are stored. Where hidden states of all windows are more than `SHARE` of the free memory, windows go in groups, each through all layers:
+weights are read once for each group, and the numbers are the same to the bit. Then the heads are read once, in slices of the vocabulary, and per scored position these sums are kept in float64:
 
     Z_b = sum exp(b),  Z_a = sum exp(a),  T = sum exp(b) (b - a)          b, a: float32 logits of baseline and artifact
     KL(baseline || artifact) = T / Z_b - ln Z_b + ln Z_a                   nats, exact over the real vocabulary
@@ -15,8 +16,11 @@ is scored, so every token has half a window of context; "sliding" (GPTQ papers):
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +33,9 @@ from qquant.errors import NumericalError
 
 Progress = Callable[[str, int, int], None]
 SLICE = 1024  # rows of the heads at a time, of every source at once
-TILE = 1024  # positions at a time
+TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
+SHARE = 0.25  # of the free memory that activations may take
+STATES = 2  # times the hidden states of a group: what they are, and what is made of them
 
 
 @dataclass(frozen=True)
@@ -166,20 +172,51 @@ def measure(
     device: torch.device,
     progress: Progress,
     peaks: Peaks | None = None,
+    memory: float | None = None,
 ) -> dict[str, Fidelity]:
     """Compare artifacts with `baseline` on a text; token ids >= `text.vocabulary` are padding and never count.
 
-    `peaks` takes in the largest activations, the artifacts numbered from 1 in their order.
+    `peaks` takes in the largest activations, the artifacts numbered from 1 in their order. `memory`: bytes that activations may take.
 
     Raises:
         NumericalError: an activation of the baseline is not finite. An artifact's are measured as they are (infinite KL).
     """
     sources = [baseline, *artifacts.values()]
+    held = STATES * 4 * len(sources) * text.windows.shape[1] * baseline.config.hidden  # bytes of a window
+    room = SHARE * free_memory(device) if memory is None else memory
+    together = max(1, TILE // max(1, text.windows.shape[1] - text.first - 1))
+    groups = text.windows.split(max(1, int(room / held / together)) * together)
+    parts = []
+    for number, windows in enumerate(groups):
+
+        def tell(phase: str, done: int, count: int, before: int = number) -> None:
+            progress(phase, before * count + done, len(groups) * count)
+
+        parts.append(_measure(sources, replace(text, windows=windows), device, tell, peaks))
+    return {name: Fidelity.joined([part[index] for part in parts]) for index, name in enumerate(artifacts)}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be taken on a device without taking them from anybody: of the CPU, what the kernel says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure(
+    sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress, peaks: Peaks | None
+) -> list[Fidelity]:
+    """Of every source but the first, against the first."""
     finals = final_states(sources, text, device, progress, peaks=peaks)
-    targets = text.windows[:, text.first + 1 :].reshape(-1).to(device)
+    targets = text.windows[:, text.first + 1 :].to(device)
     sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
     shape = (len(text.windows), text.windows.shape[1] - text.first - 1)
-    return {name: _fidelity(sums[0], sums[index], shape) for index, name in enumerate(artifacts, start=1)}
+    return [_fidelity(sums[0], other, shape) for other in sums[1:]]
 
 
 def plain_block(source: WeightSource, layer: int, device: torch.device) -> Block:
@@ -230,7 +267,21 @@ def _final(source: WeightSource, states: list[Tensor], first: int) -> Tensor:
     return rms_norm(scored, source.tensor(source.family.final_norm).to(scored), source.config.epsilon)
 
 
-def _heads(sources: Sequence[WeightSource], finals: list[Tensor], targets: Tensor, vocabulary: int) -> list[_Sums]:
+def _tiles(windows: int, scored: int) -> list[slice]:
+    """Positions that are computed together: as many whole windows as fit into `TILE`, or a part of one."""
+    step = TILE // scored * scored
+    if step:
+        return [slice(start, min(start + step, windows * scored)) for start in range(0, windows * scored, step)]
+    cuts = [*range(0, scored, TILE), scored]
+    return [
+        slice(window * scored + start, window * scored + stop)
+        for window in range(windows)
+        for start, stop in pairwise(cuts)
+    ]
+
+
+def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor, vocabulary: int) -> list[_Sums]:
+    tiles, targets = _tiles(*tokens.shape), tokens.flatten()
     positions, device = len(targets), targets.device
     sums = [_Sums.start(positions, device) for _ in sources]
     cross = [torch.zeros(positions, dtype=torch.float64, device=device) for _ in sources]
@@ -238,8 +289,7 @@ def _heads(sources: Sequence[WeightSource], finals: list[Tensor], targets: Tenso
         heads = [
             source.rows(source.family.head, first, min(first + SLICE, vocabulary)).to(finals[0]) for source in sources
         ]
-        for start in range(0, positions, TILE):
-            rows = slice(start, min(start + TILE, positions))
+        for rows in tiles:
             base = finals[0][rows] @ heads[0].T
             before = sums[0].peak[rows].clone()
             sums[0].add(base, first, rows, targets[rows])

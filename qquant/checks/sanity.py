@@ -25,7 +25,6 @@ does not fit, the answers are left out and the report says so.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +34,7 @@ import torch
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks.decoding import Chooser, Decoder
+from qquant.checks.fidelity import free_memory
 from qquant.checks.statistics import mcnemar
 from qquant.gates import ASKED
 
@@ -221,12 +221,7 @@ def _prompt(tokenizer: Tokenizer, system: str | None, question: str) -> list[int
 
 def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     needed = 3 * checkpoint.family.parameters(checkpoint.config)  # 16 bits each, and half as much for everything else
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
-    return needed < free
+    return needed < free_memory(device)
 
 
 def _run(model: Decoder, tokenizer: Tokenizer, length: int) -> Answers:

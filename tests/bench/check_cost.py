@@ -1,6 +1,8 @@
 """What a check of many artifacts costs against running the checkpoint alone.
 
-    python -m tests.bench.check_cost WORK [--windows 12]
+    python -m tests.bench.check_cost WORK [--windows 12] [--memory MB]
+
+--memory: what activations may take (by default a quarter of the free memory), so that windows go in groups.
 
 Builds the eleven artifacts of the chat recipe from the demo checkpoint (rounded to nearest: their values do not matter here) into WORK, then
 reads the same windows in fresh processes: the checkpoint alone, with one artifact, with all. Seconds are of the processor, one thread;
@@ -41,7 +43,7 @@ def build(work):
     pipeline.build(loaded, checkpoint, plan, work / "out", torch.device("cpu"), lambda *_: None)
 
 
-def child(paths, windows):
+def child(paths, windows, memory):
     """Print seconds and peak bytes of reading `windows` windows of 512 tokens with the artifacts of `paths`."""
     import time
 
@@ -60,16 +62,17 @@ def child(paths, windows):
     sources = {path: open_weights(Path(path)) for path in paths}
     began = time.process_time()
     if windows:
-        measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None)
+        measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None, None, memory)
     seconds = time.process_time() - began
     status = Path("/proc/self/status").read_text()
     (peak,) = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
-def ask(paths, windows):
+def ask(paths, windows, memory=None):
     command = [sys.executable, "-m", "tests.bench.check_cost", "--child", json.dumps([str(path) for path in paths])]
     command += ["--windows", str(windows)]
+    command += ["--memory", str(memory)] if memory else []
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -77,10 +80,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, nargs="?")
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--memory", type=float)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(json.loads(options.child), options.windows)
+        child(json.loads(options.child), options.windows, options.memory and options.memory * 1e6)
         return
     if not (options.work / "out" / "report.json").is_file():
         build(options.work)
@@ -89,11 +93,11 @@ def main():
     paths = sorted([*folders, *(path for path in out.rglob("*.gguf") if "calibration" not in str(path))])
     empty = ask([], 0)["peak"]
     states = options.windows * 512 * 256 * 4
-    alone = ask([], options.windows)
+    alone = ask([], options.windows, options.memory)
     print(f"{options.windows} windows of 512; hidden states of one model: {states / 1e6:.1f} MB")
     print(f"checkpoint alone   {alone['seconds']:7.1f} s                      {(alone['peak'] - empty) / 1e6:6.0f} MB")
     for count in (1, len(paths)):
-        found = ask(paths[:count], options.windows)
+        found = ask(paths[:count], options.windows, options.memory)
         more = (found["seconds"] / alone["seconds"] - 1) / count
         print(
             f"and {count:2} artifacts   {found['seconds']:7.1f} s, {found['seconds'] / alone['seconds']:5.2f} times, "
