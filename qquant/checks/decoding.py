@@ -7,8 +7,8 @@
              is the answer; from the first other choice on, steps. The choices are those of the model and never the guess.
 
 A pad never counts: it is a key for itself only, and positions go on after it as if it were not there.
-On the CPU a float16 product of several rows is made in float32 from the float16 weights and rounded once, as hardware with
-float16 products does it; torch's own is several times slower where the processor has none. Sums are float32 in either.
+On the CPU keys and values are held in float32, rounded as the dtype rounds them, and a float16 product of several rows is made in float32 from the float16 weights and rounded once, as hardware with float16
+products does it; torch's own is several times slower where the processor has none. Sums are float32 in either.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class _Cache:
         self.shared = _shared(prompts) if len(prompts) > 1 else 0
         room, self.end, self.start = self.longest + length, 0, 0
         shape = (config.layers, len(prompts), config.kv_heads, room, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        wide = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
+        self.keys, self.values = (torch.zeros(shape, dtype=wide, device=model.device) for _ in range(2))
         self.config, self.given = config, prompts
         self.pads = torch.tensor([[self.longest - len(prompt)] for prompt in prompts], device=model.device)
         self.cosine, self.sine = rotary(config, room, model.device, model.dtype)
@@ -131,13 +132,13 @@ class _Cache:
         self.keys[layer, :, :, self.start : self.end] = rotate(key, *self.tables)
         self.values[layer, :, :, self.start : self.end] = value
         mixed = F.scaled_dot_product_attention(
-            rotate(query, *self.tables),
+            rotate(query, *self.tables).to(self.keys.dtype),
             self.keys[layer, : len(query), :, : self.end],
             self.values[layer, : len(query), :, : self.end],
             attn_mask=self.allowed,
             enable_gqa=self.config.heads != self.config.kv_heads,
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2).to(query.dtype)
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
