@@ -102,14 +102,15 @@ def quantize(
     for layer in range(layers):
         weights = {name: value.to(device) for name, value in source.block(layer).items()}
         view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
-        exact = view, {place: start.hidden[place] for place in places if near}, start.wide
-        exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
+        before = {place: start.hidden[place] for place in places if near}
         grams = _shared(view, start, shared, near + close, moments)
         if not any(transforms(draft) for draft in near + close):
             grams.clear()
+        exact = view, before, start.wide
+        exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
         for stream, draft in own:
-            seen, before, overflowed = exact_wide if draft in close else exact
-            stream.spare(layer, partial(_own_block, seen, grams, before, stream, (draft, moments), overflowed))
+            given, before, overflowed = exact_wide if draft in close else exact
+            stream.spare(layer, partial(_own_block, given, grams, before, stream, (draft, moments), overflowed))
         if close:
             wide.advance(layer, exact_wide[0].block(), {})
         progress("quantize", layer + 1, layers)
