@@ -45,7 +45,7 @@ from qquant.stream import Stream
 from qquant.tensor import finite
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
-TOKENS = 1024  # tokens that take a slice of the head at a time
+TOKENS = {"cpu": 1024, "cuda": 4096}  # that take a slice of the head at a time; the draws do not depend on it
 STRIP = 64  # columns of a slice whose mass is summed first
 SEED = 0
 
@@ -195,7 +195,7 @@ def _head_gradients(source: Checkpoint, hidden: Sequence[Tensor]) -> Iterator[Te
     head = _Head(source, hidden[0].device)
     norm = source.tensor(source.family.final_norm).to(hidden[0])
     pieces = []
-    for part in torch.cat(list(hidden)).split(TOKENS):
+    for part in torch.cat(list(hidden)).split(TOKENS[hidden[0].device.type]):
         leaf = part.clone().requires_grad_()
         normed = rms_norm(leaf, norm, source.config.epsilon)
         normed.backward(head.gradient(normed.detach(), generator))

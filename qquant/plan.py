@@ -1,9 +1,9 @@
 """What a build will do, from config and headers alone: every file to the byte, memory, disk. Needs no torch.
 
-Memory of a build (host, or GPU with `--device cuda`): the process itself, one block in its own dtype and in float32, four Gram
-matrices and one factorisation of the widest, and one hidden state per calibration token. It does not depend on the number of
-layers. Disk: the artifacts themselves, since they are filled in place, and for `objective: kl` the inputs of all blocks for the tokens
-that curvature is measured on, which give way to the curvature itself.
+Memory of a build (host, or GPU with `--device cuda`): the process itself, one block twice in its own dtype (and in float32 where AWQ
+transforms it), four Gram matrices and one factorisation of the widest, a few copies of the largest stage, and hidden states of every
+calibration token. It does not depend on the number of layers. Disk: the artifacts themselves, since they are filled in place, and for
+`objective: kl` the inputs of all blocks for the tokens that curvature is measured on, which give way to the curvature itself.
 """
 
 from __future__ import annotations
@@ -171,14 +171,16 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     stream = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
     sample = recipe.calibration.length * config.intermediate * 4 * 4
     solve = 4 * (sum(columns * columns for columns in inputs) + 4 * widest * widest + 6 * tallest)
-    rows = (
-        sum(4 * count * min(count, ROWS) for count, _ in shapes.values()) if recipe.calibration.objective == "kl" else 0
-    )
+    rows = 8 * max(count * min(count, ROWS) for count, _ in shapes.values())
+    if recipe.calibration.objective != "kl":
+        rows = 0
+    transforms = any(getattr(spec, "transform", "none") != "none" for spec in recipe.artifacts)
     own = [is_fine(kind_of(spec)) for spec in recipe.artifacts if getattr(spec, "propagate", False)]
-    lockstep = stream // config.hidden * (8 * config.hidden + 2 * config.intermediate) if own else 0
+    lockstep = stream // config.hidden * (8 * config.hidden + config.intermediate) if own else 0
     if any(own):  # float32, and a 16-bit stream beside it in float32 too
         lockstep = 2 * lockstep + 8 * tokens * config.hidden
-    return PROCESS + stream + sample + solve + rows + lockstep + block * (SIZES[checkpoint.dtype] * 2 + 4)
+    weights = block * (SIZES[checkpoint.dtype] * 2 + 4 * transforms + 8 * any(own))
+    return PROCESS + stream + sample + solve + rows + lockstep + weights
 
 
 def _scratch(recipe: Recipe, checkpoint: Checkpoint) -> int:

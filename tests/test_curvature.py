@@ -85,6 +85,47 @@ def test_drawn_gradients_have_the_fisher_information_as_second_moment(source):
     assert float(drawn.mean(0).norm() / fisher.trace().sqrt()) < 0.03
 
 
+def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
+    hidden = [
+        torch.randn(count, source.config.hidden, generator=torch.Generator().manual_seed(count))
+        for count in (90, 7, 60)
+    ]
+    draw, generator = _Head(source, CPU), torch.Generator().manual_seed(SEED)
+    together = draw.gradient(torch.cat(hidden), torch.Generator().manual_seed(SEED))
+    assert torch.equal(together, torch.cat([draw.gradient(part, generator) for part in hidden]))
+    assert len(together.unique(dim=0)) > 140
+
+
+def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
+    """Slices of unequal size and mass, none a multiple of a strip: how often each token is drawn against its probability."""
+    monkeypatch.setattr("qquant.curvature.HEAD_ROWS", 3000)
+    vocab, hidden = source.config.vocab, source.config.hidden
+    normed = 3 * torch.randn(1, hidden, generator=torch.Generator().manual_seed(4))
+    head = (
+        source.rows(source.family.head, 0, vocab) * torch.linspace(0.2, 2, vocab)[:, None]
+    )  # later slices score higher
+    p = (normed @ head.T).softmax(1)[0].double()
+    draw = _Head(source, CPU)
+    monkeypatch.setattr(draw, "_read", lambda start, stop: head[start:stop])
+    assert len(draw.slices) == 3
+    count = 20000
+    drawn = draw.gradient(normed.expand(count, -1).contiguous(), torch.Generator().manual_seed(5)).double()
+    assert torch.allclose(drawn.mean(0), torch.zeros(hidden).double(), atol=5 * float(drawn.std() / count**0.5))
+    mean = p @ head.double()
+    variance = p @ head.double().square() - mean.square()
+    assert torch.allclose(drawn.square().mean(0), variance, rtol=0.1)
+
+
+def test_rows_that_were_divided_have_the_curvature_of_the_products(source, tmp_path):
+    """Outputs y / s cost what y costs: G of them is s G s."""
+    found = measure(source, samples(2), tmp_path / "c", torch.float32, CPU, quiet).block(0, CPU)
+    name = source.family.linears[0]
+    scale = torch.rand(source.config.hidden, generator=torch.Generator().manual_seed(6)) + 0.5
+    divided = found.rows.divided({name: scale})
+    assert torch.equal(divided[name][0], found.rows[name][0] * scale[:, None] * scale)
+    assert all(torch.equal(divided[other][0], found.rows[other][0]) for other in found.rows if other != name)
+
+
 def test_the_factors_predict_which_errors_cost_kl_divergence(source, tmp_path):
     """Errors of one size in the directions that G calls dear and cheap: KL divergences in the proportion that the factors predict."""
     given = samples(4, 64)
