@@ -1,4 +1,4 @@
-"""Fixtures: the bundled demo checkpoint, and random checkpoints of any shape."""
+"""Fixtures: the bundled demo checkpoint, random checkpoints of any shape, and a small release."""
 
 import json
 import shutil
@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qquant import pipeline, recipe
+from qquant.checkpoint import Checkpoint
 from qquant.families import FAMILIES, parse_config
+from qquant.plan import Plan
 from qquant.resources import data_dir
 
 QWEN2 = FAMILIES["qwen2"]
@@ -28,6 +31,16 @@ SMALL = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+RELEASE = """
+version: 1
+name: release
+calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
+checks: {windows: 2, length: 32}
+artifacts:
+  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn, gates: {defaults: false}}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn, gates: {defaults: false}}
+  - {name: q4_0, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
+"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
@@ -86,3 +99,16 @@ def make_checkpoint(tmp_path):
         return write_checkpoint(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """(checkpoint folder, output folder) of a small build without faults: a GPTQ folder, an AWQ folder, a GGUF file."""
+    place = tmp_path_factory.mktemp("release")
+    folder = write_checkpoint(place / "model", tie_word_embeddings=True)
+    (place / "recipe.yaml").write_text(RELEASE)
+    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
+    plan = Plan.of(loaded, checkpoint)
+    report = pipeline.build(loaded, checkpoint, plan, place / "out", torch.device("cpu"), lambda *_: None)
+    assert report.passed, report.artifacts
+    return folder, place / "out"

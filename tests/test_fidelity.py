@@ -22,34 +22,13 @@ from qquant.errors import InputError
 from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
-from tests.conftest import write_checkpoint
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
-RECIPE = """
-version: 1
-name: fidelity
-calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
-checks: {windows: 2, length: 32}
-artifacts:
-  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn}
-  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn}
-"""
 
 
 def quiet(*_):
     pass
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """(checkpoint folder, output folder) of a small build."""
-    place = tmp_path_factory.mktemp("fidelity")
-    folder = write_checkpoint(place / "model", tie_word_embeddings=True)
-    (place / "recipe.yaml").write_text(RECIPE)
-    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
-    pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), place / "out", CPU, quiet)
-    return folder, place / "out"
 
 
 def check(built, checks, gates=None, out=None):

@@ -8,24 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import pipeline, recipe
+from qquant import pipeline
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading, review
-from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
-from tests.conftest import write_checkpoint
 
 CPU = torch.device("cpu")
-RECIPE = """
-version: 1
-name: loading
-calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
-checks: {windows: 2, length: 32}
-artifacts:
-  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn, gates: {defaults: false}}
-  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn, gates: {defaults: false}}
-  - {name: q4_0, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
-"""
 
 
 def quiet(*_):
@@ -33,14 +21,9 @@ def quiet(*_):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """(checkpoint folder, paths of a GPTQ folder, an AWQ folder and a GGUF file)."""
-    place = tmp_path_factory.mktemp("loading")
-    folder = write_checkpoint(place / "model", tie_word_embeddings=True)
-    (place / "recipe.yaml").write_text(RECIPE)
-    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
-    report = pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), place / "out", CPU, quiet)
-    return folder, [type(place)(artifact.path) for artifact in report.artifacts]
+def paths(built):
+    """A GPTQ folder, an AWQ folder and a GGUF file."""
+    return [next(built[1].glob(pattern)) for pattern in ("*-Int4", "*-AWQ", "*-GGUF/*.gguf")]
 
 
 def copied(origin, target, change):
@@ -63,9 +46,9 @@ def without_scales(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_what_is_broken_is_named_and_hides_nothing(built, tmp_path):
+def test_what_is_broken_is_named_and_hides_nothing(paths, tmp_path):
     """Good ones before, between and after bad ones, in one call."""
-    _, (gptq, awq, gguf) = built
+    gptq, awq, gguf = paths
     number = copied(gptq, tmp_path / "number", edit_json("config.json", attention_dropout="much"))
     tensor = copied(awq, tmp_path / "tensor", without_scales)
     found = loading.faults([gptq, number, awq, tensor, gguf])
@@ -74,9 +57,9 @@ def test_what_is_broken_is_named_and_hides_nothing(built, tmp_path):
     assert "up_proj" in found[tensor]
 
 
-def test_the_process_is_clean_and_bounded(built, monkeypatch):
+def test_the_process_is_clean_and_bounded(paths, monkeypatch):
     """Nothing of the parent is imported there; what takes too long, or dies, is a finding."""
-    _, (gptq, _, gguf) = built
+    gptq, _, gguf = paths
     asked = []
 
     def run(command, **options):
@@ -92,8 +75,8 @@ def test_the_process_is_clean_and_bounded(built, monkeypatch):
     assert loading.faults([gptq]) == {gptq: "the process died of SIGSEGV"}
 
 
-def test_a_check_fails_what_does_not_load(built, tmp_path, monkeypatch):
-    folder, (gptq, _, _) = built
+def test_a_check_fails_what_does_not_load(built, paths, tmp_path, monkeypatch):
+    folder, gptq = built[0], paths[0]
     monkeypatch.setattr(review, "loading", loading)
     broken = copied(gptq, tmp_path / "broken", edit_json("config.json", attention_dropout="much"))
     gates = Gates(defaults=False)

@@ -8,43 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import pipeline, recipe
+from qquant import pipeline
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.checks import decoding, sanity, structure
 from qquant.formats.gguf_source import GgufSource
-from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
-from tests.conftest import write_checkpoint
 
 CPU = torch.device("cpu")
-RECIPE = """
-version: 1
-name: faults
-calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
-checks: {windows: 2, length: 32}
-artifacts:
-  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn, gates: {defaults: false}}
-  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn, gates: {defaults: false}}
-  - {name: q2, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
-"""
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 
 
 def quiet(*_):
     pass
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """(checkpoint folder, output folder) of a small build without faults."""
-    place = tmp_path_factory.mktemp("faults")
-    folder = write_checkpoint(place / "model", **SHAPE)
-    (place / "recipe.yaml").write_text(RECIPE)
-    loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
-    report = pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), place / "out", CPU, quiet)
-    assert report.passed, report.artifacts
-    return folder, place / "out"
 
 
 @pytest.fixture
@@ -201,27 +176,26 @@ def test_wrong_eos_of_a_gguf_file(damaged, demo):
     assert "tokenizer.ggml.eos_token_id is 5, the checkpoint stops on" in reasons()
 
 
+def exchange(path, one, other, after, before=None):
+    """Swap the first occurrences of two strings of a GGUF file, stored with their lengths, between two keys."""
+    content = bytearray(path.read_bytes())
+    pair = [struct.pack("<Q", len(text.encode())) + text.encode() for text in (one, other)]
+    places = [content.index(text, content.index(after)) for text in pair]
+    assert before is None or max(places) < content.index(before)
+    for place, text in zip(places, reversed(pair), strict=True):
+        content[place : place + len(text)] = text
+    path.write_bytes(content)
+
+
 def test_another_models_tokenizer_in_a_gguf_file(damaged):
     made, reasons = damaged("gguf")
-    content = made.read_bytes()
-    one, other = (struct.pack("<Q", 3) + f"Ġ{letter}".encode() for letter in "ng")
-    at, there = content.index(one), content.index(other)
-    assert max(at, there) < content.index(b"tokenizer.ggml.merges")
-    swapped = bytearray(content)
-    swapped[at : at + 11], swapped[there : there + 11] = other, one
-    made.write_bytes(swapped)
+    exchange(made, "Ġn", "Ġg", b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges")
     assert "tokenizer.ggml.tokens: is not the checkpoint's vocabulary" in reasons()
 
 
 def test_other_merges_in_a_gguf_file(damaged):
     made, reasons = damaged("gguf")
-    content = made.read_bytes()
-    start = content.index(b"tokenizer.ggml.merges")
-    one, other = (struct.pack("<Q", 4) + f"Ġ {letter}".encode() for letter in "ta")
-    at, there = content.index(one, start), content.index(other, start)
-    swapped = bytearray(content)
-    swapped[at : at + 12], swapped[there : there + 12] = other, one
-    made.write_bytes(swapped)
+    exchange(made, "Ġ t", "Ġ a", b"tokenizer.ggml.merges")
     assert "tokenizer.ggml.merges: are not the checkpoint's" in reasons()
 
 
