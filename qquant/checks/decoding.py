@@ -7,8 +7,9 @@
              is the answer; from the first other choice on, steps. The choices are those of the model and never the guess.
 
 A pad never counts: it is a key for itself only, and positions go on after it as if it were not there.
-On the CPU keys and values are held in float32, rounded as the dtype rounds them, and a float16 product of several rows is made in float32 from the float16 weights and rounded once, as hardware with float16
-products does it; torch's own is several times slower where the processor has none. Sums are float32 in either.
+On the CPU keys and values are held in float32, rounded as the dtype rounds them, and a float16 product of several rows is made in float32
+from the float16 weights and rounded once, as hardware with float16 products does it; torch's own is several times slower where the
+processor has none. Sums are float32 in either.
 """
 
 from __future__ import annotations
