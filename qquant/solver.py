@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qquant.algorithms import ROUNDERS, coupled, descent
-from qquant.algorithms.awq import Choice
+from qquant.algorithms.awq import Choice, Rounding
 from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
@@ -42,10 +43,41 @@ def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
     return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
 
 
-def _stacked(linears: Mapping[str, Tensor]) -> Tensor:
+def stacked(linears: Mapping[str, Tensor]) -> Tensor:
     """The matrices as one; not a copy where there is one."""
     matrices = list(linears.values())
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def solved_once(
+    weight: Tensor, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, damping: float
+) -> tuple[Tensor, dict[str, Params]]:
+    """Codes uint8 [N, K] by GPTQ of `weight`, the stacked linears, and their parameters, searched with GPTQ's own weights.
+
+    Raises:
+        NotPositiveDefiniteError: see `factorize`.
+    """
+    importance = rounding_weight(gram, damping)
+    params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
+    return ROUNDERS["gptq"](weight, gram, joined(params), grid, damping), params
+
+
+def rounding_of(damping: float) -> Rounding:
+    """How a search for folded scales foresees what will be written."""
+
+    def cost(gram: Gram) -> Tensor:
+        return rounding_weight(replace(gram, factors={}), damping)
+
+    def solve(linears: Mapping[str, Tensor], gram: Gram, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        values = {}
+        for grid in dict.fromkeys(grids.values()):
+            same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
+            codes, params = solved_once(stacked(same), same, gram, grid, damping)
+            for linear, part in zip(same, _split(codes, same), strict=True):
+                values[linear] = value_of(part, *params[linear].levels(), grid)
+        return values
+
+    return Rounding(cost, solve)
 
 
 def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
@@ -187,10 +219,8 @@ class Solver:
         """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
         spec = self.draft.plan.spec
         sweeps = getattr(spec, "sweeps", 0)
-        weight = _stacked(linears)
-        importance = rounding_weight(gram, spec.damping)
-        params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
-        codes = ROUNDERS["gptq"](weight, gram, joined(params), grid, spec.damping)
+        weight = stacked(linears)
+        codes, params = solved_once(weight, linears, gram, grid, spec.damping)
         if self.alone:
             gram.factors.clear()
         steps: Steps = {linear: {} for linear in linears}

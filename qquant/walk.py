@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.awq import Transformed, awq
+from qquant.algorithms.gptq import NotPositiveDefiniteError
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, measure, spread
@@ -41,7 +42,7 @@ from qquant.formats import FORMATS
 from qquant.gates import is_fine, kind_of
 from qquant.moments import Moments
 from qquant.padding import narrow
-from qquant.solver import Rows, Solver, unit
+from qquant.solver import Rows, Solver, rounding_of, unit
 from qquant.stats import Gram, NotFiniteError
 from qquant.stream import STATES, Stream
 from qquant.tensor import Grid, finite
@@ -223,7 +224,13 @@ def _transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transform
         assert grid is not None
         return grid
 
-    return awq(checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios)
+    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios
+    if not solves(draft):
+        return awq(*given)
+    try:
+        return awq(*given, rounding_of(spec.damping))
+    except NotPositiveDefiniteError:  # what is written will be rounded too
+        return awq(*given)
 
 
 def _own_block(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qquant.algorithms.awq import awq
+from qquant.algorithms.awq import Tie, _candidates, awq
 from qquant.checkpoint import Checkpoint
 from qquant.decoder import Block, embed
+from qquant.solver import rounding_of
 from qquant.stats import Gram
 from qquant.tensor import UniformGrid, nearest, value_of
 
@@ -97,3 +98,27 @@ def test_a_pair_that_gains_nothing_is_left_alone(make_checkpoint):
     untouched = [choice for choice in scaled.choices if choice.ratio is None]
     assert untouched
     assert all(choice.loss == choice.unscaled for choice in untouched)
+
+
+def test_the_scale_is_chosen_by_the_loss_of_what_will_be_written(make_checkpoint):
+    """Of every candidate, solved by GPTQ and held against the tokens, the chosen one is the best or nearly so, and its loss is as recorded."""
+    checkpoint, weights, block, x, grams = observed(make_checkpoint())
+    inputs = {}
+    block.forward(x, inputs.__setitem__)
+    grid, rounding = UniformGrid(4, 32, symmetric=False, search="importance"), rounding_of(0.01)
+    scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: grid, 10, rounding)
+    choice = next(choice for choice in scaled.choices if choice.stage == "qkv")
+    stage = checkpoint.family.stages[0]
+    linears = {linear: weights[f"{linear}.weight"].float() for linear in stage.linears}
+    gram, grids = grams["qkv"], dict.fromkeys(linears, grid)
+    energy = sum(float((inputs["qkv"] @ w.T).square().sum()) for w in linears.values())
+    losses = {}
+    for ratio, scale in _candidates(linears, grids, gram, 10, Tie(1, 1, 64)):
+        values = rounding.solve({name: w * scale for name, w in linears.items()}, gram.scaled(scale), grids)
+        error = sum(float((inputs["qkv"] @ (values[n] / scale - w).T).square().sum()) for n, w in linears.items())
+        losses[ratio] = error / energy
+    assert choice.loss == pytest.approx(losses[choice.ratio], rel=1e-3)
+    assert choice.unscaled == pytest.approx(losses[None], rel=1e-3)
+    assert choice.loss <= 1.05 * min(losses.values())
+    nearest_choice = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: grid, 10).choices[0]
+    assert choice.loss < nearest_choice.loss

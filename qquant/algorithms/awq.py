@@ -8,6 +8,10 @@ by the output error of the weights as they will be dequantized, tr(E H E') with 
 tokens, from the Gram matrix alone. mean|w| is relative to the largest |w| of a group of the grid. r = 0 without the weight term
 (s = 1) is always among the candidates, so a pair is left alone where scaling does not pay.
 
+Where the scaled weights will be solved and not just rounded, Q is a solve. Its loss is foreseen for every candidate from one rounding,
+sum_j c_j (q_j - w_j)^2 with c_j what a squared error of column j costs the solver (c_j / s_j^2 after scaling), and the FINALISTS with
+the least, and s = 1, are solved.
+
 The function of the block stays the same: the producer's rows and bias (or the norm's weight) are divided by s. A norm is stored
 in 16 bits, so s is re-derived from the rounded norm and the product stays exact. With grouped-query attention a value channel
 feeds several query heads, so s is tied over them. Left out: AutoAWQ's clipping by output error; the grid's own weighted search
@@ -27,6 +31,16 @@ from qquant.stats import Gram
 from qquant.tensor import Grid, nearest, value_of
 
 GridFor = Callable[[str, tuple[int, int]], Grid]
+Weights = Mapping[str, Tensor]  # by linear, float32 [N, K]
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights will be rounded after scaling."""
+
+    cost: Callable[[Gram], Tensor]  # of a squared error, by column, float32 [K]
+    solve: Callable[[Weights, Gram, Mapping[str, Grid]], Weights]  # the values that are written
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Choice:
 
     stage: str
     ratio: float | None  # None: not scaled
-    loss: float  # relative output error, round to nearest
+    loss: float  # relative output error of what the search rounded
     unscaled: float  # the same without scaling
 
 
@@ -73,8 +87,9 @@ def awq(
     grams: Mapping[str, Gram],
     grid_for: GridFor,
     ratios: int,
+    rounding: Rounding | None = None,
 ) -> Transformed:
-    """Scale every pair of a block; weights by name in the block, one Gram per stage.
+    """Scale every pair of a block; weights by name in the block, one Gram per stage; no `rounding`: to nearest.
 
     Norm weights come back as values of their own dtype, so that storing them changes nothing.
     """
@@ -85,7 +100,7 @@ def awq(
         if pair.producer == family.stages[0].linears[-1]:
             tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
         linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
-        scale, choice = _search(stage, linears, grams[stage.name], grid_for, ratios, tie)
+        scale, choice = _search(stage, linears, grams[stage.name], (grid_for, rounding), ratios, tie)
         new.choices += (choice,)
         if choice.ratio is not None:
             _apply(new, pair, stage, scale, tie, weights)
@@ -114,22 +129,33 @@ def _apply(
 
 
 def _search(
-    stage: Stage, weights: Mapping[str, Tensor], gram: Gram, grid_for: GridFor, ratios: int, tie: Tie
+    stage: Stage, weights: Weights, gram: Gram, how: tuple[GridFor, Rounding | None], ratios: int, tie: Tie
 ) -> tuple[Tensor, Choice]:
+    grid_for, rounding = how
     grids = {linear: grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
-    activation, magnitude = tie.tied(gram.mean_absolute), tie.tied(_relative_magnitude(weights, grids))
     energy = sum(float(gram.energy(weight).sum()) for weight in weights.values()) or 1.0
-    unscaled = _loss(weights, grids, gram, torch.ones_like(gram.absolute)) / energy
-    best, best_scale, best_ratio = unscaled, torch.ones_like(activation), None
+    candidates = _candidates(weights, grids, gram, ratios, tie)
+    if rounding is not None:
+        cost, unscaled = rounding.cost(gram), candidates[0]
+        candidates.sort(key=lambda one: _foreseen(weights, grids, cost, tie.spread(one[1])))
+        candidates = [unscaled, *(one for one in candidates if one is not unscaled)][: 1 + FINALISTS]
+    losses = [_loss(weights, grids, gram, tie.spread(scale), rounding) / energy for _, scale in candidates]
+    best = losses.index(min(losses))
+    return candidates[best][1], Choice(stage.name, candidates[best][0], losses[best], losses[0])
+
+
+def _candidates(
+    weights: Weights, grids: Mapping[str, Grid], gram: Gram, ratios: int, tie: Tie
+) -> list[tuple[float | None, Tensor]]:
+    """(r, s), that without scaling first."""
+    activation, magnitude = tie.tied(gram.mean_absolute), tie.tied(_relative_magnitude(weights, grids))
+    found: list[tuple[float | None, Tensor]] = [(None, torch.ones_like(activation))]
     for point in range(ratios):
         ratio = point / ratios
         scale = (activation.pow(ratio) / (magnitude.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        scale = torch.where(torch.isfinite(scale) & (activation > 0), scale, torch.ones_like(scale))
-        loss = _loss(weights, grids, gram, tie.spread(scale)) / energy
-        if loss < best:
-            best, best_scale, best_ratio = loss, scale, ratio
-    return best_scale, Choice(stage.name, best_ratio, best, unscaled)
+        found.append((ratio, torch.where(torch.isfinite(scale) & (activation > 0), scale, torch.ones_like(scale))))
+    return found
 
 
 def _relative_magnitude(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Tensor:
@@ -140,12 +166,24 @@ def _relative_magnitude(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]
     return torch.stack(sums).sum(0) / sum(len(weight) for weight in weights.values())
 
 
-def _loss(weights: Mapping[str, Tensor], grids: Mapping[str, Grid], gram: Gram, scale: Tensor) -> float:
-    importance = gram.importance / scale.square()
-    total = 0.0
+def _nearest(weights: Weights, grids: Mapping[str, Grid], importance: Tensor) -> dict[str, Tensor]:
+    values = {}
     for linear, weight in weights.items():
-        scaled = weight * scale
-        levels = grids[linear].fit(scaled, importance).levels()
-        rounded = value_of(nearest(scaled, *levels, grids[linear]), *levels, grids[linear])
-        total += float(gram.energy(rounded / scale - weight).sum())
-    return total
+        levels = grids[linear].fit(weight, importance).levels()
+        values[linear] = value_of(nearest(weight, *levels, grids[linear]), *levels, grids[linear])
+    return values
+
+
+def _foreseen(weights: Weights, grids: Mapping[str, Grid], cost: Tensor, scale: Tensor) -> float:
+    scaled, importance = {linear: weight * scale for linear, weight in weights.items()}, cost / scale.square()
+    values = _nearest(scaled, grids, importance)
+    return sum(float(((values[linear] - scaled[linear]).square() @ importance).sum()) for linear in weights)
+
+
+def _loss(weights: Weights, grids: Mapping[str, Grid], gram: Gram, scale: Tensor, rounding: Rounding | None) -> float:
+    scaled = {linear: weight * scale for linear, weight in weights.items()}
+    if rounding is None:
+        values: Weights = _nearest(scaled, grids, gram.importance / scale.square())
+    else:
+        values = rounding.solve(scaled, gram.scaled(scale), grids)
+    return sum(float(gram.energy(values[linear] / scale - weight).sum()) for linear, weight in weights.items())

@@ -25,7 +25,7 @@ from torch import Tensor
 from qquant.kernels.gptq_block import gptq_block
 from qquant.tensor import Grid, Params, as_scale
 
-BLOCK = 64
+BLOCK = 128
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}  # weights that are swept at a time
 ROWS = 2048  # rows whose scales are solved for at a time; fewer
 SYSTEM = 1 << 26  # where their systems together have more values than this

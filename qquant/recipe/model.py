@@ -290,7 +290,7 @@ class GgufArtifact(_Artifact):
         default="ggml", description="ggml: byte-identical to llama-quantize; gptq: error-compensated codes"
     )
     damping: float = Field(default=0.01, gt=0, lt=1, description="as for gptq; solver: ggml has no use for it")
-    sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq; solver: ggml has no use for it")
+    sweeps: int = Field(default=3, ge=0, le=20, description="as for gptq; solver: ggml has no use for it")
     propagate: bool = Field(default=False, description="as for gptq, with solver: gptq")
 
     @staticmethod
