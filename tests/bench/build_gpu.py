@@ -30,11 +30,12 @@ calibration:
   samples: {samples}
   length: 2048
   default_system_share: 0
+  objective: {objective}
 checks: {{text: "bundled:zh-test", windows: 4, length: 512}}
 artifacts:
-  - {{name: gptq-int4, format: gptq, bits: 4}}
-  - {{name: gptq-int8, format: gptq, bits: 8}}
-  - {{name: awq, format: awq}}
+  - {{name: gptq-int4, format: gptq, bits: 4{ways}}}
+  - {{name: gptq-int8, format: gptq, bits: 8{ways}}}
+  - {{name: awq, format: awq{ways}}}
 """
 GGUF = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
 
@@ -73,6 +74,7 @@ def main():
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sets", nargs="*", default=["gptq-int4"], help="comma-separated artifacts, or all")
+    parser.add_argument("--plain", action="store_true", help="objective: output, propagate: false, sweeps: 0")
     options = parser.parse_args()
     began = time.monotonic()
     folder = options.work / "model"
@@ -81,7 +83,11 @@ def main():
     print(f"random checkpoint: {time.monotonic() - began:.1f} s", flush=True)
     path = options.work / "recipe.yaml"
     path.write_text(
-        RECIPE.format(samples=options.samples)
+        RECIPE.format(
+            samples=options.samples,
+            objective="output" if options.plain else "kl",
+            ways=", propagate: false, sweeps: 0" if options.plain else "",
+        )
         + "".join(f"  - {{name: gguf-{t}, format: gguf, type: {t}}}\n" for t in GGUF)
     )
     loaded, results = recipe.load(str(path)), {}
@@ -123,7 +129,7 @@ def main():
         peak = torch.cuda.max_memory_allocated() / 1e9
         results[chosen] = {"total": total, "peak_gpu_gb": peak, **clock.seconds}
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "build.json").write_text(json.dumps(results, indent=1))
+        (options.out / ("plain.json" if options.plain else "build.json")).write_text(json.dumps(results, indent=1))
         print(
             f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check, peak GPU memory {peak:.1f} GB"
         )
