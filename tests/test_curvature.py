@@ -1,12 +1,13 @@
 """Curvature: the streamed backward pass is autograd's, the drawn gradients have the Fisher information as their mean, and it predicts KL."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qquant.checkpoint import Checkpoint
-from qquant.curvature import SEED, _Head, _head_gradients, measure, spread
+from qquant.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
 from qquant.decoder import embed, rms_norm, source_block
 from qquant.errors import NumericalError
 from qquant.stats import Gram
@@ -55,7 +56,7 @@ def test_factors_are_those_of_one_backward_pass_through_the_whole_model(source, 
         for layer in range(source.config.layers):
             x = source_block(source, layer, torch.float32).forward(x)
         hidden.append(x)
-    heads = list(_head_gradients(source, hidden))
+    heads = list(_head_gradients(source, hidden, quiet))
     whole = [whole_gradients(source, tokens, head) for tokens, head in zip(given.values(), heads, strict=True)]
     for layer in range(source.config.layers):
         block = found.block(layer, CPU)
@@ -167,15 +168,30 @@ def test_complete_factors_are_read_again_and_changed_ones_measured_again(source,
         counted.append(values)
 
     measure(source, samples(), folder, torch.float32, CPU, count)
-    assert counted == [("curvature", 1, 2), ("curvature", 2, 2)]
+    calls = len(counted)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == ["block-0", "block-1", "complete"]
     measure(source, samples(), folder, torch.float32, CPU, count)
-    assert len(counted) == 2
+    assert len(counted) == calls
     (folder / "block-1").write_bytes(first["block-1"][:-1] + bytes([first["block-1"][-1] ^ 1]))
     measure(source, samples(), folder, torch.float32, CPU, count)
-    assert len(counted) == 4
+    assert len(counted) == 2 * calls
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_progress_counts_the_forward_pass_the_head_and_the_way_back(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOKENS, "cpu", 20)  # 24 + 26 + 28 tokens in four slices
+    told = []
+    measure(source, samples(), tmp_path / "c", torch.float32, CPU, lambda *values: told.append(values))
+    head = head_share(source.family, source.config)
+    assert head == round(HEAD * 8192 / (4 * 64 + 3 * 128)) > 4
+    back = [2 + head + BACKWARD, 2 + head + 2 * BACKWARD]
+    slices = [2 + head * tokens // 78 for tokens in (20, 40, 60, 78)]
+    assert told == [("curvature", done, back[-1]) for done in [0, 1, 2, *slices, *back]]
+
+
+def test_a_head_that_costs_little_counts_too(source):
+    assert head_share(source.family, replace(source.config, intermediate=10**6)) == 1
 
 
 def test_gradients_that_overflow_are_an_error(source, tmp_path, monkeypatch):

@@ -109,8 +109,11 @@ class Stop:
             raise StoppedError(f"stopped by {self.asked}")
 
 
+UNEQUAL = frozenset({"curvature"})  # phases whose steps differ in kind: `done` of `of` is a share of the work
+
+
 class Progress:
-    """A bar with an estimate on a terminal, one line per block otherwise; on stderr. Where a signal came, it ends the build."""
+    """A bar with an estimate on a terminal, one line per step otherwise; on stderr. Where a signal came, it ends the build."""
 
     def __init__(self, stop: Stop | None = None) -> None:
         from rich.console import Console
@@ -124,18 +127,20 @@ class Progress:
         self.last = time.monotonic()
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        """Block `done` of `of` of phase `what` is done."""
+        """Block `done` of `of` of phase `what` is done; 0 says that the phase begins."""
         self._show(what, done, of)
         if self.stop is not None:
             self.stop.check()
 
     def _show(self, what: str, done: int, of: int) -> None:
         now = time.monotonic()
-        began = self.began.setdefault(what, self.last)
+        began = self.began.setdefault(what, self.last if done else now)
         self.last = now
         if self.bars is None:
-            left = (now - began) / done * (of - done)
-            click.echo(f"{what}: block {done} of {of}, {now - began:.0f} s, about {left:.0f} s left", err=True)
+            if done:
+                place = f"{done / of:.0%}" if what in UNEQUAL else f"block {done} of {of}"
+                left = (now - began) / done * (of - done)
+                click.echo(f"{what}: {place}, {now - began:.0f} s, about {left:.0f} s left", err=True)
             return
         if what not in self.tasks:
             self.bars.start()
