@@ -143,7 +143,7 @@ def measure(
 ) -> Curvature:
     """Measure the factors on `samples` (int token ids [T], by place) into `folder`, or take them from there if they are complete.
 
-    `progress`: told of "curvature" in units of one block's forward pass, with 0 done at the start.
+    `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
 
     Raises:
         NumericalError: a gradient is not finite.
@@ -158,8 +158,8 @@ def measure(
     def tell(done: int) -> None:
         progress("curvature", done, layers + head + BACKWARD * layers)
 
-    tell(0)
     stream = Stream.start(source, list(samples.values()), dtype, device)
+    tell(0)
     for layer in range(layers):
         write_synced(_input(folder, layer), save({"x": torch.cat([x.cpu() for x in stream.hidden])}))
         stream.advance(layer, Block(source.family, source.config, _on(source.block(layer), device), dtype), {})
