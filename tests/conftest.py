@@ -1,4 +1,4 @@
-"""Fixtures: the bundled demo checkpoint, random checkpoints of any shape, and a small release."""
+"""Fixtures: the bundled demo checkpoint and its tokenizer, random checkpoints of any shape, a text, and a small release."""
 
 import json
 import shutil
@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from qquant import pipeline, recipe
+from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.families import FAMILIES, parse_config
 from qquant.plan import Plan
 from qquant.resources import data_dir
+from tests.chats import prose
 
 QWEN2 = FAMILIES["qwen2"]
 SMALL = {
@@ -61,6 +63,41 @@ def _no_children():
 def demo():
     """The bundled trained checkpoint."""
     return data_dir("recipes") / "demo" / "tiny-qwen1.5"
+
+
+@pytest.fixture(scope="session")
+def tiny(demo):
+    """Its tokenizer."""
+    return Tokenizer.open(demo)
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path, demo):
+    """A folder with the demo checkpoint's tokenizer: `tokenizer_folder(template, config__json=...)`, a file is left out by None."""
+
+    def make(template=None, **files):
+        folder = tmp_path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", *TOKENIZER_FILES):
+            shutil.copy(demo / name, folder / name)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        for name, content in files.items():
+            file = folder / name.replace("__", ".")
+            file.unlink() if content is None else file.write_text(
+                content if isinstance(content, str) else json.dumps(content)
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A text of 400 paragraphs, no two alike."""
+    path = tmp_path / "book.txt"
+    path.write_text(prose(400))
+    return path
 
 
 def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, **changes):
