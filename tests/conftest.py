@@ -1,4 +1,4 @@
-"""Fixtures: the bundled demo checkpoint and its tokenizer, random checkpoints of any shape, a text, and a small release."""
+"""Fixtures: the demo checkpoint and its tokenizer, random checkpoints, a text, small releases, and a hub to publish them to."""
 
 import json
 import shutil
@@ -15,6 +15,8 @@ from qquant.families import FAMILIES, parse_config
 from qquant.plan import Plan
 from qquant.resources import data_dir
 from tests.chats import prose
+from tests.hub_release import Waits, write_build
+from tests.hub_server import serve
 
 QWEN2 = FAMILIES["qwen2"]
 SMALL = {
@@ -149,3 +151,25 @@ def built(tmp_path_factory):
     report = pipeline.build(loaded, checkpoint, plan, place / "out", torch.device("cpu"), lambda *_: None)
     assert report.passed, report.artifacts
     return folder, place / "out"
+
+
+@pytest.fixture
+def random_release(tmp_path):
+    """The output folder of a build, with random bytes for weights: what publishing starts from."""
+    return write_build(tmp_path / "build")
+
+
+@pytest.fixture
+def hub():
+    """The stand-in of the hub, running."""
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Pauses are recorded, not taken; the stand-in speaks LFS, not xet."""
+    taken = Waits()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", taken)
+    return taken
