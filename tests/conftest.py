@@ -140,6 +140,18 @@ def make_checkpoint(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder for all examples of a property, which are too many for one each."""
+    return tmp_path_factory.mktemp("strange")
+
+
+@pytest.fixture(scope="module")
+def strange_folder(tmp_path_factory):
+    """A checkpoint of one layer for all examples of a property; each puts back what it changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """(checkpoint folder, output folder) of a small build without faults: a GPTQ folder, an AWQ folder, a GGUF file."""
