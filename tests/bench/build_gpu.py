@@ -65,6 +65,32 @@ class Clock:
         setattr(owner, name, timed)
 
 
+class Progress:
+    """Writes down after every step how far a build is, so that one that is cut off has been measured too."""
+
+    def __init__(self, name, clock, path, results):
+        self.name, self.clock, self.path, self.results = name, clock, path, results
+        self.began = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def note(self, what, done, of):
+        """Seconds since the build began."""
+        seconds = time.monotonic() - self.began
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        self.results[self.name] = {
+            "total": seconds,
+            "at": f"{what} {done} of {of}",
+            "peak_gpu_gb": peak,
+            **self.clock.seconds,
+        }
+        self.path.write_text(json.dumps(self.results, indent=1))
+        return seconds
+
+    def __call__(self, what, done, of):
+        """As a build reports it."""
+        print(f"{self.name}: {what} {done} of {of}: {self.note(what, done, of):.1f} s", flush=True)
+
+
 def main():
     """Build each requested set and print its phases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,18 +147,10 @@ def main():
         shutil.rmtree(out, ignore_errors=True)
         clock.seconds.clear()
         torch.cuda.reset_peak_memory_stats()
-        began = time.monotonic()
-        pipeline.build(
-            loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), lambda *_: None
-        )
-        total = time.monotonic() - began
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        results[chosen] = {"total": total, "peak_gpu_gb": peak, **clock.seconds}
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / ("plain.json" if options.plain else "build.json")).write_text(json.dumps(results, indent=1))
-        print(
-            f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check, peak GPU memory {peak:.1f} GB"
-        )
+        progress = Progress(chosen, clock, options.out / ("plain.json" if options.plain else "build.json"), results)
+        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), progress)
+        total = progress.note("whole", 1, 1)
+        print(f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check")
         for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
             print(f"  {seconds:7.1f} s  {label}", flush=True)
 

@@ -152,7 +152,9 @@ def random_linear(kind, rows, columns, device, dtype, biased=False):
         weight = torch.empty(rows, columns, device=device, dtype=dtype).normal_(0, columns**-0.5)
         return runtime.DenseLinear(weight, bias, "bf16")
     bits = 8 if kind == "int8" else 4
-    lowest = 0 if kind == "awq" else 1  # symmetric about the zero point: a common part in all weights makes attention jump
+    lowest = (
+        0 if kind == "awq" else 1
+    )  # symmetric about the zero point: a common part in all weights makes attention jump
     codes = torch.randint(lowest, 1 << bits, (rows, columns), dtype=torch.uint8, device=device)
     spread = columns**-0.5 / (1 << (bits - 2))
     scales = (torch.rand(rows, columns // GROUP, device=device) * 0.2 * spread + 0.9 * spread).half()
