@@ -50,6 +50,7 @@ ARTIFACTS = {
     "gptq-once": "{name: gptq-once, format: gptq, bits: 4, group_size: 32, propagate: false, sweeps: 0, gates: {defaults: false}}",
     "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax, gates: {defaults: false}}",
     "awq": "{name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}",
+    "awq-unscaled": "{name: awq, format: awq, transform: none, group_size: 64, ratios: 4, gates: {defaults: false}}",
     "gguf-q8_0": "{name: gguf-q8_0, format: gguf, type: q8_0, gates: {defaults: false}}",
     "gguf-q4_0": "{name: gguf-q4_0, format: gguf, type: q4_0, gates: {defaults: false}}",
     "gguf-f16": "{name: gguf-f16, format: gguf, type: f16, gates: {defaults: false}}",
@@ -183,13 +184,16 @@ def test_the_forward_runs_once_per_linear_and_token(make_checkpoint, build, monk
     calls = []
     forward = walk.Block.forward
     monkeypatch.setattr(
-        walk.Block, "forward", lambda self, x, observe=None: calls.append(len(x)) or forward(self, x, observe)
+        walk.Block,
+        "forward",
+        lambda self, x, observe=None: calls.append((len(x), self.dtype)) or forward(self, x, observe),
     )
     build(folder, "gptq-int4", "gptq-int8", "awq", "gguf-q4_0", "gguf-q8_0")
-    building = [count for count in calls if count == 48]  # calibration samples; the check's windows are 64 long
-    assert (
-        len(building) == 3 * 6 * 2
-    )  # samples x layers, twice for curvature, once to solve, for any number of artifacts
+    building = [dtype for count, dtype in calls if count == 48]  # calibration samples; the check's windows are 64 long
+    # samples x layers, for any number of artifacts: twice for curvature, once to solve; once in float32 for those of 8 bits
+    assert building.count(torch.bfloat16) == 3 * 6 * 2
+    assert building.count(torch.float32) == 6 * 2
+    assert len(building) == 4 * 6 * 2
 
 
 def test_gptq_beats_round_to_nearest(make_checkpoint, build):
