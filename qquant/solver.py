@@ -8,8 +8,8 @@ each step, w H w' of what is missing over that of the weights: `rtn` to nearest,
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,24 @@ def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
 def _trimmed(value: Tensor, shape: Sequence[int]) -> Tensor:
     """A stored tensor without its padding."""
     return value[: shape[0]] if len(shape) == 1 else _inside(value, shape)
+
+
+@dataclass(frozen=True)
+class _Curvatures(Iterable[Tensor]):
+    """The curvature of the rows of stacked linears in turn; read for every pass, since it is as large as they are."""
+
+    linears: Mapping[str, Tensor]
+    rows: Rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for linear, matrix in self.linears.items():
+            yield from _covering(self.rows[linear], len(matrix))
+
+
+def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor]:
+    """Kept on a GPU, which has room for it."""
+    found = _Curvatures(linears, rows)
+    return list(found) if next(iter(linears.values())).is_cuda else found
 
 
 def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
@@ -242,8 +260,8 @@ class Solver:
         if sweeps:
             note("sweeps")
         if rows and sweeps:
+            known = _curvatures(linears, rows)
             for count in range(sweeps):
-                known = (part for linear, matrix in linears.items() for part in _covering(rows[linear], len(matrix)))
                 codes = coupled.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, known)
             note("coupled")
         return parts(), steps

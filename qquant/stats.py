@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qquant.kernels.gram import gram
+from qquant.kernels.product import tensor_cores
 
 
 class NotFiniteError(ArithmeticError):
@@ -91,4 +92,5 @@ class Gram:
 
     def energy(self, weight: Tensor) -> Tensor:
         """Per row of weight float32 [N, K]: the weighted sum over tokens of (w . x)^2 = w H w', float32 [N]."""
-        return ((weight @ self.matrix) * weight).sum(1)
+        with tensor_cores():
+            return ((weight @ self.matrix) * weight).sum(1)

@@ -40,6 +40,7 @@ from qquant.errors import NumericalError
 from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.gates import is_fine, kind_of
+from qquant.kernels.product import tensor_cores
 from qquant.moments import Moments
 from qquant.padding import narrow
 from qquant.solver import Rows, Solver, rounding_of, unit
@@ -327,9 +328,10 @@ def _targets(
     columns = weights[f"{stage.linears[0]}.weight"].shape[1]
     gram, cross, missing = _drift(view, stage.name, columns, inputs, rest)
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
-    lacking = {
-        name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()
-    }
+    with tensor_cores():
+        lacking = {
+            name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()
+        }
     del cross, missing
     factor = _ridge(gram)
     for name, weight in targets.items():
@@ -349,10 +351,11 @@ def _drift(
         view.add(gram, stage, y, place)
         wide = y.float()
         weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
-        cross.addmm_((x.float() - wide).T, weighted)
-        if missing is not None:
-            r, q = rest[index]
-            missing.addmm_((r.float() - q.float()).T, weighted)
+        with tensor_cores():
+            cross.addmm_((x.float() - wide).T, weighted)
+            if missing is not None:
+                r, q = rest[index]
+                missing.addmm_((r.float() - q.float()).T, weighted)
     return gram, cross, missing
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.descent import VALUES, Columns, blocks_of, visit
+from qquant.kernels.product import product
 from qquant.kernels.replay import Replay
 from qquant.tensor import Grid
 
@@ -80,7 +81,7 @@ def _swept(
     matrices = matrices + DAMPING * torch.diag_embed(
         matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
     )
-    slope = (step * codes - offset - weight) @ columns.gram
+    slope = product(step * codes - offset - weight, columns.factor)
 
     @Replay
     def visited(pull: Tensor, inside: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,6 @@ def _swept(
         inside = mix[:, :, subset]
         pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky(inside)).flatten(0, 1)
         found, change = visited(pull, inside, *(x[:, subset].flatten(0, 1) for x in (codes, step, offset)))
-        slope[:, subset] += (change @ columns.gram).view(batch, -1, width)
+        slope[:, subset] += product(change, columns.factor).view(batch, -1, width)
         codes[:, subset] = found.view(batch, -1, width)
     return codes

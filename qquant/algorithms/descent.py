@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from qquant.kernels.gptq_block import gptq_block
+from qquant.kernels.product import Factor, factor, product
 from qquant.tensor import Grid, Params, as_scale
 
 BLOCK = 128
 VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}  # weights that are swept at a time
-ROWS = 2048  # rows whose scales are solved for at a time; fewer
+ROWS = {"cpu": 2048, "cuda": 8192}  # rows whose scales are solved for at a time; fewer
 SYSTEM = 1 << 26  # where their systems together have more values than this
 
 
@@ -45,7 +46,7 @@ class Columns:
     """Columns in the order of their blocks, within a block by falling diag(H)."""
 
     order: Tensor  # int64 [K]
-    gram: Tensor  # float32 [K, K], in this order
+    factor: Factor  # H, float32 [K, K], in this order
     blocks: list[tuple[slice, Tensor, Tensor, Tensor]]  # columns, H_SS, H_SS^-1, and the upper factor of the latter
 
 
@@ -55,7 +56,7 @@ def blocks_of(gram: Tensor, shift: bool) -> Columns:
     parts = columns.split(BLOCK)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = gram[order][:, order]
-    return Columns(order, gram, list(_factored(gram)))
+    return Columns(order, factor(gram), list(_factored(gram)))
 
 
 def _factored(gram: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -81,7 +82,7 @@ def sweep(
         part = slice(start, min(start + rows, len(weight)))
         step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
         known = codes[part][:, columns.order]
-        slope = (step * known - offset - weight[part][:, columns.order]) @ columns.gram
+        slope = product(step * known - offset - weight[part][:, columns.order], columns.factor)
         found = [block for block, _ in visit(columns, grid.levels, slope, known, (step, offset), _row_by_row)]
         swept[part, columns.order] = torch.cat(found, 1)
     return swept
@@ -108,7 +109,7 @@ def visit(
         change = torch.addcmul(minus, step, found.float()).sub_(offset)
         keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
-        slope[:, block.stop :].addmm_(change, columns.gram[block, block.stop :])
+        slope[:, block.stop :].addmm_(change, columns.factor.whole[block, block.stop :])
         yield torch.where(keep, found, known), change
 
 
@@ -128,11 +129,12 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     factors = params.factors(codes)
     old = torch.cat([coefficients for coefficients, _ in factors], 1)
     new = old.clone()
-    rows = max(1, min(ROWS, SYSTEM // old.shape[1] ** 2))
+    rows = max(1, min(ROWS[weight.device.type], SYSTEM // old.shape[1] ** 2))
+    known = factor(gram)
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
         system, right = _normal_equations(
-            [basis[part] for _, basis in factors], weight[part] @ gram, gram, old.shape[1]
+            [basis[part] for _, basis in factors], product(weight[part], known), known, old.shape[1]
         )
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
@@ -143,7 +145,7 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     return params.with_factors(list(new.split([coefficients.shape[1] for coefficients, _ in factors], dim=1)))
 
 
-def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Tensor, unknowns: int) -> tuple[Tensor, Tensor]:
+def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Factor, unknowns: int) -> tuple[Tensor, Tensor]:
     """A [R, U, U] and b [R, U] of the coefficients of `bases` [R, K] each."""
     rows, columns = target.shape
     each = unknowns // len(bases)
@@ -156,7 +158,7 @@ def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Tensor, unk
     system = torch.empty(rows, unknowns, unknowns, device=target.device)
     for place in range(unknowns):
         basis, inside = bases[place // each], slice(place % each * width, (place % each + 1) * width)
-        spread = basis[:, inside] @ gram[inside]
+        spread = product(basis[:, inside], gram.rows(inside))
         system[:, place] = torch.cat([summed(spread * other) for other in bases], 1)
     return system, right
 
@@ -170,7 +172,7 @@ def choose_integers(
     """
     for name in [integers.name for integers in params.integers(codes)]:
         integers = next(integers for integers in params.integers(codes) if integers.name == name)
-        slope = (levels(params) - weight) @ gram
+        slope = product(levels(params) - weight, factor(gram))
         values = integers.values.float()
         width = weight.shape[1] // values.shape[1]
         for group in range(values.shape[1]):
