@@ -30,6 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qquant.algorithms import coupled
 from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gptq import NotPositiveDefiniteError
 from qquant.artifact import Draft
@@ -116,6 +117,7 @@ def quantize(
         if close:
             wide.advance(layer, exact_wide[0].block(), {})
         progress("quantize", layer + 1, layers)
+    coupled.visited.forget()
 
 
 def fine(draft: Draft, dtype: torch.dtype) -> bool:

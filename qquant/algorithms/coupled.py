@@ -83,21 +83,35 @@ def _swept(
     )
     slope = product(step * codes - offset - weight, columns.factor)
 
-    @Replay
-    def visited(pull: Tensor, inside: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        def lowers(change: Tensor, gain: Tensor) -> Tensor:
-            costs = (inside @ change.view(batch, -1, change.shape[1])).mul_(gain.view(batch, -1, gain.shape[1]))
-            return (costs.sum((1, 2)) < 0).repeat_interleave(inside.shape[1]).unsqueeze(1)
-
-        found, changes = zip(*visit(columns, count, pull, codes, (step, offset), lowers), strict=True)
-        return torch.cat(found, 1), torch.cat(changes, 1)
-
     for first in range(min(PARTS, rows)):
         subset = torch.arange(first, rows, PARTS, device=weight.device)
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
-        pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky(inside)).flatten(0, 1)
-        found, change = visited(pull, inside, *(x[:, subset].flatten(0, 1) for x in (codes, step, offset)))
+        pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky_ex(inside).L).flatten(0, 1)
+        given = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
+        found, change = visited(count, pull, inside, *given, columns.factor.whole, *columns.blocks)
         slope[:, subset] += product(change, columns.factor).view(batch, -1, width)
         codes[:, subset] = found.view(batch, -1, width)
     return codes
+
+
+@Replay
+def visited(
+    count: int,
+    pull: Tensor,
+    inside: Tensor,
+    codes: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    gram: Tensor,
+    *factored: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, the rest as of `descent.visit`."""
+    batch, rows, _ = inside.shape
+
+    def lowers(change: Tensor, gain: Tensor) -> Tensor:
+        costs = (inside @ change.view(batch, rows, -1)).mul_(gain.view(batch, rows, -1))
+        return (costs.sum((1, 2)) < 0).repeat_interleave(rows).unsqueeze(1)
+
+    found, changes = zip(*visit(gram, factored, count, pull.clone(), codes, (step, offset), lowers), strict=True)
+    return torch.cat(found, 1), torch.cat(changes, 1)

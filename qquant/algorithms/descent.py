@@ -47,7 +47,9 @@ class Columns:
 
     order: Tensor  # int64 [K]
     factor: Factor  # H, float32 [K, K], in this order
-    blocks: list[tuple[slice, Tensor, Tensor, Tensor]]  # columns, H_SS, H_SS^-1, and the upper factor of the latter
+    blocks: list[
+        Tensor
+    ]  # H_SS, H_SS^-1, and the upper factor of the latter [B, S, S]; then those of a narrower last block
 
 
 def blocks_of(gram: Tensor, shift: bool) -> Columns:
@@ -59,7 +61,7 @@ def blocks_of(gram: Tensor, shift: bool) -> Columns:
     return Columns(order, factor(gram), list(_factored(gram)))
 
 
-def _factored(gram: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _factored(gram: Tensor) -> Iterator[Tensor]:
     """Blocks of one size in one batch."""
     spans = [slice(start, min(start + BLOCK, len(gram))) for start in range(0, len(gram), BLOCK)]
     for same in (spans[:-1], spans[-1:]) if len(gram) % BLOCK else (spans,):
@@ -68,7 +70,7 @@ def _factored(gram: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
             root = torch.linalg.cholesky(inside.flip(1, 2)).flip(1, 2)
             one = torch.eye(inside.shape[1], device=gram.device).expand_as(inside)
             upper = torch.linalg.solve_triangular(root, one, upper=True)
-            yield from zip(same, inside, upper.mT @ upper, upper, strict=True)
+            yield from (inside, upper.mT @ upper, upper)
 
 
 def sweep(
@@ -83,13 +85,15 @@ def sweep(
         step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
         known = codes[part][:, columns.order]
         slope = product(step * known - offset - weight[part][:, columns.order], columns.factor)
-        found = [block for block, _ in visit(columns, grid.levels, slope, known, (step, offset), _row_by_row)]
+        given = columns.factor.whole, columns.blocks, grid.levels
+        found = [block for block, _ in visit(*given, slope, known, (step, offset), _row_by_row)]
         swept[part, columns.order] = torch.cat(found, 1)
     return swept
 
 
 def visit(
-    columns: Columns,
+    gram: Tensor,
+    factored: Sequence[Tensor],
     count: int,
     slope: Tensor,
     codes: Tensor,
@@ -98,18 +102,23 @@ def visit(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes uint8 [N, S] of every block of columns in turn, and by how much their values changed.
 
-    slope: (v - w) H, float32 [N, K], which is used up; levels: steps and offsets [N, K]; all in the order of `columns`.
+    gram, factored: of `Columns`; slope: (v - w) H, float32 [N, K], which is used up; levels: steps and offsets [N, K]; all in its order.
     A change d [N, S] is kept in the rows for which `lowers(d, d H_SS + 2 slope_S)` is true, bool [N, 1].
     """
-    blocks = zip(columns.blocks, *(_split(x) for x in (codes, *levels)), strict=True)
-    for (block, inside, inverse, upper), known, step, offset in blocks:
+    stacks = [factored[start : start + 3] for start in range(0, len(factored), 3)]
+    each = [(*parts, len(parts[0])) for stack in stacks for parts in zip(*stack, strict=True)]
+    stop = 0
+    for (inside, inverse, upper, width), known, step, offset in zip(
+        each, *(_split(x) for x in (codes, *levels)), strict=True
+    ):
+        block, stop = slice(stop, stop + width), stop + width
         minus = torch.addcmul(offset, step, known.float(), value=-1)  # -v
         target = torch.addmm(minus, slope[:, block], inverse, beta=-1, alpha=-1)
         found, _ = gptq_block(target, upper, step, offset, count)
         change = torch.addcmul(minus, step, found.float()).sub_(offset)
         keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
-        slope[:, block.stop :].addmm_(change, columns.factor.whole[block, block.stop :])
+        slope[:, stop:].addmm_(change, gram[block, stop:])
         yield torch.where(keep, found, known), change
 
 

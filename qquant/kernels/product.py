@@ -58,11 +58,10 @@ def product(a: Tensor, b: Factor) -> Tensor:
 
 def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
     """The product with h + l by the formula at the head of this file."""
-    upper, lower = halves(a)
+    upper, lower = halves(a.flatten(0, -2))
     with tensor_cores():
-        small = lower @ b[0]
-        small += upper @ b[1]
-        return small.add_(upper @ b[0])
+        found = (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
+    return found.view(*a.shape[:-1], -1)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

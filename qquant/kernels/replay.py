@@ -1,53 +1,72 @@
 """Thousands of small launches as one: a function of tensors, recorded as a CUDA graph when it is called again.
 
-The first call runs plainly (which compiles what has to be compiled), the second records, later ones copy their arguments into the
-tensors of the recording and replay it. A function that is recorded must not wait for the GPU, and must do the same whatever the values.
+The first call with arguments of some shapes runs plainly (which compiles what has to be compiled), the second records, later ones copy
+their arguments into the tensors of the recording and replay it. A function that is recorded must not wait for the GPU, must not change
+its arguments, and must do the same whatever the values. A recording keeps the memory of all it computes, so only the last ones are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+KEPT = 16  # recordings of a function
 Result = TypeVar("Result")
 
 
 class Replay(Generic[Result]):
-    """`function`; its results are overwritten by the next call, and so are arguments that it changes in place not changed."""
+    """`function` of tensors and of plain values; its results are overwritten by the next call."""
 
     def __init__(self, function: Callable[..., Result]) -> None:
         self.function = function
-        self.shapes: list[torch.Size] = []
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] = []
-        self.result: Result
+        self.recordings: OrderedDict[Hashable, _Recording[Result] | None] = OrderedDict()  # None: called once
 
-    def __call__(self, *given: Tensor) -> Result:
-        """Of tensors on one device. Elsewhere than on a GPU, and for other shapes than at first, just the function."""
-        shapes = [tensor.shape for tensor in given]
-        if not given[0].is_cuda or shapes != self.shapes:
-            self.shapes = self.shapes or shapes
+    def __call__(self, *given: Tensor | int) -> Result:
+        """Of tensors on one device; elsewhere than on a GPU just the function."""
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        if not tensors[0].is_cuda:
             return self.function(*given)
-        if self.graph is None:
-            self.inputs = [tensor.clone() for tensor in given]
-            self._record()
-        for mine, other in zip(self.inputs, given, strict=True):
-            mine.copy_(other)
-        assert self.graph is not None
-        self.graph.replay()
-        return self.result
+        key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in given)
+        if key not in self.recordings:
+            self.recordings[key] = None
+            if len(self.recordings) > KEPT:
+                self.recordings.popitem(last=False)
+            return self.function(*given)
+        self.recordings.move_to_end(key)
+        recording = self.recordings[key] or _Recording(self.function, given)
+        self.recordings[key] = recording
+        return recording(tensors)
 
-    def _record(self) -> None:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    def forget(self) -> None:
+        """Give the memory of all recordings back."""
+        self.recordings.clear()
+
+
+class _Recording(Generic[Result]):
+    def __init__(self, function: Callable[..., Result], given: tuple[Tensor | int, ...]) -> None:
+        mine = [value.clone() if isinstance(value, Tensor) else value for value in given]
+        self.inputs = [value for value in mine if isinstance(value, Tensor)]
+        self.known: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.inputs)
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            graph.capture_begin()
+            self.graph.capture_begin()
             try:
-                self.result = self.function(*self.inputs)
+                self.result = function(*mine)
             finally:
-                graph.capture_end()
+                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph
+
+    def __call__(self, given: list[Tensor]) -> Result:
+        for place, (mine, other) in enumerate(zip(self.inputs, given, strict=True)):
+            known = self.known[place]
+            if known is None or known[0]() is not other or known[1] != other._version:
+                mine.copy_(other)
+                self.known[place] = weakref.ref(other), other._version
+        self.graph.replay()
+        return self.result
