@@ -35,16 +35,11 @@ from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.output import MANIFEST, copy, create, make_folder, put, reached, rename, sync, write_synced
 from qquant.report import finite
+from qquant.tensor import as_bytes
 from qquant.untrusted import read_json
 
 CHUNK = 1 << 24
 REPLACED = "replaced"
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes as the file stores them (little-endian, contiguous)."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def sha256_file(path: Path) -> str:

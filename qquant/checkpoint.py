@@ -26,6 +26,7 @@ from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.recipe.page import Page, Reader
 from qquant.resources import data_dir, lazy
 from qquant.safetensors_file import TensorInfo
+from qquant.tensor import finite
 from qquant.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
 from qquant.vocabulary import Vocabulary
 
@@ -255,7 +256,7 @@ class Checkpoint:
     def _finish(self, name: str, value: Tensor, rows: slice) -> Tensor:
         if self.adapter:
             value = self.adapter.merge(name, value, rows)
-        if not bool(torch.isfinite(value).all()):
+        if not finite(value):
             raise InputError(f"{self._info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return value
 

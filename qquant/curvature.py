@@ -13,8 +13,9 @@ sum over the vocabulary that a single draw's gradient needs cancels.) Two factor
 K-FAC (Martens and Grosse 2015, arXiv 1503.05671); in quantization GuidedQuant (arXiv 2505.07004) and YAQA (arXiv 2505.22988). G is
 kept for groups of at most ROWS rows; what lies outside these blocks of its diagonal is left out.
 
-The forward pass leaves the input of every block in scratch files; the backward pass takes the blocks from the last to the first, one
-in memory, runs each forward again and back, and writes one file a block:
+The forward pass leaves the input of every block in scratch files, or in memory that a GPU build can spare; the backward pass takes the
+blocks from the last to the first, one in memory (and the next, where it is read ahead), runs each forward again and back, and writes
+one file a block:
 
     FOLDER/block-<n>   "weights <stage>" float32 [tokens],  "rows <linear> <k>" bfloat16 [rows, rows], trace / rows = 1
     FOLDER/complete    sha256 of every block file; nothing is used before it was compared
@@ -26,23 +27,28 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
+from qquant import background
+from qquant.background import ahead, behind
 from qquant.checkpoint import Checkpoint
 from qquant.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.kernels.gram import gram
-from qquant.output import make_folder, write_synced
+from qquant.output import create, make_folder, put, write_synced
+from qquant.resources import free_memory
 from qquant.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
-from qquant.tensor import finite
+from qquant.tensor import as_bytes, finite
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
 TOKENS = {"cpu": 1024, "cuda": 4096}  # that take a slice of the head at a time; the draws do not depend on it
@@ -55,6 +61,9 @@ HEAD = (
     1.3  # times a forward pass through as many weights: draws come on top of the product; 1.2 (float32) to 1.3 (bf16)
 )
 
+ON_DEVICE, ON_HOST = 1 / 8, 1 / 4  # of a GPU's free memory, and of the host's, that inputs of blocks may take
+
+Place = Literal["device", "host", "files"]
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -158,24 +167,27 @@ def measure(
     def tell(done: int) -> None:
         progress("curvature", done, layers + head + BACKWARD * layers)
 
+    beside = background.pays(device)
     stream = Stream.start(source, list(samples.values()), dtype, device)
+    inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)))
     tell(0)
-    for layer in range(layers):
-        write_synced(_input(folder, layer), save({"x": torch.cat([x.cpu() for x in stream.hidden])}))
-        stream.advance(layer, Block(source.family, source.config, _on(source.block(layer), device), dtype), {})
-        tell(layer + 1)
+    with ahead(source.block, range(layers), beside) as blocks:
+        for layer in range(layers):
+            inputs.keep(layer, stream.hidden)
+            stream.advance(layer, Block(source.family, source.config, _on(next(blocks), device), dtype), {})
+            tell(layer + 1)
     hidden = [x.to(device) for x in stream.hidden]
     gradients = list(_head_gradients(source, hidden, lambda done, of: tell(layers + head * done // of)))
     del stream, hidden
-    digests = {}
-    for layer in reversed(range(layers)):
-        inputs = load_file(_input(folder, layer))["x"].to(device).split(list(found.lengths.values()))
-        block = _Watched(source.family, source.config, _on(source.block(layer), device), dtype)
-        gradients, content = _backward(block, layer, inputs, gradients)
-        write_synced(_path(folder, layer), content)
-        digests[str(layer)] = hashlib.sha256(content).hexdigest()
-        _input(folder, layer).unlink()
-        tell(layers + head + BACKWARD * (layers - layer))
+    digests: dict[str, str] = {}
+    with ahead(source.block, reversed(range(layers)), beside) as blocks, behind(beside) as later:
+        for layer in reversed(range(layers)):
+            given = inputs.take(layer, device)
+            block = _Watched(source.family, source.config, _on(next(blocks), device), dtype)
+            gradients, factors = _backward(block, layer, given, gradients)
+            later(partial(_write, folder, layer, factors, digests))
+            del factors
+            tell(layers + head + BACKWARD * (layers - layer))
     write_synced(folder / "complete", json.dumps(digests).encode())
     return found
 
@@ -190,8 +202,57 @@ def _path(folder: Path, layer: int) -> Path:
     return folder / f"block-{layer}"
 
 
-def _input(folder: Path, layer: int) -> Path:
-    return folder / f"input-{layer}"
+def _write(folder: Path, layer: int, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
+    """Write a block's file, and add its sha256 to `digests`."""
+    content = save(dict(factors))
+    write_synced(_path(folder, layer), content)
+    digests[str(layer)] = hashlib.sha256(content).hexdigest()
+
+
+def _place(device: torch.device, nbytes: int) -> Place:
+    """Where inputs of `nbytes` stay: what a GPU build can spare is faster than files, a build on the CPU keeps to one layer."""
+    if device.type != "cuda":
+        return "files"
+    if nbytes <= ON_DEVICE * free_memory(device):
+        return "device"
+    return "host" if nbytes <= ON_HOST * free_memory(torch.device("cpu")) else "files"
+
+
+@dataclass
+class _Inputs:
+    """The inputs [T, hidden] of every block, until the way back asks for them."""
+
+    folder: Path
+    place: Place
+    kept: dict[int, list[Tensor]] = field(default_factory=dict)  # without data where that is in a file
+
+    def keep(self, layer: int, hidden: Sequence[Tensor]) -> None:
+        match self.place:
+            case "device":
+                self.kept[layer] = list(hidden)
+            case "host":
+                self.kept[layer] = [x.cpu() for x in hidden]
+            case "files":
+                self.kept[layer] = [x.to("meta") for x in hidden]
+                create(self._path(layer), sum(x.nbytes for x in hidden), b"")
+                start = 0
+                for x in hidden:
+                    put(self._path(layer), start, as_bytes(x))
+                    start += x.nbytes
+
+    def take(self, layer: int, device: torch.device) -> list[Tensor]:
+        """Of block `layer`, which are forgotten here."""
+        kept = self.kept.pop(layer)
+        if self.place == "files":
+            size = sum(x.nbytes for x in kept)
+            data = read_tensor(TensorInfo("input", "U8", (size,), self._path(layer), 0, size))
+            self._path(layer).unlink()
+            parts = data.split([x.nbytes for x in kept])
+            kept = [part.view(x.dtype).view(x.shape) for part, x in zip(parts, kept, strict=True)]
+        return [x.to(device) for x in kept]
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"input-{layer}"
 
 
 def _on(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -285,18 +346,18 @@ def _drawn(strips: Tensor, sums: Tensor, level: Tensor) -> Tensor:
 
 def _backward(
     block: _Watched, layer: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[list[Tensor], bytes]:
-    """Gradients by the input of a block from those by its output, and the block's file."""
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients by the input of a block from those by its output, and what goes into the block's file, in host memory."""
     family = block.family
     rows: dict[str, list[Tensor]] = {}
     weights: dict[str, list[Tensor]] = {stage.name: [] for stage in family.stages}
-    behind = []
+    before = []
     for x, gradient in zip(inputs, gradients, strict=True):
         leaf = x.clone().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # the faster ones add gradients in an order that changes from run to run
             block.forward(leaf).backward(gradient)
         assert leaf.grad is not None
-        behind.append(leaf.grad)
+        before.append(leaf.grad)
         for stage in family.stages:
             weights[stage.name].append(sum(block.gradients[name].float().square().sum(1) for name in stage.linears))  # type: ignore[arg-type]  # sum of a non-empty sequence
             for name in stage.linears:
@@ -317,7 +378,7 @@ def _backward(
         raise NumericalError(
             f"block {layer}: gradients are not finite in {inputs[0].dtype}; set calibration.objective to output"
         )
-    return behind, save({name: value.cpu().contiguous() for name, value in stored.items()})
+    return before, {name: value.cpu().contiguous() for name, value in stored.items()}
 
 
 def _mean_one(value: Tensor, of: Tensor | None = None) -> Tensor:

@@ -116,15 +116,15 @@ def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
 
 
-def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:
-    """Bytes start:stop of the tensor's data.
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
+    """Bytes start:stop of the tensor's data, uint8 [stop - start].
 
     Raises:
         InputError: the file is shorter than its header said.
     """
     stop = info.nbytes if stop is None else stop
-    buffer = bytearray(stop - start)
-    view = memoryview(buffer)
+    buffer = torch.empty(stop - start, dtype=torch.uint8)  # which nothing fills with zeros first
+    view = memoryview(buffer.numpy().data)
     descriptor = os.open(info.file, os.O_RDONLY)
     try:
         done = 0
@@ -150,9 +150,7 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
         row = info.nbytes // max(1, shape[0])
         data = read_bytes(info, start * row, stop * row)
         shape = (stop - start, *shape[1:])
-    if not data:
-        return torch.empty(shape, dtype=torch_dtype(info.dtype))
-    return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(shape)
+    return data.view(torch_dtype(info.dtype)).view(shape)
 
 
 def header_bytes(

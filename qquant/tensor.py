@@ -215,6 +215,12 @@ def finite(value: Tensor) -> bool:
     return not value.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes as the file stores them (little-endian, contiguous)."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
 def checksum(value: Tensor) -> str:
     """16 hex digits over the float32 bits of `value` and their order; -0 counts as 0. Fast, not cryptographic."""
     bits = (value.float().contiguous().view(-1) + 0.0).view(torch.int32)

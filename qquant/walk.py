@@ -30,10 +30,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qquant import background
 from qquant.algorithms import coupled
 from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gptq import NotPositiveDefiniteError
 from qquant.artifact import Draft
+from qquant.background import ahead
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, measure, spread
 from qquant.decoder import HEAD_ROWS, Block
@@ -102,21 +104,22 @@ def quantize(
     )
     own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
     own += [(Stream(list(wide.hidden), device), draft) for draft in close]
-    for layer in range(layers):
-        weights = {name: value.to(device) for name, value in source.block(layer).items()}
-        view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
-        before = {place: start.hidden[place] for place in places if near}
-        grams = _shared(view, start, shared, near + close, moments)
-        if not any(transforms(draft) for draft in near + close):
-            grams.clear()
-        exact = view, before, start.wide
-        exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
-        for stream, draft in own:
-            given, before, overflowed = exact_wide if draft in close else exact
-            stream.spare(layer, partial(_own_block, given, grams, before, stream, (draft, moments), overflowed))
-        if close:
-            wide.advance(layer, exact_wide[0].block(), {})
-        progress("quantize", layer + 1, layers)
+    with ahead(source.block, range(layers), background.pays(device)) as blocks:
+        for layer in range(layers):
+            weights = {name: value.to(device) for name, value in next(blocks).items()}
+            view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
+            before = {place: start.hidden[place] for place in places if near}
+            grams = _shared(view, start, shared, near + close, moments)
+            if not any(transforms(draft) for draft in near + close):
+                grams.clear()
+            exact = view, before, start.wide
+            exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
+            for stream, draft in own:
+                given, before, overflowed = exact_wide if draft in close else exact
+                stream.spare(layer, partial(_own_block, given, grams, before, stream, (draft, moments), overflowed))
+            if close:
+                wide.advance(layer, exact_wide[0].block(), {})
+            progress("quantize", layer + 1, layers)
     coupled.visited.forget()
 
 

@@ -1,15 +1,18 @@
 """Curvature: the streamed backward pass is autograd's, the drawn gradients have the Fisher information as their mean, and it predicts KL."""
 
+import errno
 import math
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
+from qquant import background, curvature
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
 from qquant.decoder import embed, rms_norm, source_block
-from qquant.errors import NumericalError
+from qquant.errors import InputError, NumericalError
 from qquant.stats import Gram
 
 CPU = torch.device("cpu")
@@ -192,6 +195,63 @@ def test_progress_counts_the_forward_pass_the_head_and_the_way_back(source, tmp_
 
 def test_a_head_that_costs_little_counts_too(source):
     assert head_share(source.family, replace(source.config, intermediate=10**6)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["device", "host", "files"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_threads_and_where_inputs_stay_change_no_byte(source, tmp_path, monkeypatch, place, beside, dtype):
+    """What a GPU build does, against what a build on the CPU does; and no scratch file is left."""
+    plain, other, seen = tmp_path / "plain", tmp_path / "other", []
+    measure(source, samples(), plain, dtype, CPU, quiet)
+    monkeypatch.setattr(background, "pays", lambda device: beside)
+    monkeypatch.setattr(curvature, "_place", lambda device, nbytes: place)
+    measure(source, samples(), other, dtype, CPU, lambda *_: seen.append(any(other.glob("input-*"))))
+    assert any(seen) == (place == "files")
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == {
+        path.name: path.read_bytes() for path in plain.iterdir()
+    }
+
+
+def test_inputs_stay_where_there_is_room(monkeypatch):
+    free = {"cuda": 800, "cpu": 1000}
+    monkeypatch.setattr(curvature, "free_memory", lambda device: free[device.type])
+    places = {size: curvature._place(torch.device("cuda"), size) for size in (100, 101, 250, 251)}
+    assert places == {100: "device", 101: "host", 250: "host", 251: "files"}
+    assert curvature._place(CPU, 1) == "files"
+
+
+def test_a_file_that_cannot_be_written_beside_the_computation_ends_it(source, tmp_path, monkeypatch):
+    """The last file that is written, too: nothing is called complete that is not there."""
+    monkeypatch.setattr(background, "pays", lambda device: True)
+    write = curvature.write_synced
+    for name in ("block-1", "block-0"):
+
+        def full(path, content, name=name):
+            if path.name == name:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            write(path, content)
+
+        monkeypatch.setattr(curvature, "write_synced", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            measure(source, samples(), tmp_path / "c", torch.float32, CPU, quiet)
+        assert not (tmp_path / "c" / "complete").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qquant-")]
+
+
+def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "pays", lambda device: True)
+    read, told = source.block, []
+
+    def block(layer):
+        if layer == 1:
+            raise InputError("damaged")
+        return read(layer)
+
+    monkeypatch.setattr(source, "block", block)
+    with pytest.raises(InputError, match="damaged"):
+        measure(source, samples(), tmp_path / "c", torch.float32, CPU, lambda _, done, of: told.append(done))
+    assert told == [0, 1]
 
 
 def test_gradients_that_overflow_are_an_error(source, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from qquant.errors import InputError
 from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
+from qquant.resources import free_memory
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
@@ -130,7 +131,7 @@ def test_short_memory_changes_no_bit(pair, monkeypatch, first, tile):
 
 
 def test_free_memory_is_what_the_kernel_says_is_available():
-    assert 1 << 20 < fidelity.free_memory(CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1 << 20 < free_memory(CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_report_has_texts_percentiles_and_worst_tokens(built):

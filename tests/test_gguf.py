@@ -10,13 +10,13 @@ from gguf.metadata import Metadata
 from gguf.utility import size_label
 
 from qquant.answering import gguf_tokenizer
-from qquant.artifact import as_bytes
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.formats import FORMATS, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
+from qquant.tensor import as_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,11 +16,9 @@ is scored, so every token has half a window of context; "sliding" (GPTQ papers):
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ from torch import Tensor
 from qquant.checkpoint import WeightSource
 from qquant.decoder import Block, embed, rms_norm, source_block
 from qquant.errors import NumericalError
+from qquant.resources import free_memory
 
 Progress = Callable[[str, int, int], None]
 SLICE = 1024  # rows of the heads at a time, of every source at once
@@ -194,18 +193,6 @@ def measure(
 
         parts.append(_measure(sources, replace(text, windows=windows), device, tell, peaks))
     return {name: Fidelity.joined([part[index] for part in parts]) for index, name in enumerate(artifacts)}
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be taken on a device without taking them from anybody: of the CPU, what the kernel says is available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _measure(

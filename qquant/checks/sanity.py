@@ -34,9 +34,9 @@ import torch
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.checks.decoding import Chooser, Decoder
-from qquant.checks.fidelity import free_memory
 from qquant.checks.statistics import mcnemar
 from qquant.gates import ASKED
+from qquant.resources import free_memory
 
 RUN = 12
 SEED = 20240204

@@ -119,7 +119,7 @@ class GgufSource:
         kind = TYPE_NAMES[stored.type_id]
         row = nbytes(kind, stored.shape[-1:])
         info = TensorInfo(stored.name, "U8", stored.shape, stored.path, stored.offset, nbytes(kind, stored.shape))
-        return torch.frombuffer(read_bytes(info, start * row, stop * row), dtype=torch.uint8).view(stop - start, row)
+        return read_bytes(info, start * row, stop * row).view(stop - start, row)
 
 
 def _config(path: Path, header: Header) -> ModelConfig:

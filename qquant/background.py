@@ -1,0 +1,73 @@
+"""Work beside the main thread: the next value is read, and the last one written, while the present one is computed with.
+
+    ahead       read -> compute -> read -> compute      becomes   compute | compute | ...     one value is read ahead
+                                                                  read    | read    | ...
+    behind      compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written
+                                                                  write   | write   | ...
+
+Each holds one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
+outlives its `with`, whatever ends that. Threads read files, hash and write; they leave the GPU alone, since a copy that comes from
+another thread breaks the recording of a CUDA graph. Without threads the same calls are made in place, one after another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Work = Callable[[], None]
+
+
+def pays(device: torch.device) -> bool:
+    """Whether threads beside the computation gain anything: on a CPU they would take cores and memory from it."""
+    return device.type == "cuda"
+
+
+@contextmanager
+def ahead(read: Callable[[Key], Value], keys: Iterable[Key], threaded: bool) -> Iterator[Iterator[Value]]:
+    """`read(key)` of each key in turn; with `threaded` the next one is read while the caller works on the last."""
+    if not threaded:
+        yield map(read, keys)
+        return
+    with ThreadPoolExecutor(1, "qquant-ahead") as pool:
+        yield _one_ahead(pool, read, keys)
+
+
+def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[Key], Value], keys: Iterable[Key]) -> Iterator[Value]:
+    coming: deque[Future[Value]] = deque()
+    for key in keys:
+        coming.append(pool.submit(read, key))
+        if len(coming) > 1:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
+@contextmanager
+def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
+    """A function that takes work; with `threaded` it waits for the work before, and leaves the new to a thread.
+
+    The error of a piece of work is raised when the next is handed over, or at the end of the `with`; one of the `with` itself goes first.
+    """
+    if not threaded:
+        yield lambda work: work()
+        return
+    with ThreadPoolExecutor(1, "qquant-behind") as pool:
+        doing: deque[Future[None]] = deque()
+
+        def do(work: Work) -> None:
+            if doing:
+                doing.popleft().result()
+            doing.append(pool.submit(work))
+
+        yield do
+        while doing:
+            doing.popleft().result()
