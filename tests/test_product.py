@@ -38,10 +38,10 @@ def test_three_products_are_one():
     assert error(upper @ halves(b)[0] + lower @ halves(b)[0], a, b) > 1e-4  # without the third
 
 
-def test_stacks_and_some_rows():
+def test_stacks_and_parts():
     a, b = ill_matched(24, 70, 2).view(2, 12, 70), ill_matched(90, 41, 3)
-    some = Factor(b, halves(b)).rows(slice(10, 80))
-    assert error(product(a, some).view(24, 41), a.view(24, 70), b[10:80]) < 2.0**-20
+    some = Factor(b, halves(b)).part(slice(10, 80), slice(3, 37))
+    assert error(product(a, some).view(24, 34), a.view(24, 70), b[10:80, 3:37]) < 2.0**-20
     assert torch.equal(product(a, factor(b[10:80])), a @ b[10:80])
 
 

@@ -148,7 +148,7 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
-        found = torch.where(used, as_scale(torch.linalg.solve(system, right)), old[part])
+        found = torch.where(used, as_scale(torch.linalg.solve_ex(system, right).result), old[part])
         gain = _loss(system, right, old[part]) - _loss(system, right, found)
         new[part] = torch.where((gain > 0).unsqueeze(1), found, old[part])
     return params.with_factors(list(new.split([coefficients.shape[1] for coefficients, _ in factors], dim=1)))
@@ -161,15 +161,20 @@ def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Factor, unk
     width = columns // each
 
     def summed(product: Tensor) -> Tensor:
-        return product.view(rows, each, width).sum(-1)
+        return product.view(rows, -1, width).sum(-1)
 
     right = torch.cat([summed(basis * target) for basis in bases], 1)
-    system = torch.empty(rows, unknowns, unknowns, device=target.device)
-    for place in range(unknowns):
-        basis, inside = bases[place // each], slice(place % each * width, (place % each + 1) * width)
-        spread = product(basis[:, inside], gram.rows(inside))
-        system[:, place] = torch.cat([summed(spread * other) for other in bases], 1)
-    return system, right
+    system = torch.empty(rows, len(bases), each, len(bases), each, device=target.device)
+    for group in range(each):
+        inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)
+        block = gram.part(inside, rest)
+        for place, basis in enumerate(bases):
+            spread = product(basis[:, inside], block)
+            for other, against in enumerate(bases):
+                found = summed(spread * against[:, rest])
+                system[:, place, group, other, group:] = found
+                system[:, other, group:, place, group] = found
+    return system.view(rows, unknowns, unknowns), right
 
 
 def choose_integers(

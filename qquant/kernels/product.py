@@ -41,9 +41,10 @@ class Factor:
     whole: Tensor
     halves: tuple[Tensor, Tensor] | None = None
 
-    def rows(self, inside: slice) -> Factor:
-        """Some of its rows."""
-        return Factor(self.whole[inside], self.halves and (self.halves[0][inside], self.halves[1][inside]))
+    def part(self, rows: slice, columns: slice) -> Factor:
+        """Some of its rows and columns."""
+        halves = self.halves and (self.halves[0][rows, columns], self.halves[1][rows, columns])
+        return Factor(self.whole[rows, columns], halves)
 
 
 def factor(matrix: Tensor) -> Factor:
