@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qquant.kernels.column_sums import column_sums
 from qquant.kernels.gram import gram
 from qquant.kernels.product import tensor_cores
 
@@ -53,9 +54,8 @@ class Gram:
         self._add(x, None)
 
     def _add(self, x: Tensor, weighted: Tensor | None) -> None:
-        wide = x.float()
-        magnitude = wide.abs()
-        largest, absolute, squares = float(magnitude.max()), magnitude.sum(0), wide.square().sum(0)
+        absolute, squares, top = column_sums(x)
+        largest = float(top)
         if not math.isfinite(largest):
             raise NotFiniteError(f"the input of a stage is not finite in {x.dtype}")
         if weighted is not None:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from qquant.kernels import between, dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
 
@@ -169,6 +169,17 @@ def accumulated(rows, columns, dtype):
     return relative(h, expected), 1e-6
 
 
+def summed(rows, columns, dtype):
+    x = torch.randn(rows, columns).to(dtype)
+    x[0, columns // 2] = -9
+    absolute, squares, largest = column_sums.launch(guarded(x))
+    assert float(largest) == 9
+    wide = x.double()
+    x[0, 0] = torch.nan
+    assert bool(column_sums.launch(guarded(x))[2].isnan())
+    return max(relative(absolute, wide.abs().sum(0)), relative(squares, wide.square().sum(0))), 1e-6
+
+
 def normed(rows, width, add):
     x, y, weight = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
     total, norm = between.launch_add_norm(guarded(x), guarded(y) if add else None, guarded(weight), 1e-6)
@@ -248,6 +259,9 @@ CASES = {
     "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
     "group_search 256 levels, symmetric, groups of 96": partial(searched, 20, 2, 96, 256, True),
     "gram 16 bit, ragged": partial(accumulated, 130, 200, HALF),
+    "column_sums 16 bit, ragged": partial(summed, 300, 70, HALF),
+    "column_sums bfloat16, one row": partial(summed, 1, 64, BRAIN),
+    "column_sums float32": partial(summed, 33, 130, FULL),
     "add_norm": partial(normed, 3, 352, True),
     "add_norm, nothing to add": partial(normed, 2, 100, False),
     "rotate, 3 rows, grouped": partial(rotated, 3, 4, 2, 32, 5),

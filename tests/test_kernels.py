@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qquant.errors import InputError, UsageError
 from qquant.kernels import cpu_int4, jit, wq_mm
+from qquant.kernels.column_sums import column_sums
 from qquant.kernels.dequant import dequant
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.gram import gram
@@ -367,6 +368,33 @@ def test_gram_refuses_what_does_not_fit():
         gram(torch.zeros(5, 5).double(), torch.zeros(3, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_column_sums(dtype):
+    x = torch.randn(500, 40).to(dtype)
+    x[7, 3] = -30
+    absolute, squares, largest = column_sums(x)
+    assert relative(absolute, x.double().abs().sum(0)) <= 1e-6
+    assert relative(squares, x.double().square().sum(0)) <= 1e-6
+    assert float(largest) == 30
+    x[0, 0] = torch.nan
+    assert bool(column_sums(x)[2].isnan())
+    with pytest.raises(InputError, match="column_sums takes"):
+        column_sums(x[:0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2048, 4096), (300, 11008), (1, 64)])
+def test_column_sums_on_a_gpu(shape):
+    x = torch.randn(shape).bfloat16()
+    x[0, 1] = -30
+    absolute, squares, largest = column_sums(x.cuda())
+    assert relative(absolute.cpu(), x.double().abs().sum(0)) <= 1e-6
+    assert relative(squares.cpu(), x.double().square().sum(0)) <= 1e-6
+    assert float(largest) == 30
+    x[0, 0] = torch.nan
+    assert bool(column_sums(x.cuda())[2].isnan())
+
+
 # -- the operators as torch sees them
 
 
@@ -380,9 +408,10 @@ def samples():
     yield gptq_block, (*problem, 16)
     yield group_search, (torch.randn(4, 64), torch.rand(64), 32, 16, True)
     yield gram, (torch.zeros(8, 8), torch.randn(3, 8))
+    yield column_sums, (torch.randn(3, 8).half(),)
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_opcheck(index):
     operator, arguments = list(samples())[index]
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -399,7 +428,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from qquant.kernels import cpu_int4, dequant, gptq_block, gram, group_search, jit, wq_mm
+from qquant.kernels import column_sums, cpu_int4, dequant, gptq_block, gram, group_search, jit, wq_mm
 from qquant.kernels.unpack import repack
 qweight, params = repack(torch.full((16, 128), 9, dtype=torch.uint8), torch.ones(16, 1).half(), None, 4)
 assert (wq_mm.wq_mm(torch.ones(1, 128).half(), qweight, params, None, 4, 128) == 128).all()

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qquant.kernels import between, dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -235,6 +235,16 @@ def test_gram(side, warps, tmp_path):
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8
     assert machine.shared <= 227 * 1024
     assert len(loop) <= 140
+
+
+def test_column_sums(tmp_path):
+    arguments = {"x_at": "*bf16", "T": "i32", "K": "i32/16"}
+    arguments |= dict.fromkeys(("absolute_at", "squares_at", "largest_at"), "*fp32")
+    constants = {"SIDE": column_sums.SIDE, "PART": column_sums.PART, "DEPTH": column_sums.DEPTH}
+    machine = build(tmp_path, column_sums._kernel, arguments, constants, num_warps=4)
+    assert machine.stack == 0
+    assert machine.count(r"^LDG\.E\.128") >= 2
+    assert machine.registers <= 128
 
 
 BETWEEN = {

@@ -38,6 +38,7 @@ ON_CUDA = {
     "gptq_block": "triton",
     "group_search": "triton (torch for Gram blocks and groups of more than 256 columns)",
     "gram": "triton (torch for float32 inputs)",
+    "column_sums": "triton",
 }
 
 
