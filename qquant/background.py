@@ -4,8 +4,10 @@
                                                                   read    | read    | ...
     behind      compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written
                                                                   write   | write   | ...
+    beside      work -> compute -> use it               becomes   compute | use it            what takes long is begun early
+                                                                  work    |
 
-Each holds one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
+The first two hold one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
 outlives its `with`, whatever ends that. Threads read files, hash and write; they leave the GPU alone, since a copy that comes from
 another thread breaks the recording of a CUDA graph. Without threads the same calls are made in place, one after another.
 """
@@ -16,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -71,3 +74,22 @@ def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
         yield do
         while doing:
             doing.popleft().result()
+
+
+@contextmanager
+def beside(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[[], Value]]:
+    """A function that waits for the value of `work`, which is begun now; without `threaded` it is done now.
+
+    The event that `work` gets is set at the end of the `with`, so that it need not go on where nobody waits for it.
+    """
+    stop = Event()
+    if not threaded:
+        value = work(stop)
+        yield lambda: value
+        return
+    with ThreadPoolExecutor(1, "qquant-beside") as pool:
+        doing = pool.submit(work, stop)
+        try:
+            yield doing.result
+        finally:
+            stop.set()

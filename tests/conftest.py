@@ -57,7 +57,7 @@ def _seed():
 def _no_children():
     """A new process for every check would cost minutes; tests/test_loading.py starts it, and so does the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda paths: {}))
+        patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda *_: {}))
         yield
 
 

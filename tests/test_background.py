@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from qquant.background import ahead, behind, pays
+from qquant.background import ahead, behind, beside, pays
 
 
 def threads():
@@ -124,6 +124,27 @@ def test_what_is_worked_on_is_not_held():
     with ahead(lambda _: Value(), range(3), threaded=True) as values:
         value = weakref.ref(next(values))
         assert eventually(lambda: value() is None)
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_what_is_begun_early_gives_its_value_or_its_error(threaded):
+    with beside(lambda stop: 3, threaded) as value:
+        assert value() == 3
+
+    def fail(stop):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), beside(fail, threaded) as value:
+        value()
+    assert threads() == []
+
+
+def test_what_is_begun_early_is_told_that_nobody_waits():
+    stopped = []
+    with pytest.raises(ValueError, match="mine"), beside(lambda stop: stopped.append(stop.wait(5)), threaded=True):
+        raise ValueError("mine")
+    assert stopped == [True]
+    assert threads() == []
 
 
 def test_threads_pay_on_a_gpu():

@@ -3,17 +3,29 @@
 import json
 import shutil
 import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import pipeline
+from qquant import background, pipeline
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading, review
+from qquant.errors import NumericalError
 from qquant.recipe import Checks, Gates
 
 CPU = torch.device("cpu")
+SLEEP = "import time; time.sleep(99)"
+
+
+def watched_subprocess(popen):
+    """The library with another way to start a child."""
+    return SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
 
 
 def quiet(*_):
@@ -62,17 +74,82 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
     gptq, _, gguf = paths
     asked = []
 
-    def run(command, **options):
+    def popen(command, **options):
         asked.append((command, options))
-        raise subprocess.TimeoutExpired(command, options["timeout"], b"one line\n" if len(command) == 5 else b"")
+        script = "import time; print('one line', flush=True); time.sleep(99)" if len(command) == 5 else SLEEP
+        return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
-    monkeypatch.setattr(loading.subprocess, "run", run)
-    assert loading.faults([gptq, gguf]) == {gguf: "not loaded after 180 s"}
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
+    monkeypatch.setattr(loading, "BYTES_A_SECOND", 10**12)
+    assert loading.faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 3 s"}
     assert asked[0][1]["cwd"] == "/"
     assert asked[0][1]["env"]["HF_HUB_OFFLINE"] == "1"
-    died = subprocess.CompletedProcess([], -11, b"", b"")
-    monkeypatch.setattr(loading.subprocess, "run", lambda *_, **__: died)
+
+    def dying(command, **options):
+        script = "import os; os.kill(os.getpid(), 11)"
+        return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
+
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(dying))
     assert loading.faults([gptq]) == {gptq: "the process died of SIGSEGV"}
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Children that sleep for long, as they are started."""
+    found = []
+
+    def popen(command, **options):
+        pipes = {name: options[name] for name in ("stdout", "stderr")}
+        found.append(subprocess.Popen([sys.executable, "-c", SLEEP], **pipes))
+        return found[-1]
+
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
+    return found
+
+
+def test_a_child_that_is_no_longer_wanted_is_ended(children):
+    with background.beside(partial(loading.faults, [Path("a"), Path("b")]), threaded=True):
+        while not children:
+            time.sleep(0.01)
+    assert [child.returncode for child in children] == [-9]
+
+
+def test_a_child_does_not_outlive_an_interrupt(children, monkeypatch):
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loading.faults([Path("a")])
+    assert [child.returncode for child in children] == [-9]
+
+
+def test_a_check_that_fails_meanwhile_ends_the_child(built, paths, children, monkeypatch):
+    """As on a GPU; and a check that does not fail says the same as one that waits first."""
+    monkeypatch.setattr(review, "loading", loading)
+    monkeypatch.setattr(background, "pays", lambda device: True)
+
+    def fail(*_):
+        while not children:
+            time.sleep(0.01)
+        raise NumericalError("not finite")
+
+    monkeypatch.setattr(review, "_read", fail)
+    checks, gates = Checks(windows=2, length=32), Gates(defaults=False)
+    with pytest.raises(NumericalError):
+        pipeline.check([paths[0]], Checkpoint.open(built[0]), checks, gates, CPU, quiet)
+    assert [child.returncode for child in children] == [-9]
+
+
+def test_loading_beside_the_check_finds_the_same(built, paths, monkeypatch):
+    checks, gates, told = Checks(windows=2, length=32), Gates(defaults=False), {paths[1]: "why"}
+    monkeypatch.setattr(review.loading, "faults", lambda paths, stop: told)
+    reports = []
+    for threaded in (False, True):
+        monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
+        reports.append(pipeline.check(paths, Checkpoint.open(built[0]), checks, gates, CPU, quiet))
+    assert reports[0].to_json() == reports[1].to_json()
+    assert "does not load in a clean process: why" in reports[0].artifacts[1].verdict.reasons
 
 
 def test_a_check_fails_what_does_not_load(built, paths, tmp_path, monkeypatch):

@@ -5,53 +5,76 @@
                    not fit in memory, the first block and some rows of the head instead
 
 A child process takes the artifacts in turn and says one line after each. One that is missing failed: by an error (its last line is the
-finding), a signal, or the limit of time. The rest go on in a new child. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
+finding), a signal, or the limit of time. The rest go on in a new child. No child outlives the call. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 SECONDS = 60  # that a child may take to start, and for each artifact besides
+LOOK = 0.2  # seconds between looks at whether a child is still wanted
 BYTES_A_SECOND = 20_000_000  # read, repacked and multiplied once, on the slowest machine
 TEXT = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2"
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
-def faults(paths: Sequence[Path], seconds: float = SECONDS) -> dict[Path, str]:
-    """What keeps each of `paths` from loading; those that load are missing."""
+def faults(paths: Sequence[Path], stop: Event | None = None, seconds: float = SECONDS) -> dict[Path, str]:
+    """What keeps each of `paths` from loading; those that load are missing.
+
+    `stop`: once it is set the child is ended and the rest is not tried; the answer means nothing then.
+    """
+    stop = stop or Event()
     left, found = list(paths), dict[Path, str]()
-    while left:
-        done, problem = _child(left, seconds)
+    while left and not stop.is_set():
+        done, problem = _child(left, seconds, stop)
         left = left[done:]
         if left:
             found[left.pop(0)] = problem
     return found
 
 
-def _child(paths: Sequence[Path], seconds: float) -> tuple[int, str]:
+def _child(paths: Sequence[Path], seconds: float, stop: Event) -> tuple[int, str]:
     """(how many of `paths` loaded, what happened to the next)."""
     limit = sum((seconds + _size(path) / BYTES_A_SECOND for path in paths), seconds)
     command = [sys.executable, "-m", "qquant.checks.loading", *(str(path.absolute()) for path in paths)]
     places = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd="/", env=environment, stdout=pipe, stderr=pipe) as child:
+        in_time = _wait(child, limit, stop)
+        lines, errors = child.communicate()
+    done = lines.count(b"\n")
+    if not in_time:
+        return done, f"not loaded after {limit:.0f} s"
+    if child.returncode < 0:
+        return done, f"the process died of {signal.Signals(-child.returncode).name}"
+    said = errors.decode(errors="replace").strip().splitlines()
+    return done, said[-1] if said else f"the process ended with {child.returncode}"
+
+
+def _wait(child: subprocess.Popen[bytes], limit: float, stop: Event) -> bool:
+    """Whether a child ends within `limit` seconds by itself; it is ended where it does not, is not wanted, or nobody can wait."""
+    late = time.monotonic() + limit
     try:
-        ended = subprocess.run(command, cwd="/", env=environment, check=False, capture_output=True, timeout=limit)
-    except subprocess.TimeoutExpired as slow:
-        return (slow.stdout or b"").count(b"\n"), f"not loaded after {limit:.0f} s"
-    done = ended.stdout.count(b"\n")
-    if ended.returncode < 0:
-        return done, f"the process died of {signal.Signals(-ended.returncode).name}"
-    said = ended.stderr.decode(errors="replace").strip().splitlines()
-    return done, said[-1] if said else f"the process ended with {ended.returncode}"
+        while time.monotonic() < late and not stop.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=LOOK)
+                return True
+    finally:
+        child.kill()
+    return False
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is.
 
-All candidates and the checkpoint read the text together. Where a gate is inconclusive, they read on, twice as much at each look,
+All candidates and the checkpoint read the text together, on a GPU while another process tries to load the artifacts on the CPU. Where a
+gate is inconclusive, they read on, twice as much at each look,
 up to `max_windows`; a verdict that was reached stays.
 """
 
@@ -11,13 +12,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qquant import calibration
+from qquant import background, calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
@@ -160,15 +162,18 @@ def review(
         require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
-    unloaded = loading.faults([candidate.path for candidate in candidates])
+    plain, answers = {name: watched.source for name, watched in sources.items()}, {}
+    load = partial(loading.faults, [candidate.path for candidate in candidates])
+    with background.beside(load, background.pays(device)) as loaded:
+        found = _read(baseline, candidates, sources, text, device, progress)
+        if text.answers:
+            answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
+        unloaded = loaded()
     for candidate in candidates:
         if candidate.path in unloaded:
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
-    found = _read(baseline, candidates, sources, text, device, progress)
     for name, watched in sources.items():
         faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
-    plain = {name: watched.source for name, watched in sources.items()}
-    answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress) if text.answers else {}
     for name, answered in answers.items():
         faults[name] += sanity.problems(answered["runs"])
     warnings = tuple(
