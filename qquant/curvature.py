@@ -44,7 +44,7 @@ from qquant.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.kernels.gram import gram
-from qquant.output import create, make_folder, put, write_synced
+from qquant.output import create, make_folder, put, sync, write_synced
 from qquant.resources import free_memory
 from qquant.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
@@ -239,6 +239,7 @@ class _Inputs:
                 for x in hidden:
                     put(self._path(layer), start, as_bytes(x))
                     start += x.nbytes
+                sync(self._path(layer))
 
     def take(self, layer: int, device: torch.device) -> list[Tensor]:
         """Of block `layer`, which are forgotten here."""
