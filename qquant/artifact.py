@@ -24,11 +24,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qquant import background
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
@@ -239,13 +241,14 @@ class Draft:
             if "checksum" in entry
         }
         paths = [self.folder / file.name for file in self.plan.files if file.tensors]
-        FORMATS[self.plan.format].verify(paths, written, values, device or torch.device("cpu"))
-        files = {}
-        for file in self.plan.files:
-            if not self._intact(file):
-                raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
-            sync(self.folder / file.name)
-            files[file.name] = {"bytes": file.size, "sha256": sha256_file(self.folder / file.name)}
+        device = device or torch.device("cpu")
+        with background.beside(self._hashed, background.pays(device)) as hashed:
+            FORMATS[self.plan.format].verify(paths, written, values, device)
+            for file in self.plan.files:
+                if not self._intact(file):
+                    raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
+                sync(self.folder / file.name)
+            files = {file.name: {"bytes": file.size, "sha256": hashed()[file.name]} for file in self.plan.files}
         layers = [entry for unit in self.units.values() for entry in unit.record]
         entry = {"key": self.key, "format": self.plan.format, **provenance, "files": files, "layers": layers}
         final = target / self.plan.folder
@@ -272,6 +275,11 @@ class Draft:
         self.journal.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
         return final
+
+    def _hashed(self, stop: Event) -> dict[str, str]:
+        """sha256 by name of the files that are there, as far as it comes before `stop`."""
+        paths = {file.name: self.folder / file.name for file in self.plan.files}
+        return {name: sha256_file(path) for name, path in paths.items() if path.is_file() and not stop.is_set()}
 
     def _joined(self, final: Path) -> Path:
         """A folder with the files of `final` and of this draft, by links where the file system has them."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from qquant.background import ahead
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, measure, spread
 from qquant.decoder import HEAD_ROWS, Block
-from qquant.errors import NumericalError
+from qquant.errors import NumericalError, StoppedError
 from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.gates import is_fine, kind_of
@@ -78,20 +79,20 @@ def quantize(
         NumericalError: an activation is not finite.
         EnvironmentMissingError: there is not enough memory for one sample.
     """
-    for draft in drafts:
-        if REST not in draft.units:
-            draft.write(REST, _rest(checkpoint, draft), [])
     source = narrow(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
+    rests = partial(_write_rests, checkpoint, drafts)
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
+    curvature = None
+    with background.beside(rests, background.pays(device)) as written:
+        if curvature_tokens and any(solves(draft) for draft in waiting):
+            chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
+            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
+        written()  # two units of a draft are not journalled at once
     if not waiting and (measured or not drafts):
         return
-    curvature = None
-    if curvature_tokens and any(solves(draft) for draft in waiting):
-        chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
-        curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
     start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
     shared = [draft for draft in waiting if not propagates(draft)]
@@ -179,7 +180,14 @@ class View:
         return self.curvature.rows.divided(transformed.divided) if self.curvature else {}
 
 
-def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tensor]]:
+def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], stop: Event) -> None:
+    """Write what lies outside the blocks of every draft that does not have it. Raises StoppedError where `stop` is set meanwhile."""
+    for draft in drafts:
+        if REST not in draft.units:
+            draft.write(REST, _rest(checkpoint, draft, stop), [])
+
+
+def _rest(checkpoint: Checkpoint, draft: Draft, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
     """The tensors outside the blocks, in slices of rows."""
     family, config = checkpoint.family, checkpoint.config
     names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
@@ -189,6 +197,8 @@ def _rest(checkpoint: Checkpoint, draft: Draft) -> Iterator[tuple[str, int, Tens
         rows = checkpoint.tensors[name].shape[0]
         step = rows if name == family.final_norm else HEAD_ROWS
         for start in range(0, rows, step):
+            if stop.is_set():
+                raise StoppedError(f"{draft.plan.name}: {name} is not written to its end")
             value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
             for stored, piece in store(draft.plan, name, value, None).items():
                 yield stored, offset, piece

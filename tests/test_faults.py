@@ -1,10 +1,12 @@
 """What goes wrong while a build runs, and what it does then: memory, range, numbers, signals, locks, disks."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import lock, pipeline, walk
+from qquant import artifact, background, lock, pipeline, walk
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.decoder import Block
-from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, UsageError
+from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
 from qquant.output import MANIFEST, claim
 from qquant.plan import Plan
 from qquant.report import warnings_of
@@ -160,8 +162,8 @@ def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpo
     assert any("model.layers.0: 2 samples overflowed and were computed in float32" in line for line in report.warnings)
     assert contents(out) != contents(whole)
     plain = json.loads((whole / "report.json").read_text())["artifacts"]
-    for row, artifact in zip(plain, report.artifacts, strict=True):
-        assert artifact.kl_divergence == pytest.approx(row["kl_divergence"], rel=0.2)
+    for row, found in zip(plain, report.artifacts, strict=True):
+        assert found.kl_divergence == pytest.approx(row["kl_divergence"], rel=0.2)
 
 
 def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch):
@@ -463,3 +465,72 @@ def test_a_disk_that_is_full(tortured):
 def test_eight_builds_at_once(tortured):
     assert tortured["own folders"] == 8
     assert tortured["one folder: 0 9 9 9 9 9 9 9"] == 1
+
+
+# --- threads beside the computation, as on a GPU ----------------------------------------------------------------------------
+
+
+def test_a_build_with_threads_gives_the_same_bytes(make_checkpoint, build, monkeypatch):
+    folder = make_checkpoint()
+    _, plain = build(folder, out="plain")
+    monkeypatch.setattr(background, "pays", lambda device: True)
+    _, threaded = build(folder, out="threaded")
+    assert contents(threaded) == contents(plain)
+
+
+def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_checkpoint, build, monkeypatch, tmp_path):
+    """A full disk under the tensors outside the blocks; then a stop meanwhile, after which no thread writes on."""
+    folder = make_checkpoint()
+    _, plain = build(folder, out="plain")
+    monkeypatch.setattr(background, "pays", lambda device: True)
+    put = artifact.put
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "put", full)
+        with pytest.raises(StoppedError, match="No space left on device"):
+            build(folder)
+
+    writing = threading.Event()
+
+    def slow(*arguments):
+        put(*arguments)
+        writing.set()
+        time.sleep(0.05)
+
+    def stop(*_):
+        writing.wait(5)
+        raise StoppedError("stopped by SIGINT")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "put", slow)
+        patch.setattr(walk, "measure", stop)
+        with pytest.raises(StoppedError, match="stopped by SIGINT"):
+            build(folder)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qquant-")]
+    last = (tmp_path / "out" / ".partial" / f"{NAMES[-1]}.journal").read_text().splitlines()
+    assert len(last) == 1  # drafts that had not begun were left alone
+    _, out = build(folder)
+    assert contents(out) == contents(plain)
+
+
+def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwhile(
+    make_checkpoint, build, monkeypatch
+):
+    folder = make_checkpoint()
+    write = artifact.Draft.finish
+
+    def damaged(draft, *rest):
+        path = next(draft.folder / file.name for file in draft.plan.files if file.tensors)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return write(draft, *rest)
+
+    monkeypatch.setattr(artifact.Draft, "finish", damaged)
+    for threaded in (False, True):
+        monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
+        with pytest.raises(QQuantError, match="read back differs from what was written"):
+            build(folder, "gptq-int8", out=str(threaded))
