@@ -47,6 +47,7 @@ from qquant.gates import is_fine, kind_of
 from qquant.kernels.product import tensor_cores
 from qquant.moments import Moments
 from qquant.padding import narrow
+from qquant.safetensors_file import SIZES
 from qquant.solver import Rows, Solver, rounding_of, unit
 from qquant.stats import Gram, NotFiniteError
 from qquant.stream import STATES, Stream
@@ -81,7 +82,8 @@ def quantize(
     """
     source = narrow(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
-    rests = partial(_write_rests, checkpoint, drafts)
+    copied = [draft for draft in drafts if copies(draft, checkpoint)]
+    rests = partial(_write_rests, checkpoint, copied, torch.device("cpu"))
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
@@ -91,6 +93,7 @@ def quantize(
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
         written()  # two units of a draft are not journalled at once
+    _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
     if not waiting and (measured or not drafts):
         return
     start = Stream.start(checkpoint, samples, dtype, device)
@@ -180,14 +183,19 @@ class View:
         return self.curvature.rows.divided(transformed.divided) if self.curvature else {}
 
 
-def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], stop: Event) -> None:
+def copies(draft: Draft, checkpoint: Checkpoint) -> bool:
+    """Whether an artifact stores the embedding as numbers, and not as codes that have to be found."""
+    return draft.plan.grids[checkpoint.family.embedding].upper() in SIZES
+
+
+def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], device: torch.device, stop: Event) -> None:
     """Write what lies outside the blocks of every draft that does not have it. Raises StoppedError where `stop` is set meanwhile."""
     for draft in drafts:
         if REST not in draft.units:
-            draft.write(REST, _rest(checkpoint, draft, stop), [])
+            draft.write(REST, _rest(checkpoint, draft, device, stop), [])
 
 
-def _rest(checkpoint: Checkpoint, draft: Draft, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
+def _rest(checkpoint: Checkpoint, draft: Draft, device: torch.device, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
     """The tensors outside the blocks, in slices of rows."""
     family, config = checkpoint.family, checkpoint.config
     names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
@@ -200,7 +208,7 @@ def _rest(checkpoint: Checkpoint, draft: Draft, stop: Event) -> Iterator[tuple[s
             if stop.is_set():
                 raise StoppedError(f"{draft.plan.name}: {name} is not written to its end")
             value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
-            for stored, piece in store(draft.plan, name, value, None).items():
+            for stored, piece in store(draft.plan, name, value.to(device), None).items():
                 yield stored, offset, piece
                 offset += piece.numel() * piece.element_size()
 
