@@ -43,7 +43,7 @@ def sweep(
     gram: float32 [K, K], positive definite; levels: steps and offsets [N, K / width]; `rows`: G of consecutive rows in turn,
     float32 [n, n] each, N rows together. Rows whose G is zero keep their codes.
     """
-    columns = blocks_of(gram, shift)
+    columns = blocks_of(gram, shift, grid)
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
         chosen = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
