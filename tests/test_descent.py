@@ -44,10 +44,10 @@ def test_sweeps_gain_on_gptq(solved):
     assert float(loss(weight, damped, codes, params.levels(), grid).sum()) < 0.99 * before
 
 
-@pytest.mark.parametrize(("width", "sizes"), [(32, [32] * 5), (80, [128, 32])], ids=["narrow", "wide, a rest"])
-def test_blocks_are_as_wide_as_groups_allow(width, sizes):
+@pytest.mark.parametrize(("bits", "sizes"), [(2, [32] * 5), (4, [128, 32])], ids=["few levels", "wide, a rest"])
+def test_blocks_are_narrower_where_levels_are_few(bits, sizes):
     weight, gram = problem(24, 160, 700)
-    grid = UniformGrid(4, width, True, "importance")
+    grid = UniformGrid(bits, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes, damped = gptq(weight, gram, params.levels(), grid, 0.01), descent.damped(gram.matrix, 0.01)
     stacks = descent.blocks_of(damped, False, grid).blocks[::3]
@@ -65,9 +65,9 @@ def test_a_block_target_is_the_least_squares_answer(solved, monkeypatch):
     block = descent.gptq_block
     monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
     descent.sweep(weight, damped, codes, params.levels(), grid, shift=False)
-    first = torch.arange(descent.NARROW)
+    first = torch.arange(descent.BLOCK)
     first = first[torch.argsort(damped.diagonal()[first], descending=True, stable=True)]
-    rest = torch.arange(descent.NARROW, weight.shape[1])
+    rest = torch.arange(descent.BLOCK, weight.shape[1])
     h, error = damped.double(), (value_of(codes, *params.levels(), grid) - weight).double()
     answer = weight[:, first].double() - torch.linalg.solve(h[first][:, first], h[first][:, rest] @ error[:, rest].T).T
     assert torch.allclose(seen[0].double(), answer, atol=1e-3)
@@ -168,7 +168,7 @@ def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved, monkeypa
     block = descent.gptq_block
     monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
     coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
-    columns = descent.blocks_of(gram, False, grid).order[: descent.NARROW]
+    columns = descent.blocks_of(gram, False, grid).order[: descent.BLOCK]
     value = value_of(codes, *params.levels(), grid).double()
     for place in (0, 1):
         damped = (rows[place] + coupled.DAMPING * rows[place].diagonal().mean() * torch.eye(12)).double()
