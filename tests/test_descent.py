@@ -10,6 +10,12 @@ from qquant.tensor import UniformGrid, UniformParams, value_of
 from tests.test_gptq import problem
 
 
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    """Several blocks, and a rest, in the small matrices of these tests."""
+    monkeypatch.setattr(descent, "BLOCK", 128)
+
+
 def loss(weight, gram, codes, levels, grid):
     error = value_of(codes, *levels, grid) - weight
     return ((error.double() @ gram.double()) * error.double()).sum(1)

@@ -17,7 +17,7 @@ from qquant.errors import InputError, UsageError
 from qquant.kernels import cpu_int4, jit, wq_mm
 from qquant.kernels.column_sums import column_sums
 from qquant.kernels.dequant import dequant
-from qquant.kernels.gptq_block import gptq_block
+from qquant.kernels.gptq_block import gptq_block, in_strips
 from qquant.kernels.gram import gram
 from qquant.kernels.group_search import group_search
 from qquant.kernels.unpack import pack_params, pack_runtime, repack, tile, unpack_params, unpack_runtime
@@ -380,6 +380,15 @@ def test_column_sums(dtype):
     assert bool(column_sums(x)[2].isnan())
     with pytest.raises(InputError, match="column_sums takes"):
         column_sums(x[:0])
+
+
+def test_gptq_block_in_strips():
+    w, u, step, offset = gptq_problem(40, 300, 16, per_column=True)
+    codes, errors = in_strips(gptq_block, w, u, step, offset, 16)
+    expected_codes, expected = gptq_block(w, u, step, offset, 16)
+    assert float((codes != expected_codes).float().mean()) < 1e-3  # ties
+    same = (codes == expected_codes).all(1)
+    assert relative(errors[same], expected[same].double()) < 1e-4
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""`qquant::gptq_block`: the column loop of GPTQ over one block of at most 128 columns.
+"""`qquant::gptq_block`: the column loop of GPTQ over one block of columns.
 
 U is the upper Cholesky factor of the inverse Hessian (its diagonal block here), step and offset give every column's grid, fixed
 before the loop starts. For the columns j of the block, in order, and for every row at once:
@@ -15,17 +15,20 @@ the same input is one call.
 On the CPU (and wherever Triton is missing) the columns are rows of a transposed copy, so that a step works on contiguous memory,
 and the updates beyond the next 16 columns wait until one BLAS call makes them all. The Triton kernel keeps 16 rows of the block in
 registers; a step extracts a column by a masked sum, and the error takes the column's place. Both carry w + offset instead of w,
-so that a step is code = round(v / step), error = (v - step * code) / U_jj.
+so that a step is code = round(v / step), error = (v - step * code) / U_jj. It takes
+MAX_COLUMNS at a time; what they leave for the columns after them is one product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qquant.kernels.jit import AVAILABLE, blocks, jit, kernel, tl
 
-MAX_COLUMNS = 128
+MAX_COLUMNS = 128  # of a launch
 ROWS = 16
 STRIP = 16  # columns updated one by one before BLAS updates the rest
 
@@ -132,9 +135,34 @@ def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> t
     return codes, errors
 
 
+def in_strips(
+    work: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    w: Tensor,
+    u: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    levels: int,
+) -> tuple[Tensor, Tensor]:
+    """`gptq_block` by `work`, which takes no more than MAX_COLUMNS."""
+    columns = w.shape[1]
+    if columns <= MAX_COLUMNS:
+        return work(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
+    left = w.clone()
+    codes, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
+    for start in range(0, columns, MAX_COLUMNS):
+        stop = min(start + MAX_COLUMNS, columns)
+        some = slice(start, stop)
+        column, inside, wide, shift = (
+            x.contiguous() for x in (left[:, some], u[some, some], step[:, some], offset[:, some])
+        )
+        codes[:, some], errors[:, some] = work(column, inside, wide, shift, levels)
+        left[:, stop:].addmm_(errors[:, some], u[some, stop:], alpha=-1)
+    return codes, errors
+
+
 def _gptq_block_cuda(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(w):
-        return launch(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
+        return in_strips(launch, w, u, step, offset, levels)
 
 
 if AVAILABLE:
