@@ -11,10 +11,13 @@ import json
 import sys
 import traceback
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
+from qquant.formats import gguf_search, gguf_types
+from qquant.kernels import between, column_sums, dequant, ggml_search, gptq_block, gram, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
 
@@ -231,6 +234,15 @@ def gated(rows, width):
     return relative(between.launch_gate(guarded(both)), g / (1 + (-g).exp()) * u), 1e-3
 
 
+def ggmls(kind, mode, rows):
+    """Bytes of a golden array that differ, with the searches of a GPU."""
+    golden = np.load(Path(__file__).parent / "golden" / "ggml_blocks.npz")
+    gguf_search.on_cpu, ggml_search.runs = (lambda _: False), (lambda _: True)
+    importance = torch.from_numpy(golden["importance"]) if mode == "importance" else None
+    blocks = gguf_types.quantize(torch.from_numpy(golden["weight"][:rows]), kind, importance)
+    return float((blocks.numpy() != golden[f"{kind.upper()}.{mode}"][:rows]).sum()), 0.0
+
+
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 CASES = {
     "wq_mm 4 bit, 1 row, 43 groups of 32, 4 splits": partial(product, 1, 16, 43, 32, 4, True, 4),
@@ -270,6 +282,13 @@ CASES = {
     "attend, fewer positions than splits": partial(attended, 2, 2, 64, 2, 8),
     "gate": partial(gated, 3, 300),
     "gram bfloat16, one row": partial(accumulated, 1, 64, BRAIN),
+}
+
+
+CASES |= {
+    f"ggml_search {kind}, {mode}": partial(ggmls, kind, mode, 5)
+    for kind in ("q4_0", "q2_k", "q3_k", "q4_k", "q6_k")
+    for mode in ("none", "importance")
 }
 
 

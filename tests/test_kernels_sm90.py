@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, column_sums, dequant, ggml_search, gptq_block, gram, group_search, wq_mm
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -245,6 +245,36 @@ def test_column_sums(tmp_path):
     assert machine.stack == 0
     assert machine.count(r"^LDG\.E\.128") >= 2
     assert machine.registers <= 128
+
+
+# kernel -> (further pointers, constants, instructions per element of the longest unrolled loop)
+SEARCHES = {
+    "symmetric": ("numerators_at scale_at inverse_at weight_at", {"E": 32, "COUNT": 19, "NMAX": 8}, 15.6),
+    "affine": ("numerators_at out_at", {"E": 32, "COUNT": 37, "NMAX": 15, "ABSOLUTE": False}, 24.9),
+    "positive": ("numerators_at codes_at scale_at", {"E": 8, "COUNT": 9, "NMAX": 63}, 61.4),
+    "descent": ("codes_at scale_at", {"E": 16, "NMAX": 4}, 61.2),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_ggml_search(name, tmp_path):
+    """Nothing spills, and an element costs what it did."""
+    pointers, constants, recorded = SEARCHES[name]
+    arguments = dict.fromkeys(("x_at", "w_at", *pointers.split()), "*fp32") | {"B": "i32"}
+    kernel = getattr(ggml_search, f"_{name}_kernel")
+    machine = build(tmp_path, kernel, arguments, constants | {"LANES": ggml_search.LANES}, **ggml_search.OPTIONS)
+    assert machine.stack == 0
+    assert machine.registers <= 128
+    no_more_than(len(machine.loop()) / constants["E"], {VERSION: recorded})
+
+
+def test_sums_in_order(tmp_path):
+    arguments = {"x_at": "*fp32", "out_at": "*fp32", "E": "i32", "B": "i32"}
+    constants = {"DEPTH": 16, "LANES": 128}
+    machine = build(tmp_path, ggml_search._sum_kernel, arguments, constants, **ggml_search.OPTIONS)
+    assert machine.stack == 0
+    assert len([text for text in machine.loop() if text.startswith("LDG")]) == 16
+    assert machine.count("^FFMA") == 0
 
 
 BETWEEN = {

@@ -19,7 +19,8 @@ Bit-exactness rests on float32 arithmetic without fused multiply-add, as in ggml
 * comparisons with NaN are false and decide as in C; weights are not negative.
 
 Layout: a piece is `[E, J, S]`, element index first, so that every step over the elements is one vector operation over
-all J * S blocks of the piece. Left out: FMA builds of ggml (ARM), whose results differ between compilers.
+all J * S blocks of the piece. On a GPU `qquant.kernels.ggml_search` does the same, a lane a block; what stands here is the
+definition. Left out: FMA builds of ggml (ARM), whose results differ between compilers.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+    from qquant.kernels import ggml_search as gpu
 else:
-    torch = lazy("torch")
+    torch, gpu = lazy("torch"), lazy("qquant.kernels.ggml_search")
     np = lazy("numpy")
 
 TINY = 1e-15  # a block whose largest value is below this is stored as zeros
@@ -123,6 +126,8 @@ def _sum(x: Tensor) -> Array:
         # numpy adds row to row along a slow axis; its pairwise summation is for the fast axis only
         x = x if x.stride(-1) == 1 else x.contiguous()
         return np.add.reduce(x.numpy(), axis=-2, initial=0.0)
+    if gpu.runs(x):
+        return gpu.sum_in_order(x)
     total = torch.zeros_like(x[..., 0, :])
     for element in x.unbind(-2):
         total.add_(element)
@@ -239,7 +244,8 @@ def symmetric(pieces: Iterable[Piece], nmax: int, weigh: bool = False) -> Found:
 
         return sums
 
-    return _search(pieces, inverses, prepare, weigh)
+    fast = functools.partial(gpu.symmetric, numerators=numerators, nmax=nmax)
+    return _search(pieces, inverses, prepare, weigh, fast)
 
 
 def _search(
@@ -247,16 +253,21 @@ def _search(
     inverses: Callable[[Tensor], Tensor],
     prepare: Callable[[Tensor, Tensor], Sums],
     weigh: bool = False,
+    fast: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Found:
     """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
 
     `prepare(x, w)`, both [E, b], gives a function from c inverses [c, 1, b] and working memory [c, E, b] to <x, l>, <l, l> [c, b].
+    `fast` gives (scale, inverse, sum of weights) at once, on a GPU.
     """
     parts = []
     memory: Tensor | None = None
     for x, w in pieces:
         space = _Space(x)
         x_flat, w_flat = x.flatten(1), w.flatten(1)
+        if fast and gpu.runs(x):
+            parts.append([value.view(x.shape[1:]) for value in fast(x_flat, w_flat)[: 2 + weigh]])
+            continue
         peak, magnitude = signed_peak(x_flat)
         live = magnitude >= TINY
         candidates = inverses(torch.where(live, peak, 1.0))
@@ -303,8 +314,14 @@ def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int
     `schedule`: candidate i has (first + step * i + nmax) / (highest x - low) for inverse scale; (first, step, candidates,
     whether the absolute error counts instead of the squared one).
     """
+    first, step, count, absolute = schedule
+    numerators = _numerators(range(count), step, first, nmax)
     parts = []
     for x, w in pieces:
+        if gpu.runs(x):
+            fast = gpu.affine(x.flatten(1), w.flatten(1), numerators, nmax, absolute)
+            parts.append([value.view(x.shape[1:]) for value in fast])
+            continue
         with np.errstate(all="ignore"):
             values = _affine(x.flatten(1), w.flatten(1), nmax, schedule, False)
         parts.append([value.view(x.shape[1:]) for value in values])
@@ -392,12 +409,15 @@ def positive(x: Tensor, w: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
 
     Codes are bytes: a negative one wraps, as it does in ggml.
     """
+    offsets = (-4, -3, -2, -1, 1, 2, 3, 4)
+    if gpu.runs(x):
+        scale, codes = gpu.positive(x, w, _numerators((0, *offsets), 0.1, 0.0, nmax), nmax)
+        return scale, codes.to(torch.int32)
     top = x.amax(0).clamp_(min=0)
     live = top >= TINY
     top = torch.where(live, top, 1.0)
     inverse = divide(float(nmax), top)
     best = _weighted_error(x, w, nearest_int(x * inverse).bitwise_and_(0xFF).float(), divide(1.0, inverse))
-    offsets = (-4, -3, -2, -1, 1, 2, 3, 4)
     for numerator in _numerators(offsets, 0.1, 0.0, nmax).to(x.device).unsqueeze(1):
         trial = numerator / top
         error = _weighted_error(x, w, nearest_int(x * trial).clamp_(max=nmax).float(), divide(1.0, trial))
@@ -423,6 +443,10 @@ def descent(pieces: Iterable[Piece], nmax: int) -> Found:
     x, w = (torch.cat(parts, -1) for parts in zip(*pieces, strict=True))
     shape = x.shape
     x, w = x.flatten(1), w.flatten(1)
+    if gpu.runs(x):
+        scale, settled = gpu.descent(x, w, nmax)
+        scale = scale.view(shape[1:])
+        return Found(scale, torch.zeros_like(scale), settled=settled.to(torch.uint8).view(shape))
     peak, magnitude = signed_peak(x)
     live = magnitude >= TINY
     inverse = divide(float(-nmax), torch.where(live, peak, 1.0))

@@ -42,7 +42,7 @@ else:
 _PIECE = {"cpu": 1 << 18}  # values searched or coded at once: the working set stays in the cache
 _BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
 _ACCELERATOR = 1 << 24  # both, elsewhere
-_ENERGY = 1 << 20  # values whose row sums are computed at once: long vectors across the rows
+_ENERGY = {"cpu": 1 << 20}  # values whose row sums are computed at once: long vectors across the rows
 _RETAINED = (
     31 << 20
 )  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
@@ -329,7 +329,7 @@ def _groups(blocks: Tensor, width: int) -> Tensor:
 def _row_energy(rows: Rows) -> Tensor:
     """Float32 [R]: mean square of each row, summed from left to right."""
     parts = []
-    for some in rows.batches(_ENERGY):
+    for some in rows.batches(_ENERGY.get(rows.x.device.type, _ACCELERATOR)):
         columns = _transposed(rows.x[some])
         total = search.squares_in_order(columns)
         parts.append(total.div_(torch.full_like(total, len(columns))))
