@@ -20,12 +20,26 @@ from qquant import doctor, pickles, provenance, verification
 from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.output import MANIFEST
+from qquant.tensor import checksum, checksum_of
 from tests.conftest import write_checkpoint
 from tests.test_faults import build, load_recipe, make_checkpoint
 from tests.torture import digests
 
 assert build, make_checkpoint
 CHILD = Path(pickles.__file__).with_name("pickle_child.py")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1024, 3 << 10, (1 << 20) + 1025])
+def test_a_checksum_is_a_sum_over_bits_and_places(count):
+    """Whatever pieces it is computed in; -0 counts as 0, and so does nothing else."""
+    value = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    place = torch.arange(count) * 0x1E3779B97F4A7C15 | 1
+    total = int((value.view(torch.int32).long() * place).sum())
+    assert checksum(value) == f"{total % (1 << 64):016x}"
+    assert checksum_of(value.split(1023)) == checksum(value)
+    assert checksum(-torch.zeros(count)) == checksum(torch.zeros(count))
+    if count > 1:
+        assert checksum(value.flip(0)) != checksum(value)
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------------
