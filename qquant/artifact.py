@@ -21,16 +21,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qquant import background
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
@@ -222,13 +221,13 @@ class Draft:
         self.units[unit] = done
         reached("after a unit is journalled")
 
-    def finish(self, target: Path, provenance: Mapping[str, Any], device: torch.device | None = None) -> Path:
-        """Read back what was written, compare it, and make it visible in `target` with its manifest; the final folder.
+    def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
+        """Read back what was written and compare it: pieces of work for `finish`, which threads may do; (file, sha256 or "") each.
 
-        What is read back is dequantized on `device`; None: the CPU.
+        Weights of folders are dequantized on `device`. The pieces raise QQuantError where a tensor differs from what was written.
 
         Raises:
-            QQuantError: a tensor is missing or differs from what was written.
+            QQuantError: a tensor is missing.
         """
         written = {name: value for unit in self.units.values() for name, value in unit.checksums.items()}
         missing = self.places.keys() - written.keys()
@@ -240,15 +239,35 @@ class Draft:
             for entry in unit.record
             if "checksum" in entry
         }
+        for file in self.plan.files:
+            yield partial(self._hashed, file.name)
         paths = [self.folder / file.name for file in self.plan.files if file.tensors]
-        device = device or torch.device("cpu")
-        with background.beside(self._hashed, background.pays(device)) as hashed:
-            FORMATS[self.plan.format].verify(paths, written, values, device)
-            for file in self.plan.files:
-                if not self._intact(file):
-                    raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
-                sync(self.folder / file.name)
-            files = {file.name: {"bytes": file.size, "sha256": hashed()[file.name]} for file in self.plan.files}
+        for compare in FORMATS[self.plan.format].comparisons(paths, written, values, device):
+            yield partial(_nameless, compare)
+        for file in self.plan.files:
+            yield partial(_nameless, partial(self._settle, file))
+
+    def _hashed(self, name: str) -> tuple[str, str]:
+        """The sha256 of a file; that it is not there is told by what reads it."""
+        path = self.folder / name
+        return name, sha256_file(path) if path.is_file() else ""
+
+    def _settle(self, file: PlannedFile) -> None:
+        if not self._intact(file):
+            raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
+        sync(self.folder / file.name)
+
+    def finish(
+        self, target: Path, provenance: Mapping[str, Any], read: Iterable[tuple[str, str]] | None = None
+    ) -> Path:
+        """Make the artifact visible in `target` with its manifest; the final folder.
+
+        `read`: what the `readings` gave; None: they are done now, on the CPU.
+        """
+        if read is None:
+            read = [work() for work in self.readings(torch.device("cpu"))]
+        hashed = {name: sha256 for name, sha256 in read if name}
+        files = {file.name: {"bytes": file.size, "sha256": hashed[file.name]} for file in self.plan.files}
         layers = [entry for unit in self.units.values() for entry in unit.record]
         entry = {"key": self.key, "format": self.plan.format, **provenance, "files": files, "layers": layers}
         final = target / self.plan.folder
@@ -276,11 +295,6 @@ class Draft:
         shutil.rmtree(self.folder, ignore_errors=True)
         return final
 
-    def _hashed(self, stop: Event) -> dict[str, str]:
-        """sha256 by name of the files that are there, as far as it comes before `stop`."""
-        paths = {file.name: self.folder / file.name for file in self.plan.files}
-        return {name: sha256_file(path) for name, path in paths.items() if path.is_file() and not stop.is_set()}
-
     def _joined(self, final: Path) -> Path:
         """A folder with the files of `final` and of this draft, by links where the file system has them."""
         joined = self.partial / "joined" / self.plan.folder
@@ -299,6 +313,12 @@ class Draft:
                 sync(place.parent)
                 reached("while a folder is joined")
         return joined
+
+
+def _nameless(work: Callable[[], None]) -> tuple[str, str]:
+    """A piece of work that has nothing to say unless it fails."""
+    work()
+    return "", ""
 
 
 def restore(out: Path, partial: Path) -> None:

@@ -6,6 +6,9 @@
                                                                   write   | write   | ...
     beside      work -> compute -> use it               becomes   compute | use it            what takes long is begun early
                                                                   work    |
+    abreast     work -> work -> use them -> work ...    becomes   use them | use them | ...   by as many threads as there are cores
+                                                                  work     | work     |
+                                                                  work     | work     |
 
 The first two hold one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
 outlives its `with`, whatever ends that. Threads read files, hash and write; they leave the GPU alone, since a copy that comes from
@@ -14,8 +17,9 @@ another thread breaks the recording of a CUDA graph. Without threads the same ca
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -32,6 +36,11 @@ Work = Callable[[], None]
 def pays(device: torch.device) -> bool:
     """Whether threads beside the computation gain anything: on a CPU they would take cores and memory from it."""
     return device.type == "cuda"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -93,3 +102,48 @@ def beside(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[
             yield doing.result
         finally:
             stop.set()
+
+
+@contextmanager
+def abreast(
+    groups: Iterable[Callable[[], Iterable[Callable[[], Value]]]], threads: int
+) -> Iterator[Iterator[list[Value]]]:
+    """The values of the works of each group in turn; so many threads do the works of a group and of the next, in any order.
+
+    The first error in the order of the works is raised in the turn of its group. With one thread each group is worked on in its turn,
+    in place. Torch's calls on the CPU are not spread over threads once more.
+    """
+    if threads <= 1:
+        yield ([work() for work in group()] for group in groups)
+        return
+    import torch
+
+    spread = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "qquant-abreast", torch.set_num_threads, (1,))
+    try:
+        yield _one_group_ahead(pool, groups)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(spread)
+
+
+def _one_group_ahead(
+    pool: ThreadPoolExecutor, groups: Iterable[Callable[[], Iterable[Callable[[], Value]]]]
+) -> Iterator[list[Value]]:
+    coming: deque[tuple[Future[list[Callable[[], Value]]], Sequence[Future[Value]]]] = deque()
+    for group in groups:
+        listed = pool.submit(_listed, group)
+        coming.append((listed, [] if listed.exception() else [pool.submit(work) for work in listed.result()]))
+        if len(coming) > 1:
+            yield _values(*coming.popleft())
+    while coming:
+        yield _values(*coming.popleft())
+
+
+def _listed(group: Callable[[], Iterable[Callable[[], Value]]]) -> list[Callable[[], Value]]:
+    return list(group())
+
+
+def _values(listed: Future[list[Callable[[], Value]]], works: Sequence[Future[Value]]) -> list[Value]:
+    listed.result()  # its error, if it has one
+    return [work.result() for work in works]

@@ -7,12 +7,13 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qquant import __version__, calibration, report_html, walk
+from qquant import __version__, background, calibration, report_html, walk
 from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint, WeightSource
@@ -70,8 +71,7 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         write_timings(drafts, out)
-        for draft in drafts:
-            draft.finish(out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
+        _finish(drafts, out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
@@ -232,6 +232,14 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
     draft = Draft(artifact, partial, key)
     draft.open()
     return draft
+
+
+def _finish(drafts: Sequence[Draft], out: Path, provenance: Mapping[str, Any], device: torch.device) -> None:
+    """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
+    groups = [partial(draft.readings, device) for draft in drafts]
+    with background.abreast(groups, background.cores() if background.pays(device) else 1) as found:
+        for draft, read in zip(drafts, found, strict=True):
+            draft.finish(out, provenance, read)
 
 
 def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evidence | None) -> Candidate:

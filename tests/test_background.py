@@ -1,15 +1,16 @@
 """Threads beside the main one: order, how far they run ahead, whose error is raised when, and that none is left."""
 
+import os
 import threading
 import time
 
 import pytest
 import torch
 
-from qquant.background import ahead, behind, beside, pays
+from qquant.background import abreast, ahead, behind, beside, cores, pays
 
 
-def threads():
+def threads_left():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("qquant-")]
 
 
@@ -37,7 +38,7 @@ def test_one_value_is_read_ahead_and_no_more():
             assert eventually(lambda key=key: begun == list(range(key + 2)))
             time.sleep(0.01)
             assert begun == list(range(key + 2))
-    assert threads() == []
+    assert threads_left() == []
 
 
 def test_nothing_is_read_ahead_without_threads():
@@ -58,7 +59,7 @@ def test_an_error_of_reading_comes_in_its_turn(threaded):
     with pytest.raises(OSError, match="damaged"), ahead(read, range(5), threaded) as values:
         found.extend(values)
     assert found == [0, 1]
-    assert threads() == []
+    assert threads_left() == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -69,7 +70,7 @@ def test_no_thread_is_left_when_the_caller_fails(error):
         later(lambda: (time.sleep(0.05), done.append(1)))
         raise error
     assert done == [1]
-    assert threads() == []
+    assert threads_left() == []
 
 
 @pytest.mark.parametrize("threaded", [True, False])
@@ -87,7 +88,7 @@ def test_work_is_done_in_order_one_at_a_time(threaded):
             later(lambda number=number: work(number))
             assert len(done) >= (number if threaded else number + 1)
     assert done == [0, 1, 2, 3, 4]
-    assert threads() == []
+    assert threads_left() == []
 
 
 def test_an_error_of_work_is_raised_by_the_next_call_or_at_the_end():
@@ -102,7 +103,7 @@ def test_an_error_of_work_is_raised_by_the_next_call_or_at_the_end():
     assert reached == ["next"]
     with pytest.raises(OSError, match="full"), behind(threaded=True) as later:
         later(fail)
-    assert threads() == []
+    assert threads_left() == []
 
 
 def test_an_error_of_the_caller_goes_before_one_of_its_work():
@@ -136,7 +137,7 @@ def test_what_is_begun_early_gives_its_value_or_its_error(threaded):
 
     with pytest.raises(OSError, match="full"), beside(fail, threaded) as value:
         value()
-    assert threads() == []
+    assert threads_left() == []
 
 
 def test_what_is_begun_early_is_told_that_nobody_waits():
@@ -144,7 +145,89 @@ def test_what_is_begun_early_is_told_that_nobody_waits():
     with pytest.raises(ValueError, match="mine"), beside(lambda stop: stopped.append(stop.wait(5)), threaded=True):
         raise ValueError("mine")
     assert stopped == [True]
-    assert threads() == []
+    assert threads_left() == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_works_done_abreast_give_their_values_in_order(threads):
+    def group(number):
+        return lambda: (lambda work=work: (number, work) for work in range(number + 1))
+
+    spread = torch.get_num_threads()
+    with abreast(map(group, range(4)), threads) as values:
+        assert list(values) == [[(number, work) for work in range(number + 1)] for number in range(4)]
+    with abreast([], threads) as values:
+        assert list(values) == []
+    assert torch.get_num_threads() == spread
+    assert threads_left() == []
+
+
+def test_works_of_a_group_and_of_the_next_are_done_at_once_and_no_more():
+    """Two works that wait for each other; nothing of a group after the next is begun, and without threads not even that."""
+    begun, met = [], threading.Barrier(4)
+
+    def group(number):
+        def works():
+            begun.append(number)
+            return [met.wait, met.wait] if number < 2 else [lambda: 0]
+
+        return works
+
+    with abreast(map(group, range(4)), threads=4) as values:
+        assert sorted([*next(values), *next(values)]) == [0, 1, 2, 3]
+        assert begun == [0, 1, 2]
+    begun.clear()
+    with abreast(map(group, (2, 3)), threads=1) as values:
+        next(values)
+        assert begun == [2]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("place", ["listing", "work"])
+def test_the_first_error_in_order_is_raised_in_the_turn_of_its_group(threads, place):
+    """Those after it come earlier; what has not begun is not done."""
+    done = []
+
+    def fail(after, what):
+        time.sleep(after)
+        raise OSError(what)
+
+    def group(number):
+        def works():
+            if number == 1 and place == "listing":
+                fail(0, "first")
+            slow = [lambda: fail(0.05, "first")] if number == 1 else []
+            return [lambda: done.append(number), *slow, *[lambda: fail(0, "later")] * (number == 1)]
+
+        return works
+
+    found = []
+    with pytest.raises(OSError, match="first"), abreast(map(group, range(9)), threads) as values:
+        found.extend(values)
+    assert found == [[None]]
+    assert max(done) < 4
+    assert threads_left() == []
+
+
+def test_works_that_nobody_waits_for_are_not_begun():
+    done = []
+    works = [lambda: (time.sleep(0.01), done.append(1)) for _ in range(100)]
+    with pytest.raises(ValueError, match="mine"), abreast([lambda: works] * 2, threads=2) as values:  # noqa: PT012
+        next(values)
+        raise ValueError("mine")
+    assert 100 <= len(done) < 120
+    assert threads_left() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_cores_are_those_of_the_process():
+    given = os.sched_getaffinity(0)
+    assert cores() == len(given)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)
 
 
 def test_threads_pay_on_a_gpu():

@@ -474,6 +474,7 @@ def test_a_build_with_threads_gives_the_same_bytes(make_checkpoint, build, monke
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
     monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(background, "cores", lambda: 3)
     _, threaded = build(folder, out="threaded")
     assert contents(threaded) == contents(plain)
 
@@ -520,17 +521,18 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
     make_checkpoint, build, monkeypatch
 ):
     folder = make_checkpoint()
-    write = artifact.Draft.finish
+    read = artifact.Draft.readings
 
-    def damaged(draft, *rest):
+    def damaged(draft, device):
         path = next(draft.folder / file.name for file in draft.plan.files if file.tensors)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        return write(draft, *rest)
+        return read(draft, device)
 
-    monkeypatch.setattr(artifact.Draft, "finish", damaged)
+    monkeypatch.setattr(artifact.Draft, "readings", damaged)
     for threaded in (False, True):
         monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
+        monkeypatch.setattr(background, "cores", lambda: 3)
         with pytest.raises(QQuantError, match="read back differs from what was written"):
             build(folder, "gptq-int8", out=str(threaded))

@@ -4,7 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import gguf as gguf_package
 import pytest
+import torch
 from gguf import GGUFReader
 from gguf.metadata import Metadata
 from gguf.utility import size_label
@@ -12,11 +14,11 @@ from gguf.utility import size_label
 from qquant.answering import gguf_tokenizer
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
-from qquant.errors import InputError
-from qquant.formats import FORMATS, gguf_metadata, imatrix
+from qquant.errors import InputError, QQuantError
+from qquant.formats import FORMATS, gguf, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
-from qquant.tensor import as_bytes
+from qquant.tensor import as_bytes, checksum
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -158,6 +160,52 @@ def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
         value = reader.get_field(key).contents()
         assert (value == field.value) if not isinstance(value, float) else value == pytest.approx(field.value)
     assert [tensor.name for tensor in ours.tensors.values()] == [tensor.name for tensor in reader.tensors]
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "f16"])
+def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_path, monkeypatch, kind):
+    """Bytes and values, in whatever pieces they are decoded; of the vocabulary nothing is kept in memory."""
+    checkpoint = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512))
+    layout = FORMATS["gguf"]
+    planned = layout.plan(checkpoint, GgufArtifact(name="x", format="gguf", type=kind), load("demo"), "model")
+    file = planned.files[0]
+    path = tmp_path / file.name
+    content = bytearray(file.head.ljust(file.size, b"\0"))
+    places = {tensor.name: tensor for tensor in file.tensors}
+    written, values = {}, {}
+    for name in planned.grids:
+        ((stored, data),) = layout.store(planned, name, checkpoint.tensor(name), None).items()
+        content[places[stored].offset : places[stored].offset + places[stored].nbytes] = as_bytes(data)
+        written[stored] = hashlib.sha256(as_bytes(data)).hexdigest()
+        if name.endswith("proj.weight"):
+            values[name] = checksum(layout.restore(planned, name, {stored: data}))
+    path.write_bytes(content)
+
+    def failures(values):
+        found = []
+        for compare in layout.comparisons([path], written, values, torch.device("cpu")):
+            try:
+                compare()
+            except QQuantError as error:
+                found.append(str(error))
+        return found
+
+    for size in (256, 1 << 10, 1 << 18):
+        monkeypatch.setattr(gguf, "DECODED", size)
+        assert failures(values) == []
+    wrong = {"model.layers.1.mlp.up_proj.weight": "0"}
+    assert failures(values | wrong) == [
+        f"{path}: tensor blk.1.ffn_up.weight decodes to other values than were solved for"
+    ]
+    written["output_norm.weight"] = "0"
+    assert failures(values) == [f"{path}: tensor output_norm.weight read back differs from what was written"]
+    ours, theirs = gguf._reader(gguf_package, path), GGUFReader(path)
+    assert [(t.name, t.data_offset, t.n_bytes, t.tensor_type) for t in ours.tensors] == [
+        (t.name, t.data_offset, t.n_bytes, t.tensor_type) for t in theirs.tensors
+    ]
+    assert ours.fields.keys() == theirs.fields.keys()
+    kept = [sum(len(field.parts) for field in reader.fields.values()) for reader in (ours, theirs)]
+    assert kept[0] < 1000 < kept[1]
 
 
 def test_a_vocabulary_that_is_padded_is_read_back(make_checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,10 +70,13 @@ class Format(Protocol):
         """The dequantized weights of an artifact made by any tool."""
         ...
 
-    def verify(
+    def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
-    ) -> None:
-        """Compare files, read by another library, with the sha256 of stored tensors and the checksums of solved weights."""
+    ) -> Iterator[Callable[[], None]]:
+        """Files, read by another library, against the sha256 of stored tensors and the checksums of solved weights.
+
+        Each piece of work raises QQuantError where they differ. They do not depend on each other, and threads may do them.
+        """
         ...
 
 

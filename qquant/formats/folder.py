@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -155,28 +156,22 @@ class ModelFolder(ABC):
             {suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes}
         )
 
-    def verify(
+    def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
-    ) -> None:
-        """Read the folder with the `safetensors` package and compare bytes, and values dequantized on `device`.
-
-        Raises:
-            QQuantError: they differ.
-        """
+    ) -> Iterator[Callable[[], None]]:
+        """The bytes of each tensor, read with the `safetensors` package; then all values, dequantized on `device` one by one."""
         import safetensors  # the independent reader
 
         for path in files:
             for name in _names(safetensors, path):
-                # Opened for each tensor: the library maps the file, and what was read stays in memory until it is closed.
-                with safetensors.safe_open(path, framework="pt") as file:
-                    data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
-                    if hashlib.sha256(data).hexdigest() != written[name]:
-                        raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
-                    del data
-        source = self.read(files[0].parent).on(device)
+                yield partial(_compare_bytes, safetensors, path, name, written[name])
+        yield partial(self._compare_values, files[0].parent, values, device)
+
+    def _compare_values(self, folder: Path, values: Mapping[str, str], device: torch.device) -> None:
+        source = self.read(folder).on(device)
         for name, value in values.items():
             if checksum(source.tensor(name)) != value:
-                raise QQuantError(f"{files[0].parent}: {name} dequantizes to other values than were solved for")
+                raise QQuantError(f"{folder}: {name} dequantizes to other values than were solved for")
 
     def read(self, path: Path) -> FolderSource:
         """The dequantized weights of a folder made by any tool.
@@ -200,6 +195,15 @@ class ModelFolder(ABC):
 def _names(library: ModuleType, path: Path) -> list[str]:
     with library.safe_open(path, framework="pt") as file:
         return list(file.keys())
+
+
+def _compare_bytes(library: ModuleType, path: Path, name: str, written: str) -> None:
+    # Opened for each tensor: the library maps the file, and what was read stays in memory until it is closed.
+    with library.safe_open(path, framework="pt") as file:
+        data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+        if hashlib.sha256(data).hexdigest() != written:
+            raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
+        del data
 
 
 @dataclass

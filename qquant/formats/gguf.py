@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from qquant.formats.ollama import modelfile
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
-from qquant.tensor import checksum
+from qquant.tensor import checksum_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
     from qquant.tensor import Grid, QuantizedTensor
 else:
     torch = lazy("torch")
+
+
+DECODED = (
+    1 << 18
+)  # values at a time: enough that the interpreter does not keep threads waiting, few enough for the caches
 
 
 def stem(model: str, type_name: str) -> str:
@@ -111,28 +118,17 @@ class Gguf:
         """
         return GgufSource.open(path)
 
-    def verify(
+    def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
-    ) -> None:
-        """Read the files with the `gguf` package and compare bytes and dequantized values.
-
-        Raises:
-            QQuantError: they differ.
-        """
+    ) -> Iterator[Callable[[], None]]:
+        """Of each tensor its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
         import gguf  # the independent reader; costs a quarter of a second
 
         names = {_gguf_name(name): value for name, value in values.items()}
         for path in files:
-            reader = gguf.GGUFReader(path)
-            pages: Any = reader.data.base
+            reader = _reader(gguf, path)
             for tensor in reader.tensors:
-                pages.madvise(mmap.MADV_DONTNEED)  # the file is mapped, and what was read would stay in memory
-                if hashlib.sha256(tensor.data.data).hexdigest() != written[tensor.name]:
-                    raise QQuantError(f"{path}: tensor {tensor.name} read back differs from what was written")
-                if tensor.name in names:
-                    decoded = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-                    if checksum(decoded) != names[tensor.name]:
-                        raise QQuantError(f"{path}: tensor {tensor.name} decodes to other values than were solved for")
+                yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
 
 
 def _planned(shard: Shard, types: Mapping[str, str]) -> PlannedFile:
@@ -141,6 +137,53 @@ def _planned(shard: Shard, types: Mapping[str, str]) -> PlannedFile:
         PlannedTensor(name, types[name], shape, offsets[name], size) for name, shape, _, size in shard.entries
     )
     return PlannedFile(shard.name, size, head, tensors)
+
+
+def _reader(library: Any, path: Path) -> Any:
+    """The file's tensors; lists in the metadata are passed over.
+
+    The library keeps two arrays of every word of a vocabulary: seconds and hundreds of megabytes for each file. The bytes of the head
+    are compared with the plan's as a whole.
+    """
+    kinds, text = library.GGUFValueType, library.GGUFValueType.STRING
+
+    class Reader(library.GGUFReader):  # type: ignore[misc]  # the library is loaded when it is needed
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            view = memoryview(self.data)
+            kind, count = struct.unpack_from("<IQ", view, orig_offs)
+            end = orig_offs + 12
+            if kind == text:
+                for _ in range(count):
+                    end += 8 + struct.unpack_from("<Q", view, end)[0]
+            else:
+                end += count * self.gguf_scalar_to_np[kinds(kind)]().itemsize
+            return end - orig_offs, [], [], [kinds.ARRAY, kinds(kind)]
+
+    return Reader(path)
+
+
+def _compare(library: Any, path: Path, reader: Any, tensor: Any, expected: tuple[str, str | None]) -> None:
+    """The sha256 of a tensor's bytes and the checksum of its values, if there is one, with those that are expected."""
+    written, values = expected
+    if hashlib.sha256(tensor.data.data).hexdigest() != written:
+        raise QQuantError(f"{path}: tensor {tensor.name} read back differs from what was written")
+    if values is not None and checksum_of(_decoded(library, tensor)) != values:
+        raise QQuantError(f"{path}: tensor {tensor.name} decodes to other values than were solved for")
+    # The file is mapped, and what was read would stay in memory. Pages are whole; another thread that needs one reads it again.
+    start = tensor.data_offset // mmap.PAGESIZE * mmap.PAGESIZE
+    reader.data.base.madvise(mmap.MADV_DONTNEED, start, tensor.data_offset + tensor.n_bytes - start)
+
+
+def _decoded(library: Any, tensor: Any) -> Iterator[Tensor]:
+    """The values in turn, some whole blocks at a time."""
+    block, size = library.GGML_QUANT_SIZES[tensor.tensor_type]
+    data = tensor.data.reshape(-1).view("uint8")
+    step = max(1, DECODED // block) * size
+    for start in range(0, len(data), step):
+        values = library.quants.dequantize(data[None, start : start + step], tensor.tensor_type)
+        yield torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _gguf_name(name: str) -> str:
