@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qquant import background
 from qquant.checkpoint import Checkpoint, WeightSource
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect
@@ -66,6 +68,11 @@ def _line(unit: Unit) -> dict[str, Any]:
     return {"unit": unit.name, "checksums": unit.checksums, "record": unit.record, "seconds": unit.seconds}
 
 
+def in_place(work: Callable[[], None]) -> None:
+    """Do it now."""
+    work()
+
+
 @dataclass
 class Draft:
     """An artifact under construction in `partial`."""
@@ -73,7 +80,8 @@ class Draft:
     plan: PlannedArtifact
     partial: Path
     key: str
-    units: dict[str, Unit] = field(default_factory=dict)
+    units: dict[str, Unit] = field(default_factory=dict)  # journalled; not one that `later` has
+    later: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
 
     @property
     def folder(self) -> Path:
@@ -182,6 +190,16 @@ class Draft:
                 left -= len(piece)
         return digest.hexdigest()
 
+    @contextmanager
+    def behind(self, threaded: bool) -> Iterator[None]:
+        """With `threaded` a thread does what `later` is given meanwhile, one piece of work in flight; all of it at the end."""
+        with background.behind(threaded) as later:
+            self.later = later
+            try:
+                yield
+            finally:
+                self.later = in_place
+
     def write(
         self,
         unit: str,
@@ -194,31 +212,16 @@ class Draft:
         Raises:
             EnvironmentMissingError: the disk is full.
         """
-        digests: dict[str, Any] = {}
-        filled: dict[str, int] = {}
-        touched = set()
+        filling = Filling(self, unit)
         for name, offset, piece in pieces:
-            file, tensor = self.places[name]
-            data = as_bytes(piece)
-            if offset != filled.get(name, 0) or offset + len(data) > tensor.nbytes:
-                raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit the plan ({tensor.nbytes})")
-            filled[name] = offset + len(data)
-            digests.setdefault(name, hashlib.sha256()).update(data)
-            path = self.folder / file.name
-            touched.add(path)
-            put(path, tensor.offset + offset, data)
-        short = [name for name, count in filled.items() if count != self.places[name][1].nbytes]
-        if short:
-            raise AssertionError(
-                f"{short[0]}: only {filled[short[0]]} of {self.places[short[0]][1].nbytes} bytes written"
-            )
-        reached("before a unit is synced")
-        for path in sorted(touched):
-            sync(path)
+            filling.put(name, offset, piece)
+        filling.close(record, seconds)
+
+    def journalled(self, unit: Unit) -> None:
+        """Note that the bytes of a unit are there, after they were synced."""
         reached("before a unit is journalled")
-        done = Unit(unit, {name: digest.hexdigest() for name, digest in digests.items()}, record, dict(seconds or {}))
-        self._append([_line(done)])
-        self.units[unit] = done
+        self._append([_line(unit)])
+        self.units[unit.name] = unit
         reached("after a unit is journalled")
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
@@ -313,6 +316,45 @@ class Draft:
                 sync(place.parent)
                 reached("while a folder is joined")
         return joined
+
+
+@dataclass
+class Filling:
+    """A unit that is being written, piece by piece: `put` for each tensor from its beginning to its end, then `close`."""
+
+    draft: Draft
+    unit: str
+    digests: dict[str, Any] = field(default_factory=dict)
+    filled: dict[str, int] = field(default_factory=dict)
+    touched: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.places = self.draft.places
+
+    def put(self, name: str, offset: int, piece: Tensor) -> None:
+        """Write and hash a piece that begins at byte `offset` of stored tensor `name`."""
+        file, tensor = self.places[name]
+        data = as_bytes(piece)
+        if offset != self.filled.get(name, 0) or offset + len(data) > tensor.nbytes:
+            raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit the plan ({tensor.nbytes})")
+        self.filled[name] = offset + len(data)
+        self.digests.setdefault(name, hashlib.sha256()).update(data)
+        path = self.draft.folder / file.name
+        self.touched.add(path)
+        put(path, tensor.offset + offset, data)
+
+    def close(self, record: list[dict[str, Any]], seconds: Mapping[str, float] | None = None) -> None:
+        """Sync what was written and journal the unit."""
+        short = [name for name, count in self.filled.items() if count != self.places[name][1].nbytes]
+        if short:
+            raise AssertionError(
+                f"{short[0]}: only {self.filled[short[0]]} of {self.places[short[0]][1].nbytes} bytes written"
+            )
+        reached("before a unit is synced")
+        for path in sorted(self.touched):
+            sync(path)
+        checksums = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        self.draft.journalled(Unit(self.unit, checksums, record, dict(seconds or {})))
 
 
 def _nameless(work: Callable[[], None]) -> tuple[str, str]:

@@ -67,7 +67,8 @@ def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[Key], Value], keys: Ite
 def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
     """A function that takes work; with `threaded` it waits for the work before, and leaves the new to a thread.
 
-    The error of a piece of work is raised when the next is handed over, or at the end of the `with`; one of the `with` itself goes first.
+    The error of a piece of work is raised whenever another is handed over, which is not done then, and at the end of the `with`; one of
+    the `with` itself goes first.
     """
     if not threaded:
         yield lambda work: work()
@@ -77,7 +78,8 @@ def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
 
         def do(work: Work) -> None:
             if doing:
-                doing.popleft().result()
+                doing[0].result()  # stays where it is if it failed: nothing is done after it
+                doing.popleft()
             doing.append(pool.submit(work))
 
         yield do

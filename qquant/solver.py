@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -291,7 +292,7 @@ class Solver:
         return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
 
     def finish(self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), wide: Collection[int] = ()) -> None:
-        """Write the block: solved linears, and the norms and biases of `weights`.
+        """Have the draft write the block: solved linears, and the norms and biases of `weights`, all of them on the host.
 
         Into the record go `choices` of a transform, and how many samples were computed in float32 (`wide`).
         """
@@ -303,6 +304,5 @@ class Solver:
         for name, value in weights.items():
             if name not in linears:
                 self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
-        self.draft.write(
-            unit(self.layer), ((name, 0, value) for name, value in self.tensors.items()), self.record, self.seconds
-        )
+        pieces = [(name, 0, value) for name, value in self.tensors.items()]
+        self.draft.later(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))

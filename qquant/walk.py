@@ -5,9 +5,9 @@ stage's Gram matrix, and the output is the next block's input. Then, for each ar
 
     transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
 
-Activations have the dtype of the checkpoint (float16 checkpoints are computed in float32: float16 overflows); what happens where they
-are not finite, or memory is short, is in `stream`. Only one block and its Gram matrices are in memory, besides one hidden state per
-calibration token.
+On a GPU a thread of each artifact does the last step, one block behind. Activations have the dtype of the checkpoint (float16
+checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
+Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
 With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model.
 
@@ -24,6 +24,7 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
@@ -35,10 +36,10 @@ from qquant import background
 from qquant.algorithms import coupled
 from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gptq import NotPositiveDefiniteError
-from qquant.artifact import Draft
+from qquant.artifact import Draft, Filling
 from qquant.background import ahead
 from qquant.checkpoint import Checkpoint
-from qquant.curvature import BlockCurvature, measure, spread
+from qquant.curvature import BlockCurvature, Curvature, measure, spread
 from qquant.decoder import HEAD_ROWS, Block
 from qquant.errors import NumericalError, StoppedError
 from qquant.families import Stage
@@ -93,9 +94,27 @@ def quantize(
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
         written()  # two units of a draft are not journalled at once
-    _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
-    if not waiting and (measured or not drafts):
-        return
+    with ExitStack() as writers:
+        for draft in reversed(drafts):  # they end in their order
+            writers.enter_context(draft.behind(background.pays(device)))
+        _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
+        if waiting or (drafts and not measured):
+            _walk(checkpoint, samples, waiting, moments, device, progress, curvature)
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    samples: Sequence[Tensor],
+    waiting: Sequence[Draft],
+    moments: Moments,
+    device: torch.device,
+    progress: Progress,
+    curvature: Curvature | None,
+) -> None:
+    """Once through the blocks, for drafts that do not have all of them."""
+    source = narrow(checkpoint)
+    dtype = STREAM_DTYPES[checkpoint.dtype]
+    layers = checkpoint.config.layers
     start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
     shared = [draft for draft in waiting if not propagates(draft)]
@@ -192,7 +211,10 @@ def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], device: torch.
     """Write what lies outside the blocks of every draft that does not have it. Raises StoppedError where `stop` is set meanwhile."""
     for draft in drafts:
         if REST not in draft.units:
-            draft.write(REST, _rest(checkpoint, draft, device, stop), [])
+            filling = Filling(draft, REST)
+            for name, offset, piece in _rest(checkpoint, draft, device, stop):
+                draft.later(partial(filling.put, name, offset, piece.cpu()))
+            draft.later(partial(filling.close, []))
 
 
 def _rest(checkpoint: Checkpoint, draft: Draft, device: torch.device, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
@@ -328,8 +350,10 @@ def _propagated(
     hidden = [next(sample)[1].to(kept) for _, sample in passes.values()]
     if not all(finite(y) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
+    if stream.relief >= STATES:
+        hidden = [y.cpu() for y in hidden]
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
-    stream.hidden = [y.cpu() for y in hidden] if stream.relief >= STATES else hidden
+    stream.hidden = hidden
 
 
 def _inputs(passes: Mapping[int, tuple[Passage, Passage]], last: bool) -> Iterator[Inputs]:

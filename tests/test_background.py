@@ -106,6 +106,21 @@ def test_an_error_of_work_is_raised_by_the_next_call_or_at_the_end():
     assert threads_left() == []
 
 
+def test_after_an_error_nothing_more_is_done():
+    """Though the caller should try again."""
+    done = []
+
+    def fail():
+        raise MemoryError("first")
+
+    with pytest.raises(MemoryError, match="first"), behind(threaded=True) as later:  # noqa: PT012
+        later(fail)
+        for _ in range(3):
+            with pytest.raises(MemoryError, match="first"):
+                later(lambda: done.append(1))
+    assert done == []
+
+
 def test_an_error_of_the_caller_goes_before_one_of_its_work():
     def fail():
         raise OSError("full")
