@@ -42,9 +42,7 @@ else:
     torch = lazy("torch")
 
 
-DECODED = (
-    1 << 18
-)  # values at a time: enough that the interpreter does not keep threads waiting, few enough for the caches
+DECODED = 1 << 19  # values at a time: threads seldom wait for the interpreter, and it stays in the caches
 
 
 def stem(model: str, type_name: str) -> str:
