@@ -247,25 +247,24 @@ def test_column_sums(tmp_path):
     assert machine.registers <= 128
 
 
-# kernel -> (further pointers, constants, instructions per element of the longest unrolled loop)
+# kernel -> (further pointers, sizes, constants, most registers); sizes are no constants, so that few variants have to be compiled
 SEARCHES = {
-    "symmetric": ("numerators_at scale_at inverse_at weight_at", {"E": 32, "COUNT": 19, "NMAX": 8}, 15.6),
-    "affine": ("numerators_at out_at", {"E": 32, "COUNT": 37, "NMAX": 15, "ABSOLUTE": False}, 24.9),
-    "positive": ("numerators_at codes_at scale_at", {"E": 8, "COUNT": 9, "NMAX": 63}, 61.4),
-    "descent": ("codes_at scale_at", {"E": 16, "NMAX": 4}, 61.2),
+    "symmetric": ("numerators_at scale_at inverse_at weight_at", ("E", "COUNT", "NMAX"), {}, 64),
+    "affine": ("numerators_at out_at", ("E", "COUNT", "NMAX"), {"ABSOLUTE": False}, 64),
+    "positive": ("numerators_at codes_at scale_at", ("E", "COUNT", "NMAX"), {}, 64),
+    "descent": ("codes_at scale_at", ("E", "NMAX"), {}, 64),
 }
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_ggml_search(name, tmp_path):
-    """Nothing spills, and an element costs what it did."""
-    pointers, constants, recorded = SEARCHES[name]
-    arguments = dict.fromkeys(("x_at", "w_at", *pointers.split()), "*fp32") | {"B": "i32"}
+    """Nothing spills, and half of a multiprocessor's threads fit at least."""
+    pointers, sizes, constants, registers = SEARCHES[name]
+    arguments = dict.fromkeys(("x_at", "w_at", *pointers.split()), "*fp32") | dict.fromkeys(("B", *sizes), "i32")
     kernel = getattr(ggml_search, f"_{name}_kernel")
     machine = build(tmp_path, kernel, arguments, constants | {"LANES": ggml_search.LANES}, **ggml_search.OPTIONS)
     assert machine.stack == 0
-    assert machine.registers <= 128
-    no_more_than(len(machine.loop()) / constants["E"], {VERSION: recorded})
+    assert machine.registers <= registers
 
 
 def test_sums_in_order(tmp_path):

@@ -36,14 +36,12 @@ def _nearest(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _clamped(code: tl.tensor, LOWEST: tl.constexpr, HIGHEST: tl.constexpr) -> tl.tensor:
+def _clamped(code: tl.tensor, LOWEST: tl.tensor, HIGHEST: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(code, LOWEST), HIGHEST)
 
 
 @jit
-def _peak(
-    x_at: tl.tensor, b: tl.tensor, there: tl.tensor, B: tl.tensor, E: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _peak(x_at: tl.tensor, b: tl.tensor, there: tl.tensor, B: tl.tensor, E: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The first value of largest magnitude, 1 where that is below 1e-15, and whether it is not."""
     magnitude = tl.zeros_like(b).to(tl.float32)
     peak = magnitude
@@ -64,13 +62,13 @@ def _projected(  # noqa: PLR0913 a candidate, passed by value
     there: tl.tensor,
     B: tl.tensor,
     inverse: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
     """<x, l> and <l, l>, l being the codes -NMAX .. NMAX - 1 of x * inverse."""
     lx = tl.zeros_like(inverse)
     l2 = lx
-    for e in tl.static_range(E):
+    for e in range(E):
         x = tl.load(x_at + e * B + b, mask=there, other=0.0)
         w = tl.load(w_at + e * B + b, mask=there, other=0.0)
         code = _clamped(_nearest(x * inverse), -NMAX, NMAX - 1).to(tl.float32)
@@ -79,7 +77,7 @@ def _projected(  # noqa: PLR0913 a candidate, passed by value
     return lx, l2
 
 
-@kernel("B")
+@kernel("B", "E", "COUNT", "NMAX")
 def _symmetric_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     w_at: tl.tensor,
@@ -88,9 +86,9 @@ def _symmetric_kernel(  # noqa: PLR0913 a kernel's arguments are its interface t
     inverse_at: tl.tensor,
     weight_at: tl.tensor,
     B: tl.tensor,
-    E: tl.constexpr,
-    COUNT: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    COUNT: tl.tensor,
+    NMAX: tl.tensor,
     LANES: tl.constexpr,
 ) -> None:
     b = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -144,13 +142,13 @@ def _fitted(  # noqa: PLR0913 a candidate, passed by value
     B: tl.tensor,
     inverse: tl.tensor,
     low: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Weighted sums of l, l^2 and l x, l being the codes 0 .. NMAX of (x - low) * inverse."""
     sum_l = tl.zeros_like(inverse)
     sum_ll, sum_lx = sum_l, sum_l
-    for e in tl.static_range(E):
+    for e in range(E):
         x = tl.load(x_at + e * B + b, mask=there, other=0.0)
         w = tl.load(w_at + e * B + b, mask=there, other=0.0)
         code = _clamped(_nearest((x - low) * inverse), 0, NMAX).to(tl.float32)
@@ -171,13 +169,13 @@ def _error(  # noqa: PLR0913 a candidate and what it is compared with, passed by
     low: tl.tensor,
     scale: tl.tensor,
     minimum: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
     ABSOLUTE: tl.constexpr,
 ) -> tl.tensor:
     """Weighted error of scale * code + minimum, the codes being those of (x - low) * inverse."""
     total = tl.zeros_like(inverse)
-    for e in tl.static_range(E):
+    for e in range(E):
         x = tl.load(x_at + e * B + b, mask=there, other=0.0)
         w = tl.load(w_at + e * B + b, mask=there, other=0.0)
         code = _clamped(_nearest((x - low) * inverse), 0, NMAX).to(tl.float32)
@@ -189,16 +187,16 @@ def _error(  # noqa: PLR0913 a candidate and what it is compared with, passed by
     return total
 
 
-@kernel("B")
+@kernel("B", "E", "COUNT", "NMAX")
 def _affine_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     w_at: tl.tensor,
     numerators_at: tl.tensor,
     out_at: tl.tensor,
     B: tl.tensor,
-    E: tl.constexpr,
-    COUNT: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    COUNT: tl.tensor,
+    NMAX: tl.tensor,
     ABSOLUTE: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
@@ -276,12 +274,12 @@ def _swept(  # noqa: PLR0913 the codes and sums of a block, passed by value
     B: tl.tensor,
     lx: tl.tensor,
     l2: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
     SIGNED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Sums <x, l> and <l, l> after a sweep over the codes, which are in memory."""
-    for e in tl.static_range(E):
+    for e in range(E):
         at = e * B + b
         x = tl.load(x_at + at, mask=there, other=0.0)
         w = tl.load(w_at + at, mask=there, other=0.0)
@@ -304,15 +302,15 @@ def _swept(  # noqa: PLR0913 the codes and sums of a block, passed by value
     return lx, l2
 
 
-@kernel("B")
+@kernel("B", "E", "NMAX")
 def _descent_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     w_at: tl.tensor,
     codes_at: tl.tensor,
     scale_at: tl.tensor,
     B: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
     LANES: tl.constexpr,
 ) -> None:
     b = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -355,13 +353,13 @@ def _misfit(  # noqa: PLR0913 a candidate, passed by value
     B: tl.tensor,
     inverse: tl.tensor,
     first: tl.tensor,
-    E: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    NMAX: tl.tensor,
 ) -> tl.tensor:
     """Weighted error of the codes of x * inverse; those of the first candidate are bytes that wrap, later ones are clamped."""
     total = tl.zeros_like(inverse)
     scale = tl.div_rn(total + 1.0, inverse)
-    for e in tl.static_range(E):
+    for e in range(E):
         x = tl.load(x_at + e * B + b, mask=there, other=0.0)
         w = tl.load(w_at + e * B + b, mask=there, other=0.0)
         whole = _nearest(x * inverse)
@@ -371,7 +369,7 @@ def _misfit(  # noqa: PLR0913 a candidate, passed by value
     return total
 
 
-@kernel("B")
+@kernel("B", "E", "COUNT", "NMAX")
 def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     x_at: tl.tensor,
     w_at: tl.tensor,
@@ -379,9 +377,9 @@ def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
     codes_at: tl.tensor,
     scale_at: tl.tensor,
     B: tl.tensor,
-    E: tl.constexpr,
-    COUNT: tl.constexpr,
-    NMAX: tl.constexpr,
+    E: tl.tensor,
+    COUNT: tl.tensor,
+    NMAX: tl.tensor,
     LANES: tl.constexpr,
 ) -> None:
     b = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
