@@ -13,6 +13,8 @@ infinity, which the callers refuse, are the one place where results may differ. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,12 @@ def _nearest(x: tl.tensor) -> tl.tensor:
 @jit
 def _clamped(code: tl.tensor, LOWEST: tl.tensor, HIGHEST: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(code, LOWEST), HIGHEST)
+
+
+@jit
+def _pair(x_at: tl.tensor, w_at: tl.tensor, at: tl.tensor, there: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """A value and its weight."""
+    return tl.load(x_at + at, mask=there, other=0.0), tl.load(w_at + at, mask=there, other=0.0)
 
 
 @jit
@@ -69,12 +77,17 @@ def _projected(  # noqa: PLR0913 a candidate, passed by value
     lx = tl.zeros_like(inverse)
     l2 = lx
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         code = _clamped(_nearest(x * inverse), -NMAX, NMAX - 1).to(tl.float32)
         lx += w * x * code
         l2 += w * code * code
     return lx, l2
+
+
+def _launch(search: Any, x: Tensor, w: Tensor, *given: Tensor, **sizes: int) -> None:
+    """Run the kernel `search` on all blocks of contiguous x, w [E, B]; `given`: its further tensors, in its order."""
+    elements, count = x.shape
+    search[(blocks(count, LANES),)](x, w, *given, count, E=elements, LANES=LANES, **sizes, **OPTIONS)
 
 
 @kernel("B", "E", "COUNT", "NMAX")
@@ -114,22 +127,9 @@ def _symmetric_kernel(  # noqa: PLR0913 a kernel's arguments are its interface t
 def symmetric(x: Tensor, w: Tensor, numerators: Tensor, nmax: int) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, inverse, sum of weights), float32 [B] each, for x, w float32 [E, B]; see `gguf_search.symmetric`."""
     x, w = x.contiguous(), w.contiguous()
-    elements, count = x.shape
-    scale, inverse, weight = x.new_empty((3, count))
-    _symmetric_kernel[(blocks(count, LANES),)](
-        x,
-        w,
-        numerators.to(x.device),
-        scale,
-        inverse,
-        weight,
-        count,
-        E=elements,
-        COUNT=len(numerators),
-        NMAX=nmax,
-        LANES=LANES,
-        **OPTIONS,
-    )
+    scale, inverse, weight = x.new_empty((3, x.shape[1]))
+    given = numerators.to(x.device), scale, inverse, weight
+    _launch(_symmetric_kernel, x, w, *given, COUNT=len(numerators), NMAX=nmax)
     return scale, inverse, weight
 
 
@@ -149,8 +149,7 @@ def _fitted(  # noqa: PLR0913 a candidate, passed by value
     sum_l = tl.zeros_like(inverse)
     sum_ll, sum_lx = sum_l, sum_l
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         code = _clamped(_nearest((x - low) * inverse), 0, NMAX).to(tl.float32)
         sum_l += w * code
         sum_ll += w * code * code
@@ -176,8 +175,7 @@ def _error(  # noqa: PLR0913 a candidate and what it is compared with, passed by
     """Weighted error of scale * code + minimum, the codes being those of (x - low) * inverse."""
     total = tl.zeros_like(inverse)
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         code = _clamped(_nearest((x - low) * inverse), 0, NMAX).to(tl.float32)
         difference = (code * scale + minimum) - x
         if ABSOLUTE:
@@ -206,8 +204,7 @@ def _affine_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     lowest = tl.load(x_at + b, mask=there, other=0.0)
     high, weight, sum_x = lowest, zero, zero
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         lowest = tl.where(x < lowest, x, lowest)
         high = tl.where(x > high, x, high)
         weight += w
@@ -246,21 +243,9 @@ def _affine_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
 def affine(x: Tensor, w: Tensor, numerators: Tensor, nmax: int, absolute: bool) -> tuple[Tensor, ...]:
     """(scale, inverse, sum of weights, low, base), float32 [B] each, for x, w float32 [E, B]; see `gguf_search.affine`."""
     x, w = x.contiguous(), w.contiguous()
-    elements, count = x.shape
-    out = x.new_empty((5, count))
-    _affine_kernel[(blocks(count, LANES),)](
-        x,
-        w,
-        numerators.to(x.device),
-        out,
-        count,
-        E=elements,
-        COUNT=len(numerators),
-        NMAX=nmax,
-        ABSOLUTE=absolute,
-        LANES=LANES,
-        **OPTIONS,
-    )
+    out = x.new_empty((5, x.shape[1]))
+    sizes = {"COUNT": len(numerators), "NMAX": nmax, "ABSOLUTE": absolute}
+    _launch(_affine_kernel, x, w, numerators.to(x.device), out, **sizes)
     return out.unbind()
 
 
@@ -281,8 +266,7 @@ def _swept(  # noqa: PLR0913 the codes and sums of a block, passed by value
     """Sums <x, l> and <l, l> after a sweep over the codes, which are in memory."""
     for e in range(E):
         at = e * B + b
-        x = tl.load(x_at + at, mask=there, other=0.0)
-        w = tl.load(w_at + at, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, at, there)
         code = tl.load(codes_at + at, mask=there, other=0.0)
         weighted = w * x
         rest_lx = lx - weighted * code
@@ -320,8 +304,7 @@ def _descent_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to 
     l2 = lx
     inverse = tl.div_rn(lx - NMAX, peak)
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         code = _clamped(_nearest(x * inverse), -NMAX, NMAX - 1).to(tl.float32)
         tl.store(codes_at + e * B + b, code, mask=there)
         lx += w * x * code
@@ -338,9 +321,8 @@ def _descent_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to 
 def descent(x: Tensor, w: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
     """(scale [B], codes counted from zero [E, B]), float32, for x, w float32 [E, B]; see `gguf_search.descent`."""
     x, w = x.contiguous(), w.contiguous()
-    elements, count = x.shape
-    codes, scale = torch.empty_like(x), x.new_empty(count)
-    _descent_kernel[(blocks(count, LANES),)](x, w, codes, scale, count, E=elements, NMAX=nmax, LANES=LANES, **OPTIONS)
+    codes, scale = torch.empty_like(x), x.new_empty(x.shape[1])
+    _launch(_descent_kernel, x, w, codes, scale, NMAX=nmax)
     return scale, codes
 
 
@@ -360,8 +342,7 @@ def _misfit(  # noqa: PLR0913 a candidate, passed by value
     total = tl.zeros_like(inverse)
     scale = tl.div_rn(total + 1.0, inverse)
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         whole = _nearest(x * inverse)
         whole = tl.where(first, whole & 0xFF, tl.minimum(whole, NMAX))
         difference = x - whole.to(tl.float32) * scale
@@ -399,8 +380,7 @@ def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
         chosen = tl.where(better, inverse, chosen)
     lx, l2 = zero, zero
     for e in range(E):
-        x = tl.load(x_at + e * B + b, mask=there, other=0.0)
-        w = tl.load(w_at + e * B + b, mask=there, other=0.0)
+        x, w = _pair(x_at, w_at, e * B + b, there)
         whole = tl.minimum(_nearest(x * chosen), NMAX)
         code = whole.to(tl.float32)
         lx += w * x * code
@@ -417,21 +397,8 @@ def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
 def positive(x: Tensor, w: Tensor, numerators: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
     """(scale [B], codes [E, B]), float32, for x, w float32 [E, B]; see `gguf_search.positive`. The first numerator is nmax itself."""
     x, w = x.contiguous(), w.contiguous()
-    elements, count = x.shape
-    codes, scale = torch.empty_like(x), x.new_empty(count)
-    _positive_kernel[(blocks(count, LANES),)](
-        x,
-        w,
-        numerators.to(x.device),
-        codes,
-        scale,
-        count,
-        E=elements,
-        COUNT=len(numerators),
-        NMAX=nmax,
-        LANES=LANES,
-        **OPTIONS,
-    )
+    codes, scale = torch.empty_like(x), x.new_empty(x.shape[1])
+    _launch(_positive_kernel, x, w, numerators.to(x.device), codes, scale, COUNT=len(numerators), NMAX=nmax)
     return scale, codes
 
 
