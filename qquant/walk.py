@@ -331,13 +331,15 @@ def _propagated(
         (x.to(stream.device, view.dtype), y.to(stream.device, view.dtype))
         for x, y in zip(before.values(), stream.hidden, strict=True)
     ]
-    passes = {place: (exact.stages(x), own.stages(y)) for place, (x, y) in zip(before, rest, strict=True)}
+    passes = {place: [exact.stages(x), own.stages(y)] for place, (x, y) in zip(before, rest, strict=True)}
     _, output, _, down = family.stages
     for stage in family.stages:
         inputs: Iterable[Inputs] = _inputs(passes, last=stage is down)
         if stage is output:
             inputs = list(inputs)
         gram, targets = _targets(view, stage, transformed.weights, inputs, rest if stage in (output, down) else ())
+        if stage is down:
+            rest.clear()  # nothing in memory that the solver could use
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
         del gram, targets
@@ -347,7 +349,7 @@ def _propagated(
                 (r + exact.linear(linear, x), q + own.linear(linear, y))
                 for (r, q), (_, x, y) in zip(rest, inputs, strict=True)
             ]
-    hidden = [next(sample)[1].to(kept) for _, sample in passes.values()]
+    hidden = [next(sample)[1].to(kept) for (sample,) in passes.values()]
     if not all(finite(y) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
     if stream.relief >= STATES:
@@ -356,12 +358,14 @@ def _propagated(
     stream.hidden = hidden
 
 
-def _inputs(passes: Mapping[int, tuple[Passage, Passage]], last: bool) -> Iterator[Inputs]:
-    """The next stage's inputs (x, x~) of every sample in turn; after the `last` stage nothing is asked of the first."""
-    for place, (exact, own) in passes.items():
-        yield place, next(exact)[1], next(own)[1]
-        if last:
-            exact.close()
+def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
+    """The next stage's inputs (x, x~) of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
+    for place, both in passes.items():
+        own = both[-1]
+        exact = next(both.pop(0) if last else both[0])[
+            1
+        ]  # closing is not enough: Python up to 3.12.3 keeps what a closed generator held
+        yield place, exact, next(own)[1]
 
 
 def _targets(
