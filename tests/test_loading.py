@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,13 +59,14 @@ def without_scales(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_what_is_broken_is_named_and_hides_nothing(paths, tmp_path):
+@pytest.mark.parametrize("children", [1, 2])
+def test_what_is_broken_is_named_and_hides_nothing(paths, tmp_path, children):
     """Good ones before, between and after bad ones, in one call."""
     gptq, awq, gguf = paths
     number = copied(gptq, tmp_path / "number", edit_json("config.json", attention_dropout="much"))
     tensor = copied(awq, tmp_path / "tensor", without_scales)
-    found = loading.faults([gptq, number, awq, tensor, gguf])
-    assert set(found) == {number, tensor}
+    found = loading.faults([gptq, number, awq, tensor, gguf], children=children)
+    assert list(found) == [number, tensor]
     assert "attention_dropout" in found[number]
     assert "up_proj" in found[tensor]
 
@@ -76,7 +78,7 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
 
     def popen(command, **options):
         asked.append((command, options))
-        script = "import time; print('one line', flush=True); time.sleep(99)" if len(command) == 5 else SLEEP
+        script = "import time; print('one line', flush=True); time.sleep(99)" if len(command) == 6 else SLEEP
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
@@ -114,6 +116,49 @@ def test_a_child_that_is_no_longer_wanted_is_ended(children):
     assert [child.returncode for child in children] == [-9]
 
 
+def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
+    """Each has about as many bytes to load, and says how many there are, so that each takes only its part of the free memory."""
+    asked = []
+
+    def popen(command, **options):
+        asked.append((command[3:], options["env"].get("OMP_NUM_THREADS")))
+        script = f"print({chr(10)!r} * {len(command) - 5})"
+        return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
+
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
+    monkeypatch.setattr(background, "cores", lambda: 6)
+    assert loading.faults(paths, children=2) == {}
+    assert {threads for _, threads in asked} == {"3"}
+    assert {count for (count, *_), _ in asked} == {"2"}
+    largest = max(paths, key=loading._size)
+    assert sorted(share for (_, *share), _ in asked) == sorted(
+        [[str(largest)], [str(path) for path in sorted({*paths} - {largest}, key=loading._size, reverse=True)]]
+    )
+
+
+def test_a_child_takes_its_part_of_the_memory(paths, monkeypatch):
+    whole = loading._size(paths[0]) * 10
+    monkeypatch.setattr(loading.os, "sysconf", lambda name: whole if name == "SC_AVPHYS_PAGES" else 1)
+    assert loading.load(paths[0], children=3)["loaded"] == "whole model"
+    assert loading.load(paths[0], children=4)["loaded"] == "first block"
+
+
+def test_a_child_that_cannot_be_started_ends_the_others(children, monkeypatch):
+    start, calls = loading.subprocess.Popen, count()
+
+    def once(command, **options):
+        if next(calls):
+            while not children:
+                time.sleep(0.01)
+            raise OSError("no more processes")
+        return start(command, **options)
+
+    monkeypatch.setattr(loading.subprocess, "Popen", once)
+    with pytest.raises(OSError, match="no more"):
+        loading.faults([Path("a"), Path("b")], children=2)
+    assert [child.returncode for child in children] == [-9]
+
+
 def test_a_child_does_not_outlive_an_interrupt(children, monkeypatch):
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt
@@ -143,7 +188,7 @@ def test_a_check_that_fails_meanwhile_ends_the_child(built, paths, children, mon
 
 def test_loading_beside_the_check_finds_the_same(built, paths, monkeypatch):
     checks, gates, told = Checks(windows=2, length=32), Gates(defaults=False), {paths[1]: "why"}
-    monkeypatch.setattr(review.loading, "faults", lambda paths, stop: told)
+    monkeypatch.setattr(review.loading, "faults", lambda *_: told)
     reports = []
     for threaded in (False, True):
         monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)

@@ -1,8 +1,7 @@
 """Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is.
 
-All candidates and the checkpoint read the text together, on a GPU while another process tries to load the artifacts on the CPU. Where a
-gate is inconclusive, they read on, twice as much at each look,
-up to `max_windows`; a verdict that was reached stays.
+All candidates and the checkpoint read the text together, on a GPU while other processes try to load the artifacts on the CPU.
+Where a gate is inconclusive, they read on, twice as much at each look, up to `max_windows`; a verdict that was reached stays.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ WORST = 12  # tokens shown
 CONTEXT = 40  # characters before a token that are shown
 FP16_MAX = 65504.0
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
+CORES = 4  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
 BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
@@ -163,8 +162,9 @@ def review(
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
-    load = partial(loading.faults, [candidate.path for candidate in candidates])
-    with background.beside(load, background.pays(device)) as loaded:
+    paths, beside = [candidate.path for candidate in candidates], background.pays(device)
+    children = max(1, background.cores() // CORES) if beside else 1
+    with background.beside(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
