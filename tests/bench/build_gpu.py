@@ -1,9 +1,9 @@
 """A build on random weights of a real shape on a GPU: seconds by phase, and peak GPU memory.
 
-    python -m tests.bench.build_gpu --work /dev/shm/build --out FOLDER [--shape 7B] [--artifacts gptq-int4 ...] [--samples 128]
+    python -m tests.bench.build_gpu --work /dev/shm/build --out FOLDER [--shape 7B] [--sets gptq-int4 all ...] [--samples 128]
 
 Random bf16 weights of the exact shape, calibration tokens of the bundled corpora (128 x 2048 by default). The check runs on a few
-windows; its seconds are listed apart. Results go to FOLDER/build.json after every artifact set.
+windows; its seconds are listed apart. Results go to FOLDER/build.json after every step. `--resume` goes on with what an interrupted run left.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from qquant import artifact, curvature, pipeline, recipe, solver, walk
 from qquant.algorithms import coupled, descent
 from qquant.checkpoint import Checkpoint
+from qquant.checks import review
 from qquant.plan import Plan
 from qquant.tensor import UniformGrid
 from tests.bench.memory import write_random
@@ -101,6 +102,7 @@ def main():
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sets", nargs="*", default=["gptq-int4"], help="comma-separated artifacts, or all")
     parser.add_argument("--plain", action="store_true", help="objective: output, propagate: false, sweeps: 0")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     options = parser.parse_args()
     began = time.monotonic()
     folder = options.work / "model"
@@ -137,6 +139,8 @@ def main():
         (artifact.Draft, "write", "write"),
         (artifact.Draft, "finish", "read back and rename"),
         (walk, "_rest", "other tensors"),
+        (review, "_read", "check: windows"),
+        (review.loading, "faults", "check: clean processes, beside the windows"),
         (pipeline, "review", "check"),
     ):
         clock.watch(owner, name, label)
@@ -144,12 +148,17 @@ def main():
         only = () if chosen == "all" else chosen.split(",")
         checkpoint = Checkpoint.open(folder)
         out = options.work / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        if not options.resume:
+            shutil.rmtree(out, ignore_errors=True)
         clock.seconds.clear()
         torch.cuda.reset_peak_memory_stats()
         progress = Progress(chosen, clock, options.out / ("plain.json" if options.plain else "build.json"), results)
-        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), progress)
+        report = pipeline.build(
+            loaded, checkpoint, Plan.of(loaded, checkpoint, only), out, torch.device("cuda"), progress
+        )
         total = progress.note("whole", 1, 1)
+        verdicts = ", ".join(f"{row.name} {row.verdict.outcome}" for row in report.artifacts)
+        print(f"{chosen}: {verdicts}; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         print(f"{chosen}: {total:.1f} s in all, {total - clock.seconds['check']:.1f} s without the check")
         for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
             print(f"  {seconds:7.1f} s  {label}", flush=True)
