@@ -36,7 +36,7 @@ WORST = 12  # tokens shown
 CONTEXT = 40  # characters before a token that are shown
 FP16_MAX = 65504.0
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
-CORES = 4  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
+CORES = 2  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
 BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
