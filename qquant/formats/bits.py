@@ -26,11 +26,9 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """uint8 [R, C] from int32 [R, C * bits / 32]; inverse of `pack_words`."""
-    slots = 32 // bits
     mask = (1 << bits) - 1
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return (
-        ((words.unsqueeze(-1) >> shifts) & mask)
-        .to(torch.uint8)
-        .view(len(words), -1 if len(words) else words.shape[1] * slots)
-    )
+    octets = words.contiguous().view(torch.uint8)
+    codes = torch.empty(*octets.shape, 8 // bits, dtype=torch.uint8, device=words.device)
+    for slot in range(8 // bits):
+        torch.bitwise_and(octets >> (bits * slot), mask, out=codes[..., slot])
+    return codes.view(len(words), words.shape[1] * 32 // bits)
