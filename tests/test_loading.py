@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ from qquant import background, pipeline
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading, review
 from qquant.errors import NumericalError
+from qquant.formats.gguf_container import header_bytes, nbytes, read_header
 from qquant.recipe import Checks, Gates
 
 CPU = torch.device("cpu")
@@ -31,6 +33,11 @@ def watched_subprocess(popen):
 
 def quiet(*_):
     pass
+
+
+def batched(words):
+    """(what, path) of each part that a child is asked for."""
+    return zip(words[::2], words[1::2], strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +85,14 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
 
     def popen(command, **options):
         asked.append((command, options))
-        script = "import time; print('one line', flush=True); time.sleep(99)" if len(command) == 6 else SLEEP
+        script = (
+            "import time; print('a line\\n' * 3, end='', flush=True); time.sleep(99)" if len(command) == 12 else SLEEP
+        )
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
     monkeypatch.setattr(loading, "BYTES_A_SECOND", 10**12)
-    assert loading.faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 3 s"}
+    assert loading.faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 5 s"}
     assert asked[0][1]["cwd"] == "/"
     assert asked[0][1]["env"]["HF_HUB_OFFLINE"] == "1"
 
@@ -122,25 +131,55 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
 
     def popen(command, **options):
         asked.append((command[3:], options["env"].get("OMP_NUM_THREADS")))
-        script = f"print({chr(10)!r} * {len(command) - 5})"
+        script = f"print({chr(10)!r} * {(len(command) - 4) // 2}, end='')"
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
     monkeypatch.setattr(background, "cores", lambda: 6)
+    monkeypatch.setattr(loading, "METADATA", 1)
     assert loading.faults(paths, children=2) == {}
     assert {threads for _, threads in asked} == {"3"}
     assert {count for (count, *_), _ in asked} == {"2"}
-    largest = max(paths, key=loading._size)
-    assert sorted(share for (_, *share), _ in asked) == sorted(
-        [[str(largest)], [str(path) for path in sorted({*paths} - {largest}, key=loading._size, reverse=True)]]
+    shares = [list(batched(words)) for (_, *words), _ in asked]
+    assert sorted(part for share in shares for part in share) == sorted(
+        (what, str(path)) for what in ("metadata", "weights") for path in paths
     )
+    sizes = [sum(loading._size(Path(path)) for what, path in share if what == "weights") for share in shares]
+    assert max(sizes) == max(loading._size(paths[0]), sum(map(loading._size, paths[1:])))
+
+
+def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tmp_path, monkeypatch):
+    """And what is wrong with it is a finding about each of them."""
+    gguf = paths[2]
+    header = read_header(gguf)
+
+    def written(title, **values):
+        fields = [replace(field, value=values.get(field.key[8:], field.value)) for field in header.fields.values()]
+        tensors = [(tensor.name, tensor.shape, tensor.type_id, nbytes(tensor)) for tensor in header.tensors.values()]
+        path = tmp_path / title
+        path.write_bytes(header_bytes(fields, tensors)[0] + gguf.read_bytes()[header.data :])
+        return path
+
+    other, named = written("other.gguf", file_type=7), written("named.gguf", name="another name")
+    asked = []
+
+    def popen(command, **options):
+        asked.extend(batched(command[4:]))
+        script = "raise SystemExit('no such tokenizer')" if command[4] == "metadata" else f"print({chr(10)!r} * 9)"
+        return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
+
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
+    found = loading.faults([gguf, other, named], children=8)
+    assert sorted(path for what, path in asked if what == "metadata") == sorted([str(gguf), str(named)])
+    assert sorted(path for what, path in asked if what == "weights") == sorted(map(str, [gguf, other, named]))
+    assert found == dict.fromkeys([gguf, other, named], "no such tokenizer")
 
 
 def test_a_child_takes_its_part_of_the_memory(paths, monkeypatch):
     whole = loading._size(paths[0]) * 10
     monkeypatch.setattr(loading.os, "sysconf", lambda name: whole if name == "SC_AVPHYS_PAGES" else 1)
-    assert loading.load(paths[0], children=3)["loaded"] == "whole model"
-    assert loading.load(paths[0], children=4)["loaded"] == "first block"
+    assert loading.weights(paths[0], children=3)["loaded"] == "whole model"
+    assert loading.weights(paths[0], children=4)["loaded"] == "first block"
 
 
 def test_a_child_that_cannot_be_started_ends_the_others(children, monkeypatch):

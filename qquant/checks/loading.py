@@ -1,11 +1,13 @@
 """Whether an artifact loads in a clean process, as a user's program would: another interpreter, nothing of ours imported before.
 
-    transformers   config, generation config and tokenizer of the folder, or of the GGUF file, without network and without remote code
-    qquant.load    the model on its packed weights, one forward pass, finite logits over the whole vocabulary; where the model does
-                   not fit in memory, the first block and some rows of the head instead
+    metadata   transformers: config, generation config and tokenizer of the folder, or of the GGUF file, without network and without
+               remote code. Of GGUF files that differ in nothing but their type it reads one: it parses a vocabulary of 152,000
+               tokens three times, which takes longer than the weights.
+    weights    qquant.load: the model on its packed weights, one forward pass, finite logits over the whole vocabulary; where the
+               model does not fit in memory, the first block and some rows of the head instead
 
-A child process takes its artifacts in turn and says one line after each. One that is missing failed: by an error (its last line is the
-finding), a signal, or the limit of time. The rest go on in a new child. Several children share out the artifacts, the cores and the
+A child process takes its parts in turn and says one line after each. One that is missing failed: by an error (its last line is the
+finding), a signal, or the limit of time. The rest go on in a new child. Several children share out the parts, the cores and the
 memory of a machine that has nothing better to do; one has all of them. No child outlives the call. Left out: vLLM and llama.cpp, which
 `make test-oracles` asks.
 """
@@ -13,6 +15,7 @@ memory of a machine that has nothing better to do; one has all of them. No child
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -23,16 +26,31 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 from qquant import background
+from qquant.errors import InputError
+from qquant.formats.gguf_container import read_header
 
-SECONDS = 60  # that a child may take to start, and for each artifact besides
+SECONDS = 60  # that a child may take to start, and for each part besides
 LOOK = 0.2  # seconds between looks at whether a child is still wanted
 BYTES_A_SECOND = 20_000_000  # read, repacked and multiplied once, on the slowest machine
+METADATA = 300_000_000  # bytes of weights that take as long as reading metadata
+TOKENS = 32  # of the forward pass, from all over the vocabulary
 TEXT = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2"
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
 TOKENIZERS = ("tokenizer.json", "vocab.json")
+
+
+class Part(NamedTuple):
+    """What a child loads at a time: `what` is "metadata" or "weights"."""
+
+    what: str
+    path: Path
+
+    def bytes(self) -> int:
+        """The size of it, for how long it may take and for who takes it."""
+        return METADATA if self.what == "metadata" else _size(self.path)
 
 
 def faults(
@@ -43,29 +61,52 @@ def faults(
     `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time.
     """
     stop = stop or Event()
-    shares = _dealt(paths, children)
+    alike: dict[object, Path] = {}
+    speaks = {path: alike.setdefault(_metadata(path), path) for path in paths}
+    parts = [
+        Part(what, path)
+        for path in paths
+        for what in ("metadata", "weights")
+        if what == "weights" or speaks[path] == path
+    ]
+    found = _shared(parts, seconds, stop, children)
+    problems = {path: found.get(Part("metadata", speaks[path])) or found.get(Part("weights", path)) for path in paths}
+    return {path: problem for path, problem in problems.items() if problem}
+
+
+def _metadata(path: Path) -> object:
+    """The same for artifacts of which transformers reads the same: GGUF files whose fields differ in their type alone."""
+    if path.is_file():
+        with contextlib.suppress(InputError):  # the child says what is wrong with it
+            fields = read_header(path).fields
+            said = [fields[key] for key in sorted(fields) if key != "general.file_type"]
+            return hashlib.sha256(json.dumps(said, default=vars).encode()).digest()
+    return path
+
+
+def _shared(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> dict[Part, str]:
+    shares = _dealt(parts, children)
     if len(shares) <= 1:
-        return _in_turn(paths, seconds, stop, 1)
+        return _in_turn(parts, seconds, stop, 1)
     with ThreadPoolExecutor(len(shares), "qquant-loading") as pool:
         doing = [pool.submit(_in_turn, share, seconds, stop, len(shares)) for share in shares]
         try:
-            found = {path: problem for done in as_completed(doing) for path, problem in done.result().items()}
+            return {part: problem for done in as_completed(doing) for part, problem in done.result().items()}
         except BaseException:
             stop.set()
             raise
-    return {path: found[path] for path in paths if path in found}
 
 
-def _dealt(paths: Sequence[Path], hands: int) -> list[list[Path]]:
-    """`paths` in at most so many shares of about the same size."""
-    shares: list[list[Path]] = [[] for _ in range(min(hands, len(paths)))]
-    for path in sorted(paths, key=_size, reverse=True):
-        min(shares, key=lambda share: (sum(map(_size, share)), len(share))).append(path)
+def _dealt(parts: Sequence[Part], hands: int) -> list[list[Part]]:
+    """`parts` in at most so many shares of about the same size."""
+    shares: list[list[Part]] = [[] for _ in range(min(hands, len(parts)))]
+    for part in sorted(parts, key=Part.bytes, reverse=True):
+        min(shares, key=lambda share: (sum(map(Part.bytes, share)), len(share))).append(part)
     return shares
 
 
-def _in_turn(paths: Sequence[Path], seconds: float, stop: Event, children: int) -> dict[Path, str]:
-    left, found = list(paths), dict[Path, str]()
+def _in_turn(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> dict[Part, str]:
+    left, found = list(parts), dict[Part, str]()
     while left and not stop.is_set():
         done, problem = _child(left, seconds, stop, children)
         left = left[done:]
@@ -74,10 +115,11 @@ def _in_turn(paths: Sequence[Path], seconds: float, stop: Event, children: int) 
     return found
 
 
-def _child(paths: Sequence[Path], seconds: float, stop: Event, children: int) -> tuple[int, str]:
-    """(how many of `paths` loaded, what happened to the next)."""
-    limit = sum((seconds + _size(path) / BYTES_A_SECOND for path in paths), seconds)
-    command = [sys.executable, "-m", "qquant.checks.loading", str(children), *(str(path.absolute()) for path in paths)]
+def _child(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> tuple[int, str]:
+    """(how many of `parts` loaded, what happened to the next)."""
+    limit = sum((seconds + part.bytes() / BYTES_A_SECOND for part in parts), seconds)
+    command = [sys.executable, "-m", "qquant.checks.loading", str(children)]
+    command += [word for part in parts for word in (part.what, str(part.path.absolute()))]
     places = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     if children > 1:
@@ -112,45 +154,56 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
 
 
-def load(path: Path, children: int = 1) -> dict[str, Any]:
-    """Do what the head of this file says with one artifact; whatever goes wrong is raised. What was loaded, for people.
+def metadata(path: Path) -> dict[str, Any]:
+    """What transformers reads besides the weights; whatever goes wrong is raised. What was read, for people."""
+    import transformers
+
+    folder, where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **where)
+    ids: list[int] = []
+    if where or any((folder / name).is_file() for name in TOKENIZERS):
+        ids = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)(TEXT).input_ids
+        if not ids or max(ids) >= config.vocab_size:
+            raise ValueError(f"the tokenizer makes {ids} of {TEXT!r}, the vocabulary has {config.vocab_size}")
+    if (folder / "generation_config.json").is_file():
+        transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return {"tokens": len(ids)}
+
+
+def weights(path: Path, children: int = 1) -> dict[str, Any]:
+    """A forward pass of the model, or the part of it that fits; whatever goes wrong is raised. What was loaded, for people.
 
     `children`: that load artifacts at this time, each of which may take its part of the free memory.
     """
     import torch
-    import transformers
 
     from qquant import runtime
     from qquant.artifact import open_weights
 
-    folder, where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **where)
-    ids = [0]
-    if where or any((folder / name).is_file() for name in TOKENIZERS):
-        ids = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)(TEXT).input_ids
-    if (folder / "generation_config.json").is_file():
-        transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     if 3 * children * _size(path) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         source = open_weights(path)
         tensors = [source.tensor(name) for name in source.family.block_shapes(source.config, 0)]
         values = torch.cat([tensor.flatten().float() for tensor in (*tensors, source.rows(source.family.head, 0, 64))])
-        what = "first block"
+        loaded = "first block"
     else:
+        model = runtime.load(path, "cpu")
+        vocabulary = int(model.config.vocab_size)
         with torch.no_grad():
-            values = runtime.load(path, "cpu")(torch.tensor([ids])).logits[0, -1].float()
-        what = "whole model"
-        if len(values) < config.vocab_size:
-            raise ValueError(f"{len(values)} logits, config.json has a vocabulary of {config.vocab_size}")
+            values = model(torch.linspace(0, vocabulary - 1, TOKENS).long()[None]).logits[0, -1].float()
+        loaded = "whole model"
+        if len(values) < vocabulary:
+            raise ValueError(f"{len(values)} logits, the vocabulary has {vocabulary}")
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{what}: values that are not finite")
-    return {"loaded": what, "tokens": len(ids)}
+        raise ValueError(f"{loaded}: values that are not finite")
+    return {"loaded": loaded}
 
 
 def main() -> None:
-    """The child: a line for each path that loads; the first that does not ends it."""
-    children, *paths = sys.argv[1:]
-    for path in paths:
-        sys.stdout.write(json.dumps({"path": path} | load(Path(path), int(children))) + "\n")
+    """The child: a line for each part that loads; the first that does not ends it."""
+    children, *words = sys.argv[1:]
+    for what, path in zip(words[::2], words[1::2], strict=True):
+        said = metadata(Path(path)) if what == "metadata" else weights(Path(path), int(children))
+        sys.stdout.write(json.dumps({"path": path} | said) + "\n")
         sys.stdout.flush()
 
 
