@@ -14,9 +14,9 @@ from qquant.checkpoint import Checkpoint
 from qquant.families import FAMILIES, parse_config
 from qquant.plan import Plan
 from qquant.resources import data_dir
-from tests.chats import prose
-from tests.hub_release import Waits, write_build
-from tests.hub_server import serve
+from tests.worlds.chats import prose
+from tests.worlds.hub_release import Waits, write_build
+from tests.worlds.hub_server import serve
 
 QWEN2 = FAMILIES["qwen2"]
 SMALL = {

@@ -16,7 +16,7 @@ from qquant.calibration import sources as sources_module
 from qquant.errors import InputError, UsageError
 from qquant.recipe import Source
 from qquant.resources import data_dir
-from tests.chats import chat_file, many, spec
+from tests.worlds.chats import chat_file, many, spec
 
 # ---- held-out texts
 

@@ -16,7 +16,7 @@ from qquant.calibration.draw import allot, shuffled
 from qquant.errors import InputError
 from qquant.recipe import Source
 from qquant.resources import data_dir
-from tests.chats import END, PLAIN, START, chat_file, chats_spec, many, spec, talk
+from tests.worlds.chats import END, PLAIN, START, chat_file, chats_spec, many, spec, talk
 
 # ---- system turns
 

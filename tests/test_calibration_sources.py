@@ -10,7 +10,7 @@ from qquant import calibration
 from qquant.calibration import sources as sources_module
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.recipe import Source
-from tests.chats import END, START, chat_file, chats_spec, many, prose, spec, talk
+from tests.worlds.chats import END, START, chat_file, chats_spec, many, prose, spec, talk
 
 # ---- sources
 

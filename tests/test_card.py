@@ -15,7 +15,7 @@ from qquant.errors import EnvironmentMissingError, InputError
 from qquant.hub import Folder, Request
 from qquant.provenance import as_json, card_facts, complete, read_release, source_facts, with_statements
 from tests.conftest import write_checkpoint
-from tests.hub_release import CONTENTS, GGUF, GPTQ, write_build
+from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, write_build
 
 FACTS = {"tag": "v1", "namespace": "org", "base_model": "Qwen/Qwen1.5-Test-Chat"}
 BASE_CARD = """---

@@ -8,7 +8,7 @@ from qquant import calibration
 from qquant.calibration import Tokenizer
 from qquant.calibration import chats as chats_module
 from qquant.errors import InputError
-from tests.chats import APRIL, END, FEBRUARY, PLAIN, START, TINY, chat_file, chats_spec, many, talk
+from tests.worlds.chats import APRIL, END, FEBRUARY, PLAIN, START, TINY, chat_file, chats_spec, many, talk
 
 # ---- tokenizer and template
 

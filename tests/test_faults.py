@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
 from tests.test_pipeline import HEAD as WHOLE
 from tests.test_pipeline import load_recipe as loaded_recipe
 from tests.torture import VOCABULARY, cut_vocabulary
+from tests.worlds import ROOT
 
 HEAD = WHOLE.replace("bundled: books-en", "path: PLACE/read.txt").replace("bundled:wikitext-2-test", "PLACE/judge.txt")
 NAMES = ("gptq-int4", "awq", "gguf-q4_0")
@@ -415,7 +415,7 @@ def test_signals_stop_the_build_and_print_what_continues_it(make_checkpoint, bui
 
 
 def torture(*arguments):
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run(
         [sys.executable, "-m", "tests.torture", *map(str, arguments)],
         cwd=root,

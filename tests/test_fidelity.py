@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +22,9 @@ from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.resources import free_memory
+from tests.worlds import GOLDEN
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def quiet(*_):

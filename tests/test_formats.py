@@ -1,7 +1,6 @@
 """GPTQ and AWQ layouts: the bytes of the reference libraries, round trips, and what other tools write."""
 
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from qquant.formats.awq import AwqLayout
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.gptq import GptqLayout
 from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams, finite
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.worlds import GOLDEN
 
 
 def cases(file):

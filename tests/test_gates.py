@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from qquant import gates, recipe
 from qquant.checks import statistics
 from qquant.gates import LIMITS, kind_of, reach, resolved
 from qquant.recipe import Gates, Waiver
+from tests.worlds import ROOT
 
 SMALL, LARGE = 464_000_000, 7_720_000_000
-README = Path(__file__).parent.parent / "recipes" / "README.md"
+README = ROOT / "recipes" / "README.md"
 
 
 @pytest.mark.parametrize("name", recipe.names())

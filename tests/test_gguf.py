@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import gguf as gguf_package
 import pytest
@@ -19,8 +18,7 @@ from qquant.formats import FORMATS, gguf, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
 from qquant.tensor import as_bytes, checksum
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.worlds import GOLDEN
 
 
 def fields_of(folder, name, **changes):

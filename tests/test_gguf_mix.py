@@ -1,7 +1,6 @@
 """Type mixes: llama-quantize's own maps for every Qwen1.5 size, and exact sizes."""
 
 import json
-from pathlib import Path
 
 import gguf
 import pytest
@@ -10,8 +9,9 @@ from qquant.errors import UsageError
 from qquant.formats.gguf_mix import FILE_TYPES, MIXES, ModelShape, fitting, tensor_types
 from qquant.formats.gguf_types import TYPES
 from qquant.recipe import GgufArtifact
+from tests.worlds import GOLDEN
 
-SIZES = json.loads((Path(__file__).parent / "golden" / "type_maps.json").read_text())["sizes"]
+SIZES = json.loads((GOLDEN / "type_maps.json").read_text())["sizes"]
 HIDDEN = {"0.5B": 1024, "1.8B": 2048, "4B": 2560, "7B": 4096, "14B": 5120, "32B": 5120, "72B": 8192, "110B": 8192}
 VOCAB = {"0.5B": 151936, "1.8B": 151936, "4B": 151936, "7B": 151936}  # the larger ones: 152064
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,14 +13,15 @@ from hypothesis import strategies as st
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats import gguf_search, gguf_types
 from qquant.formats.gguf_types import TYPES, BlockParams, dequantize, grid, pack, quantize, unpack
+from tests.worlds import GOLDEN
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "ggml_blocks.npz")
-WEIGHT, IMPORTANCE = torch.from_numpy(GOLDEN["weight"]), torch.from_numpy(GOLDEN["importance"])
+BLOCKS = np.load(GOLDEN / "ggml_blocks.npz")
+WEIGHT, IMPORTANCE = torch.from_numpy(BLOCKS["weight"]), torch.from_numpy(BLOCKS["importance"])
 FLOATS = ("f32", "f16", "bf16")
 GRIDS = [name for name, kind in TYPES.items() if kind.levels]
 BLOCKS = [name for name in TYPES if name not in FLOATS]
 WEIGHTED = {"none": None, "importance": IMPORTANCE}
-CASES = [key for key in GOLDEN if "." in key]
+CASES = [key for key in BLOCKS if "." in key]
 BY_ROW = ["Q4_0.importance", "Q4_1.importance", "Q5_0.importance", "Q5_1.importance"]  # weights depend on the whole row
 
 
@@ -60,7 +60,7 @@ def test_golden_covers_every_type():
 def test_bytes_are_ggmls(case):
     name, mode = case.split(".")
     blocks = quantize(WEIGHT, name.lower(), WEIGHTED[mode])
-    assert np.array_equal(blocks.numpy(), GOLDEN[case])
+    assert np.array_equal(blocks.numpy(), BLOCKS[case])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +68,7 @@ def test_bytes_are_ggmls_without_numpy(case, monkeypatch):
     """What an accelerator runs: torch alone, element by element."""
     monkeypatch.setattr(gguf_search, "on_cpu", lambda x: False)
     name, mode = case.split(".")
-    assert np.array_equal(quantize(WEIGHT, name.lower(), WEIGHTED[mode]).numpy(), GOLDEN[case])
+    assert np.array_equal(quantize(WEIGHT, name.lower(), WEIGHTED[mode]).numpy(), BLOCKS[case])
 
 
 @pytest.mark.gpu
@@ -76,7 +76,7 @@ def test_bytes_are_ggmls_without_numpy(case, monkeypatch):
 def test_bytes_are_ggmls_on_a_gpu(case):
     name, mode = case.split(".")
     importance = None if mode == "none" else IMPORTANCE.cuda()
-    assert np.array_equal(quantize(WEIGHT.cuda(), name.lower(), importance).cpu().numpy(), GOLDEN[case])
+    assert np.array_equal(quantize(WEIGHT.cuda(), name.lower(), importance).cpu().numpy(), BLOCKS[case])
 
 
 def test_threads_do_not_matter():
@@ -98,7 +98,7 @@ def test_einsum_is_used_only_if_it_rounds_products(monkeypatch):
     """On a machine where numpy fuses multiply and add, the slower sums give the same bytes."""
     monkeypatch.setattr(gguf_search, "_einsum_rounds_products", lambda: False)
     for name in ("q4_k", "q6_k", "iq4_nl"):
-        assert np.array_equal(quantize(WEIGHT, name, IMPORTANCE).numpy(), GOLDEN[f"{reference(name).name}.importance"])
+        assert np.array_equal(quantize(WEIGHT, name, IMPORTANCE).numpy(), BLOCKS[f"{reference(name).name}.importance"])
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -134,8 +134,8 @@ def test_decoder_is_ggufs_on_any_bytes(name, finite):
 def test_decoder_is_ggufs_on_golden_blocks(case):
     name = case.split(".")[0]
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(GOLDEN[case], reference(name))
-    assert same_bits(dequantize(torch.from_numpy(GOLDEN[case]), name.lower()), expected)
+        expected = gguf.quants.dequantize(BLOCKS[case], reference(name))
+    assert same_bits(dequantize(torch.from_numpy(BLOCKS[case]), name.lower()), expected)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -158,7 +158,7 @@ def test_levels_give_the_decoded_values(name):
 @pytest.mark.parametrize("mode", WEIGHTED)
 @pytest.mark.parametrize("name", GRIDS)
 def test_fit_is_what_quantize_stores(name, mode):
-    blocks = torch.from_numpy(GOLDEN[f"{reference(name).name}.{mode}"])
+    blocks = torch.from_numpy(BLOCKS[f"{reference(name).name}.{mode}"])
     codes, stored = unpack(blocks, name)
     fitted = grid(name).fit(WEIGHT, WEIGHTED[mode])
     for field in ("d", "dmin", "scales", "mins"):
@@ -195,7 +195,7 @@ def test_one_block_alone_has_the_same_bytes(case):
     name, mode = case.split(".")
     name = name.lower()
     kind, importance = TYPES[name], WEIGHTED[mode]
-    expected = GOLDEN[f"{reference(name).name}.{mode}"]
+    expected = BLOCKS[f"{reference(name).name}.{mode}"]
     for row, block in ((0, 0), (3, 1), (20, 2), (31, 3)):
         columns = slice(block * kind.block, (block + 1) * kind.block)
         part = quantize(WEIGHT[row : row + 1, columns], name, None if importance is None else importance[columns])
@@ -267,7 +267,7 @@ def test_rows_are_independent(name, seed, weighted):
     order = torch.randperm(len(WEIGHT), generator=torch.Generator().manual_seed(seed))[:7]
     mode = "importance" if weighted else "none"
     blocks = quantize(WEIGHT[order], name, WEIGHTED[mode])
-    assert np.array_equal(blocks.numpy(), GOLDEN[f"{reference(name).name}.{mode}"][order.numpy()])
+    assert np.array_equal(blocks.numpy(), BLOCKS[f"{reference(name).name}.{mode}"][order.numpy()])
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, PublishError, UsageError
 from qquant.hub import Folder, ModelScope, Request
 from qquant.provenance import read_release
-from tests.hub_release import CONTENTS, GGUF, GPTQ, expected, publish, repositories, require_whole, write_build
-from tests.hub_server import TOKEN
+from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, expected, publish, repositories, require_whole, write_build
+from tests.worlds.hub_server import TOKEN
 
 pytestmark = pytest.mark.usefixtures("waits")
 

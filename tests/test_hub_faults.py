@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 
 from qquant.errors import PublishError
 from qquant.hub import HuggingFace, Request, clean, pause
-from tests.hub_release import GGUF, GPTQ, Waits, expected, publish, repositories, require_whole
-from tests.hub_server import TOKEN
+from tests.worlds.hub_release import GGUF, GPTQ, Waits, expected, publish, repositories, require_whole
+from tests.worlds.hub_server import TOKEN
 
 pytestmark = pytest.mark.usefixtures("waits")
 

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from qquant import provenance
 from qquant.errors import PublishError, UsageError
 from qquant.hub import HuggingFace, Setting, patch
-from tests.hub_release import Waits, publish, write_build
-from tests.hub_server import TOKEN
+from tests.worlds.hub_release import Waits, publish, write_build
+from tests.worlds.hub_server import TOKEN
 
 pytestmark = pytest.mark.usefixtures("waits")
 

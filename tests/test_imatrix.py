@@ -1,7 +1,6 @@
 """Importance matrices: both formats, against files of llama-imatrix."""
 
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from qquant.formats import imatrix
 from qquant.formats.gguf_types import dequantize, quantize
 from qquant.moments import Moments
 from qquant.stats import Gram
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.worlds import GOLDEN
 
 
 def test_reads_what_llama_imatrix_wrote():

@@ -21,15 +21,14 @@ from qquant.kernels.gptq_block import gptq_block, in_strips
 from qquant.kernels.gram import gram
 from qquant.kernels.group_search import group_search
 from qquant.kernels.unpack import pack_params, pack_runtime, repack, tile, unpack_params, unpack_runtime
-from tests.interpreter_cases import CASES, gptq_definition, gptq_problem, relative, weighted_error, weights
-
-FOLDER = os.path.dirname(os.path.dirname(__file__))
+from tests.worlds import ROOT
+from tests.worlds.interpreter_cases import CASES, gptq_definition, gptq_problem, relative, weighted_error, weights
 
 
 def run_python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=FOLDER,
+        cwd=str(ROOT),
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -43,7 +42,7 @@ def run_python(*arguments, **environment):
 
 @pytest.fixture(scope="session")
 def interpreted(tmp_path_factory):
-    """Results of `tests/interpreter_cases.py`, run once for all workers of a session."""
+    """Results of `tests/worlds/interpreter_cases.py`, run once for all workers of a session."""
     triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
     if triton < (3, 7) and numpy >= (2, 4):
         pytest.skip("this triton's interpreter cannot loop to a run-time bound with this numpy")
@@ -53,7 +52,7 @@ def interpreted(tmp_path_factory):
     results = shared / "interpreter.json"
     with FileLock(f"{results}.lock"):
         if not results.exists():
-            done = run_python("-m", "tests.interpreter_cases", TRITON_INTERPRET="1")
+            done = run_python("-m", "tests.worlds.interpreter_cases", TRITON_INTERPRET="1")
             assert done.returncode == 0, done.stderr
             results.write_text(done.stdout)
     return json.loads(results.read_text())

@@ -11,6 +11,7 @@ from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.formats import FORMATS, ollama
 from qquant.recipe import GgufArtifact, load
+from tests.worlds import ROOT
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -96,6 +97,6 @@ def test_go_renders_the_template_as_the_checkpoint_does(demo, tmp_path):
     path = tmp_path / "Modelfile"
     path.write_text("\n".join(lines_of(demo)))
     chat = json.dumps([{key.title(): value for key, value in message.items()} for message in TALK])
-    command = ["go", "run", Path(__file__).parent / "oracles" / "modelfile_render.go", path]
+    command = ["go", "run", ROOT / "tests" / "oracles" / "modelfile_render.go", path]
     done = subprocess.run(command, input=chat, check=True, capture_output=True, text=True, timeout=300)
     assert done.stdout == Tokenizer.open(demo).render(TALK, add_generation_prompt=True)

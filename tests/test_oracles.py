@@ -33,10 +33,10 @@ from qquant.pipeline import check
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir
 from tests.conftest import write_checkpoint
+from tests.worlds import GOLDEN, ROOT
 
 pytestmark = pytest.mark.oracle
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = ROOT / "tests" / "oracles"
 ORACLES = ROOT / ".oracles"
 GGUF_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
@@ -381,7 +381,7 @@ def test_an_importance_matrix_of_llama_imatrix_gives_the_same_file(built, conver
     """Given with --imatrix, in both formats; names, counts and chunks are those of the file."""
     for form in ("gguf", "dat"):
         given = tmp_path / f"given.{form}"
-        shutil.copy(Path(__file__).parent / "golden" / f"tiny.imatrix.{form}", given)
+        shutil.copy(GOLDEN / f"tiny.imatrix.{form}", given)
         ours = build(built.checkpoint, tmp_path / f"from-{form}", MEASURED, "--imatrix", given)
         for kind in MEASURED_TYPES:
             theirs = tmp_path / f"{kind}-{form}.gguf"

@@ -27,6 +27,7 @@ from qquant.output import claim
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.solver import Solver
+from tests.worlds import GOLDEN
 
 CPU = torch.device("cpu")
 HEAD = """
@@ -630,15 +631,15 @@ def test_numbers_of_the_check_equal_transformers(make_checkpoint, build):
     )
 
 
-GOLDEN = Path(__file__).parent / "golden" / "artifacts"
+ARTIFACTS = GOLDEN / "artifacts"
 
 
 @pytest.mark.parametrize("name", ["autogptq-int4", "autogptq-int8", "gptqmodel-int4", "gptqmodel-awq"])
 def test_artifacts_of_other_tools_are_read(name):
     checks = Checks(windows=16, length=64)
     report = pipeline.check(
-        [GOLDEN / name],
-        Checkpoint.open(GOLDEN / "source"),
+        [ARTIFACTS / name],
+        Checkpoint.open(ARTIFACTS / "source"),
         checks,
         Gates(perplexity_ratio=1.05, defaults=False),
         CPU,
@@ -652,8 +653,8 @@ def test_artifacts_of_other_tools_are_read(name):
 def test_broken_artifact_of_another_tool_fails():
     checks = Checks(windows=2, length=256)
     report = pipeline.check(
-        [GOLDEN / "autoawq-int4-broken"],
-        Checkpoint.open(GOLDEN / "source"),
+        [ARTIFACTS / "autoawq-int4-broken"],
+        Checkpoint.open(ARTIFACTS / "source"),
         checks,
         Gates(perplexity_ratio=1.1, defaults=False),
         CPU,

@@ -19,7 +19,7 @@ from qquant.recipe import (
     Source,
 )
 from qquant.resources import data_dir
-from tests.recipe_text import GOOD, changed
+from tests.worlds.recipe_text import GOOD, changed
 
 OFFICIAL = ["gptq-int4", "gptq-int8", "awq"] + [
     f"gguf-{kind}" for kind in ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")

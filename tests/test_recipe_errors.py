@@ -13,7 +13,7 @@ from qquant.recipe import (
     Recipe,
     Source,
 )
-from tests.recipe_text import GOOD, changed, problems
+from tests.worlds.recipe_text import GOOD, changed, problems
 
 # One problem, one line.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qquant import recipe
 from qquant.errors import UsageError
-from tests.recipe_text import GOOD, problems
+from tests.worlds.recipe_text import GOOD, problems
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from qquant.recipe import (
     Waiver,
 )
 from qquant.resources import data_dir
-from tests.recipe_text import problems
+from tests.worlds.recipe_text import problems
 
 MODELS = (Recipe, Calibration, Source, GptqArtifact, AwqArtifact, GgufArtifact, Gates, Waiver, Checks)
 

@@ -18,7 +18,7 @@ from qquant.recipe import (
     Recipe,
     Source,
 )
-from tests.recipe_text import GOOD, changed, problems
+from tests.worlds.recipe_text import GOOD, changed, problems
 
 # YAML 1.2.
 

@@ -12,6 +12,7 @@ from qquant import release
 from qquant.errors import UsageError
 from qquant.families import FAMILIES, parse_config
 from tests.conftest import SMALL, write_checkpoint
+from tests.worlds import ROOT
 
 GPTQ = "{name: gptq-int4, format: gptq, bits: 4}"
 RECIPE = """version: 1
@@ -153,13 +154,12 @@ def test_no_matrix(tmp_path):
 
 
 def test_the_workflow_calls_commands_that_exist():
-    from pathlib import Path
 
     from ruamel.yaml import YAML
 
     from qquant.cli import cli
 
-    path = Path(__file__).parent.parent / ".github" / "workflows" / "release.yml"
+    path = ROOT / ".github" / "workflows" / "release.yml"
     steps = [step for job in YAML(typ="safe").load(path)["jobs"].values() for step in job["steps"]]
     text = "\n".join(step.get("run", "") for step in steps)
     called = re.findall(r"qquant (\w+)((?:[^\n])*)", text)

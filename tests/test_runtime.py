@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ from qquant.kernels import cpu_int4
 from qquant.moments import Moments
 from qquant.plan import Plan
 from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
+from tests.worlds import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden" / "artifacts"
+ARTIFACTS = GOLDEN / "artifacts"
 RECIPE = """
 version: 1
 name: runtime
@@ -176,8 +176,8 @@ def test_no_16_bit_copy_is_kept(name, bits, release):
 
 @pytest.mark.parametrize("name", ["autogptq-int4", "autogptq-int8", "gptqmodel-int4", "gptqmodel-awq"])
 def test_other_tools_artifacts_load(name):
-    exact = reference(GOLDEN / name)
-    model = qquant.load(GOLDEN / name, "cpu", torch.float32)
+    exact = reference(ARTIFACTS / name)
+    model = qquant.load(ARTIFACTS / name, "cpu", torch.float32)
     ids = tokens(20, exact)
     with torch.no_grad():
         assert relative(model(ids).logits, exact(ids).logits) <= 2e-3  # scales of bf16 and fp32 become fp16

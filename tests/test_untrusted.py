@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint, card_head
 from qquant.errors import InputError
 from tests.conftest import SMALL
-from tests.strange import FAST, numbers, refused, values
 from tests.test_checkpoint import GOOD, edit_config, low_rank, write_adapter, write_raw
+from tests.worlds import GOLDEN
+from tests.worlds.strange import FAST, numbers, refused, values
 
 
 def by_safetensors(path):
@@ -141,7 +141,7 @@ def test_a_card_with_a_bomb_is_no_card(tmp_path):
 
 @pytest.mark.parametrize("damage", ["dtype", "config"])
 def test_artifacts_of_strange_make(tmp_path, damage):
-    folder = shutil.copytree(Path(__file__).parent / "golden" / "artifacts" / "autogptq-int4", tmp_path / "a")
+    folder = shutil.copytree(GOLDEN / "artifacts" / "autogptq-int4", tmp_path / "a")
     if damage == "config":
         edit_config(folder, quantization_config=["gptq"])
     else:

@@ -12,7 +12,7 @@ from qquant.errors import InputError
 from qquant.formats import gguf_container, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.formats.gguf_source import GgufSource
-from tests.strange import FAST, numbers, refused
+from tests.worlds.strange import FAST, numbers, refused
 
 
 def by_gguf(path):

@@ -13,7 +13,7 @@ from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from tests.conftest import SMALL
-from tests.strange import FAST, values
+from tests.worlds.strange import FAST, values
 
 # --- F16, F17: paths ---------------------------------------------------------------------------------------------------
 

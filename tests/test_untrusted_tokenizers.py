@@ -13,7 +13,7 @@ from qquant.calibration.template import FAILURES, Template
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.plan import Plan
-from tests.strange import FAST, values
+from tests.worlds.strange import FAST, values
 
 # --- F14: tokenizers ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from qquant.tensor import checksum, checksum_of
 from tests.conftest import write_checkpoint
 from tests.test_faults import build, load_recipe, make_checkpoint
 from tests.torture import digests
+from tests.worlds import ROOT
 
 assert build, make_checkpoint
 CHILD = Path(pickles.__file__).with_name("pickle_child.py")
@@ -106,7 +107,7 @@ def test_verify_finds_what_was_changed(made):
 
 
 def test_security_names_tests_that_exist():
-    root = Path(__file__).parents[1]
+    root = ROOT
     named = set(re.findall(r"`(test_\w+)`", (root / "SECURITY.md").read_text()))
     there = {name for path in root.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert named

@@ -33,12 +33,12 @@ from qquant.kernels import dequant, gptq_block, gram, group_search, jit, wq_mm
 from qquant.kernels.unpack import pack_params, pack_runtime
 from tests.bench import tune
 from tests.bench.tune import GROUP, layers, random_layer, timed_graph
-from tests.interpreter_cases import gptq_definition, gptq_problem, weighted_error
+from tests.worlds import GOLDEN
+from tests.worlds.interpreter_cases import gptq_definition, gptq_problem, weighted_error
 
 DEVICE = "cuda"
 TOKENS = 128 * 2048
 BLOCKS_7B = 32
-GOLDEN = Path(__file__).parents[1] / "golden" / "ggml_blocks.npz"
 _plain_empty = torch.empty
 
 
@@ -486,7 +486,7 @@ def kquants(record):
     import numpy
 
     module = gguf_types()
-    golden = numpy.load(GOLDEN)
+    golden = numpy.load(GOLDEN / "ggml_blocks.npz")
     weight, importance = (torch.from_numpy(golden[name]) for name in ("weight", "importance"))
     names = sorted({key.split(".")[0] for key in golden.files if "." in key})
     lines, wrong = [], []

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from qquant.hub import HuggingFace, Request
 from qquant.provenance import complete, read_release
-from tests.hub_server import TOKEN
+from tests.worlds.hub_server import TOKEN
 
 GPTQ, GGUF = "Qwen1.5-Test-Chat-GPTQ-Int4", "Qwen1.5-Test-Chat-GGUF"
 CONTENTS = {

@@ -1,6 +1,6 @@
 """Runs every Triton kernel in Triton's interpreter, on the CPU, against its definition in float64. Not a test file by itself.
 
-`TRITON_INTERPRET=1 python -m tests.interpreter_cases` prints one JSON object, case -> {"error": x, "limit": y} or {"failed": text}.
+`TRITON_INTERPRET=1 python -m tests.worlds.interpreter_cases` prints one JSON object, case -> {"error": x, "limit": y} or {"failed": text}.
 The variable is read when kernels are defined, so this needs a process of its own; `test_kernels.py` starts it.
 
 Inputs and outputs are exact-size slices between guards: reading outside turns results into NaN or nonsense, writing outside is
@@ -11,7 +11,6 @@ import json
 import sys
 import traceback
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -21,6 +20,7 @@ from qquant.formats import gguf_search, gguf_types
 from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
+from tests.worlds import GOLDEN
 
 GUARD = 64
 POISON = {
@@ -237,7 +237,7 @@ def gated(rows, width):
 
 def ggmls(kind, mode):
     """Bytes of a golden array that differ, with the searches of a GPU; of five rows, whose blocks end within a program."""
-    golden = np.load(Path(__file__).parent / "golden" / "ggml_blocks.npz")
+    golden = np.load(GOLDEN / "ggml_blocks.npz")
     weight, expected = (torch.from_numpy(golden[name][:5]) for name in ("weight", f"{kind.upper()}.{mode}"))
     importance = torch.from_numpy(golden["importance"]) if mode == "importance" else None
     with (
