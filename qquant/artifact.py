@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from qquant import background
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError, QQuantError, UsageError
+from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.output import MANIFEST, copy, create, make_folder, put, reached, rename, sync, write_synced

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qquant import safetensors_file, vocabulary
 from qquant.adapter import Adapter
@@ -46,21 +46,6 @@ SIDE_FILES = (
 )  # fmt: skip
 CARD_LIMIT = 1_000_000  # bytes of a model card that are looked at
 CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")  # beside config.json
-
-
-class WeightSource(Protocol):
-    """Anything that gives the weights of a model by their checkpoint names: a checkpoint or an artifact."""
-
-    family: Family
-    config: ModelConfig
-
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor, as the model computes with it."""
-        ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of a matrix."""
-        ...
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -40,9 +40,9 @@ from torch.nn.functional import pad
 from qquant import background
 from qquant.background import ahead, behind
 from qquant.checkpoint import Checkpoint
-from qquant.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
+from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
 from qquant.output import create, make_folder, put, sync, write_synced
 from qquant.resources import free_memory

@@ -16,7 +16,7 @@ import torch
 from qquant import __version__, background, calibration, report_html, walk
 from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import llama_cpp, speed
 from qquant.checks.evidence import Evidence
@@ -30,6 +30,7 @@ from qquant.checks.review import (
     require_same_shape,
     review,
 )
+from qquant.families.weights import WeightSource
 from qquant.formats import detect, kind_of_file
 from qquant.formats.gguf_shards import parts
 from qquant.formats.imatrix import Imatrix

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint, WeightSource
-from qquant.decoder import HEAD_ROWS
+from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
+from qquant.families.decoder import HEAD_ROWS
+from qquant.families.weights import WeightSource
 from qquant.formats import ArtifactSource
 from qquant.formats.gguf_source import GgufSource
 from qquant.kernels import cpu_int4, jit

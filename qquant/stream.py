@@ -23,9 +23,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
-from qquant.decoder import Block, Observer, embed
 from qquant.errors import EnvironmentMissingError, NumericalError
+from qquant.families.decoder import Block, Observer, embed
+from qquant.families.weights import WeightSource
 from qquant.stats import Gram, NotFiniteError
 from qquant.tensor import finite
 

@@ -40,9 +40,9 @@ from qquant.artifact import Draft, Filling
 from qquant.background import ahead
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, Curvature, measure, spread
-from qquant.decoder import HEAD_ROWS, Block
 from qquant.errors import NumericalError, StoppedError
 from qquant.families import Stage
+from qquant.families.decoder import HEAD_ROWS, Block
 from qquant.formats import FORMATS
 from qquant.gates import is_fine, kind_of
 from qquant.kernels.product import tensor_cores

@@ -5,7 +5,7 @@ import torch
 
 from qquant.algorithms.awq import Tie, _candidates, awq
 from qquant.checkpoint import Checkpoint
-from qquant.decoder import Block, embed
+from qquant.families.decoder import Block, embed
 from qquant.solver import rounding_of
 from qquant.stats import Gram
 from qquant.tensor import UniformGrid, nearest, value_of

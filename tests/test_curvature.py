@@ -11,8 +11,8 @@ import torch
 from qquant import background, curvature
 from qquant.checkpoint import Checkpoint
 from qquant.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
-from qquant.decoder import embed, rms_norm, source_block
 from qquant.errors import InputError, NumericalError
+from qquant.families.decoder import embed, rms_norm, source_block
 from qquant.stats import Gram
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from qquant import artifact, background, lock, pipeline, walk
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
-from qquant.decoder import Block
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
+from qquant.families.decoder import Block
 from qquant.output import MANIFEST, claim
 from qquant.plan import Plan
 from qquant.report import warnings_of

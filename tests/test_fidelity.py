@@ -16,8 +16,8 @@ from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
-from qquant.decoder import embed, source_block
 from qquant.errors import InputError
+from qquant.families.decoder import embed, source_block
 from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates

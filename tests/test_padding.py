@@ -8,9 +8,9 @@ import torch
 from qquant import pipeline, recipe
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
-from qquant.decoder import Block, embed
 from qquant.errors import UsageError
 from qquant.families import parse_config
+from qquant.families.decoder import Block, embed
 from qquant.padding import padded, padded_size, parallel_sizes, widened_codes
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact

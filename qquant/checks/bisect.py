@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
 from qquant.checks.fidelity import Progress, Scored, measure
 from qquant.families import Family, ModelConfig
+from qquant.families.weights import WeightSource
 
 TOGETHER = 16  # mixtures read at a time
 

@@ -1,4 +1,4 @@
-"""Answers of a model whose weights are dequantized, for many prompts at once: the arithmetic of `qquant.decoder`, with a cache.
+"""Answers of a model whose weights are dequantized, for many prompts at once: the arithmetic of `qquant.families.decoder`, with a cache.
 
     read     prompts into a cache of keys and values that fits the whole answer: what all begin with once, for all rows of the
              cache; then the rest of each, padded on the left, [B, T] tokens at once
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
-from qquant.decoder import rms_norm, rotary, rotate
+from qquant.families.decoder import rms_norm, rotary, rotate
+from qquant.families.weights import WeightSource
 
 FEW = 2  # rows up to which a float16 product on the CPU is torch's
 TEMPERATURE = 0.7

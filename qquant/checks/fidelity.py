@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
-from qquant.decoder import Block, embed, rms_norm, source_block
 from qquant.errors import NumericalError
+from qquant.families.decoder import Block, embed, rms_norm, source_block
+from qquant.families.weights import WeightSource
 from qquant.resources import free_memory
 
 Progress = Callable[[str, int, int], None]

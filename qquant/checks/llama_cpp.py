@@ -37,10 +37,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
 from qquant.checks.fidelity import Progress, Scored, final_states, plain_block
-from qquant.decoder import Block
 from qquant.errors import EnvironmentMissingError, InputError
+from qquant.families.decoder import Block
+from qquant.families.weights import WeightSource
 from qquant.formats.gguf_source import GgufSource
 
 MAGIC = b"_logits_"

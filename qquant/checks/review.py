@@ -20,12 +20,13 @@ import torch
 from qquant import background, calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.checks import evidence, gate, loading, sanity, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
+from qquant.families.weights import WeightSource
 from qquant.formats import detect
 from qquant.gates import LOSSY
 from qquant.recipe import Checks, Gates

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.checks.decoding import Chooser, Decoder
 from qquant.checks.statistics import mcnemar
+from qquant.families.weights import WeightSource
 from qquant.gates import ASKED
 from qquant.resources import free_memory
 

@@ -3,7 +3,7 @@
     prefill(ids)   all tokens of a prompt at once, into a static cache of keys and values
     step()         the likeliest next token and its position, kept on the device: nothing to read back, so a graph can hold it
 
-The arithmetic is that of `qquant.decoder`, with what stands between the products fused (`qquant.kernels.between`). On CUDA `capture`
+The arithmetic is that of `qquant.families.decoder`, with what stands between the products fused (`qquant.kernels.between`). On CUDA `capture`
 records a step, or a prefill, as one graph: launches from Python would hide what the kernels do. One sequence at a time.
 """
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant import runtime
-from qquant.checkpoint import WeightSource
 from qquant.families import ModelConfig
+from qquant.families.weights import WeightSource
 from qquant.kernels.between import add_norm, attend, gate, rotate
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.families import Family, ModelConfig
+from qquant.families.weights import WeightSource
 from qquant.formats import detect
 from qquant.formats.gguf_shards import read_model
 from qquant.tensor import finite

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qquant.checkpoint import Checkpoint, WeightSource
+from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
+from qquant.families.weights import WeightSource
 from qquant.formats.awq import Awq
 from qquant.formats.gguf import Gguf
 from qquant.formats.gguf_mix import FILE_TYPES

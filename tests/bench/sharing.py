@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from qquant import decoder, pipeline, recipe
+from qquant import pipeline, recipe
 from qquant.checkpoint import Checkpoint
+from qquant.families import decoder
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, Checks, GgufArtifact, GptqArtifact
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qquant.checkpoint import WeightSource
 from qquant.families import Family, ModelConfig
+from qquant.families.weights import WeightSource
 
 Observer = Callable[[str, Tensor], None]
 HEAD_ROWS = 16384  # rows of the head that are float32 at a time

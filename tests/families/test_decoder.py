@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from qquant import decoder
 from qquant.checkpoint import Checkpoint
+from qquant.families import decoder
 from qquant.stream import Stream
 
 CASES = {
