@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qquant import background
+from qquant.algorithms.checksum import as_bytes
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families.weights import WeightSource
@@ -39,7 +40,6 @@ from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.output import MANIFEST, copy, create, make_folder, put, reached, rename, sync, write_synced
 from qquant.report import finite
-from qquant.tensor import as_bytes
 from qquant.untrusted import read_json
 
 CHUNK = 1 << 24

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from qquant import safetensors_file, vocabulary
 from qquant.adapter import Adapter
+from qquant.algorithms.grid import finite
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.recipe.page import Page, Reader
 from qquant.resources import data_dir, lazy
 from qquant.safetensors_file import TensorInfo
-from qquant.tensor import finite
 from qquant.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
 from qquant.vocabulary import Vocabulary
 

@@ -38,6 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
 from qquant import background
+from qquant.algorithms.checksum import as_bytes
+from qquant.algorithms.grid import finite
 from qquant.background import ahead, behind
 from qquant.checkpoint import Checkpoint
 from qquant.errors import NumericalError
@@ -48,7 +50,6 @@ from qquant.output import create, make_folder, put, sync, write_synced
 from qquant.resources import free_memory
 from qquant.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
-from qquant.tensor import as_bytes, finite
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
 TOKENS = {"cpu": 1024, "cuda": 4096}  # that take a slice of the head at a time; the draws do not depend on it

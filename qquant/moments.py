@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from qquant.algorithms.gram import Gram
 from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.formats.imatrix import Imatrix, mended
 from qquant.output import make_folder, write_synced
-from qquant.stats import Gram
 
 
 @dataclass(frozen=True)

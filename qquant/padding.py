@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams
 from qquant.checkpoint import Checkpoint
 from qquant.families import ModelConfig
 from qquant.recipe import Recipe
 from qquant.resources import lazy
-from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid
+    from qquant.algorithms.grid import Grid
 else:
     torch = lazy("torch")
 

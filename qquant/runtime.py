@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qquant.algorithms.grid import Integers
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
@@ -39,7 +40,6 @@ from qquant.kernels import cpu_int4, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import check_group, repack
 from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
-from qquant.tensor import Integers
 from qquant.untrusted import read_json
 
 if TYPE_CHECKING:

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from qquant.algorithms import ROUNDERS, coupled, descent
 from qquant.algorithms.awq import Choice, Rounding
+from qquant.algorithms.checksum import checksum
 from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid, Params, QuantizedTensor, nearest, value_of
 from qquant.artifact import Draft
 from qquant.checkpoint import Checkpoint
 from qquant.errors import QQuantError
@@ -26,8 +29,6 @@ from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.moments import Moments
 from qquant.padding import narrow, widened, widened_codes, widens
-from qquant.stats import Gram
-from qquant.tensor import Grid, Params, QuantizedTensor, checksum, nearest, value_of
 
 Steps = dict[str, dict[str, float]]  # linear -> step -> error
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known

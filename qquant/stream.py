@@ -23,11 +23,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from qquant.algorithms.gram import Gram, NotFiniteError
+from qquant.algorithms.grid import finite
 from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
-from qquant.stats import Gram, NotFiniteError
-from qquant.tensor import finite
 
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
 LOG = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant import provenance
+from qquant.algorithms.checksum import checksum
+from qquant.algorithms.grid import finite
 from qquant.artifact import read_manifest
 from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
 from qquant.output import MANIFEST
 from qquant.resources import lazy
-from qquant.tensor import checksum, finite
 
 if TYPE_CHECKING:
     import torch

@@ -36,6 +36,8 @@ from qquant import background
 from qquant.algorithms import coupled
 from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gptq import NotPositiveDefiniteError
+from qquant.algorithms.gram import Gram, NotFiniteError
+from qquant.algorithms.grid import Grid, finite
 from qquant.artifact import Draft, Filling
 from qquant.background import ahead
 from qquant.checkpoint import Checkpoint
@@ -50,9 +52,7 @@ from qquant.moments import Moments
 from qquant.padding import narrow
 from qquant.safetensors_file import SIZES
 from qquant.solver import Rows, Solver, rounding_of, unit
-from qquant.stats import Gram, NotFiniteError
 from qquant.stream import STATES, Stream
-from qquant.tensor import Grid, finite
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 Passage = Generator[tuple[str, Tensor], None, None]  # of a sample through a block

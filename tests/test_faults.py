@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qquant import artifact, background, lock, pipeline, walk
+from qquant.algorithms.gram import Gram
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
@@ -21,7 +22,6 @@ from qquant.families.decoder import Block
 from qquant.output import MANIFEST, claim
 from qquant.plan import Plan
 from qquant.report import warnings_of
-from qquant.stats import Gram
 from tests.conftest import write_checkpoint
 from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
 from tests.test_pipeline import HEAD as WHOLE

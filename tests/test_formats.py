@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams, finite
 from qquant.formats.awq import AwqLayout
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.gptq import GptqLayout
-from qquant.tensor import QuantizedTensor, UniformGrid, UniformParams, finite
 from tests.worlds import GOLDEN
 
 

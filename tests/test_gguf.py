@@ -10,6 +10,7 @@ from gguf import GGUFReader
 from gguf.metadata import Metadata
 from gguf.utility import size_label
 
+from qquant.algorithms.checksum import as_bytes, checksum
 from qquant.answering import gguf_tokenizer
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
@@ -17,7 +18,6 @@ from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS, gguf, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
-from qquant.tensor import as_bytes, checksum
 from tests.worlds import GOLDEN
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from qquant.algorithms.gram import Gram
 from qquant.errors import InputError
 from qquant.formats import imatrix
 from qquant.formats.gguf_types import dequantize, quantize
 from qquant.moments import Moments
-from qquant.stats import Gram
 from tests.worlds import GOLDEN
 
 

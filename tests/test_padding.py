@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qquant import pipeline, recipe
+from qquant.algorithms.grid import QuantizedTensor, UniformGrid, nearest
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
 from qquant.errors import UsageError
@@ -14,7 +15,6 @@ from qquant.families.decoder import Block, embed
 from qquant.padding import padded, padded_size, parallel_sizes, widened_codes
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact
-from qquant.tensor import QuantizedTensor, UniformGrid, nearest
 from tests.conftest import SMALL
 from tests.test_pipeline import CPU, HEAD, quiet
 

@@ -10,6 +10,7 @@ import transformers
 
 import qquant
 from qquant import recipe, runtime, walk
+from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.artifact import Draft, installed, open_weights
 from qquant.calibration import Tokenizer
@@ -22,7 +23,6 @@ from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.moments import Moments
 from qquant.plan import Plan
-from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
 from tests.worlds import GOLDEN
 
 ARTIFACTS = GOLDEN / "artifacts"

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from qquant.algorithms.gptq import gptq
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid
 from qquant.algorithms.rtn import rtn
-from qquant.stats import Gram
-from qquant.tensor import Grid
 
 Rounder = Callable[[Tensor, Gram, tuple[Tensor, Tensor], Grid, float], Tensor]
 

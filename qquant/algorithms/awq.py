@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid, nearest, value_of
 from qquant.families import Family, ModelConfig, ScalePair, Stage
-from qquant.stats import Gram
-from qquant.tensor import Grid, nearest, value_of
 
 GridFor = Callable[[str, tuple[int, int]], Grid]
 Weights = Mapping[str, Tensor]  # by linear, float32 [N, K]

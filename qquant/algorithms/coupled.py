@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.descent import VALUES, Columns, blocks_of, visit
+from qquant.algorithms.grid import Grid
 from qquant.kernels.product import product
 from qquant.kernels.replay import Replay
-from qquant.tensor import Grid
 
 PARTS = 8  # subsets of coupled rows
 DAMPING = 0.05  # of the mean of diag(G)

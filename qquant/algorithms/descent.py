@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qquant.algorithms.grid import Grid, Params, as_scale
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.product import Factor, factor, product
-from qquant.tensor import Grid, Params, as_scale
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K

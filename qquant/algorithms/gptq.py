@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid
 from qquant.kernels.gptq_block import gptq_block
-from qquant.stats import Gram
-from qquant.tensor import Grid
 
 BLOCK = 128
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for

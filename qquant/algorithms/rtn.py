@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qquant.stats import Gram
-from qquant.tensor import Grid, nearest
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid, nearest
 
 
 def rtn(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qquant.algorithms.grid import finite
 from qquant.calibration import Tokenizer
 from qquant.checkpoint import Checkpoint
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats import detect
 from qquant.formats.gguf_shards import read_model
-from qquant.tensor import finite
 from qquant.untrusted import read_json
 from qquant.vocabulary import read
 

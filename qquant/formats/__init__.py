@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid, Integers, QuantizedTensor
+    from qquant.algorithms.grid import Grid, Integers, QuantizedTensor
 
 
 class ArtifactSource(WeightSource, Protocol):

@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import ModelFolder, QuantizedLayout
 from qquant.recipe import AwqArtifact
 from qquant.resources import lazy
-from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qquant.algorithms.checksum import checksum
 from qquant.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
@@ -25,13 +26,12 @@ from qquant.layout import PlannedArtifact, copied_file, safetensors_files, small
 from qquant.recipe import Recipe
 from qquant.resources import lazy
 from qquant.safetensors_file import TensorInfo, read_tensor, torch_dtype
-from qquant.tensor import checksum
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid, Integers, QuantizedTensor
+    from qquant.algorithms.grid import Grid, Integers, QuantizedTensor
 else:
     torch = lazy("torch")
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qquant.algorithms.checksum import checksum_of
 from qquant.checkpoint import Checkpoint
 from qquant.errors import QQuantError
 from qquant.families import FAMILIES, ModelConfig
@@ -31,13 +32,12 @@ from qquant.formats.ollama import modelfile
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
-from qquant.tensor import checksum_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.tensor import Grid, QuantizedTensor
+    from qquant.algorithms.grid import Grid, QuantizedTensor
 else:
     torch = lazy("torch")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qquant.algorithms.grid import Integers
 from qquant.errors import InputError
 from qquant.families import FAMILIES, Family, ModelConfig, require_bounds
 from qquant.formats import gguf_types
@@ -14,7 +15,6 @@ from qquant.formats.gguf_container import Header, StoredTensor
 from qquant.formats.gguf_shards import read_model
 from qquant.resources import lazy
 from qquant.safetensors_file import TensorInfo, read_bytes
-from qquant.tensor import Integers
 
 if TYPE_CHECKING:
     import torch

@@ -26,10 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from qquant.algorithms.grid import Multipliers
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats import gguf_search as search
 from qquant.resources import lazy
-from qquant.tensor import Multipliers
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class BlockParams:
         return self.dmin.float() if self.mins is None else -_spread(self.dmin, self.mins)
 
     def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.tensor.Params`."""
+        """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
         columns = codes.shape[1]
         centred = codes.float() - (self.type.centre if self.dmin is None else 0)
         found = [(self.d, centred if self.scales is None else centred * _wide(self.scales, columns))]
@@ -904,7 +904,7 @@ def dequantize(blocks: Tensor, type_name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """A block type as a `qquant.tensor.Grid`: any algorithm can put its codes on it."""
+    """A block type as a `qquant.algorithms.grid.Grid`: any algorithm can put its codes on it."""
 
     type: BlockType
 

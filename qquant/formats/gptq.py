@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qquant import __version__
+from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import ModelFolder, QuantizedLayout
 from qquant.recipe import GptqArtifact
 from qquant.resources import lazy
-from qquant.tensor import Integers, QuantizedTensor, UniformGrid, UniformParams
 
 if TYPE_CHECKING:
     import torch

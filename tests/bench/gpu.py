@@ -144,8 +144,8 @@ def shape_of(model):
 def random_linear(kind, rows, columns, device, dtype, biased=False):
     """A linear on random weights; kind: bf16, int4, int8 or awq (int4 with zero points)."""
     from qquant import runtime
+    from qquant.algorithms.grid import Integers
     from qquant.kernels import cpu_int4
-    from qquant.tensor import Integers
 
     bias = torch.randn(rows, device=device).to(dtype) * 0.1 if biased else None
     if kind == "bf16":

@@ -54,8 +54,8 @@ def ours(stages, sweeps, search="importance"):
 
     from qquant.algorithms import descent
     from qquant.algorithms.gptq import gptq, rounding_weight
-    from qquant.stats import Gram
-    from qquant.tensor import UniformGrid, value_of
+    from qquant.algorithms.gram import Gram
+    from qquant.algorithms.grid import UniformGrid, value_of
 
     grid, loss = UniformGrid(4, 128, symmetric=True, search=search), 0.0
     for h, weights in stages:

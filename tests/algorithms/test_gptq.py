@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qquant.algorithms.gptq import LADDER, NotPositiveDefiniteError, factorize, gptq
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import UniformGrid, value_of
 from qquant.algorithms.rtn import rtn
-from qquant.stats import Gram
-from qquant.tensor import UniformGrid, value_of
 
 
 def problem(rows, columns, tokens, seed=0, dtype=torch.float32):

@@ -5,9 +5,9 @@ import torch
 
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
+from qquant.algorithms.grid import UniformGrid, UniformParams, value_of
 from qquant.formats import gguf_types
-from qquant.tensor import UniformGrid, UniformParams, value_of
-from tests.test_gptq import problem
+from tests.algorithms.test_gptq import problem
 
 
 @pytest.fixture(autouse=True)

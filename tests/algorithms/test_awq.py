@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from qquant.algorithms.awq import Tie, _candidates, awq
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import UniformGrid, nearest, value_of
 from qquant.checkpoint import Checkpoint
 from qquant.families.decoder import Block, embed
 from qquant.solver import rounding_of
-from qquant.stats import Gram
-from qquant.tensor import UniformGrid, nearest, value_of
 
 GRID = UniformGrid(4, 32, symmetric=False, search="minmax")
 
