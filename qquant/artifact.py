@@ -34,11 +34,12 @@ from torch import Tensor
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
 from qquant.checkpoint import Checkpoint
+from qquant.disk.output import MANIFEST
+from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.output import MANIFEST, copy, create, make_folder, put, reached, rename, sync, write_synced
 from qquant.report import finite
 from qquant.untrusted import read_json
 

@@ -19,8 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
-from qquant.output import MANIFEST
 from qquant.provenance import REPORT, Repository, read_report
 from qquant.report import fallback_note
 from qquant.untrusted import read_json

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from qquant import __version__, output
+from qquant import __version__
+from qquant.disk import writes
 from qquant.kernels import jit
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.gram import gram
@@ -106,9 +107,9 @@ def _tried(title: str, attempt: Callable[[Path], None], place: Path, need: str) 
 
 
 def _write(place: Path) -> None:
-    output.create(place / "file", 1 << 20, b"first")
-    output.put(place / "file", 1 << 19, b"middle")
-    output.sync(place / "file")
+    writes.create(place / "file", 1 << 20, b"first")
+    writes.put(place / "file", 1 << 19, b"middle")
+    writes.sync(place / "file")
     data = (place / "file").read_bytes()
     if len(data) != 1 << 20 or not data.startswith(b"first") or data[1 << 19 :][:6] != b"middle":
         raise OSError("what was written is not what is read back")
@@ -125,10 +126,10 @@ def _preallocate(place: Path) -> None:
 def _rename(place: Path) -> None:
     (place / "new").write_bytes(b"new")
     (place / "old").write_bytes(b"old")
-    output.sync(place / "new")
-    output.rename(place / "new", place / "old")
+    writes.sync(place / "new")
+    writes.rename(place / "new", place / "old")
     (place / "a").mkdir()
-    output.rename(place / "a", place / "b")
+    writes.rename(place / "a", place / "b")
     if (place / "old").read_bytes() != b"new" or (place / "new").exists() or not (place / "b").is_dir():
         raise OSError("a rename did not replace the old file")
 

@@ -21,8 +21,8 @@ import zipfile
 from pathlib import Path
 
 from qquant.checkpoint import CONFIGS, SIDE_FILES, read_config
+from qquant.disk.writes import make_folder, rename, sync, write_synced
 from qquant.errors import InputError
-from qquant.output import make_folder, rename, sync, write_synced
 from qquant.safetensors_file import read_header
 from qquant.untrusted import PLAIN_NAME, read_json, require_regular
 

@@ -30,6 +30,8 @@ from qquant.checks.review import (
     require_same_shape,
     review,
 )
+from qquant.disk.output import TIMINGS, claim
+from qquant.disk.writes import write_synced
 from qquant.families.weights import WeightSource
 from qquant.formats import detect, kind_of_file
 from qquant.formats.gguf_shards import parts
@@ -37,7 +39,6 @@ from qquant.formats.imatrix import Imatrix
 from qquant.gates import is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.moments import Moments
-from qquant.output import TIMINGS, claim, write_synced
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.report import Report, SpeedReport

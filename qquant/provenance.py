@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from qquant.checkpoint import Checkpoint, card_head
+from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
-from qquant.output import MANIFEST
 from qquant.untrusted import read_json, require_regular
 
 REPORT = "report.json"

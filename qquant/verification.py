@@ -20,9 +20,9 @@ from qquant import provenance
 from qquant.algorithms.checksum import checksum
 from qquant.algorithms.grid import finite
 from qquant.artifact import read_manifest
+from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
-from qquant.output import MANIFEST
 from qquant.resources import lazy
 
 if TYPE_CHECKING:

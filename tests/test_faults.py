@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import artifact, background, lock, pipeline, walk
+from qquant import artifact, background, pipeline, walk
 from qquant.algorithms.gram import Gram
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
+from qquant.disk import lock
+from qquant.disk.output import MANIFEST, claim
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
 from qquant.families.decoder import Block
-from qquant.output import MANIFEST, claim
 from qquant.plan import Plan
 from qquant.report import warnings_of
 from tests.conftest import write_checkpoint

@@ -9,11 +9,11 @@ from gguf import GGUFReader
 from qquant import recipe
 from qquant.artifact import open_weights
 from qquant.checkpoint import Checkpoint
+from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.formats.gguf_shards import parts, read_model, split
 from qquant.inspection import describe
-from qquant.output import MANIFEST
 from qquant.pipeline import build, check
 from qquant.plan import Plan
 from qquant.provenance import verify

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qquant import artifact, pipeline, recipe, walk
 from qquant.artifact import Draft, open_weights
 from qquant.checkpoint import Checkpoint
+from qquant.disk.output import claim
 from qquant.errors import (
     EnvironmentMissingError,
     InputError,
@@ -23,7 +24,6 @@ from qquant.errors import (
     UsageError,
 )
 from qquant.families import FAMILIES
-from qquant.output import claim
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.solver import Solver

@@ -1,7 +1,7 @@
 """Builds that are killed, starved and crowded: python -m tests.torture MODE [COUNT] [SEED] prints one JSON line of what happened.
 
     sample      some of all that follows, in one process (COUNT kills)
-    kill        COUNT builds get SIGKILL, at a random time or at a random call of `output.reached`, every named place at least once
+    kill        COUNT builds get SIGKILL, at a random time or at a random call of `writes.reached`, every named place at least once
     calls       the n-th open, write, fsync, rename, link or mkdir fails with ENOSPC, EIO, EINTR, or a short write; n = 1, 2, ... until
                 the build passes untouched (COUNT: only every so manieth n)
     full        a real full disk: a tmpfs of a few sizes, too small for the build (needs root)
@@ -31,9 +31,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from qquant import artifact, output, pipeline, recipe, verification
+from qquant import artifact, pipeline, recipe, verification
 from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
+from qquant.disk import output
 from qquant.errors import QQuantError
 from qquant.plan import Plan
 from qquant.resources import data_dir
@@ -211,8 +212,10 @@ def append(path, line):
 
 
 def hook(function):
-    """`output.reached` in every module that has it."""
-    output.reached = artifact.reached = function
+    """`writes.reached` in every module that has it."""
+    for name, module in sys.modules.items():
+        if name.startswith("qquant.") and hasattr(module, "reached"):
+            module.reached = function
 
 
 # --- SIGKILL ------------------------------------------------------------------------------------------------------------

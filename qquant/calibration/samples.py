@@ -16,8 +16,8 @@ from qquant.calibration.chats import ChatRecord, brings_system, chat_tokens, giv
 from qquant.calibration.draw import allot, rank, shuffled
 from qquant.calibration.sources import Corpus, Drop, Messages, Reading, SourceRecord, open_source
 from qquant.calibration.tokenizer import Tokenizer
+from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError
-from qquant.output import make_folder, write_synced
 from qquant.resources import lazy
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qquant.checks.fidelity import Fidelity
+from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError, UsageError
-from qquant.output import make_folder, write_synced
 from qquant.untrusted import read_json
 
 FOLDER = "evidence"

@@ -140,6 +140,6 @@ def _print_checks(planned: Plan) -> None:
 def _note_source(source: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
     """Keep what `publish` needs to know of the checkpoint."""
     from qquant import provenance
-    from qquant.output import write_synced
+    from qquant.disk.writes import write_synced
 
     write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference, plan.parallel)))

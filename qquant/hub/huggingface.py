@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError
 from qquant.hub.failures import Result, repeated, reported
 from qquant.hub.request import Published, Request, Say
 from qquant.hub.trees import lacking, operations
-from qquant.output import MANIFEST
 from qquant.provenance import Repository, named_files, sha256_of
 
 if TYPE_CHECKING:

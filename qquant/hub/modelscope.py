@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
 from qquant.hub.failures import clean
 from qquant.hub.folder import Folder
 from qquant.hub.request import Published, Request, Say
-from qquant.output import MANIFEST
 from qquant.provenance import Repository
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError, UsageError
 from qquant.hub.failures import CHANGED, reported
 from qquant.hub.huggingface import HuggingFace
 from qquant.hub.trees import holds, operations
-from qquant.output import MANIFEST
 from qquant.provenance import BOM, REPORT, SIGNATURE, STATEMENT, Payload, as_json
 
 

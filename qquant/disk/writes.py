@@ -1,11 +1,4 @@
-"""The output folder of a build: who may write to it, what may stand in it, and every write to it.
-
-DIR/<artifact folders>      complete, each with qquant-manifest.json
-DIR/calibration/            the tokens that were used, with their provenance
-DIR/report.json, report.md, report.html, evidence/
-DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
-DIR/source.json             which checkpoint, from where, under which licence
-DIR/.partial/               a build in progress, with its lock; gone when the build is done
+"""Every write to an output folder: create, fill in place, sync, rename, and what a failure of the file system means.
 
 Nothing becomes visible under its final name before it is whole: bytes are written to a temporary name and synced, then renamed, then
 the folder that holds the name is synced. `reached` marks the places between which a build can die; tests stop it there.
@@ -16,67 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qquant.errors import EnvironmentMissingError, InputError, QQuantError, StoppedError, UsageError
-from qquant.lock import hold
+from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError
 
-PARTIAL = ".partial"
-DONE = ".partial.done"  # what is left of a build that is done, while it is removed
-MANIFEST = "qquant-manifest.json"
-TIMINGS = "timings.json"
-OURS = {PARTIAL, DONE, TIMINGS, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EAGAIN}  # the same command may well continue
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 def reached(place: str) -> None:
     """A named place on the way to a finished build."""
-
-
-@contextmanager
-def claim(out: Path) -> Iterator[Path]:
-    """Hold `out` for one build; yields the folder for unfinished work, which is removed when the build succeeds.
-
-    A rejected input leaves the output folder as it was found.
-
-    Raises:
-        UsageError: `out` is a file, or holds what qquant did not write.
-        LockedError: another build is writing to it.
-        EnvironmentMissingError: it cannot be created or written.
-        StoppedError: a write failed in a way that need not last; what is finished is kept.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; --out takes a folder")
-    _only_ours(out)
-    partial = out / PARTIAL
-    fresh = [path for path in (out, partial) if not path.exists()]
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentMissingError(f"{out}: cannot be created: {error.strerror}. Choose another --out") from None
-    try:
-        with hold(partial / "lock", out):
-            shutil.rmtree(out / DONE, ignore_errors=True)
-            try:
-                yield partial
-            except (InputError, UsageError):
-                if partial in fresh:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            reached("before removing the partial folder")
-            rename(partial, out / DONE)
-            reached("while removing the partial folder")
-            shutil.rmtree(out / DONE)
-    except QQuantError:
-        if out in fresh and out.is_dir() and not os.listdir(out):
-            out.rmdir()
-        raise
-    except OSError as error:
-        raise failure(error, out) from error
 
 
 def failure(error: OSError, out: Path) -> QQuantError:
@@ -88,24 +32,6 @@ def failure(error: OSError, out: Path) -> QQuantError:
         )
     room = f" ({shutil.disk_usage(out).free:,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return StoppedError(f"{where}: {error.strerror}{room}. What is finished is kept; the same command continues")
-
-
-def _only_ours(out: Path) -> None:
-    if not out.is_dir():
-        return
-    for path in sorted(out.iterdir()):
-        if path.name not in OURS and not _temporary(path) and not (path / MANIFEST).is_file():
-            raise UsageError(
-                f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
-            )
-
-
-def _temporary(path: Path) -> bool:
-    """Whether a killed `write_synced` left it."""
-    return path.name.startswith(".") and path.name.endswith(".tmp") and path.name[1:-4] in OURS
-
-
-# --- every write --------------------------------------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The output folder of a build: who may write to it, and what may stand in it.
+
+DIR/<artifact folders>      complete, each with qquant-manifest.json
+DIR/calibration/            the tokens that were used, with their provenance
+DIR/report.json, report.md, report.html, evidence/
+DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
+DIR/source.json             which checkpoint, from where, under which licence
+DIR/.partial/               a build in progress, with its lock; gone when the build is done
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qquant.disk.lock import hold
+from qquant.disk.writes import failure, reached, rename
+from qquant.errors import EnvironmentMissingError, InputError, QQuantError, UsageError
+
+PARTIAL = ".partial"
+DONE = ".partial.done"  # what is left of a build that is done, while it is removed
+MANIFEST = "qquant-manifest.json"
+TIMINGS = "timings.json"
+OURS = {PARTIAL, DONE, TIMINGS, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[Path]:
+    """Hold `out` for one build; yields the folder for unfinished work, which is removed when the build succeeds.
+
+    A rejected input leaves the output folder as it was found.
+
+    Raises:
+        UsageError: `out` is a file, or holds what qquant did not write.
+        LockedError: another build is writing to it.
+        EnvironmentMissingError: it cannot be created or written.
+        StoppedError: a write failed in a way that need not last; what is finished is kept.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; --out takes a folder")
+    _only_ours(out)
+    partial = out / PARTIAL
+    fresh = [path for path in (out, partial) if not path.exists()]
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentMissingError(f"{out}: cannot be created: {error.strerror}. Choose another --out") from None
+    try:
+        with hold(partial / "lock", out):
+            shutil.rmtree(out / DONE, ignore_errors=True)
+            try:
+                yield partial
+            except (InputError, UsageError):
+                if partial in fresh:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            reached("before removing the partial folder")
+            rename(partial, out / DONE)
+            reached("while removing the partial folder")
+            shutil.rmtree(out / DONE)
+    except QQuantError:
+        if out in fresh and out.is_dir() and not os.listdir(out):
+            out.rmdir()
+        raise
+    except OSError as error:
+        raise failure(error, out) from error
+
+
+def _only_ours(out: Path) -> None:
+    if not out.is_dir():
+        return
+    for path in sorted(out.iterdir()):
+        if path.name not in OURS and not _temporary(path) and not (path / MANIFEST).is_file():
+            raise UsageError(
+                f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
+            )
+
+
+def _temporary(path: Path) -> bool:
+    """Whether a killed `write_synced` left it."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.name[1:-4] in OURS
