@@ -19,11 +19,11 @@ from torch import Tensor
 from qquant import runtime
 from qquant.artifact import open_weights
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import resolve
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats.gguf_container import Header
 from qquant.formats.gguf_metadata import CONTROL, NORMAL, USER_DEFINED
 from qquant.formats.gguf_source import GgufSource
+from qquant.source.hub import resolve
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

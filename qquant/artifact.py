@@ -33,7 +33,6 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
-from qquant.checkpoint import Checkpoint
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
 from qquant.errors import InputError, QQuantError, UsageError
@@ -41,7 +40,8 @@ from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.report import finite
-from qquant.untrusted import read_json
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.untrusted import read_json
 
 CHUNK = 1 << 24
 REPLACED = "replaced"

@@ -23,7 +23,7 @@ from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
 from qquant.provenance import REPORT, Repository, read_report
 from qquant.report import fallback_note
-from qquant.untrusted import read_json
+from qquant.source.untrusted import read_json
 
 CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"

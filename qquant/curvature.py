@@ -41,14 +41,14 @@ from qquant import background
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
 from qquant.background import ahead, behind
-from qquant.checkpoint import Checkpoint
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
 from qquant.resources import free_memory
-from qquant.safetensors_file import TensorInfo, read_header, read_tensor
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
 from qquant.stream import Stream
 
 ROWS = 2048  # rows of a linear whose curvature is kept together

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import read_tensors
 from qquant.formats import detect, gguf_types
 from qquant.formats.gguf_container import Header, nbytes, read_header
 from qquant.formats.gguf_shards import parts, read_model
-from qquant.untrusted import read_json
+from qquant.source.checkpoint import read_tensors
+from qquant.source.untrusted import read_json
 
 LONG = 8  # array values shown
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qquant.safetensors_file import SIZES, header_bytes
+from qquant.source.safetensors_file import SIZES, header_bytes
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load, save
 
 from qquant.algorithms.gram import Gram
-from qquant.checkpoint import Checkpoint
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError
 from qquant.formats.imatrix import Imatrix, mended
+from qquant.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

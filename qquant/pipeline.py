@@ -16,7 +16,6 @@ import torch
 from qquant import __version__, background, calibration, report_html, walk
 from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import llama_cpp, speed
 from qquant.checks.evidence import Evidence
@@ -42,8 +41,9 @@ from qquant.moments import Moments
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.report import Report, SpeedReport
-from qquant.safetensors_file import SIZES
-from qquant.untrusted import read_json
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.safetensors_file import SIZES
+from qquant.source.untrusted import read_json
 
 Progress = Callable[[str, int, int], None]
 

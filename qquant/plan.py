@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint
 from qquant.disk.output import PARTIAL
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
 from qquant.gates import Reach, is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
-from qquant.padding import group_of, narrow, parallel_sizes
 from qquant.recipe import Checks, Gates, Recipe
-from qquant.safetensors_file import SIZES
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import group_of, narrow, parallel_sizes
+from qquant.source.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
 TEMPORARY = 32 << 20  # bytes in the folder for temporary files

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint, card_head
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
-from qquant.untrusted import read_json, require_regular
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.hub import card_head
+from qquant.source.untrusted import read_json, require_regular
 
 REPORT = "report.json"
 SOURCE = "source.json"

@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qquant import recipe as recipes
-from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
-from qquant.padding import PaddedCheckpoint, padded
 from qquant.plan import Plan
 from qquant.provenance import card_facts
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import PaddedCheckpoint, padded
 
 LIMIT = 1_000_000  # bytes of a matrix file
 Text = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from qquant.algorithms.grid import Integers
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
 from qquant.families.decoder import HEAD_ROWS
@@ -40,7 +39,8 @@ from qquant.kernels import cpu_int4, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import check_group, repack
 from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
-from qquant.untrusted import read_json
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Qwen2ForCausalLM

@@ -23,12 +23,12 @@ from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, Params, QuantizedTensor, nearest, value_of
 from qquant.artifact import Draft
-from qquant.checkpoint import Checkpoint
 from qquant.errors import QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
 from qquant.moments import Moments
-from qquant.padding import narrow, widened, widened_codes, widens
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import narrow, widened, widened_codes, widens
 
 Steps = dict[str, dict[str, float]]  # linear -> step -> error
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known

@@ -40,7 +40,6 @@ from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import Grid, finite
 from qquant.artifact import Draft, Filling
 from qquant.background import ahead
-from qquant.checkpoint import Checkpoint
 from qquant.curvature import BlockCurvature, Curvature, measure, spread
 from qquant.errors import NumericalError, StoppedError
 from qquant.families import Stage
@@ -49,9 +48,10 @@ from qquant.formats import FORMATS
 from qquant.gates import is_fine, kind_of
 from qquant.kernels.product import tensor_cores
 from qquant.moments import Moments
-from qquant.padding import narrow
-from qquant.safetensors_file import SIZES
 from qquant.solver import Rows, Solver, rounding_of, unit
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import narrow
+from qquant.source.safetensors_file import SIZES
 from qquant.stream import STATES, Stream
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.families import FAMILIES, parse_config
 from qquant.plan import Plan
 from qquant.resources import data_dir
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds.chats import prose
 from tests.worlds.hub_release import Waits, write_build
 from tests.worlds.hub_server import serve

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
 from qquant import card, provenance, verification
-from qquant.checkpoint import Checkpoint
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.hub import Folder, Request
 from qquant.provenance import as_json, card_facts, complete, read_release, source_facts, with_statements
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, write_build
 

@@ -10,7 +10,7 @@ import pytest
 from qquant import __version__
 from qquant.cli import main
 from qquant.cli.terminal import Progress
-from tests.test_checkpoint import edit_config
+from tests.source.test_checkpoint import edit_config
 from tests.test_pipeline import ARTIFACTS, HEAD
 
 

@@ -10,10 +10,10 @@ import torch
 
 from qquant import background, curvature
 from qquant.algorithms.gram import Gram
-from qquant.checkpoint import Checkpoint
 from qquant.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
 from qquant.errors import InputError, NumericalError
 from qquant.families.decoder import embed, rms_norm, source_block
+from qquant.source.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from qquant import artifact, background, pipeline, walk
 from qquant.algorithms.gram import Gram
-from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.disk import lock
 from qquant.disk.output import MANIFEST, claim
@@ -23,6 +22,7 @@ from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, 
 from qquant.families.decoder import Block
 from qquant.plan import Plan
 from qquant.report import warnings_of
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
 from tests.test_pipeline import HEAD as WHOLE

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from qquant import pipeline, recipe
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
@@ -22,6 +21,7 @@ from qquant.formats import gguf_types
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.resources import free_memory
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
 CPU = torch.device("cpu")

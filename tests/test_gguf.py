@@ -13,11 +13,11 @@ from gguf.utility import size_label
 from qquant.algorithms.checksum import as_bytes, checksum
 from qquant.answering import gguf_tokenizer
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS, gguf, gguf_metadata, imatrix
 from qquant.formats.gguf_container import Field, header_bytes, read_header
 from qquant.recipe import GgufArtifact, load
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
 

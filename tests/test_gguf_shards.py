@@ -8,7 +8,6 @@ from gguf import GGUFReader
 
 from qquant import recipe
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf_container import Field, header_bytes, read_header
@@ -17,6 +16,7 @@ from qquant.inspection import describe
 from qquant.pipeline import build, check
 from qquant.plan import Plan
 from qquant.provenance import verify
+from qquant.source.checkpoint import Checkpoint
 
 FIELDS = [Field("general.architecture", "str", "qwen2")]
 RECIPE = """

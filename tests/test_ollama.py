@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.formats import FORMATS, ollama
 from qquant.recipe import GgufArtifact, load
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds import ROOT
 
 TALK = [

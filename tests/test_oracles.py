@@ -26,12 +26,12 @@ from qquant import recipe
 from qquant.answering import gguf_tokenizer
 from qquant.artifact import open_weights
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.formats import FORMATS
 from qquant.formats.gguf_container import read_header
 from qquant.pipeline import check
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds import GOLDEN, ROOT
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from qquant import artifact, pipeline, recipe, walk
 from qquant.artifact import Draft, open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.disk.output import claim
 from qquant.errors import (
     EnvironmentMissingError,
@@ -27,6 +26,7 @@ from qquant.families import FAMILIES
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.solver import Solver
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
 CPU = torch.device("cpu")
@@ -300,7 +300,7 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
 
 
 def test_adapter_is_part_of_the_model(make_checkpoint, build, tmp_path):
-    from tests.test_checkpoint import low_rank, write_adapter
+    from tests.source.test_checkpoint import low_rank, write_adapter
 
     folder = make_checkpoint()
     adapter = write_adapter(tmp_path / "lora", low_rank())

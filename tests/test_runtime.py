@@ -14,7 +14,6 @@ from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, Unifo
 from qquant.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.artifact import Draft, installed, open_weights
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.cli import main
 from qquant.errors import EnvironmentMissingError, InputError, NumericalError, UsageError
 from qquant.formats.awq import AwqLayout
@@ -23,6 +22,7 @@ from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.moments import Moments
 from qquant.plan import Plan
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
 ARTIFACTS = GOLDEN / "artifacts"

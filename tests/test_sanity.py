@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from qquant import pipeline
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.checks import decoding, sanity, structure
 from qquant.formats.gguf_source import GgufSource
 from qquant.recipe import Checks, Gates
+from qquant.source.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ import transformers
 
 from qquant import pipeline, recipe
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.checks import speed
 from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main
 from qquant.errors import UsageError
 from qquant.plan import Plan
 from qquant.report import Pace, Report
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_runtime import RECIPE, built, gguf
 

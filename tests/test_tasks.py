@@ -7,9 +7,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from qquant.checkpoint import Checkpoint
 from qquant.checks import tasks
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.source.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 QUESTIONS = [(f"The {word} of the", (" house", " river")) for word in ("door", "end", "name", "king", "bank", "sea")]

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import doctor, pickles, provenance, verification
+from qquant import doctor, provenance, verification
 from qquant.algorithms.checksum import checksum, checksum_of
-from qquant.checkpoint import Checkpoint
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.source import pickles
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_faults import build, load_recipe, make_checkpoint
 from tests.torture import digests

@@ -32,12 +32,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from qquant import artifact, pipeline, recipe, verification
-from qquant.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.disk import output
 from qquant.errors import QQuantError
 from qquant.plan import Plan
 from qquant.resources import data_dir
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 
 RECIPE = """

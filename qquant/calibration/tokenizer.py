@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant import vocabulary
 from qquant.errors import InputError, QQuantError
 from qquant.resources import lazy
-from qquant.untrusted import read_json, read_text
+from qquant.source import vocabulary
+from qquant.source.untrusted import read_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers

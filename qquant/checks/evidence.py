@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from qquant.checks.fidelity import Fidelity
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError, UsageError
-from qquant.untrusted import read_json
+from qquant.source.untrusted import read_json
 
 FOLDER = "evidence"
 SCHEMA = "qquant-evidence-1"

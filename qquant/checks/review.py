@@ -20,7 +20,6 @@ import torch
 from qquant import background, calibration
 from qquant.artifact import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.checks import evidence, gate, loading, sanity, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
@@ -31,6 +30,7 @@ from qquant.formats import detect
 from qquant.gates import LOSSY
 from qquant.recipe import Checks, Gates
 from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
+from qquant.source.checkpoint import Checkpoint
 
 Progress = Callable[[str, int, int], None]
 WORST = 12  # tokens shown

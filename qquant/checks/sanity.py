@@ -32,12 +32,12 @@ from typing import Any
 import torch
 
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.checks.decoding import Chooser, Decoder
 from qquant.checks.statistics import mcnemar
 from qquant.families.weights import WeightSource
 from qquant.gates import ASKED
 from qquant.resources import free_memory
+from qquant.source.checkpoint import Checkpoint
 
 RUN = 12
 SEED = 20240204

@@ -40,7 +40,6 @@ from torch.utils._pytree import tree_leaves
 
 from qquant import runtime
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.checks.stepping import Stepper, Weights, capture, read_weights
 from qquant.errors import UsageError
 from qquant.families import ModelConfig
@@ -48,6 +47,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats.gguf_shards import parts
 from qquant.formats.gguf_source import GgufSource
 from qquant.report import Pace, SpeedReport
+from qquant.source.checkpoint import Checkpoint
 
 Progress = Callable[[str, int, int], None]
 RESAMPLES = 4000

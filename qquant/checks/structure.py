@@ -24,13 +24,13 @@ from torch import Tensor
 
 from qquant.algorithms.grid import finite
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats import detect
 from qquant.formats.gguf_shards import read_model
-from qquant.untrusted import read_json
-from qquant.vocabulary import read
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.untrusted import read_json
+from qquant.source.vocabulary import read
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
 LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance

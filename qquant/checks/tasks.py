@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from qquant import runtime
-from qquant.checkpoint import Checkpoint
 from qquant.checks import statistics
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.source.checkpoint import Checkpoint
 
 Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (task, metric) -> question -> score
 Progress = Callable[[str, int, int], None]

@@ -24,9 +24,9 @@ from qquant.cli.options import (
 from qquant.cli.terminal import Progress, Stop, show, tell_watchers
 
 if TYPE_CHECKING:
-    from qquant.checkpoint import Checkpoint
     from qquant.layout import PlannedArtifact
     from qquant.plan import Plan
+    from qquant.source.checkpoint import Checkpoint
 
 
 @click.command(epilog=EXITS)

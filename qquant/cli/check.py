@@ -50,8 +50,8 @@ def check(
     from pydantic import ValidationError
 
     from qquant import pipeline
-    from qquant.checkpoint import Checkpoint
     from qquant.recipe import Checks, Gates
+    from qquant.source.checkpoint import Checkpoint
 
     try:
         checks = Checks(
@@ -92,8 +92,8 @@ def bisect(
     Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears.
     """
     from qquant import pipeline
-    from qquant.checkpoint import Checkpoint
     from qquant.recipe import Checks
+    from qquant.source.checkpoint import Checkpoint
 
     source = Checkpoint.open(against)
     checks = Checks(text=text, windows=windows, length=length)
@@ -130,7 +130,7 @@ def show_report(place: Path, html: Path | None, junit: Path | None, github: bool
     """Show the report of an earlier build or check again: an output folder, or its report.json."""
     from qquant import report_html
     from qquant.report import Report
-    from qquant.untrusted import read_json
+    from qquant.source.untrusted import read_json
 
     report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
     if html is not None:
@@ -195,8 +195,8 @@ def perplexity(
     Its file of base logits is read (--logits: text and chunks come from it) and written (--save-logits).
     """
     from qquant import pipeline
-    from qquant.checkpoint import Checkpoint
     from qquant.recipe import Checks
+    from qquant.source.checkpoint import Checkpoint
 
     if (against is None) == (logits is None):
         raise UsageError("give either --against CHECKPOINT or --logits FILE")

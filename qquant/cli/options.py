@@ -13,9 +13,9 @@ from qquant.errors import EnvironmentMissingError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from qquant.checkpoint import Checkpoint
     from qquant.formats.imatrix import Imatrix
     from qquant.recipe import Recipe
+    from qquant.source.checkpoint import Checkpoint
 
 
 EXITS = """\b
@@ -64,8 +64,8 @@ def open_source(
 ) -> tuple[Recipe, Checkpoint]:
     """The recipe, and its checkpoint or the one given; pickles of a local folder are converted beside `pickles_beside`, if given."""
     from qquant import recipe
-    from qquant.checkpoint import Checkpoint
-    from qquant.padding import padded
+    from qquant.source.checkpoint import Checkpoint
+    from qquant.source.padding import padded
 
     loaded = recipe.load(recipe_name)
     reference = checkpoint or loaded.checkpoint
@@ -74,7 +74,7 @@ def open_source(
             f"recipe {loaded.name} names no checkpoint; give one: qquant build CHECKPOINT --recipe {recipe_name}"
         )
     if pickles_beside is not None:
-        from qquant.pickles import converted
+        from qquant.source.pickles import converted
 
         reference = str(converted(Path(reference), pickles_beside)) if Path(reference).is_dir() else reference
     return loaded, padded(Checkpoint.open(reference, revision or loaded.revision, adapter), loaded)

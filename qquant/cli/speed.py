@@ -41,9 +41,9 @@ def speed(
     """
     import torch
 
-    from qquant.checkpoint import Checkpoint
     from qquant.checks import speed as check
     from qquant.formats.gguf_source import GgufSource
+    from qquant.source.checkpoint import Checkpoint
 
     settings = check.Settings(prompt, steps, pairs, margin, min_decode, min_prefill)
     path = Path(against) if against.endswith(".gguf") else None

@@ -32,8 +32,8 @@ def tasks(
 
     Needs the extra: pip install "qquant[tasks]". Exit status 3: a loss beyond --margin is proven, 4: it can be neither proven nor excluded.
     """
-    from qquant.checkpoint import Checkpoint
     from qquant.checks import tasks as checks
+    from qquant.source.checkpoint import Checkpoint
 
     source = Checkpoint.open(against)
     asked = checks.Questions(names, include, limit, batch, margin)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats.awq import Awq
@@ -17,7 +16,8 @@ from qquant.formats.gptq import Gptq
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact
 from qquant.recipe import Recipe
-from qquant.untrusted import read_json
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
     import torch

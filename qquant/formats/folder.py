@@ -18,14 +18,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum
-from qquant.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.formats.imatrix import Imatrix
 from qquant.layout import PlannedArtifact, copied_file, safetensors_files, small_file
 from qquant.recipe import Recipe
 from qquant.resources import lazy
-from qquant.safetensors_file import TensorInfo, read_tensor, torch_dtype
+from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
+from qquant.source.safetensors_file import TensorInfo, read_tensor, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum_of
-from qquant.checkpoint import Checkpoint
 from qquant.errors import QQuantError
 from qquant.families import FAMILIES, ModelConfig
 from qquant.formats import gguf_mix, gguf_types
@@ -32,6 +31,7 @@ from qquant.formats.ollama import modelfile
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
+from qquant.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

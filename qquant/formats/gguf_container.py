@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qquant.errors import InputError
-from qquant.untrusted import require_regular
+from qquant.source.untrusted import require_regular
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32

@@ -22,12 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qquant.checkpoint import Checkpoint, card_head
 from qquant.formats.gguf_container import Field
 from qquant.formats.gguf_mix import FILE_TYPES
 from qquant.formats.imatrix import CHUNK, FILE, Imatrix
 from qquant.recipe import GgufArtifact, Recipe
-from qquant.untrusted import read_json, read_text
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.hub import card_head
+from qquant.source.untrusted import read_json, read_text
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
 QUANTIZATION_VERSION = 2

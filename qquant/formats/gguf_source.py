@@ -14,7 +14,7 @@ from qquant.formats import gguf_types
 from qquant.formats.gguf_container import Header, StoredTensor
 from qquant.formats.gguf_shards import read_model
 from qquant.resources import lazy
-from qquant.safetensors_file import TensorInfo, read_bytes
+from qquant.source.safetensors_file import TensorInfo, read_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 from qquant.errors import InputError
 from qquant.formats.gguf_container import Field, header_bytes, nbytes, padded, read_header
 from qquant.resources import lazy
-from qquant.safetensors_file import TensorInfo, read_tensor
-from qquant.untrusted import require_regular
+from qquant.source.safetensors_file import TensorInfo, read_tensor
+from qquant.source.untrusted import require_regular
 
 if TYPE_CHECKING:
     import torch

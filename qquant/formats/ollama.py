@@ -19,7 +19,7 @@ from qquant.errors import InputError
 from qquant.formats.gguf_metadata import chat_template
 from qquant.layout import PlannedFile
 from qquant.resources import lazy
-from qquant.untrusted import read_json
+from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
     from qquant.calibration import template

@@ -6,9 +6,9 @@ import torch
 from qquant.algorithms.awq import Tie, _candidates, awq
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import UniformGrid, nearest, value_of
-from qquant.checkpoint import Checkpoint
 from qquant.families.decoder import Block, embed
 from qquant.solver import rounding_of
+from qquant.source.checkpoint import Checkpoint
 
 GRID = UniformGrid(4, 32, symmetric=False, search="minmax")
 

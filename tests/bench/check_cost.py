@@ -32,8 +32,8 @@ def build(work):
     import torch
 
     from qquant import pipeline, recipe
-    from qquant.checkpoint import Checkpoint
     from qquant.plan import Plan
+    from qquant.source.checkpoint import Checkpoint
 
     lines = [f"  - {{name: {kind}, format: gguf, type: {kind}, imatrix: false}}\n" for kind in TYPES]
     work.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def child(paths, windows, memory):
 
     from qquant.artifact import open_weights
     from qquant.calibration import Tokenizer
-    from qquant.checkpoint import Checkpoint
     from qquant.checks.fidelity import measure
     from qquant.checks.review import held_out
     from qquant.recipe import Checks
+    from qquant.source.checkpoint import Checkpoint
 
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open("bundled:tiny-qwen1.5")

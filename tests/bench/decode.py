@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from qquant import recipe
-from qquant.checkpoint import Checkpoint
 from qquant.checks import speed
 from qquant.formats.gguf import Gguf
 from qquant.formats.gguf_source import GgufSource
 from qquant.formats.gguf_types import TYPES, quantize
+from qquant.source.checkpoint import Checkpoint
 from tests.bench.gpu import random_weights, shape_of
 from tests.bench.memory import write_random
 

@@ -17,7 +17,7 @@ import torch
 
 from qquant.families import FAMILIES, parse_config
 from qquant.resources import data_dir
-from qquant.safetensors_file import header_bytes
+from qquant.source.safetensors_file import header_bytes
 
 SHAPES = {
     "0.5B": {

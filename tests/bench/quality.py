@@ -31,12 +31,12 @@ from safetensors.torch import save_file
 from qquant import calibration, pipeline, recipe
 from qquant.artifact import installed, open_weights
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.checks import fidelity
 from qquant.checks.review import held_out
 from qquant.disk.output import MANIFEST
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, Checks, Gates, GgufArtifact, GptqArtifact
+from qquant.source.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / ".oracles"

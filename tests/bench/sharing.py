@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from qquant import pipeline, recipe
-from qquant.checkpoint import Checkpoint
 from qquant.families import decoder
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, Checks, GgufArtifact, GptqArtifact
+from qquant.source.checkpoint import Checkpoint
 
 ARTIFACTS = (
     GptqArtifact(name="gptq-int4", format="gptq", bits=4),

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from qquant.checkpoint import Checkpoint
 from qquant.families import decoder
+from qquant.source.checkpoint import Checkpoint
 from qquant.stream import Stream
 
 CASES = {

@@ -21,13 +21,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["qquant", "json"]):
-    from qquant import safetensors_file
-    from qquant.checkpoint import _indexed
     from qquant.errors import InputError
     from qquant.families import FAMILIES, family_of, parse_config
     from qquant.formats.gguf_container import Field, header_bytes, read_header
     from qquant.formats.gguf_source import GgufSource
-    from qquant.untrusted import read_json, refuse_hooks
+    from qquant.source import safetensors_file
+    from qquant.source.checkpoint import _indexed
+    from qquant.source.untrusted import read_json, refuse_hooks
 
 MEMORY, SECONDS = 2 << 30, 5.0
 CONFIG = {

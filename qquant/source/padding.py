@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams
-from qquant.checkpoint import Checkpoint
 from qquant.families import ModelConfig
 from qquant.recipe import Recipe
 from qquant.resources import lazy
+from qquant.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

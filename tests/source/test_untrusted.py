@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qquant import safetensors_file, untrusted
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint, card_head
 from qquant.errors import InputError
+from qquant.source import safetensors_file, untrusted
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.hub import card_head
 from tests.conftest import SMALL
-from tests.test_checkpoint import GOOD, edit_config, low_rank, write_adapter, write_raw
+from tests.source.test_checkpoint import GOOD, edit_config, low_rank, write_adapter, write_raw
 from tests.worlds import GOLDEN
 from tests.worlds.strange import FAST, numbers, refused, values
 

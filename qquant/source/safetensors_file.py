@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from qquant.errors import InputError
 from qquant.resources import lazy
-from qquant.untrusted import parse_json, require_regular
+from qquant.source.untrusted import parse_json, require_regular
 
 if TYPE_CHECKING:
     import torch

@@ -11,40 +11,33 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant import safetensors_file, vocabulary
-from qquant.adapter import Adapter
 from qquant.algorithms.grid import finite
-from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
-from qquant.recipe.page import Page, Reader
-from qquant.resources import data_dir, lazy
-from qquant.safetensors_file import TensorInfo
-from qquant.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
-from qquant.vocabulary import Vocabulary
+from qquant.source import safetensors_file, vocabulary
+from qquant.source.adapter import Adapter
+from qquant.source.hub import resolve
+from qquant.source.safetensors_file import TensorInfo
+from qquant.source.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
+from qquant.source.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    torch = lazy("torch")
+
 
 FLOATS = ("BF16", "F16", "F32")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
-CARD_LIMIT = 1_000_000  # bytes of a model card that are looked at
 CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")  # beside config.json
 
 
@@ -60,82 +53,6 @@ def read_config(path: Path) -> dict[str, Any]:
     raw = read_json(path / "config.json")
     refuse_hooks(raw, str(path / "config.json"))
     return raw
-
-
-def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """A local folder for `reference` (a path, `bundled:NAME`, or a hub id), and the commit that it is.
-
-    Raises:
-        UsageError: it is none of the three.
-        EnvironmentMissingError: the hub cannot be reached or does not have it.
-    """
-    if reference.startswith("bundled:"):
-        folder = data_dir("recipes") / "demo" / reference.removeprefix("bundled:")
-        if not folder.is_dir():
-            names = ", ".join(sorted(f"bundled:{path.name}" for path in folder.parent.iterdir() if path.is_dir()))
-            raise UsageError(f"{reference}: no such bundled checkpoint; there is {names}")
-        return folder, None
-    if Path(reference).is_dir():
-        return Path(reference), None
-    if not HUB_ID.match(reference) or reference.startswith((".", "/")):
-        raise UsageError(f"{reference}: not a folder, and not a hub id of the form ORGANISATION/NAME")
-    return _download(reference, revision)
-
-
-def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    import huggingface_hub  # the door to the hub; costs half a second
-    from huggingface_hub import errors
-
-    try:
-        info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-        commit = info.sha or ""
-        _require_room(repo, info.siblings or [])
-        folder = huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES)
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repo}: {error}") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise EnvironmentMissingError(
-            f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead"
-        ) from None
-    return Path(folder), commit
-
-
-def card_head(path: Path) -> dict[str, Any]:
-    """The YAML head of a model card; empty where there is no card, or no readable head."""
-    if not path.is_file() or path.stat().st_size > CARD_LIMIT:
-        return {}
-    parts = path.read_text("utf-8", "replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    page = Page(str(path))
-    try:
-        head = Reader(page).read(parts[1])
-    except UsageError:
-        return {}
-    if page.problems:
-        return {}
-    return head if isinstance(head, dict) else {}
-
-
-def _require_room(repo: str, files: Sequence[Any]) -> None:
-    """Raise EnvironmentMissingError if the hub's cache has no room for the files that would be fetched."""
-    import fnmatch
-
-    from huggingface_hub import constants
-
-    place = Path(constants.HF_HUB_CACHE).absolute()
-    blobs = place / f"models--{repo.replace('/', '--')}" / "blobs"
-    there = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
-    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in HUB_FILES)]
-    need = sum(file.size or 0 for file in wanted if not (file.lfs and file.lfs.sha256 in there))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < need:
-        raise EnvironmentMissingError(
-            f"{repo}: takes {need:,} bytes in {place}, {free:,} are free; {need - free:,} bytes are missing. "
-            "Free some space, or set HF_HOME to another disk"
-        )
 
 
 @dataclass

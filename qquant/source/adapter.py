@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant import safetensors_file
 from qquant.errors import InputError
-from qquant.safetensors_file import TensorInfo
-from qquant.untrusted import read_json, refuse_hooks
+from qquant.source import safetensors_file
+from qquant.source.safetensors_file import TensorInfo
+from qquant.source.untrusted import read_json, refuse_hooks
 
 if TYPE_CHECKING:
     from torch import Tensor

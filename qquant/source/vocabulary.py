@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qquant.errors import InputError
-from qquant.untrusted import read_json, read_text
+from qquant.source.untrusted import read_json, read_text
 
 ID_LIMIT = 1 << 22
 PATTERN_LIMIT = 1000  # characters of a regular expression

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qquant import safetensors_file
-from qquant.checkpoint import Checkpoint, resolve
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.source import safetensors_file
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.hub import resolve
 
 
 def rewrite(folder, change, file="model.safetensors"):

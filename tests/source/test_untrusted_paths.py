@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qquant import safetensors_file
 from qquant.calibration import Tokenizer
-from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
+from qquant.source import safetensors_file
+from qquant.source.checkpoint import Checkpoint
 from tests.conftest import SMALL
 from tests.worlds.strange import FAST, values
 

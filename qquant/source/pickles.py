@@ -20,11 +20,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from qquant.checkpoint import CONFIGS, SIDE_FILES, read_config
 from qquant.disk.writes import make_folder, rename, sync, write_synced
 from qquant.errors import InputError
-from qquant.safetensors_file import read_header
-from qquant.untrusted import PLAIN_NAME, read_json, require_regular
+from qquant.source.checkpoint import CONFIGS, SIDE_FILES, read_config
+from qquant.source.safetensors_file import read_header
+from qquant.source.untrusted import PLAIN_NAME, read_json, require_regular
 
 INDEX = "pytorch_model.bin.index.json"
 RECORD = "converted.json"

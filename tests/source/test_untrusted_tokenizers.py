@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qquant import recipe, vocabulary
+from qquant import recipe
 from qquant.calibration import Tokenizer
 from qquant.calibration.template import FAILURES, Template
-from qquant.checkpoint import Checkpoint
 from qquant.errors import InputError
 from qquant.plan import Plan
+from qquant.source import vocabulary
+from qquant.source.checkpoint import Checkpoint
 from tests.worlds.strange import FAST, values
 
 # --- F14: tokenizers ---------------------------------------------------------------------------------------------------

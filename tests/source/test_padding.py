@@ -8,13 +8,13 @@ import torch
 from qquant import pipeline, recipe
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, nearest
 from qquant.artifact import open_weights
-from qquant.checkpoint import Checkpoint
 from qquant.errors import UsageError
 from qquant.families import parse_config
 from qquant.families.decoder import Block, embed
-from qquant.padding import padded, padded_size, parallel_sizes, widened_codes
 from qquant.plan import Plan
 from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import padded, padded_size, parallel_sizes, widened_codes
 from tests.conftest import SMALL
 from tests.test_pipeline import CPU, HEAD, quiet
 
