@@ -39,7 +39,7 @@ from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS, detect
 from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.report import finite
+from qquant.report.record import finite
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
 

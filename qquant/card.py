@@ -22,7 +22,7 @@ from typing import Any
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
 from qquant.provenance import REPORT, Repository, read_report
-from qquant.report import fallback_note
+from qquant.report.record import fallback_note
 from qquant.source.untrusted import read_json
 
 CARD = "README.md"

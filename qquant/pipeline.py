@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qquant import __version__, background, calibration, report_html, walk
+from qquant import __version__, background, calibration, walk
 from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
@@ -35,12 +35,13 @@ from qquant.families.weights import WeightSource
 from qquant.formats import detect, kind_of_file
 from qquant.formats.gguf_shards import parts
 from qquant.formats.imatrix import Imatrix
-from qquant.gates import is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.moments import Moments
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
-from qquant.report import Report, SpeedReport
+from qquant.recipe.limits import is_fine, kind_of, reach, resolved
+from qquant.report import html
+from qquant.report.record import Report, SpeedReport
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json
@@ -217,7 +218,7 @@ def _opened(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, WeightSo
 def _write(report: Report, out: Path) -> None:
     """The views first, the record last: where there is a report.json, everything else is there."""
     write_synced(out / "report.md", report.to_markdown().encode())
-    write_synced(out / "report.html", report_html.render(report).encode())
+    write_synced(out / "report.html", html.render(report).encode())
     write_synced(out / "report.json", report.to_json().encode())
 
 

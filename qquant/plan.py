@@ -20,9 +20,9 @@ from qquant.disk.output import PARTIAL
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
 from qquant.formats.imatrix import Imatrix
-from qquant.gates import Reach, is_fine, kind_of, reach, resolved
 from qquant.layout import PlannedArtifact
 from qquant.recipe import Checks, Gates, Recipe
+from qquant.recipe.limits import Reach, is_fine, kind_of, reach, resolved
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import group_of, narrow, parallel_sizes
 from qquant.source.safetensors_file import SIZES

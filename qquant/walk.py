@@ -45,9 +45,9 @@ from qquant.errors import NumericalError, StoppedError
 from qquant.families import Stage
 from qquant.families.decoder import HEAD_ROWS, Block
 from qquant.formats import FORMATS
-from qquant.gates import is_fine, kind_of
 from qquant.kernels.product import tensor_cores
 from qquant.moments import Moments
+from qquant.recipe.limits import is_fine, kind_of
 from qquant.solver import Rows, Solver, rounding_of, unit
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow

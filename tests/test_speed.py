@@ -18,7 +18,7 @@ from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main
 from qquant.errors import UsageError
 from qquant.plan import Plan
-from qquant.report import Pace, Report
+from qquant.report.record import Pace, Report
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_runtime import RECIPE, built, gguf

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qquant.checks import statistics
 from qquant.checks.statistics import Loss, Vector
 from qquant.recipe import Gates
-from qquant.report import GateReport, Verdict
+from qquant.report.record import GateReport, Verdict
 
 Means = Mapping[str, Vector]  # "nll", "kl", "top1": window means of the losses
 

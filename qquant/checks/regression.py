@@ -13,7 +13,7 @@ from pathlib import Path
 from qquant.checks import evidence, statistics
 from qquant.checks.evidence import Evidence
 from qquant.errors import InputError
-from qquant.gates import ASKED
+from qquant.recipe.limits import ASKED
 
 LOSSES = {"kl": "mean KL divergence", "top1": "top-1 disagreement", "nll": "mean NLL difference"}
 

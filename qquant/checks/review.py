@@ -27,9 +27,9 @@ from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import detect
-from qquant.gates import LOSSY
 from qquant.recipe import Checks, Gates
-from qquant.report import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
+from qquant.recipe.limits import LOSSY
+from qquant.report.record import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
 Progress = Callable[[str, int, int], None]

@@ -35,7 +35,7 @@ from qquant.calibration import Tokenizer
 from qquant.checks.decoding import Chooser, Decoder
 from qquant.checks.statistics import mcnemar
 from qquant.families.weights import WeightSource
-from qquant.gates import ASKED
+from qquant.recipe.limits import ASKED
 from qquant.resources import free_memory
 from qquant.source.checkpoint import Checkpoint
 

@@ -46,7 +46,7 @@ from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf_shards import parts
 from qquant.formats.gguf_source import GgufSource
-from qquant.report import Pace, SpeedReport
+from qquant.report.record import Pace, SpeedReport
 from qquant.source.checkpoint import Checkpoint
 
 Progress = Callable[[str, int, int], None]

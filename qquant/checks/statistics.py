@@ -28,7 +28,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from qquant.gates import ASKED, POWER, normal_quantile
+from qquant.recipe.limits import ASKED, POWER, normal_quantile
 
 Vector = NDArray[np.float64]
 

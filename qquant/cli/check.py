@@ -128,13 +128,13 @@ def bisect(
 @JSON
 def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
     """Show the report of an earlier build or check again: an output folder, or its report.json."""
-    from qquant import report_html
-    from qquant.report import Report
+    from qquant.report.html import render
+    from qquant.report.record import Report
     from qquant.source.untrusted import read_json
 
     report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
     if html is not None:
-        html.write_text(report_html.render(report), "utf-8")
+        html.write_text(render(report), "utf-8")
     tell_watchers(report, junit, github)
     show(report, as_json)
 

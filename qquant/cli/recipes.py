@@ -53,6 +53,7 @@ def validate_recipes(files: tuple[str, ...]) -> None:
 @click.option("--report", "of_report", is_flag=True, help="That of report.json, for programs that read it.")
 def recipe_schema(of_report: bool) -> None:
     """The JSON schema of recipes, for editors."""
-    from qquant import recipe, report
+    from qquant import recipe
+    from qquant.report import record
 
-    click.echo(json.dumps(report.schema() if of_report else recipe.schema(), indent=2))
+    click.echo(json.dumps(record.schema() if of_report else recipe.schema(), indent=2))

@@ -14,7 +14,7 @@ from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
 
 if TYPE_CHECKING:
-    from qquant.report import SpeedReport
+    from qquant.report.record import SpeedReport
 
 
 @click.command(epilog=EXITS)

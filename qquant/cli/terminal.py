@@ -16,12 +16,12 @@ from qquant.errors import GateFailedError, InconclusiveError, StoppedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qquant.report import Report
+    from qquant.report.record import Report
 
 
 def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
     """Tell those who watch the build, before the verdict ends it."""
-    from qquant.checks import ci
+    from qquant.report import ci
 
     if junit is not None:
         junit.write_text(ci.junit(report), "utf-8")
@@ -46,7 +46,7 @@ def show(report: Report, as_json: bool) -> None:
     else:
         from rich.table import Table
 
-        from qquant.report import COLUMNS
+        from qquant.report.record import COLUMNS
 
         table = Table(title=f"{report.model} · {report.recipe}")
         for column in COLUMNS:

@@ -11,7 +11,7 @@ window means of a loss; shifted to have a mean of our choice, they are a populat
     "all"        three gates at their limits at once, with up to three looks (w, 2 w, 4 w windows): the artifact fails
 
 The margin is `--margin` of the mean for KL divergence and disagreement, and --nll nats for perplexity. It also prints the factors with
-which window means spread, which `qquant/gates.py` plans with.
+which window means spread, which `qquant/recipe/limits.py` plans with.
 """
 
 import argparse

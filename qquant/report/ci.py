@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from qquant.report import TITLES, ArtifactReport, Report
+from qquant.report.record import TITLES, ArtifactReport, Report
 
 MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "waived": "⚠️"}
 KINDS = {"fail": "failure", "inconclusive": "error"}

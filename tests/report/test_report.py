@@ -7,10 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qquant import report_html
-from qquant.checks import ci
 from qquant.errors import InputError
-from qquant.report import (
+from qquant.report import ci, html
+from qquant.report.record import (
     ArtifactReport,
     GateReport,
     Pace,
@@ -90,7 +89,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_whole_and_alone():
-    text = report_html.render(report(artifact(), artifact("b", 2 * 10**6, 0.001)))
+    text = html.render(report(artifact(), artifact("b", 2 * 10**6, 0.001)))
     page = Page(text)
     assert page.open == []
     assert page.links == []
@@ -107,7 +106,7 @@ def test_page_is_whole_and_alone():
 def test_verdict_comes_first_everywhere(outcome, title):
     waiver = "waived by A. Person until 2030-01-01: known" if outcome == "waived" else ""
     made = report(artifact(verdict=Verdict(outcome, ("too far off",) * (outcome != "pass"), (GATE,), waiver)))
-    shown = " ".join("".join(Page(report_html.render(made)).text).split())
+    shown = " ".join("".join(Page(html.render(made)).text).split())
     assert shown.index(title) < shown.index("recipe r")
     assert made.to_markdown().startswith(f"# m: {title}\n")
     assert json.loads(made.to_json())["verdict"] == outcome
@@ -125,7 +124,7 @@ def test_worst_verdict_is_that_of_the_report():
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
 def test_numbers_that_cannot_be_drawn(value):
     made = report(artifact(kl=value), artifact("b"), artifact("c", 3 * 10**6))
-    Page(report_html.render(made))
+    Page(html.render(made))
     stored = json.loads(made.to_json(), parse_constant=lambda text: pytest.fail(text))
     assert stored["artifacts"][0]["kl_divergence"] == (0.0 if value == 0 else str(value))
 
@@ -133,38 +132,37 @@ def test_numbers_that_cannot_be_drawn(value):
 def test_text_of_the_model_is_text():
     worst = WorstToken("a <script>alert(1)</script>\n", " </code>", 3.0, 4.0, 1.0)
     made = report(artifact(worst=(worst,), texts=(TextReport("<b>zh", 9, 2.0, 2.0, 1.0, 0.1, 0.9),)))
-    page = Page(report_html.render(made))
+    page = Page(html.render(made))
     assert "script" not in page.tags
     assert "a <script>alert(1)</script>⏎" in page.text
     assert "␣</code>" in page.text
 
 
 def test_heat_map_shows_every_linear():
-    page = Page(report_html.render(report()))
+    page = Page(html.render(report()))
     text = " ".join("".join(page.text).split())
     assert "mlp.down_proj" in text
     assert (
         "from 0.0010 (faint) to 0.0030 (strong), logarithmic; to nearest is 1, after GPTQ 0.500, after descent and scales 0.250"
         in text
     )
-    assert (
-        "mlp.down_proj of block 1: to nearest 0.00800; GPTQ 0.00400; descent and scales 0.00200"
-        in report_html.render(report())
+    assert "mlp.down_proj of block 1: to nearest 0.00800; GPTQ 0.00400; descent and scales 0.00200" in html.render(
+        report()
     )
     assert "a153 %20.10 · 2.0 · 153" in text
 
 
 def test_points_that_nothing_beats_are_filled():
     made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01), artifact("c", 300, 0.05))
-    assert report_html.render(made).count('class="dot best"') == 2
+    assert html.render(made).count('class="dot best"') == 2
 
 
 def test_speed_is_in_the_picture_and_in_tables():
     slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
-    plain = report_html.render(report(artifact("a", 100, 0.1), artifact("b", 90, 0.01)))
+    plain = html.render(report(artifact("a", 100, 0.1), artifact("b", 90, 0.01)))
     assert "Speed and memory" not in plain
     assert plain.count('class="dot best"') == 1
-    timed = report_html.render(report(artifact("a", 100, 0.1, speed=SPEED), artifact("b", 90, 0.01, speed=slow)))
+    timed = html.render(report(artifact("a", 100, 0.1, speed=SPEED), artifact("b", 90, 0.01, speed=slow)))
     assert timed.count('class="dot best"') == 2, "the fast one is beaten in size and divergence only"
     assert "a 2.1×" in timed
     text = " ".join(" ".join(Page(timed).text).split())
@@ -176,7 +174,7 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
     """Fast ones that are filled do not bend it."""
     slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
     made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01, speed=slow), artifact("c", 300, 0.05, speed=SPEED))
-    line = report_html._pareto(made.artifacts)["line"].split()
+    line = html._pareto(made.artifacts)["line"].split()
     assert len(line) == 2
 
 
@@ -185,22 +183,22 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
     [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1234"), (0.0, "0")],
 )
 def test_numbers_for_people(value, text):
-    assert report_html._digits(value) == text
+    assert html._digits(value) == text
 
 
 def test_axis_ticks_are_round_and_inside():
-    axis = report_html.Axis.of([4.2e6, 1.9e7], 0, 100)
+    axis = html.Axis.of([4.2e6, 1.9e7], 0, 100)
     assert axis.ticks() == [5e6, 1e7, 2e7]
     assert axis.at(axis.low) == 0
     assert axis.at(axis.high) == 100
-    wide = report_html.Axis.of([1e-9, 10], 0, 100)
+    wide = html.Axis.of([1e-9, 10], 0, 100)
     assert len(wide.ticks()) <= 7
 
 
 def test_an_axis_of_nearly_equal_values_has_a_tick():
     """Two artifacts of one size: no 1-2-5 number may lie between 1.25 times less and 1.25 times more."""
     for tenths in range(10, 100):
-        axis = report_html.Axis.of([tenths * 1e5], 0, 100)
+        axis = html.Axis.of([tenths * 1e5], 0, 100)
         assert axis.ticks(), tenths
         assert all(axis.low <= value <= axis.high for value in axis.ticks())
 
@@ -242,7 +240,7 @@ def test_record_is_read_back_whole():
     made = everything()
     back = Report.from_json(json.loads(made.to_json()))
     assert back.to_json() == made.to_json()
-    assert report_html.render(back) == report_html.render(made)
+    assert html.render(back) == html.render(made)
     assert math.isinf(back.artifacts[1].kl_divergence)
 
 
@@ -290,4 +288,4 @@ def test_report_command(tmp_path, monkeypatch):
     assert "::error title=bad" in result.stderr
     assert (tmp_path / "summary.md").read_text().startswith("❌")
     assert (tmp_path / "j.xml").is_file()
-    assert (tmp_path / "r.html").read_text() == report_html.render(everything())
+    assert (tmp_path / "r.html").read_text() == html.render(everything())

@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qquant import gates, recipe
+from qquant import recipe
 from qquant.checks import statistics
-from qquant.gates import LIMITS, kind_of, reach, resolved
-from qquant.recipe import Gates, Waiver
+from qquant.recipe import Gates, Waiver, limits
+from qquant.recipe.limits import LIMITS, kind_of, reach, resolved
 from tests.worlds import ROOT
 
 SMALL, LARGE = 464_000_000, 7_720_000_000
@@ -58,7 +58,7 @@ def test_what_a_recipe_says_stays():
 
 
 def test_the_table_stands_in_the_readme():
-    assert gates.reference() in README.read_text()
+    assert limits.reference() in README.read_text()
 
 
 def test_reach_is_that_of_real_windows():

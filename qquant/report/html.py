@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from qquant.report import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
+from qquant.report.record import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
@@ -62,7 +62,7 @@ class Axis:
 
 def render(report: Report) -> str:
     """The page."""
-    template = _environment().from_string((Path(__file__).with_name("report.html.jinja")).read_text("utf-8"))
+    template = _environment().from_string((Path(__file__).with_name("page.html.jinja")).read_text("utf-8"))
     artifacts = [artifact for artifact in report.artifacts if _usable(artifact)]
     return template.render(
         report=report,
