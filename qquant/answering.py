@@ -20,9 +20,9 @@ from qquant import runtime
 from qquant.artifact import open_weights
 from qquant.calibration import Tokenizer
 from qquant.errors import InputError, NumericalError, UsageError
-from qquant.formats.gguf_container import Header
-from qquant.formats.gguf_metadata import CONTROL, NORMAL, USER_DEFINED
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf.container import Header
+from qquant.formats.gguf.metadata import CONTROL, NORMAL, USER_DEFINED
+from qquant.formats.gguf.source import GgufSource
 from qquant.source.hub import resolve
 
 WORDS = (

@@ -38,7 +38,7 @@ from qquant.disk.writes import copy, create, make_folder, put, reached, rename, 
 from qquant.errors import InputError, QQuantError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS, detect
-from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
+from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.report.record import finite
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json

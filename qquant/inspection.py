@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qquant.formats import detect, gguf_types
-from qquant.formats.gguf_container import Header, nbytes, read_header
-from qquant.formats.gguf_shards import parts, read_model
+from qquant.formats import detect
+from qquant.formats.gguf import types
+from qquant.formats.gguf.container import Header, nbytes, read_header
+from qquant.formats.gguf.shards import parts, read_model
 from qquant.source.checkpoint import read_tensors
 from qquant.source.untrusted import read_json
 
@@ -45,7 +46,7 @@ def _gguf(path: Path) -> dict[str, Any]:
 
 def _rows(file: Path, header: Header) -> list[dict[str, Any]]:
     """The tensors of `file` in the order of their data."""
-    kinds = {kind.ggml_id: kind.name for kind in gguf_types.TYPES.values()}
+    kinds = {kind.ggml_id: kind.name for kind in types.TYPES.values()}
     ordered = sorted((t for t in header.tensors.values() if t.path == file), key=lambda tensor: tensor.offset)
     return [
         {

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from qquant.algorithms.gram import Gram
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError
-from qquant.formats.imatrix import Imatrix, mended
+from qquant.formats.gguf.imatrix import Imatrix, mended
 from qquant.source.checkpoint import Checkpoint
 
 

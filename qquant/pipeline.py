@@ -33,9 +33,9 @@ from qquant.disk.output import TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.families.weights import WeightSource
 from qquant.formats import detect, kind_of_file
-from qquant.formats.gguf_shards import parts
-from qquant.formats.imatrix import Imatrix
-from qquant.layout import PlannedArtifact
+from qquant.formats.gguf.imatrix import Imatrix
+from qquant.formats.gguf.shards import parts
+from qquant.formats.planned import PlannedArtifact
 from qquant.moments import Moments
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe

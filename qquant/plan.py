@@ -19,8 +19,8 @@ from typing import Any
 from qquant.disk.output import PARTIAL
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
-from qquant.formats.imatrix import Imatrix
-from qquant.layout import PlannedArtifact
+from qquant.formats.gguf.imatrix import Imatrix
+from qquant.formats.planned import PlannedArtifact
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import Reach, is_fine, kind_of, reach, resolved
 from qquant.source.checkpoint import Checkpoint

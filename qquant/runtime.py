@@ -34,7 +34,7 @@ from qquant.families import ModelConfig
 from qquant.families.decoder import HEAD_ROWS
 from qquant.families.weights import WeightSource
 from qquant.formats import ArtifactSource
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf.source import GgufSource
 from qquant.kernels import cpu_int4, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import check_group, repack

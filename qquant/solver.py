@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.algorithms import ROUNDERS, coupled, descent
+from qquant.algorithms import coupled, descent
 from qquant.algorithms.awq import Choice, Rounding
 from qquant.algorithms.checksum import checksum
-from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, rounding_weight
+from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, gptq, rounding_weight
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, Params, QuantizedTensor, nearest, value_of
 from qquant.artifact import Draft
@@ -61,7 +61,7 @@ def solved_once(
     """
     importance = rounding_weight(gram, damping)
     params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
-    return ROUNDERS["gptq"](weight, gram, joined(params), grid, damping), params
+    return gptq(weight, gram, joined(params), grid, damping), params
 
 
 def rounding_of(damping: float) -> Rounding:

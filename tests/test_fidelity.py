@@ -17,7 +17,7 @@ from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
 from qquant.errors import InputError
 from qquant.families.decoder import embed, source_block
-from qquant.formats import gguf_types
+from qquant.formats.gguf import quantize
 from qquant.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.resources import free_memory
@@ -241,7 +241,7 @@ def test_inputs_are_rounded_as_llama_cpp_rounds():
     """Its input rounding to q8_0 is that of q8_0 weights, of which there are golden blocks."""
     golden = np.load(GOLDEN / "ggml_blocks.npz")
     weight = torch.from_numpy(golden["weight"])[:16]
-    expected = gguf_types.dequantize(torch.from_numpy(golden["Q8_0.none"])[:16], "q8_0")
+    expected = quantize.dequantize(torch.from_numpy(golden["Q8_0.none"])[:16], "q8_0")
     differing = llama_cpp.rounded_inputs(weight, "q8_0") != expected
     assert int(differing.sum()) == 1, "one tie: weights round it away from zero, vector code for inputs to even"
     x = torch.randn(4, 512) * 10.0 ** torch.arange(-3, 1)[:, None]

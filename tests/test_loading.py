@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qquant import background, pipeline
 from qquant.checks import loading, review
 from qquant.errors import NumericalError
-from qquant.formats.gguf_container import header_bytes, nbytes, read_header
+from qquant.formats.gguf.container import header_bytes, nbytes, read_header
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
 

@@ -27,7 +27,7 @@ from qquant.answering import gguf_tokenizer
 from qquant.artifact import open_weights
 from qquant.calibration import Tokenizer
 from qquant.formats import FORMATS
-from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf.container import read_header
 from qquant.pipeline import check
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir

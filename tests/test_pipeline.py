@@ -405,7 +405,7 @@ def test_another_build_in_the_folder_is_not_overwritten(make_checkpoint, build):
 
 def test_importance_matrix_is_left_for_other_tools_and_taken_back(make_checkpoint, build, tmp_path):
     """The measured matrix, given back with --imatrix, gives the same blocks; another one gives others."""
-    from qquant.formats import imatrix
+    from qquant.formats.gguf import imatrix
 
     folder = make_checkpoint()
     _, out = build(folder, "gguf-q4_0")

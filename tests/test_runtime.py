@@ -17,7 +17,7 @@ from qquant.calibration import Tokenizer
 from qquant.cli import main
 from qquant.errors import EnvironmentMissingError, InputError, NumericalError, UsageError
 from qquant.formats.awq import AwqLayout
-from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf.container import read_header
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.moments import Moments

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qquant import pipeline
 from qquant.calibration import Tokenizer
 from qquant.checks import decoding, sanity, structure
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf.source import GgufSource
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
 

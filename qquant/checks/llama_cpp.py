@@ -41,7 +41,7 @@ from qquant.checks.fidelity import Progress, Scored, final_states, plain_block
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.families.decoder import Block
 from qquant.families.weights import WeightSource
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf.source import GgufSource
 
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the largest that are kept

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from qquant import background
 from qquant.errors import InputError
-from qquant.formats.gguf_container import read_header
+from qquant.formats.gguf.container import read_header
 
 SECONDS = 60  # that a child may take to start, and for each part besides
 LOOK = 0.2  # seconds between looks at whether a child is still wanted

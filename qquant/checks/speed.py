@@ -44,8 +44,8 @@ from qquant.checks.stepping import Stepper, Weights, capture, read_weights
 from qquant.errors import UsageError
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
-from qquant.formats.gguf_shards import parts
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf.shards import parts
+from qquant.formats.gguf.source import GgufSource
 from qquant.report.record import Pace, SpeedReport
 from qquant.source.checkpoint import Checkpoint
 

@@ -27,7 +27,7 @@ from qquant.calibration import Tokenizer
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats import detect
-from qquant.formats.gguf_shards import read_model
+from qquant.formats.gguf.shards import read_model
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
 from qquant.source.vocabulary import read

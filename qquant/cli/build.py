@@ -24,7 +24,7 @@ from qquant.cli.options import (
 from qquant.cli.terminal import Progress, Stop, show, tell_watchers
 
 if TYPE_CHECKING:
-    from qquant.layout import PlannedArtifact
+    from qquant.formats.planned import PlannedArtifact
     from qquant.plan import Plan
     from qquant.source.checkpoint import Checkpoint
 

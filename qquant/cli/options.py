@@ -13,7 +13,7 @@ from qquant.errors import EnvironmentMissingError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from qquant.formats.imatrix import Imatrix
+    from qquant.formats.gguf.imatrix import Imatrix
     from qquant.recipe import Recipe
     from qquant.source.checkpoint import Checkpoint
 
@@ -83,7 +83,7 @@ def open_source(
 def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
     if path is None:
         return None
-    from qquant.formats import imatrix
+    from qquant.formats.gguf import imatrix
     from qquant.moments import require_fit
 
     found = imatrix.read(path)

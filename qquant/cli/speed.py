@@ -42,7 +42,7 @@ def speed(
     import torch
 
     from qquant.checks import speed as check
-    from qquant.formats.gguf_source import GgufSource
+    from qquant.formats.gguf.source import GgufSource
     from qquant.source.checkpoint import Checkpoint
 
     settings = check.Settings(prompt, steps, pairs, margin, min_decode, min_prefill)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats.awq import Awq
-from qquant.formats.gguf import Gguf
-from qquant.formats.gguf_mix import FILE_TYPES
-from qquant.formats.gguf_shards import read_model
+from qquant.formats.gguf.imatrix import Imatrix
+from qquant.formats.gguf.layout import Gguf
+from qquant.formats.gguf.mix import FILE_TYPES
+from qquant.formats.gguf.shards import read_model
 from qquant.formats.gptq import Gptq
-from qquant.formats.imatrix import Imatrix
-from qquant.layout import PlannedArtifact
+from qquant.formats.planned import PlannedArtifact
 from qquant.recipe import Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json

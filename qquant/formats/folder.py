@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
-from qquant.formats.imatrix import Imatrix
-from qquant.layout import PlannedArtifact, copied_file, safetensors_files, small_file
+from qquant.formats.gguf.imatrix import Imatrix
+from qquant.formats.planned import PlannedArtifact, copied_file, safetensors_files, small_file
 from qquant.recipe import Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors

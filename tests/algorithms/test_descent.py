@@ -6,7 +6,7 @@ import torch
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
 from qquant.algorithms.grid import UniformGrid, UniformParams, value_of
-from qquant.formats import gguf_types
+from qquant.formats.gguf import quantize
 from tests.algorithms.test_gptq import problem
 
 
@@ -209,7 +209,7 @@ def test_rows_without_curvature_are_left_alone(solved):
 @pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q8_0"])
 def test_parameters_of_block_types_suit_their_codes_better(kind):
     weight, gram = problem(12, 512, 900)
-    grid = gguf_types.grid(kind)
+    grid = quantize.grid(kind)
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.levels(), grid, 0.01)
     damped = descent.damped(gram.matrix, 0.01)

@@ -17,9 +17,10 @@ import torch
 
 from qquant import recipe
 from qquant.checks import speed
-from qquant.formats.gguf import Gguf
-from qquant.formats.gguf_source import GgufSource
-from qquant.formats.gguf_types import TYPES, quantize
+from qquant.formats.gguf.layout import Gguf
+from qquant.formats.gguf.quantize import quantize
+from qquant.formats.gguf.source import GgufSource
+from qquant.formats.gguf.types import TYPES
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.gpu import random_weights, shape_of
 from tests.bench.memory import write_random

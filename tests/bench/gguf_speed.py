@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qquant.formats.gguf_types import TYPES, quantize
+from qquant.formats.gguf.quantize import quantize
+from qquant.formats.gguf.types import TYPES
 
 
 def weights(rows, columns):

@@ -23,8 +23,8 @@ import atheris
 with atheris.instrument_imports(include=["qquant", "json"]):
     from qquant.errors import InputError
     from qquant.families import FAMILIES, family_of, parse_config
-    from qquant.formats.gguf_container import Field, header_bytes, read_header
-    from qquant.formats.gguf_source import GgufSource
+    from qquant.formats.gguf.container import Field, header_bytes, read_header
+    from qquant.formats.gguf.source import GgufSource
     from qquant.source import safetensors_file
     from qquant.source.checkpoint import _indexed
     from qquant.source.untrusted import read_json, refuse_hooks

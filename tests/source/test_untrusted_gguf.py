@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qquant.errors import InputError
-from qquant.formats import gguf_container, imatrix
-from qquant.formats.gguf_container import Field, header_bytes, read_header
-from qquant.formats.gguf_source import GgufSource
+from qquant.formats.gguf import container, imatrix
+from qquant.formats.gguf.container import Field, header_bytes, read_header
+from qquant.formats.gguf.source import GgufSource
 from tests.worlds.strange import FAST, numbers, refused
 
 
@@ -109,10 +109,10 @@ def test_gguf_numbers_that_no_model_has(tmp_path, key, value):
 
 
 def test_many_and_long_values_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_container, "ELEMENT_LIMIT", 100)
+    monkeypatch.setattr(container, "ELEMENT_LIMIT", 100)
     with pytest.raises(InputError, match="array of 60 values"):
         read_header(gguf_file(tmp_path / "x.gguf", [Field("a", "[u8]", [1] * 60), Field("b", "[u8]", [1] * 60)]))
-    monkeypatch.setattr(gguf_container, "HEADER_LIMIT", 1000)
+    monkeypatch.setattr(container, "HEADER_LIMIT", 1000)
     with pytest.raises(InputError, match="string of 2,000 bytes"):
         read_header(gguf_file(tmp_path / "x.gguf", [Field("a", "str", "x" * 2000)]))
 

@@ -89,7 +89,7 @@ def test_strange_settings(strange_folder, name, content):
     "processor", [5, [], {"processors": 3}, {"processors": [None, {"type": "TemplateProcessing", "single": [1, 2]}]}]
 )
 def test_strange_post_processors(make_checkpoint, processor):
-    from qquant.formats.gguf_metadata import _added_around
+    from qquant.formats.gguf.metadata import _added_around
 
     assert _added_around({"post_processor": processor}, {}) == {}
 

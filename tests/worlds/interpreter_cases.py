@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from qquant.formats import gguf_search, gguf_types
+from qquant.formats.gguf import exact, quantize, search
 from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
@@ -241,10 +241,11 @@ def ggmls(kind, mode):
     weight, expected = (torch.from_numpy(golden[name][:5]) for name in ("weight", f"{kind.upper()}.{mode}"))
     importance = torch.from_numpy(golden["importance"]) if mode == "importance" else None
     with (
-        patch.object(gguf_search, "on_cpu", return_value=False),
-        patch.object(gguf_search.gpu, "runs", return_value=True) as asked,
+        patch.object(exact, "on_cpu", return_value=False),
+        patch.object(search, "on_cpu", return_value=False),
+        patch.object(search.gpu, "runs", return_value=True) as asked,
     ):
-        found = gguf_types.quantize(weight, kind, importance)
+        found = quantize.quantize(weight, kind, importance)
     assert asked.called, "no kernel was needed"
     return float((found != expected).sum()), 0.0
 

@@ -11,17 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qquant.errors import InputError, NumericalError, UsageError
-from qquant.formats import gguf_search, gguf_types
-from qquant.formats.gguf_types import TYPES, BlockParams, dequantize, grid, pack, quantize, unpack
+from qquant.formats.gguf import blocks as strategies
+from qquant.formats.gguf import exact, fields, search
+from qquant.formats.gguf.blocks import BlockParams
+from qquant.formats.gguf.quantize import dequantize, grid, pack, quantize, unpack
+from qquant.formats.gguf.types import TYPES
 from tests.worlds import GOLDEN
 
-BLOCKS = np.load(GOLDEN / "ggml_blocks.npz")
-WEIGHT, IMPORTANCE = torch.from_numpy(BLOCKS["weight"]), torch.from_numpy(BLOCKS["importance"])
+VECTORS = np.load(GOLDEN / "ggml_blocks.npz")
+WEIGHT, IMPORTANCE = torch.from_numpy(VECTORS["weight"]), torch.from_numpy(VECTORS["importance"])
 FLOATS = ("f32", "f16", "bf16")
 GRIDS = [name for name, kind in TYPES.items() if kind.levels]
 BLOCKS = [name for name in TYPES if name not in FLOATS]
 WEIGHTED = {"none": None, "importance": IMPORTANCE}
-CASES = [key for key in BLOCKS if "." in key]
+CASES = [key for key in VECTORS if "." in key]
 BY_ROW = ["Q4_0.importance", "Q4_1.importance", "Q5_0.importance", "Q5_1.importance"]  # weights depend on the whole row
 
 
@@ -38,7 +41,7 @@ def random_blocks(name, rows=3, blocks=4, seed=0, finite=True):
     if finite:
         start = 0
         for field in kind.fields:
-            if isinstance(field, gguf_types.Half):
+            if isinstance(field, fields.Half):
                 data.view(rows, blocks, kind.bytes)[:, :, start + 1] &= 0xBB
             start += field.bytes
     return data
@@ -60,15 +63,15 @@ def test_golden_covers_every_type():
 def test_bytes_are_ggmls(case):
     name, mode = case.split(".")
     blocks = quantize(WEIGHT, name.lower(), WEIGHTED[mode])
-    assert np.array_equal(blocks.numpy(), BLOCKS[case])
+    assert np.array_equal(blocks.numpy(), VECTORS[case])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_are_ggmls_without_numpy(case, monkeypatch):
     """What an accelerator runs: torch alone, element by element."""
-    monkeypatch.setattr(gguf_search, "on_cpu", lambda x: False)
+    monkeypatch.setattr(exact, "on_cpu", lambda x: False)
     name, mode = case.split(".")
-    assert np.array_equal(quantize(WEIGHT, name.lower(), WEIGHTED[mode]).numpy(), BLOCKS[case])
+    assert np.array_equal(quantize(WEIGHT, name.lower(), WEIGHTED[mode]).numpy(), VECTORS[case])
 
 
 @pytest.mark.gpu
@@ -76,7 +79,7 @@ def test_bytes_are_ggmls_without_numpy(case, monkeypatch):
 def test_bytes_are_ggmls_on_a_gpu(case):
     name, mode = case.split(".")
     importance = None if mode == "none" else IMPORTANCE.cuda()
-    assert np.array_equal(quantize(WEIGHT.cuda(), name.lower(), importance).cpu().numpy(), BLOCKS[case])
+    assert np.array_equal(quantize(WEIGHT.cuda(), name.lower(), importance).cpu().numpy(), VECTORS[case])
 
 
 def test_threads_do_not_matter():
@@ -96,9 +99,9 @@ def test_threads_do_not_matter():
 
 def test_einsum_is_used_only_if_it_rounds_products(monkeypatch):
     """On a machine where numpy fuses multiply and add, the slower sums give the same bytes."""
-    monkeypatch.setattr(gguf_search, "_einsum_rounds_products", lambda: False)
+    monkeypatch.setattr(exact, "_einsum_rounds_products", lambda: False)
     for name in ("q4_k", "q6_k", "iq4_nl"):
-        assert np.array_equal(quantize(WEIGHT, name, IMPORTANCE).numpy(), BLOCKS[f"{reference(name).name}.importance"])
+        assert np.array_equal(quantize(WEIGHT, name, IMPORTANCE).numpy(), VECTORS[f"{reference(name).name}.importance"])
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -134,8 +137,8 @@ def test_decoder_is_ggufs_on_any_bytes(name, finite):
 def test_decoder_is_ggufs_on_golden_blocks(case):
     name = case.split(".")[0]
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(BLOCKS[case], reference(name))
-    assert same_bits(dequantize(torch.from_numpy(BLOCKS[case]), name.lower()), expected)
+        expected = gguf.quants.dequantize(VECTORS[case], reference(name))
+    assert same_bits(dequantize(torch.from_numpy(VECTORS[case]), name.lower()), expected)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -158,7 +161,7 @@ def test_levels_give_the_decoded_values(name):
 @pytest.mark.parametrize("mode", WEIGHTED)
 @pytest.mark.parametrize("name", GRIDS)
 def test_fit_is_what_quantize_stores(name, mode):
-    blocks = torch.from_numpy(BLOCKS[f"{reference(name).name}.{mode}"])
+    blocks = torch.from_numpy(VECTORS[f"{reference(name).name}.{mode}"])
     codes, stored = unpack(blocks, name)
     fitted = grid(name).fit(WEIGHT, WEIGHTED[mode])
     for field in ("d", "dmin", "scales", "mins"):
@@ -182,8 +185,8 @@ def test_zero_step_keeps_the_codes_of_the_search(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_pieces_and_neighbours_do_not_matter(name, monkeypatch):
     whole = quantize(WEIGHT, name, IMPORTANCE)
-    monkeypatch.setitem(gguf_types._PIECE, "cpu", 1)
-    monkeypatch.setitem(gguf_types._BATCH, "cpu", 3 * 1024)
+    monkeypatch.setitem(strategies.PIECE, "cpu", 1)
+    monkeypatch.setitem(strategies.BATCH, "cpu", 3 * 1024)
     assert torch.equal(quantize(WEIGHT, name, IMPORTANCE), whole)
     assert torch.equal(dequantize(whole, name), torch.cat([dequantize(row[None], name) for row in whole]))
     assert torch.equal(quantize(WEIGHT[5:6], name, IMPORTANCE), whole[5:6])
@@ -195,7 +198,7 @@ def test_one_block_alone_has_the_same_bytes(case):
     name, mode = case.split(".")
     name = name.lower()
     kind, importance = TYPES[name], WEIGHTED[mode]
-    expected = BLOCKS[f"{reference(name).name}.{mode}"]
+    expected = VECTORS[f"{reference(name).name}.{mode}"]
     for row, block in ((0, 0), (3, 1), (20, 2), (31, 3)):
         columns = slice(block * kind.block, (block + 1) * kind.block)
         part = quantize(WEIGHT[row : row + 1, columns], name, None if importance is None else importance[columns])
@@ -267,7 +270,7 @@ def test_rows_are_independent(name, seed, weighted):
     order = torch.randperm(len(WEIGHT), generator=torch.Generator().manual_seed(seed))[:7]
     mode = "importance" if weighted else "none"
     blocks = quantize(WEIGHT[order], name, WEIGHTED[mode])
-    assert np.array_equal(blocks.numpy(), BLOCKS[f"{reference(name).name}.{mode}"][order.numpy()])
+    assert np.array_equal(blocks.numpy(), VECTORS[f"{reference(name).name}.{mode}"][order.numpy()])
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -287,8 +290,8 @@ def test_rounding_wraps_as_ggml_does():
     x = torch.tensor([0.5, 1.5, -2.5, 4194303.0, torch.inf, -torch.inf, torch.nan, 1e30])
     bits = (x.numpy() + np.float32(12582912.0)).view(np.int32) & 0x7FFFFF
     expected = np.where(np.isnan(x.numpy()), 0, bits - 0x400000)
-    assert gguf_search.nearest_int(x).tolist() == expected.tolist()
-    assert gguf_search.nearest_int(x)[:4].tolist() == [0, 2, -2, 4194303]
+    assert exact.nearest_int(x).tolist() == expected.tolist()
+    assert exact.nearest_int(x)[:4].tolist() == [0, 2, -2, 4194303]
 
 
 def test_sums_run_from_left_to_right():
@@ -298,19 +301,19 @@ def test_sums_run_from_left_to_right():
         for row in x:
             total += row
             product += row * (row + 1)
-        assert torch.equal(gguf_search.sum_in_order(x), total)
-        assert torch.equal(gguf_search.sum_in_order(x.t().contiguous().t()), total)
-        assert np.array_equal(gguf_search._dot(x, x + 1), product)
+        assert torch.equal(exact.sum_in_order(x), total)
+        assert torch.equal(exact.sum_in_order(x.t().contiguous().t()), total)
+        assert np.array_equal(exact.dot(x, x + 1), product)
 
 
 def test_square_roots_are_correctly_rounded():
     x = torch.rand(10000) * 10.0 ** torch.randint(-30, 30, (10000,))
-    assert torch.equal(gguf_search.square_root(x.clone()), x.double().sqrt().float())
+    assert torch.equal(exact.square_root(x.clone()), x.double().sqrt().float())
 
 
 def test_slow_rounding_agrees_with_fast_rounding():
     x = WEIGHT[:16].reshape(-1, 32).t().contiguous()
-    fast, slow = (gguf_search._affine(x, x.abs(), 15, gguf_search.IMPORTANCE, exact) for exact in (False, True))
+    fast, slow = (search._affine(x, x.abs(), 15, search.IMPORTANCE, exact) for exact in (False, True))
     for a, b in zip(fast, slow, strict=True):
         assert torch.equal(a, b)
 
@@ -354,8 +357,8 @@ def test_constants_need_no_torch():
         "import sys, types, qquant\n"
         "package = types.ModuleType('qquant.formats'); package.__path__ = [qquant.__path__[0] + '/formats']\n"
         "sys.modules['qquant.formats'] = package\n"
-        "from qquant.formats import gguf_mix, gguf_types\n"
-        "assert gguf_types.TYPES['q4_k'].row_bytes(512) == 288\n"
+        "from qquant.formats.gguf import mix, types\n"
+        "assert types.TYPES['q4_k'].row_bytes(512) == 288\n"
         "assert not {'torch', 'numpy', 'gguf'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qquant.errors import InputError
-from qquant.formats.gguf_container import Field, header_bytes, nbytes, padded, read_header
+from qquant.formats.gguf.container import Field, header_bytes, nbytes, padded, read_header
 from qquant.resources import lazy
 from qquant.source.safetensors_file import TensorInfo, read_tensor
 from qquant.source.untrusted import require_regular

@@ -14,8 +14,10 @@ from qquant.algorithms.checksum import as_bytes, checksum
 from qquant.answering import gguf_tokenizer
 from qquant.calibration import Tokenizer
 from qquant.errors import InputError, QQuantError
-from qquant.formats import FORMATS, gguf, gguf_metadata, imatrix
-from qquant.formats.gguf_container import Field, header_bytes, read_header
+from qquant.formats import FORMATS
+from qquant.formats.gguf import imatrix, metadata
+from qquant.formats.gguf.container import Field, header_bytes, read_header
+from qquant.formats.gguf.layout import _reader
 from qquant.recipe import GgufArtifact, load
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
@@ -23,9 +25,7 @@ from tests.worlds import GOLDEN
 
 def fields_of(folder, name, **changes):
     spec = GgufArtifact(**{"name": "x", "format": "gguf", "type": "q8_0", "imatrix": False} | changes)
-    return {
-        field.key: field.value for field in gguf_metadata.metadata(Checkpoint.open(folder), spec, load("demo"), name)
-    }
+    return {field.key: field.value for field in metadata.metadata(Checkpoint.open(folder), spec, load("demo"), name)}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def fields_of(folder, name, **changes):
 )
 def test_names_are_split_as_the_converter_splits_them(name, parameters):
     _, _, base, finetune, version, label = Metadata.get_model_id_components(name, parameters)
-    ours = {field.key: field.value for field in gguf_metadata._naming(name, parameters)}
+    ours = {field.key: field.value for field in metadata._naming(name, parameters)}
     assert ours["general.name"] == Metadata.id_to_title(name)
     assert ours.get("general.basename") == base
     assert ours.get("general.finetune") == finetune
@@ -62,7 +62,7 @@ def test_names_are_split_as_the_converter_splits_them(name, parameters):
     "parameters", [999, 12_345, 1_500_000, 9_331_968, 12_600_000, 463_987_712, 7_721_324_544, 72_000_000_000]
 )
 def test_size_labels(parameters):
-    assert gguf_metadata.size_label(parameters) == size_label(parameters, 0, 0, 0)
+    assert metadata.size_label(parameters) == size_label(parameters, 0, 0, 0)
 
 
 def test_metadata_is_what_llama_cpp_needs(make_checkpoint):
@@ -73,7 +73,7 @@ def test_metadata_is_what_llama_cpp_needs(make_checkpoint):
     assert fields["qwen2.attention.head_count_kv"] == 2
     assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == 8200
     assert fields["tokenizer.ggml.tokens"][8190:8194] == ["<|im_start|>", "<|im_end|>", "[PAD8192]", "[PAD8193]"]
-    assert fields["tokenizer.ggml.token_type"][8189:8194] == [gguf_metadata.CONTROL] * 3 + [gguf_metadata.UNUSED] * 2
+    assert fields["tokenizer.ggml.token_type"][8189:8194] == [metadata.CONTROL] * 3 + [metadata.UNUSED] * 2
     assert fields["tokenizer.ggml.eos_token_id"] == 8191
     assert "tokenizer.ggml.add_bos_token" not in fields, "no file of this tokenizer says"
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -189,7 +189,7 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
         return found
 
     for size in (256, 1 << 10, 1 << 18):
-        monkeypatch.setattr(gguf, "DECODED", size)
+        monkeypatch.setattr("qquant.formats.gguf.layout.DECODED", size)
         assert failures(values) == []
     wrong = {"model.layers.1.mlp.up_proj.weight": "0"}
     assert failures(values | wrong) == [
@@ -197,7 +197,7 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
     ]
     written["output_norm.weight"] = "0"
     assert failures(values) == [f"{path}: tensor output_norm.weight read back differs from what was written"]
-    ours, theirs = gguf._reader(gguf_package, path), GGUFReader(path)
+    ours, theirs = _reader(gguf_package, path), GGUFReader(path)
     assert [(t.name, t.data_offset, t.n_bytes, t.tensor_type) for t in ours.tensors] == [
         (t.name, t.data_offset, t.n_bytes, t.tensor_type) for t in theirs.tensors
     ]

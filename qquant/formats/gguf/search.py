@@ -29,8 +29,20 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qquant.formats.gguf.exact import (
+    SAFE,
+    Array,
+    Space,
+    divide,
+    dot,
+    indices,
+    nearest_code,
+    nearest_int,
+    sum_in_order,
+    summed,
+)
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -43,12 +55,10 @@ else:
     torch, gpu = lazy("torch"), lazy("qquant.kernels.ggml_search")
     np = lazy("numpy")
 
+
 TINY = 1e-15  # a block whose largest value is below this is stored as zeros
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # IQ4_NL and IQ4_XS
 IMPORTANCE = (-0.9, 0.05, 37, False)  # schedule of `affine` with importance weights
-
-_MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
-_SAFE = 2.0**21  # below this nearest_int() is round() with room to spare
 _SMALLEST_SPAN = 1e-36  # nmax / span stays finite above this
 _REACH = 280  # 2 * 140; a candidate's |x / scale| stays below 140
 _BATCH = 2  # candidates computed together: with them a piece still fits the cache
@@ -82,114 +92,6 @@ class Found:
         return codes
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether sums, and values of which there is one per block, are left to numpy."""
-    return x.device.type == "cpu"
-
-
-def nearest_int(x: Tensor) -> Tensor:
-    """Int32: nearest integer, ties to even, for |x| < 2^22; outside, the wrapped value that ggml's bit trick gives."""
-    return _mantissa(x + _MAGIC).sub_(0x400000)
-
-
-def nearest_code(x: Tensor, centre: int, top: int) -> Tensor:
-    """Uint8 codes: `nearest_int(x) + centre`, clamped to 0 .. top; destroys `x`."""
-    return _mantissa(x.add_(_MAGIC)).sub_(0x400000 - centre).clamp_(0, top).to(torch.uint8)
-
-
-def _mantissa(shifted: Tensor) -> Tensor:
-    if not on_cpu(shifted):
-        shifted.masked_fill_(shifted.isnan(), _MAGIC)  # x86's NaN has the mantissa of MAGIC, others' differ
-    return shifted.view(torch.int32).bitwise_and_(0x7FFFFF)
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded float32 square root, in place."""
-    if on_cpu(x):
-        np.sqrt(x.numpy(), out=x.numpy())
-        return x
-    return x.copy_(x.double().sqrt_())
-
-
-def sum_in_order(x: Tensor) -> Tensor:
-    """Float32 sum over dimension -2 of `x` [..., E, B], strictly from left to right, starting at +0."""
-    return _Space(x).tensor(_sum(x))
-
-
-def squares_in_order(x: Tensor) -> Tensor:
-    """`sum_in_order(x * x)` for `x` [E, B]."""
-    return _Space(x).tensor(_dot(x, x))
-
-
-def _sum(x: Tensor) -> Array:
-    if on_cpu(x) and x.shape[-1] > 1:
-        # numpy adds row to row along a slow axis; its pairwise summation is for the fast axis only
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        return np.add.reduce(x.numpy(), axis=-2, initial=0.0)
-    if gpu.runs(x):
-        return gpu.sum_in_order(x)
-    total = torch.zeros_like(x[..., 0, :])
-    for element in x.unbind(-2):
-        total.add_(element)
-    return _Space(x).array(total)
-
-
-def _dot(*factors: Tensor) -> Array:
-    """Sum in order of the product of two or three `factors` [c, E, B] or [E, B], every product rounded on its own."""
-    if on_cpu(factors[0]) and factors[0].shape[-1] > 1 and _einsum_rounds_products():
-        return _einsum(*(factor.numpy() for factor in factors))
-    return _sum(functools.reduce(torch.mul, factors))
-
-
-def _einsum(*factors: Array) -> Array:
-    inputs = ["ceb" if factor.ndim == 3 else "eb" for factor in factors]
-    return np.einsum(f"{','.join(inputs)}->{'cb' if 'ceb' in inputs else 'b'}", *factors)
-
-
-@functools.cache
-def _einsum_rounds_products() -> bool:
-    """Whether numpy's einsum, which saves passes through memory, multiplies and adds in order and without fusing the two.
-
-    It is so in the builds for x86-64, but nothing promises it: so try, with lengths that reach its vector loop and tail.
-    """
-    random = np.random.default_rng(0)
-    for width in (2, 16, 67):
-        a, b = random.standard_normal((2, 32, width), np.float32)
-        c, d = random.standard_normal((2, 3, 32, width), np.float32)
-        for factors in ((a, b), (a, b, a), (a, c), (a, c, b), (a, c, d)):
-            products = functools.reduce(np.multiply, factors)
-            total = functools.reduce(np.add, np.moveaxis(products, -2, 0))
-            if not (_einsum(*factors) == total).all():
-                return False
-    return True
-
-
-class _Space:
-    """Where values of which there is one per block live: numpy on a CPU, whose calls cost a fraction of torch's."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.device = x.device
-        cpu = on_cpu(x)
-        self.xp: Any = np if cpu else torch
-        self.array: Callable[[Tensor], Array] = torch.Tensor.numpy if cpu else _same
-        self.tensor: Callable[[Array], Tensor] = torch.from_numpy if cpu else _same
-        self.indices: Callable[[Array], Array] = np.flatnonzero if cpu else indices
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def indices(mask: Tensor) -> Tensor:
-    """Int64: where `mask` [B] is true."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if on_cpu(mask) else mask.nonzero().squeeze(1)
-
-
-def divide(numerator: float, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, correctly rounded (`float / tensor` multiplies with a reciprocal)."""
-    return torch.div(torch.full((1,), numerator, dtype=torch.float32, device=denominator.device), denominator)
-
-
 def _numerators(offsets: Iterable[int], step: float, first: float, nmax: int) -> Tensor:
     """Float32: first + step * offset + nmax, added from left to right."""
     steps = torch.tensor(list(offsets), dtype=torch.float32) * torch.tensor(step, dtype=torch.float32)
@@ -198,7 +100,7 @@ def _numerators(offsets: Iterable[int], step: float, first: float, nmax: int) ->
 
 def signed_peak(x: Tensor) -> tuple[Tensor, Tensor]:
     """(value of largest magnitude, that magnitude) over dimension 0 of [E, B]; the first of equals, +0 for zeros."""
-    space = _Space(x)
+    space = Space(x)
     values, xp = space.array(x), space.xp
     high, low = xp.amax(values, 0), xp.amin(values, 0)
     magnitude = xp.maximum(high, -low)
@@ -213,7 +115,7 @@ def signed_peak(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def lowest(x: Tensor) -> Tensor:
     """Smallest value over dimension 0 of [E, B]; a zero has the sign of the first zero."""
-    space = _Space(x)
+    space = Space(x)
     values, xp = space.array(x), space.xp
     low = xp.amin(values, 0)
     zero = low == 0
@@ -224,7 +126,6 @@ def lowest(x: Tensor) -> Tensor:
 
 
 Piece = tuple["Tensor", "Tensor"]  # x and w, both float32 [E, J, S]
-Array = Any  # a numpy array on a CPU, else a tensor
 Sums = Callable[["Tensor", "Tensor"], tuple[Array, Array]]
 
 
@@ -240,7 +141,7 @@ def symmetric(pieces: Iterable[Piece], nmax: int, weigh: bool = False) -> Found:
 
         def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
             codes = torch.mul(x, inverse, out=memory).round_().clamp_(-nmax, nmax - 1)
-            return _dot(wx, codes), _dot(w, codes, codes)
+            return dot(wx, codes), dot(w, codes, codes)
 
         return sums
 
@@ -263,7 +164,7 @@ def _search(
     parts = []
     memory: Tensor | None = None
     for x, w in pieces:
-        space = _Space(x)
+        space = Space(x)
         x_flat, w_flat = x.flatten(1), w.flatten(1)
         if fast and gpu.runs(x):
             parts.append([value.view(x.shape[1:]) for value in fast(x_flat, w_flat)[: 2 + weigh]])
@@ -289,7 +190,7 @@ def _search(
     return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
-def _best_projection(lx: Array, l2: Array, space: _Space) -> tuple[Array, Array]:
+def _best_projection(lx: Array, l2: Array, space: Space) -> tuple[Array, Array]:
     """(scales [C, B], which of them explains most of x, int64 [B]) for candidates with sums <x, l> and <l, l> [C, B].
 
     Candidate 0 is taken unless its codes are all zero; a later one has to win strictly, compared without a division (never
@@ -358,7 +259,7 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, 
     fields = [space.tensor(values) for values in (scale, chosen, line.weight, xp.where(dead, start, low), base)]
     if not exact:
         span = high - highest
-        safe = (abs(highest - smallest) * (nmax + 2.0) < _SAFE * span) & (span > _SMALLEST_SPAN) | dead
+        safe = (abs(highest - smallest) * (nmax + 2.0) < SAFE * span) & (span > _SMALLEST_SPAN) | dead
         where = indices(space.tensor(~safe))
         if where.numel():
             slow = _affine(x[:, where].contiguous(), w[:, where].contiguous(), nmax, schedule, True)
@@ -372,9 +273,9 @@ class _Line:
 
     def __init__(self, x: Tensor, w: Tensor, nmax: int, absolute: bool, exact: bool) -> None:
         self.x, self.w, self.nmax, self.absolute, self.exact = x, w, nmax, absolute, exact
-        self.space = _Space(x)
+        self.space = Space(x)
         self.codes, self.difference = x.new_empty((2, *x.shape))
-        self.weight, self.sum_x = _sum(w), _dot(w, x)
+        self.weight, self.sum_x = summed(w), dot(w, x)
 
     def round(self, inverse: Array, low: Array) -> None:
         tensor = self.space.tensor
@@ -387,7 +288,7 @@ class _Line:
 
     def refit(self) -> tuple[Array, Array, Array]:
         """(scale, minimum, whether the system is regular) of the weighted least-squares line through the codes."""
-        sum_l, sum_ll, sum_lx = (_dot(self.w, self.codes, *factor) for factor in ((), (self.codes,), (self.x,)))
+        sum_l, sum_ll, sum_lx = (dot(self.w, self.codes, *factor) for factor in ((), (self.codes,), (self.x,)))
         determinant = self.weight * sum_ll - sum_l * sum_l
         scale = (self.weight * sum_lx - self.sum_x * sum_l) / determinant
         low = (sum_ll * self.sum_x - sum_l * sum_lx) / determinant
@@ -401,7 +302,7 @@ class _Line:
         tensor = self.space.tensor
         difference = torch.mul(self.codes, tensor(scale), out=self.difference)
         difference.add_(tensor(low)).sub_(self.x)  # addcmul would round once
-        return _dot(difference.abs_(), self.w) if self.absolute else _dot(difference, difference, self.w)
+        return dot(difference.abs_(), self.w) if self.absolute else dot(difference, difference, self.w)
 
 
 def positive(x: Tensor, w: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
@@ -528,7 +429,7 @@ def codebook(pieces: Iterable[Piece]) -> Found:
         def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
             place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
             values = torch.index_select(table, 0, place.view(-1)).view(place.shape)
-            return _dot(w, values, x), _dot(w, values, values)
+            return dot(w, values, x), dot(w, values, values)
 
         return sums
 

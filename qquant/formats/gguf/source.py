@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from qquant.algorithms.grid import Integers
 from qquant.errors import InputError
 from qquant.families import FAMILIES, Family, ModelConfig, require_bounds
-from qquant.formats import gguf_types
-from qquant.formats.gguf_container import Header, StoredTensor
-from qquant.formats.gguf_shards import read_model
+from qquant.formats.gguf import quantize, types
+from qquant.formats.gguf.container import Header, StoredTensor
+from qquant.formats.gguf.shards import read_model
 from qquant.resources import lazy
 from qquant.source.safetensors_file import TensorInfo, read_bytes
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-TYPE_NAMES = {kind.ggml_id: name for name, kind in gguf_types.TYPES.items()}
+TYPE_NAMES = {kind.ggml_id: name for name, kind in types.TYPES.items()}
 RUNTIME_BITS = {
     "q4_0": 4,
     "q5_0": 8,
@@ -32,7 +32,7 @@ RUNTIME_BITS = {
 
 def nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of that type."""
-    kind = gguf_types.TYPES[type_name]
+    kind = types.TYPES[type_name]
     return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
 
 
@@ -76,7 +76,7 @@ class GgufSource:
         for tensor in self.header.tensors.values():
             if tensor.type_id not in TYPE_NAMES:
                 raise InputError(
-                    f"{self.path}: tensor {tensor.name} has type {tensor.type_id}; qquant reads {', '.join(gguf_types.TYPES)}"
+                    f"{self.path}: tensor {tensor.name} has type {tensor.type_id}; qquant reads {', '.join(types.TYPES)}"
                 )
 
     def tensor(self, name: str) -> Tensor:
@@ -98,9 +98,9 @@ class GgufSource:
         kind = TYPE_NAMES[stored.type_id]
         if kind not in RUNTIME_BITS:
             return None
-        codes, params = gguf_types.unpack(self._blocks(stored, 0, math.prod(stored.shape[:-1])).to(device), kind)
+        codes, params = quantize.unpack(self._blocks(stored, 0, math.prod(stored.shape[:-1])).to(device), kind)
         bits = RUNTIME_BITS[kind]
-        codes += (1 << (bits - 1)) - gguf_types.TYPES[kind].centre
+        codes += (1 << (bits - 1)) - types.TYPES[kind].centre
         return Integers(codes, params.d, None, bits)
 
     def stored_as(self, name: str) -> str:
@@ -113,7 +113,7 @@ class GgufSource:
         return self.header.tensors[self.family.gguf_name(name)]
 
     def _rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        return gguf_types.dequantize(self._blocks(stored, start, stop).to(self.device), TYPE_NAMES[stored.type_id])
+        return quantize.dequantize(self._blocks(stored, start, stop).to(self.device), TYPE_NAMES[stored.type_id])
 
     def _blocks(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         kind = TYPE_NAMES[stored.type_id]

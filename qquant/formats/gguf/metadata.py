@@ -22,9 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qquant.formats.gguf_container import Field
-from qquant.formats.gguf_mix import FILE_TYPES
-from qquant.formats.imatrix import CHUNK, FILE, Imatrix
+from qquant.formats.gguf.container import Field
+from qquant.formats.gguf.imatrix import CHUNK, FILE, Imatrix
+from qquant.formats.gguf.mix import FILE_TYPES
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head

@@ -1,10 +1,10 @@
 """GGUF files of Qwen2 models as llama.cpp's own converter and llama-quantize write them.
 
 Names: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight (no permutation: rotary is of the NEOX kind). Norms and biases are
-F32; every matrix has the type that `gguf_mix` gives it for the file type; block layouts are in `gguf_types`. Tensors stand in
+F32; every matrix has the type that `mix` gives it for the file type; block layouts are in `types`. Tensors stand in
 llama-quantize's order: those outside the blocks first, then block by block, by name. A tied head is not stored.
 
-Metadata is in `gguf_metadata`, several files for one model in `gguf_shards`, reading in `gguf_source`.
+Metadata is in `metadata`, several files for one model in `shards`, reading in `source`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 from qquant.algorithms.checksum import checksum_of
 from qquant.errors import QQuantError
 from qquant.families import FAMILIES, ModelConfig
-from qquant.formats import gguf_mix, gguf_types
-from qquant.formats.gguf_container import header_bytes
-from qquant.formats.gguf_metadata import metadata
-from qquant.formats.gguf_shards import Shard, split
-from qquant.formats.gguf_source import GgufSource, nbytes
-from qquant.formats.imatrix import Imatrix
-from qquant.formats.ollama import modelfile
-from qquant.layout import PlannedArtifact, PlannedFile, PlannedTensor
+from qquant.formats.gguf import blocks, mix, quantize, types
+from qquant.formats.gguf.container import header_bytes
+from qquant.formats.gguf.imatrix import Imatrix
+from qquant.formats.gguf.metadata import metadata
+from qquant.formats.gguf.ollama import modelfile
+from qquant.formats.gguf.shards import Shard, split
+from qquant.formats.gguf.source import GgufSource, nbytes
+from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.recipe import GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
@@ -66,47 +66,46 @@ class Gguf:
         family, config = checkpoint.family, checkpoint.config
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        mix = gguf_mix.tensor_types(spec.type, _mix_shape(config), spec.imatrix)
-        types = {tensor: mix.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
+        chosen = mix.tensor_types(spec.type, _mix_shape(config), spec.imatrix)
+        kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
-        sizes = {tensor: nbytes(types[tensor], shapes[tensor]) for tensor in types}
-        entries = [(tensor, shapes[tensor], gguf_types.TYPES[types[tensor]].ggml_id, sizes[tensor]) for tensor in types]
+        sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
+        entries = [(tensor, shapes[tensor], types.TYPES[kinds[tensor]].ggml_id, sizes[tensor]) for tensor in kinds]
         shards = split(stem(name, spec.type), fields, entries, recipe.gguf_split_size)
         model = modelfile(checkpoint.path, stem(name, spec.type), spec.type, [shard.name for shard in shards])
         return PlannedArtifact(
             name=spec.name,
             spec=spec,
             folder=f"{name}-GGUF",
-            files=(*(_planned(shard, types) for shard in shards), model),
+            files=(*(_planned(shard, kinds) for shard in shards), model),
             parameters=family.parameters(config),
-            grids={names[tensor]: type_name for tensor, type_name in types.items()},
-            fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in mix.fallbacks),
+            grids={names[tensor]: type_name for tensor, type_name in kinds.items()},
+            fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in chosen.fallbacks),
         )
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of linear weight `name` for the `gptq` solver; None: the type's own quantizer decides."""
         del columns
         type_name = planned.grids[name]
-        if planned.spec.solver == "ggml" or not gguf_types.TYPES[type_name].levels:
+        if planned.spec.solver == "ggml" or not types.TYPES[type_name].levels:
             return None
-        return gguf_types.grid(type_name)
+        return quantize.grid(type_name)
 
     def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """The blocks that hold linear weight `name`."""
-        assert isinstance(quantized.params, gguf_types.BlockParams)
-        blocks = gguf_types.pack(quantized.codes, quantized.params)
-        return {_gguf_name(name): blocks}
+        assert isinstance(quantized.params, blocks.BlockParams)
+        return {_gguf_name(name): quantize.pack(quantized.codes, quantized.params)}
 
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """The blocks of `name` (or of some of its rows) by the type's own quantizer."""
         type_name = planned.grids[name]
         matrix = value.float().reshape(-1, value.shape[-1])
         weights = importance if planned.spec.imatrix else None
-        return {_gguf_name(name): gguf_types.quantize(matrix, type_name, weights)}
+        return {_gguf_name(name): quantize.quantize(matrix, type_name, weights)}
 
     def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """float32 of what `store` or `pack` gave."""
-        return gguf_types.dequantize(stored[_gguf_name(name)], planned.grids[name])
+        return quantize.dequantize(stored[_gguf_name(name)], planned.grids[name])
 
     def read(self, path: Path) -> GgufSource:
         """The dequantized weights of a GGUF file made by any tool.
@@ -188,8 +187,8 @@ def _gguf_name(name: str) -> str:
     return next(iter(FAMILIES.values())).gguf_name(name)
 
 
-def _mix_shape(config: ModelConfig) -> gguf_mix.ModelShape:
-    return gguf_mix.ModelShape(
+def _mix_shape(config: ModelConfig) -> mix.ModelShape:
+    return mix.ModelShape(
         layers=config.layers,
         heads=config.heads,
         kv_heads=config.kv_heads,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qquant.calibration import Tokenizer
-from qquant.formats import FORMATS, ollama
+from qquant.formats import FORMATS
+from qquant.formats.gguf import ollama
 from qquant.recipe import GgufArtifact, load
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import ROOT

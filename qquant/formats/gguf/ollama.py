@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.errors import InputError
-from qquant.formats.gguf_metadata import chat_template
-from qquant.layout import PlannedFile
+from qquant.formats.gguf.metadata import chat_template
+from qquant.formats.planned import PlannedFile
 from qquant.resources import lazy
 from qquant.source.untrusted import read_json
 

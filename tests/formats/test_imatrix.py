@@ -8,8 +8,8 @@ from gguf import GGUFReader
 
 from qquant.algorithms.gram import Gram
 from qquant.errors import InputError
-from qquant.formats import imatrix
-from qquant.formats.gguf_types import dequantize, quantize
+from qquant.formats.gguf import imatrix
+from qquant.formats.gguf.quantize import dequantize, quantize
 from qquant.moments import Moments
 from tests.worlds import GOLDEN
 
@@ -154,7 +154,7 @@ def test_truncated_files_are_refused(tmp_path, name, cut):
 
 
 def test_a_model_is_not_an_importance_matrix(tmp_path):
-    from qquant.formats.gguf_container import Field, header_bytes
+    from qquant.formats.gguf.container import Field, header_bytes
 
     path = tmp_path / "model.gguf"
     path.write_bytes(header_bytes([Field("general.type", "str", "model")], [])[0])

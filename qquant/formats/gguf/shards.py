@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qquant.errors import InputError, UsageError
-from qquant.formats.gguf_container import Field, Header, StoredTensor, padded, read_header
+from qquant.formats.gguf.container import Field, Header, StoredTensor, padded, read_header
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 NO, TENSORS, COUNT = "split.no", "split.tensors.count", "split.count"

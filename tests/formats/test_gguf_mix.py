@@ -6,8 +6,8 @@ import gguf
 import pytest
 
 from qquant.errors import UsageError
-from qquant.formats.gguf_mix import FILE_TYPES, MIXES, ModelShape, fitting, tensor_types
-from qquant.formats.gguf_types import TYPES
+from qquant.formats.gguf.mix import FILE_TYPES, MIXES, ModelShape, fitting, tensor_types
+from qquant.formats.gguf.types import TYPES
 from qquant.recipe import GgufArtifact
 from tests.worlds import GOLDEN
 

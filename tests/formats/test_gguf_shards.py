@@ -10,8 +10,8 @@ from qquant import recipe
 from qquant.artifact import open_weights
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
-from qquant.formats.gguf_container import Field, header_bytes, read_header
-from qquant.formats.gguf_shards import parts, read_model, split
+from qquant.formats.gguf.container import Field, header_bytes, read_header
+from qquant.formats.gguf.shards import parts, read_model, split
 from qquant.inspection import describe
 from qquant.pipeline import build, check
 from qquant.plan import Plan
