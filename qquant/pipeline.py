@@ -37,7 +37,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
 from qquant.moments import Moments
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import is_fine, kind_of, reach, resolved
 from qquant.report import html

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
 from qquant.families import FAMILIES, parse_config
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds.chats import prose

@@ -20,7 +20,7 @@ from qquant.disk import lock
 from qquant.disk.output import MANIFEST, claim
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
 from qquant.families.decoder import Block
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.report.record import warnings_of
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint

@@ -18,7 +18,7 @@ from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, me
 from qquant.errors import InputError
 from qquant.families.decoder import embed, source_block
 from qquant.formats.gguf import quantize
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.resources import free_memory
 from qquant.source.checkpoint import Checkpoint

@@ -23,7 +23,7 @@ from qquant.errors import (
     UsageError,
 )
 from qquant.families import FAMILIES
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates
 from qquant.solver import Solver
 from qquant.source.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from qquant.formats.gguf.container import read_header
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.moments import Moments
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 

@@ -17,7 +17,7 @@ from qquant.checks import speed
 from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main
 from qquant.errors import UsageError
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.report.record import Pace, Report
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint

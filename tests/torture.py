@@ -35,7 +35,7 @@ from qquant import artifact, pipeline, recipe, verification
 from qquant.checks import loading
 from qquant.disk import output
 from qquant.errors import QQuantError
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint

@@ -25,7 +25,7 @@ from qquant.cli.terminal import Progress, Stop, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
-    from qquant.plan import Plan
+    from qquant.plan.plan import Plan
     from qquant.source.checkpoint import Checkpoint
 
 
@@ -52,7 +52,7 @@ def build(
 
     The same command continues an interrupted build.
     """
-    from qquant.plan import Plan
+    from qquant.plan.plan import Plan
 
     loaded, source = open_source(recipe_name, checkpoint, revision, adapter, out if allow_pickle else None)
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
@@ -80,7 +80,7 @@ def plan(
     name: str | None, imatrix: Path | None, tensors: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Print every output file with its exact size, the memory and disk a build needs, and every tensor's type."""
-    from qquant.plan import Plan
+    from qquant.plan.plan import Plan
 
     loaded, source = open_source(recipe_name, checkpoint, revision, adapter)
     planned = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))

@@ -150,18 +150,3 @@ def group_of(spec: Any) -> int:
     if spec.format == "gguf":
         return SUPER_BLOCK if "_k" in spec.type or spec.type == "iq4_xs" else 32
     return int(spec.group_size) if spec.group_size > 0 else 1
-
-
-def parallel_sizes(config: ModelConfig, group: int) -> tuple[int, ...]:
-    """Tensor-parallel sizes at which every rank holds whole heads and whole groups of the MLP.
-
-    Key-value heads are repeated where there are fewer than ranks, so only one number has to divide the other.
-    """
-    return tuple(
-        ranks
-        for ranks in RANKS
-        if config.heads % ranks == 0
-        and (config.kv_heads % ranks == 0 or ranks % config.kv_heads == 0)
-        and config.intermediate % (ranks * group) == 0
-        and config.heads * config.head_dim % (ranks * group) == 0
-    )

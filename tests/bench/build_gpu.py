@@ -19,7 +19,7 @@ from qquant import artifact, curvature, pipeline, recipe, solver, walk
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.grid import UniformGrid
 from qquant.checks import review
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.memory import write_random
 

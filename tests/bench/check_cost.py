@@ -32,7 +32,7 @@ def build(work):
     import torch
 
     from qquant import pipeline, recipe
-    from qquant.plan import Plan
+    from qquant.plan.plan import Plan
     from qquant.source.checkpoint import Checkpoint
 
     lines = [f"  - {{name: {kind}, format: gguf, type: {kind}, imatrix: false}}\n" for kind in TYPES]

@@ -34,7 +34,7 @@ from qquant.calibration import Tokenizer
 from qquant.checks import fidelity
 from qquant.checks.review import held_out
 from qquant.disk.output import MANIFEST
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.recipe import AwqArtifact, Checks, Gates, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
 

@@ -15,7 +15,7 @@ import torch
 
 from qquant import pipeline, recipe
 from qquant.families import decoder
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.recipe import AwqArtifact, Checks, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
 

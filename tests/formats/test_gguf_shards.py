@@ -14,7 +14,7 @@ from qquant.formats.gguf.container import Field, header_bytes, read_header
 from qquant.formats.gguf.shards import parts, read_model, split
 from qquant.inspection import describe
 from qquant.pipeline import build, check
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.provenance import verify
 from qquant.source.checkpoint import Checkpoint
 

@@ -11,10 +11,11 @@ from qquant.artifact import open_weights
 from qquant.errors import UsageError
 from qquant.families import parse_config
 from qquant.families.decoder import Block, embed
-from qquant.plan import Plan
+from qquant.plan.parallel import parallel_sizes
+from qquant.plan.plan import Plan
 from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import padded, padded_size, parallel_sizes, widened_codes
+from qquant.source.padding import padded, padded_size, widened_codes
 from tests.conftest import SMALL
 from tests.test_pipeline import CPU, HEAD, quiet
 

@@ -11,7 +11,7 @@ from qquant import recipe
 from qquant.calibration import Tokenizer
 from qquant.calibration.template import FAILURES, Template
 from qquant.errors import InputError
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 from qquant.source import vocabulary
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds.strange import FAST, values

@@ -1,14 +1,7 @@
-"""What a build will do, from config and headers alone: every file to the byte, memory, disk. Needs no torch.
-
-Memory of a build (host, or GPU with `--device cuda`): the process itself, one block twice in its own dtype (and in float32 where AWQ
-transforms it), four Gram matrices and one factorisation of the widest, a few copies of the largest stage, and hidden states of every
-calibration token. It does not depend on the number of layers. Disk: the artifacts themselves, since they are filled in place, and for
-`objective: kl` the inputs of all blocks for the tokens that curvature is measured on, which give way to the curvature itself.
-"""
+"""What a build will do, from config and headers alone: every file to the byte, memory, disk. Needs no torch."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,15 +14,13 @@ from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
+from qquant.plan.memory import build_memory, scratch_bytes
+from qquant.plan.parallel import rank_sizes
 from qquant.recipe import Checks, Gates, Recipe
-from qquant.recipe.limits import Reach, is_fine, kind_of, reach, resolved
+from qquant.recipe.limits import Reach, kind_of, reach, resolved
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import group_of, narrow, parallel_sizes
-from qquant.source.safetensors_file import SIZES
 
-PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
 TEMPORARY = 32 << 20  # bytes in the folder for temporary files
-ROWS = 2048  # as in `qquant.curvature`, which needs torch
 MARGIN = 64 << 20  # bytes of disk for manifests, reports, calibration
 
 
@@ -75,11 +66,11 @@ class Plan:
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
-        disk = sum(artifact.size for artifact in planned) + MARGIN + _scratch(recipe, checkpoint)
-        parallel = {spec.name: _parallel(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
+        disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
+        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.linear_shapes(checkpoint.config).values())
-        memory = _memory(recipe, checkpoint)
+        memory = build_memory(recipe, checkpoint)
         return cls(name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel)
 
     @property
@@ -149,47 +140,3 @@ class Plan:
                 for artifact in self.artifacts
             ],
         }
-
-
-def _parallel(checkpoint: Checkpoint, spec: Any) -> dict[str, list[int]]:
-    """Numbers of ranks that each server accepts, and what they would be without padding; both want whole heads and groups."""
-    group = group_of(spec)
-    after, before = (list(parallel_sizes(one.config, group)) for one in (checkpoint, narrow(checkpoint)))
-    return {"vllm": after, "sglang": after, "without_padding": before}
-
-
-def _memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    config, family = checkpoint.config, checkpoint.family
-    shapes = family.linear_shapes(config)
-    widest = max(columns for _, columns in shapes.values())
-    inputs = [shapes[stage.linears[0]][1] for stage in family.stages]
-    block = sum(math.prod(shape) for shape in shapes.values())
-    tallest = max(
-        sum(shapes[linear][0] for linear in stage.linears) * shapes[stage.linears[0]][1] for stage in family.stages
-    )
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    stream = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
-    sample = recipe.calibration.length * config.intermediate * 4 * 4
-    solve = 4 * (sum(columns * columns for columns in inputs) + 4 * widest * widest + 6 * tallest)
-    rows = 8 * max(count * min(count, ROWS) for count, _ in shapes.values())
-    if recipe.calibration.objective != "kl":
-        rows = 0
-    transforms = any(getattr(spec, "transform", "none") != "none" for spec in recipe.artifacts)
-    own = [is_fine(kind_of(spec)) for spec in recipe.artifacts if getattr(spec, "propagate", False)]
-    lockstep = stream // config.hidden * (8 * config.hidden + config.intermediate) if own else 0
-    if any(own):  # float32, and a 16-bit stream beside it in float32 too
-        lockstep = 2 * lockstep + 8 * tokens * config.hidden
-    weights = block * (SIZES[checkpoint.dtype] * 2 + 4 * transforms + 8 * any(own))
-    return PROCESS + stream + sample + solve + rows + lockstep + weights
-
-
-def _scratch(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Bytes on disk, while the build runs, of block inputs and of the curvature that is measured with them."""
-    if recipe.calibration.objective != "kl":
-        return 0
-    config = checkpoint.config
-    calibration = recipe.calibration
-    tokens = max(calibration.length, min(calibration.curvature_tokens, calibration.samples * calibration.length))
-    rows = sum(2 * count * min(count, ROWS) for count, _ in checkpoint.family.linear_shapes(config).values())
-    states = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
-    return config.layers * (max(states, rows) + 16 * tokens) + rows
