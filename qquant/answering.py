@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from qquant import runtime
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats.gguf.container import Header

@@ -19,9 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qquant.artifact.manifest import REPORT
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
-from qquant.provenance import REPORT, Repository, read_report
+from qquant.provenance import Repository, read_report
 from qquant.report.record import fallback_note
 from qquant.source.untrusted import read_json
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from qquant import __version__, background, calibration, walk
-from qquant.artifact import Draft, finished, installed, open_weights, read_manifest, restore
+from qquant.artifact.draft import Draft
+from qquant.artifact.finishing import finished, installed, restore
+from qquant.artifact.manifest import read_manifest
+from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
 from qquant.checks import llama_cpp, speed

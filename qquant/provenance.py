@@ -25,47 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, Payload, sha256_of, verified, verify_files
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head
-from qquant.source.untrusted import read_json, require_regular
+from qquant.source.untrusted import read_json
 
-REPORT = "report.json"
 SOURCE = "source.json"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
-BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-ADDED = frozenset(
-    {"README.md", REPORT, BOM, STATEMENT, SIGNATURE, *LICENCES}
-)  # to a build's folder, by `publish` and `sign`
 BUILD_TYPE = "urn:qquant:build:1"
 PASSED = ("pass", "waived")
-
-
-@dataclass(frozen=True)
-class Payload:
-    """One file of a repository: on disk, or in memory."""
-
-    size: int
-    sha256: str
-    path: Path | None = None
-    content: bytes = b""
-
-    @classmethod
-    def of(cls, content: bytes) -> Payload:
-        """A file in memory."""
-        return cls(len(content), hashlib.sha256(content).hexdigest(), None, content)
-
-    def read(self) -> bytes:
-        """All bytes; meant for small files."""
-        return self.path.read_bytes() if self.path else self.content
-
-    def git_oid(self) -> str:
-        """The id git gives to these bytes as a blob."""
-        digest = hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
-        digest.update(self.read())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,12 +75,6 @@ class Release:
 def as_json(content: Mapping[str, Any]) -> bytes:
     """As every JSON file of a release is written."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def source_facts(
@@ -205,7 +169,7 @@ def _repository(
     files = {}
     for entry in manifest["artifacts"].values():
         for name, facts in entry["files"].items():
-            files[name] = _verified(place, name, facts)
+            files[name] = verified(place, name, facts)
     licence = source.get("licence_file")
     if licence and licence["name"] not in files:
         files[licence["name"]] = Payload.of(licence["text"].encode())
@@ -223,45 +187,12 @@ def _repository(
     )
 
 
-def _verified(place: Path, name: str, facts: Mapping[str, Any]) -> Payload:
-    path = place / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-        raise InputError(f"{place / MANIFEST}: {name!r} is not a file of this folder")
-    if (
-        not path.is_file()
-        or require_regular(path).stat().st_size != facts["bytes"]
-        or sha256_of(path) != facts["sha256"]
-    ):
-        raise InputError(
-            f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
-        )
-    return Payload(facts["bytes"], facts["sha256"], path)
-
-
-def verify(folder: Path) -> int:
-    """Bytes of the files that the manifest of `folder` names, after each was hashed and compared.
-
-    Raises:
-        InputError: a file is missing or differs, or there is no manifest.
-    """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("schema") != "qquant-manifest-1":
-        raise InputError(f"{folder / MANIFEST}: not a manifest that this version of qquant understands")
-    facts = [item for entry in manifest["artifacts"].values() for item in entry["files"].items()]
-    return sum(_verified(folder, name, expected).size for name, expected in facts)
-
-
 def complete(repository: Repository, facts: Mapping[str, Any]) -> Repository:
     """The repository with its manifest and report as files; `facts` (tag, owner, base model) join the manifest's release entry."""
     known = {key: value for key, value in facts.items() if value is not None}
     manifest = {**repository.manifest, "release": {**repository.manifest["release"], **known}}
     finished = Repository(repository.name, repository.files, manifest, repository.report)
     return finished.with_files({MANIFEST: as_json(manifest), REPORT: as_json(repository.report)})
-
-
-def named_files(manifests: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Every file that manifests name."""
-    return {name for manifest in manifests for entry in manifest["artifacts"].values() for name in entry["files"]}
 
 
 def with_statements(repository: Repository) -> Repository:
@@ -397,7 +328,7 @@ def sign(folder: Path, key: Path | None = None) -> Path:
         from model_signing import hashing, signing  # type: ignore[import-not-found]  # the extra
     except ImportError:
         raise EnvironmentMissingError("sign needs the model-signing package: pip install 'qquant[sign]'") from None
-    verify(folder)
+    verify_files(folder)
     target = folder / SIGNATURE
     config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=[target]))
     try:

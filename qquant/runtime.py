@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant.algorithms.grid import Integers
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.families import ModelConfig
 from qquant.families.decoder import HEAD_ROWS

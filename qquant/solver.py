@@ -22,7 +22,7 @@ from qquant.algorithms.checksum import checksum
 from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, gptq, rounding_weight
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, Params, QuantizedTensor, nearest, value_of
-from qquant.artifact import Draft
+from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS

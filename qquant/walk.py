@@ -38,7 +38,7 @@ from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gptq import NotPositiveDefiniteError
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import Grid, finite
-from qquant.artifact import Draft, Filling
+from qquant.artifact.draft import Draft, Filling
 from qquant.background import ahead
 from qquant.curvature import BlockCurvature, Curvature, measure, spread
 from qquant.errors import NumericalError, StoppedError

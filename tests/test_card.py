@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from qquant import card, provenance, verification
+from qquant import card, provenance
+from qquant.artifact import verification
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.hub import Folder, Request
 from qquant.provenance import as_json, card_facts, complete, read_release, source_facts, with_statements

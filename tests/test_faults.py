@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import artifact, background, pipeline, walk
+from qquant import background, pipeline, walk
 from qquant.algorithms.gram import Gram
+from qquant.artifact import draft
 from qquant.checks import loading
 from qquant.disk import lock
 from qquant.disk.output import MANIFEST, claim
@@ -334,7 +335,7 @@ def test_room_is_asked_for_what_is_still_to_be_written(make_checkpoint, build, t
 @pytest.mark.parametrize("damage", ["head", "copy", "journal", "moments"])
 def test_nothing_kept_is_used_before_it_was_checked(make_checkpoint, build, monkeypatch, tmp_path, damage):
     """I4: heads, copies, the journal's lines and the statistics of a killed build."""
-    from qquant.artifact import Draft
+    from qquant.artifact.draft import Draft
 
     folder = make_checkpoint()
     _, whole = build(folder, out="whole")
@@ -485,13 +486,13 @@ def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_ch
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
     monkeypatch.setattr(background, "pays", lambda device: True)
-    put = artifact.put
+    put = draft.put
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "put", full)
+        patch.setattr(draft, "put", full)
         with pytest.raises(StoppedError, match="No space left on device"):
             build(folder)
 
@@ -507,7 +508,7 @@ def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_ch
         raise StoppedError("stopped by SIGINT")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "put", slow)
+        patch.setattr(draft, "put", slow)
         patch.setattr(walk, "measure", stop)
         with pytest.raises(StoppedError, match="stopped by SIGINT"):
             build(folder)
@@ -520,13 +521,13 @@ def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_ch
 
 def blocks_written(monkeypatch, work):
     """`work(thread, draft, unit)` before a block of an artifact is synced."""
-    close = artifact.Filling.close
+    close = draft.Filling.close
 
     def closing(filling, *rest):
         work(threading.current_thread().name, filling.draft.plan.name, filling.unit)
         close(filling, *rest)
 
-    monkeypatch.setattr(artifact.Filling, "close", closing)
+    monkeypatch.setattr(draft.Filling, "close", closing)
 
 
 def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, monkeypatch):
@@ -595,7 +596,7 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
     make_checkpoint, build, monkeypatch
 ):
     folder = make_checkpoint()
-    read = artifact.Draft.readings
+    read = draft.Draft.readings
 
     def damaged(draft, device):
         path = next(draft.folder / file.name for file in draft.plan.files if file.tensors)
@@ -604,7 +605,7 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
         path.write_bytes(data)
         return read(draft, device)
 
-    monkeypatch.setattr(artifact.Draft, "readings", damaged)
+    monkeypatch.setattr(draft.Draft, "readings", damaged)
     for threaded in (False, True):
         monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
         monkeypatch.setattr(background, "cores", lambda: 3)

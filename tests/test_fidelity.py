@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qquant import pipeline, recipe
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure

@@ -9,7 +9,7 @@ import sys
 import pytest
 from huggingface_hub import HfApi
 
-from qquant import provenance
+from qquant.artifact.manifest import verify_files
 from qquant.errors import PublishError, UsageError
 from qquant.hub import HuggingFace, Setting, patch
 from tests.worlds.hub_release import Waits, publish, write_build
@@ -52,7 +52,7 @@ def test_one_setting_changes_in_all_siblings(hub, family, tmp_path):
         copy.mkdir()
         for path, content in files.items():
             (copy / path).write_bytes(content)
-        provenance.verify(copy)  # the manifest knows the new hash
+        verify_files(copy)  # the manifest knows the new hash
     again, _ = change(hub, "config.json:eos_token_id=[151645, 151643]", "org/Qwen1.5-*-Chat-*")
     assert all(found.commit is None and not found.diff for found in again)
     assert all(len(hub.history[name]) == 3 for name in family)

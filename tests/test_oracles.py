@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qquant import recipe
 from qquant.answering import gguf_tokenizer
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.formats import FORMATS
 from qquant.formats.gguf.container import read_header

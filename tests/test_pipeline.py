@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import artifact, pipeline, recipe, walk
-from qquant.artifact import Draft, open_weights
+from qquant import pipeline, recipe, walk
+from qquant.artifact import draft
+from qquant.artifact.draft import Draft
+from qquant.artifact.opening import open_weights
 from qquant.disk.output import claim
 from qquant.errors import (
     EnvironmentMissingError,
@@ -515,7 +517,7 @@ def test_disk_without_room_is_found_before_work(make_checkpoint, build, monkeypa
 
 def test_disk_that_fills_up_keeps_what_is_finished(make_checkpoint, build, monkeypatch, tmp_path):
     folder = make_checkpoint()
-    put, count = artifact.put, []
+    put, count = draft.put, []
 
     def full(path, position, data):
         count.append(1)
@@ -523,7 +525,7 @@ def test_disk_that_fills_up_keeps_what_is_finished(make_checkpoint, build, monke
             raise OSError(28, "No space left on device", str(path))
         put(path, position, data)
 
-    monkeypatch.setattr(artifact, "put", full)
+    monkeypatch.setattr(draft, "put", full)
     with pytest.raises(StoppedError, match=r"No space left on device \([\d,]+ bytes are free\)"):
         build(folder, "gptq-int4")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
@@ -564,12 +566,12 @@ def test_a_slip_in_packing_does_not_pass(make_checkpoint, build, monkeypatch):
 
 
 def test_bytes_lost_on_the_way_to_disk_are_found(make_checkpoint, build, monkeypatch, tmp_path):
-    put = artifact.put
+    put = draft.put
 
     def lossy(path, position, data):
         put(path, position, memoryview(bytes(data)[:-1] + b"\x07") if "gptq" in str(path) else data)
 
-    monkeypatch.setattr(artifact, "put", lossy)
+    monkeypatch.setattr(draft, "put", lossy)
     with pytest.raises(QQuantError, match="read back differs"):
         build(make_checkpoint(), "gptq-int4")
     assert not (tmp_path / "out" / "model-GPTQ-Int4").exists()
@@ -631,15 +633,15 @@ def test_numbers_of_the_check_equal_transformers(make_checkpoint, build):
     )
 
 
-ARTIFACTS = GOLDEN / "artifacts"
+MADE = GOLDEN / "artifacts"  # by other tools
 
 
 @pytest.mark.parametrize("name", ["autogptq-int4", "autogptq-int8", "gptqmodel-int4", "gptqmodel-awq"])
 def test_artifacts_of_other_tools_are_read(name):
     checks = Checks(windows=16, length=64)
     report = pipeline.check(
-        [ARTIFACTS / name],
-        Checkpoint.open(ARTIFACTS / "source"),
+        [MADE / name],
+        Checkpoint.open(MADE / "source"),
         checks,
         Gates(perplexity_ratio=1.05, defaults=False),
         CPU,
@@ -653,8 +655,8 @@ def test_artifacts_of_other_tools_are_read(name):
 def test_broken_artifact_of_another_tool_fails():
     checks = Checks(windows=2, length=256)
     report = pipeline.check(
-        [ARTIFACTS / "autoawq-int4-broken"],
-        Checkpoint.open(ARTIFACTS / "source"),
+        [MADE / "autoawq-int4-broken"],
+        Checkpoint.open(MADE / "source"),
         checks,
         Gates(perplexity_ratio=1.1, defaults=False),
         CPU,

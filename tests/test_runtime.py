@@ -12,7 +12,9 @@ import qquant
 from qquant import recipe, runtime, walk
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.answering import Answerer, Settings, Text, gguf_tokenizer
-from qquant.artifact import Draft, installed, open_weights
+from qquant.artifact.draft import Draft
+from qquant.artifact.finishing import installed
+from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.cli import main
 from qquant.errors import EnvironmentMissingError, InputError, NumericalError, UsageError
@@ -25,7 +27,7 @@ from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
-ARTIFACTS = GOLDEN / "artifacts"
+MADE = GOLDEN / "artifacts"  # by other tools
 RECIPE = """
 version: 1
 name: runtime
@@ -176,8 +178,8 @@ def test_no_16_bit_copy_is_kept(name, bits, release):
 
 @pytest.mark.parametrize("name", ["autogptq-int4", "autogptq-int8", "gptqmodel-int4", "gptqmodel-awq"])
 def test_other_tools_artifacts_load(name):
-    exact = reference(ARTIFACTS / name)
-    model = qquant.load(ARTIFACTS / name, "cpu", torch.float32)
+    exact = reference(MADE / name)
+    model = qquant.load(MADE / name, "cpu", torch.float32)
     ids = tokens(20, exact)
     with torch.no_grad():
         assert relative(model(ids).logits, exact(ids).logits) <= 2e-3  # scales of bf16 and fp32 become fp16

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from qquant import pipeline, recipe
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.checks import speed
 from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main

@@ -31,7 +31,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from qquant import artifact, pipeline, recipe, verification
+from qquant import pipeline, recipe
+from qquant.artifact import draft, verification
 from qquant.checks import loading
 from qquant.disk import output
 from qquant.errors import QQuantError
@@ -125,14 +126,14 @@ class Range:
         try:
             sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 2)
-            write = artifact.Draft.write
+            write = draft.Draft.write
 
             def logged(draft, unit, *rest):
                 append(log, f"begin {draft.plan.name} {unit}")
                 write(draft, unit, *rest)
                 append(log, f"done {draft.plan.name} {unit}")
 
-            artifact.Draft.write = logged
+            draft.Draft.write = logged
             if prepare:
                 prepare()
             device, quiet = torch.device("cpu"), lambda *_: None

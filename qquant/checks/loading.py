@@ -178,7 +178,7 @@ def weights(path: Path, children: int = 1) -> dict[str, Any]:
     import torch
 
     from qquant import runtime
-    from qquant.artifact import open_weights
+    from qquant.artifact.opening import open_weights
 
     if 3 * children * _size(path) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         source = open_weights(path)

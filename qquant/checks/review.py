@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from qquant import background, calibration
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checks import evidence, gate, loading, sanity, structure
 from qquant.checks.evidence import Evidence

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qquant import runtime
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.checks.stepping import Stepper, Weights, capture, read_weights
 from qquant.errors import UsageError
 from qquant.families import ModelConfig

@@ -38,13 +38,15 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.option("--bytes", "only_bytes", is_flag=True, help="Only compare sizes and hashes; needs no torch.")
 def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool) -> None:
     """Verify artifact or release FOLDERS: every file's hash, the structure, and values dequantized again."""
-    from qquant import card, provenance, verification
+    from qquant import card
+    from qquant.artifact import verification
+    from qquant.artifact.manifest import verify_files
     from qquant.errors import InputError
 
     problems = []
     for folder in folders:
         if only_bytes:
-            click.echo(f"{folder}: {provenance.verify(folder):,} bytes as the manifest says")
+            click.echo(f"{folder}: {verify_files(folder):,} bytes as the manifest says")
         else:
             found = verification.verify(folder, deep)
             values = f"{found.tensors} tensors are finite, {found.digests} dequantize as recorded"

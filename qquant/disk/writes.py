@@ -7,9 +7,10 @@ the folder that holds the name is synced. `reached` marks the places between whi
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,15 @@ def _again(call: Callable[..., Any], *arguments: object) -> Any:
             return call(*arguments)
         except InterruptedError:
             continue
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: what is not finite becomes text."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+    return value

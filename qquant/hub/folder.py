@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from qquant.artifact.manifest import sha256_of
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
 from qquant.hub.request import Published, Request
-from qquant.provenance import Repository, sha256_of
+from qquant.provenance import Repository
 
 
 class Folder:

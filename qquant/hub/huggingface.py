@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qquant.artifact.manifest import named_files, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError
 from qquant.hub.failures import Result, repeated, reported
 from qquant.hub.request import Published, Request, Say
 from qquant.hub.trees import lacking, operations
-from qquant.provenance import Repository, named_files, sha256_of
+from qquant.provenance import Repository
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, Payload
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError, UsageError
 from qquant.hub.failures import CHANGED, reported
 from qquant.hub.huggingface import HuggingFace
 from qquant.hub.trees import holds, operations
-from qquant.provenance import BOM, REPORT, SIGNATURE, STATEMENT, Payload, as_json
+from qquant.provenance import as_json
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qquant.provenance import Payload, Repository
+from qquant.artifact.manifest import Payload
+from qquant.provenance import Repository
 
 
 def lacking(repository: Repository, there: Mapping[str, str]) -> list[str]:

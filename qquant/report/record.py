@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qquant.disk.writes import finite
 from qquant.errors import InputError
 
 SCHEMA = "qquant-report-1"
@@ -306,18 +306,6 @@ def _speed(entry: Mapping[str, Any] | None) -> SpeedReport | None:
         return None
     paces = tuple(Pace(**_numbers(pace)) for pace in entry["paces"])
     return SpeedReport(**dict(entry) | {"paces": paces, "reasons": tuple(entry["reasons"])})
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: what is not finite becomes text."""
-    match value:
-        case float() if not math.isfinite(value):
-            return str(value)
-        case Mapping():
-            return {key: finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [finite(item) for item in value]
-    return value
 
 
 def schema() -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from qquant import artifact, curvature, pipeline, recipe, solver, walk
+from qquant import curvature, pipeline, recipe, solver, walk
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.grid import UniformGrid
+from qquant.artifact import draft
 from qquant.checks import review
 from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
@@ -136,8 +137,8 @@ def main():
         (UniformGrid, "fit", "scale search"),
         (curvature, "_backward", "curvature: blocks"),
         (solver.Solver, "_store", "GGUF blocks"),
-        (artifact.Draft, "write", "write"),
-        (artifact.Draft, "finish", "read back and rename"),
+        (draft.Draft, "write", "write"),
+        (draft.Draft, "finish", "read back and rename"),
         (walk, "_rest", "other tensors"),
         (review, "_read", "check: windows"),
         (review.loading, "faults", "check: clean processes, beside the windows"),

@@ -49,7 +49,7 @@ def child(paths, windows, memory):
 
     import torch
 
-    from qquant.artifact import open_weights
+    from qquant.artifact.opening import open_weights
     from qquant.calibration import Tokenizer
     from qquant.checks.fidelity import measure
     from qquant.checks.review import held_out

@@ -29,7 +29,8 @@ import torch
 from safetensors.torch import save_file
 
 from qquant import calibration, pipeline, recipe
-from qquant.artifact import installed, open_weights
+from qquant.artifact.finishing import installed
+from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import fidelity
 from qquant.checks.review import held_out

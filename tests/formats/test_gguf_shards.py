@@ -7,7 +7,8 @@ import torch
 from gguf import GGUFReader
 
 from qquant import recipe
-from qquant.artifact import open_weights
+from qquant.artifact.manifest import verify_files
+from qquant.artifact.opening import open_weights
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.container import Field, header_bytes, read_header
@@ -15,7 +16,6 @@ from qquant.formats.gguf.shards import parts, read_model, split
 from qquant.inspection import describe
 from qquant.pipeline import build, check
 from qquant.plan.plan import Plan
-from qquant.provenance import verify
 from qquant.source.checkpoint import Checkpoint
 
 FIELDS = [Field("general.architecture", "str", "qwen2")]
@@ -97,7 +97,7 @@ def test_a_split_build_is_the_whole_one_in_parts(built):
     for name in checkpoint.family.shapes(checkpoint.config):
         error = source.tensor(name) - checkpoint.tensor(name).float()
         assert error.abs().max() <= checkpoint.tensor(name).abs().max() / 250  # half a step, and d in fp16
-    assert verify(folder.parent / folder.name) == sum(
+    assert verify_files(folder.parent / folder.name) == sum(
         file.stat().st_size for file in folder.iterdir() if file.name != MANIFEST
     )
 

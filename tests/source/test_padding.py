@@ -7,7 +7,7 @@ import torch
 
 from qquant import pipeline, recipe
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, nearest
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.errors import UsageError
 from qquant.families import parse_config
 from qquant.families.decoder import Block, embed

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qquant.artifact import open_weights
+from qquant.artifact.opening import open_weights
 from qquant.errors import InputError
 from qquant.source import safetensors_file, untrusted
 from qquant.source.checkpoint import Checkpoint

@@ -33,24 +33,15 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
+from qquant.artifact.manifest import read_manifest, sha256_file
 from qquant.disk.output import MANIFEST
-from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
-from qquant.errors import InputError, QQuantError, UsageError
-from qquant.families.weights import WeightSource
-from qquant.formats import FORMATS, detect
+from qquant.disk.writes import copy, create, finite, make_folder, put, reached, rename, sync, write_synced
+from qquant.errors import QQuantError
+from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.report.record import finite
-from qquant.source.checkpoint import Checkpoint
-from qquant.source.untrusted import read_json
 
 CHUNK = 1 << 24
 REPLACED = "replaced"
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -363,80 +354,3 @@ def _nameless(work: Callable[[], None]) -> tuple[str, str]:
     """A piece of work that has nothing to say unless it fails."""
     work()
     return "", ""
-
-
-def restore(out: Path, partial: Path) -> None:
-    """Put back folders that a killed build had taken away to replace them."""
-    for folder in sorted((partial / REPLACED).glob("*")):
-        if (out / folder.name).exists():
-            shutil.rmtree(folder)
-        else:
-            rename(folder, out / folder.name)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder.
-
-    Raises:
-        UsageError: there is none, so the folder is not ours.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UsageError(
-            f"{folder}: already exists and was not made by qquant (no {MANIFEST}). Choose another --out, or move it away"
-        )
-    manifest = read_json(path)
-    if manifest.get("schema") != "qquant-manifest-1" or not isinstance(manifest.get("artifacts"), dict):
-        raise InputError(f"{path}: not a manifest that this version of qquant understands")
-    return manifest
-
-
-def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
-    """Whether `target` already holds this very artifact, every byte of it verified.
-
-    Raises:
-        UsageError: something else stands there.
-        InputError: its bytes no longer match its manifest.
-    """
-    final = target / plan.folder
-    if not final.exists():
-        return False
-    entry = read_manifest(final)["artifacts"].get(plan.name)
-    if entry is None:
-        taken = [file.name for file in plan.files if (final / file.name).exists()]
-        if taken:
-            raise UsageError(
-                f"{final / taken[0]}: exists and is not in {MANIFEST}. Choose another --out, or move it away"
-            )
-        return False
-    if entry["key"] != key:
-        raise UsageError(
-            f"{final}: holds {plan.name} built from another recipe, checkpoint or version (key {entry['key'][:12]}, now {key[:12]}). "
-            "Choose another --out, or remove the folder"
-        )
-    for name, facts in entry["files"].items():
-        path = final / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
-            raise InputError(
-                f"{path}: does not match {MANIFEST}; the file was changed or damaged. Remove the folder and build again"
-            )
-    return True
-
-
-def installed(target: Path, plan: PlannedArtifact) -> Path:
-    """Where a finished artifact is: a .gguf file, or a model folder."""
-    first = target / plan.folder / plan.files[0].name
-    return first if first.suffix == ".gguf" else first.parent
-
-
-def open_weights(path: Path, device: torch.device | None = None) -> WeightSource:
-    """The weights of any artifact or checkpoint that qquant reads; an artifact's are dequantized on `device`.
-
-    Raises:
-        InputError: unknown, or damaged.
-    """
-    name = detect(path)
-    if name is None:
-        return Checkpoint.open(path)
-    source = FORMATS[name].read(path)
-    return source if device is None else source.on(device)

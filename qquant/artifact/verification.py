@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant import provenance
 from qquant.algorithms.checksum import checksum
 from qquant.algorithms.grid import finite
-from qquant.artifact import read_manifest
+from qquant.artifact.manifest import ADDED, named_files, read_manifest, verify_files
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
@@ -45,15 +44,15 @@ class Found:
 
 def hashes(folder: Path) -> int:
     """Bytes of the files of `folder`, after each was hashed. Raises InputError if one is missing or differs, or is a link."""
-    return provenance.verify(folder)
+    return verify_files(folder)
 
 
 def unlisted(folder: Path) -> tuple[str, ...]:
     """Files below `folder` that its manifest does not name; what `publish` adds to a release is known."""
     manifest = read_manifest(folder)
-    named = provenance.named_files([manifest]) | {MANIFEST}
+    named = named_files([manifest]) | {MANIFEST}
     if "release" in manifest:
-        named |= provenance.ADDED
+        named |= ADDED
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     return tuple(sorted(found - named))
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import doctor, provenance, verification
+from qquant import doctor, provenance
 from qquant.algorithms.checksum import checksum, checksum_of
+from qquant.artifact import verification
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.source import pickles
@@ -110,7 +111,7 @@ def test_verify_finds_what_was_changed(made):
 def test_security_names_tests_that_exist():
     root = ROOT
     named = set(re.findall(r"`(test_\w+)`", (root / "SECURITY.md").read_text()))
-    there = {name for path in root.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    there = {name for path in root.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert named
     assert named <= there
 
@@ -328,9 +329,9 @@ BUILD = """
 import sys, torch
 from pathlib import Path
 from qquant import pipeline, recipe
-from qquant.checkpoint import Checkpoint
+from qquant.source.checkpoint import Checkpoint
 from qquant.checks import loading
-from qquant.plan import Plan
+from qquant.plan.plan import Plan
 loading.faults = lambda *_: {}
 loaded, checkpoint = recipe.load(sys.argv[1]), Checkpoint.open(sys.argv[2])
 for only in (["gguf-q4_0"], ["gguf-q4_0", "gguf-q8_0", "gptq-int4"]):

@@ -1,0 +1,1 @@
+"""What is being written, and what was: drafts, manifests, finished folders, and their verification."""
