@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qquant import __version__, background, calibration, walk
+from qquant import __version__, background, calibration
 from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import finished, installed, restore
 from qquant.artifact.manifest import read_manifest
@@ -39,12 +39,13 @@ from qquant.formats import detect, kind_of_file
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
-from qquant.moments import Moments
 from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import is_fine, kind_of, reach, resolved
 from qquant.report import html
 from qquant.report.record import Report, SpeedReport
+from qquant.solve import walk
+from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json

@@ -253,7 +253,7 @@ def test_interrupt_exits_75(qquant, make_checkpoint, recipe_file, tmp_path, monk
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qquant.walk.quantize", interrupt)
+    monkeypatch.setattr("qquant.solve.walk.quantize", interrupt)
     code, _, err = qquant(
         "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
     )

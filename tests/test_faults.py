@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import background, pipeline, walk
+from qquant import background, pipeline
 from qquant.algorithms.gram import Gram
 from qquant.artifact import draft
 from qquant.checks import loading
@@ -23,6 +23,7 @@ from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, 
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
 from qquant.report.record import warnings_of
+from qquant.solve import propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
@@ -93,7 +94,7 @@ def failing(monkeypatch, owner, name, at, error):
         (Block, "forward", {1, 4, 9}, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
         (Gram, "add", {3, 7}, MemoryError()),
         (
-            walk.Solver,
+            solver.Solver,
             "solve",
             {2, 9},
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
@@ -170,7 +171,7 @@ def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpo
 
 def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch):
     folder = make_checkpoint()
-    real, dtypes = walk._propagated, []
+    real, dtypes = propagate._propagated, []
 
     def watched(view, *rest):
         dtypes.append(view.dtype)
@@ -180,7 +181,7 @@ def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(m
             patch.setattr(Block, "activate", lambda self, h: plain(self, h) * (float("inf") if wrong else 1))
             real(view, *rest)
 
-    monkeypatch.setattr(walk, "_propagated", watched)
+    monkeypatch.setattr(propagate, "_propagated", watched)
     report, _ = build(folder, "gptq-int4")
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert any("model.layers.1: 6 samples overflowed and were computed in float32" in line for line in report.warnings)
@@ -362,16 +363,16 @@ def test_nothing_kept_is_used_before_it_was_checked(make_checkpoint, build, monk
 
 PROGRAM = """
 import sys, time
-from qquant import walk
+from qquant.solve import solver
 from qquant.checks import loading
 from qquant.cli import main
 loading.faults = lambda *_: {}
-finish = walk.Solver.finish
+finish = solver.Solver.finish
 def slow(self, *rest):
     print("solving", flush=True)
     time.sleep(float(sys.argv.pop(1)) if len(sys.argv) > 1 and sys.argv[1][0].isdigit() else 0.3)
     finish(self, *rest)
-walk.Solver.finish = slow
+solver.Solver.finish = slow
 sys.argv[0] = "qquant"
 main(sys.argv[1:])
 """
@@ -533,7 +534,7 @@ def blocks_written(monkeypatch, work):
 def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, monkeypatch):
     """One of each artifact at a time; without threads each where it was solved."""
     folder, seen = make_checkpoint(num_hidden_layers=3), []
-    solve = walk.Solver.solve
+    solve = solver.Solver.solve
     held, solved = threading.Event(), threading.Event()
 
     def wait(thread, name, unit):
@@ -548,7 +549,7 @@ def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, mo
             solved.set()
         return solve(self, *rest)
 
-    monkeypatch.setattr(walk.Solver, "solve", solving)
+    monkeypatch.setattr(solver.Solver, "solve", solving)
     blocks_written(monkeypatch, wait)
     _, plain = build(folder, out="plain")
     monkeypatch.setattr(background, "pays", lambda device: True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import pipeline, recipe, walk
+from qquant import pipeline, recipe
 from qquant.artifact import draft
 from qquant.artifact.draft import Draft
 from qquant.artifact.opening import open_weights
@@ -24,10 +24,12 @@ from qquant.errors import (
     StoppedError,
     UsageError,
 )
-from qquant.families import FAMILIES
+from qquant.families import FAMILIES, decoder
 from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates
-from qquant.solver import Solver
+from qquant.solve import block as blocks
+from qquant.solve import propagate
+from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 
@@ -186,9 +188,9 @@ def test_same_inputs_give_the_same_bytes_alone_or_together(make_checkpoint, buil
 def test_the_forward_runs_once_per_linear_and_token(make_checkpoint, build, monkeypatch):
     folder = make_checkpoint()
     calls = []
-    forward = walk.Block.forward
+    forward = decoder.Block.forward
     monkeypatch.setattr(
-        walk.Block,
+        decoder.Block,
         "forward",
         lambda self, x, observe=None: calls.append((len(x), self.dtype)) or forward(self, x, observe),
     )
@@ -260,7 +262,7 @@ def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
     known = weakref.ref(held)
     passes = {7: [held, _passage(ways[1])]}
     del held
-    found = list(walk._inputs(passes, last=True))
+    found = list(propagate._inputs(passes, last=True))
     assert [place for place, _, _ in found] == [7]
     assert known() is None
     assert [next(way)[0] for way in passes[7]] == [""]
@@ -290,12 +292,12 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
     own = x + 0.3 * own
     stage = FAMILIES["qwen2"].stages[1]
     weights = {f"{stage.linears[0]}.weight": weight}
-    view = walk.View(None, 0, weights, torch.float32, None)
+    view = blocks.View(None, 0, weights, torch.float32, None)
     inputs = [(0, x[:25], own[:25]), (1, x[25:], own[25:])]
-    gram, targets = walk._targets(view, stage, weights, inputs, [(r[:25], q[:25]), (r[25:], q[25:])])
-    found = (targets[f"{stage.linears[0]}.weight"] - weight) / walk.SHARE
+    gram, targets = propagate._targets(view, stage, weights, inputs, [(r[:25], q[:25]), (r[25:], q[25:])])
+    found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
-    ridge = (walk.RIDGE * gram.matrix.diagonal().mean()).sqrt()
+    ridge = (propagate.RIDGE * gram.matrix.diagonal().mean()).sqrt()
     stacked = torch.cat([own, ridge * torch.eye(8)]).double(), torch.cat([wanted, torch.zeros(8, 5)]).double()
     expected = torch.linalg.lstsq(*stacked).solution.T
     assert torch.allclose(found.double(), expected, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import qquant
-from qquant import recipe, runtime, walk
+from qquant import recipe, runtime
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.artifact.draft import Draft
@@ -22,8 +22,9 @@ from qquant.formats.awq import AwqLayout
 from qquant.formats.gguf.container import read_header
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
-from qquant.moments import Moments
 from qquant.plan.plan import Plan
+from qquant.solve import walk
+from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 

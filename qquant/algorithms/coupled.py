@@ -1,6 +1,6 @@
 """Polish over coupled rows: coordinate descent on the codes for a loss that knows which outputs count together.
 
-With the curvature G of the outputs (`qquant.curvature`) the loss is tr(G (v - w) H (v - w)') and rows depend on each other. The rows of
+With the curvature G of the outputs (`qquant.solve.curvature`) the loss is tr(G (v - w) H (v - w)') and rows depend on each other. The rows of
 one G are taken in PARTS interleaved subsets R, so that strongly coupled neighbours are in different ones, the columns in blocks S, as
 in `qquant.algorithms.descent`. With everything else held, the best answer for a subset and a block is
 

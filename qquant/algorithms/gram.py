@@ -3,7 +3,7 @@
     H = sum_t s_t x_t x_t'   [K, K] float32        importance_k = sum_t x_tk^2 / tokens
 
 From this single pass come GPTQ (H), AWQ (H and mean |x|; scaling a channel by s turns H into S^-1 H S^-1), and the importance
-matrix of GGUF. s_t is 1, or what an error at token t costs the prediction (`qquant.curvature`); the importance matrix is never
+matrix of GGUF. s_t is 1, or what an error at token t costs the prediction (`qquant.solve.curvature`); the importance matrix is never
 weighted. Samples are added one by one in a fixed order, so results do not depend on a batch size.
 """
 

@@ -66,7 +66,7 @@ def _terminated(*_: object) -> NoReturn:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    from qquant.stream import is_out_of_memory
+    from qquant.solve.stream import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -84,7 +84,7 @@ def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
     if path is None:
         return None
     from qquant.formats.gguf import imatrix
-    from qquant.moments import require_fit
+    from qquant.solve.moments import require_fit
 
     found = imatrix.read(path)
     require_fit(found, checkpoint, path)

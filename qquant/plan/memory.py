@@ -16,7 +16,7 @@ from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
-ROWS = 2048  # as in `qquant.curvature`, which needs torch
+ROWS = 2048  # as in `qquant.solve.curvature`, which needs torch
 
 
 def build_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:

@@ -7,7 +7,7 @@ from qquant.algorithms.awq import Tie, _candidates, awq
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import UniformGrid, nearest, value_of
 from qquant.families.decoder import Block, embed
-from qquant.solver import rounding_of
+from qquant.solve.solver import rounding_of
 from qquant.source.checkpoint import Checkpoint
 
 GRID = UniformGrid(4, 32, symmetric=False, search="minmax")

@@ -111,7 +111,9 @@ def test_verify_finds_what_was_changed(made):
 def test_security_names_tests_that_exist():
     root = ROOT
     named = set(re.findall(r"`(test_\w+)`", (root / "SECURITY.md").read_text()))
-    there = {name for path in root.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    there = {
+        name for path in root.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
     assert named
     assert named <= there
 

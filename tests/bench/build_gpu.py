@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from qquant import curvature, pipeline, recipe, solver, walk
+from qquant import pipeline, recipe
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.grid import UniformGrid
 from qquant.artifact import draft
 from qquant.checks import review
 from qquant.plan.plan import Plan
+from qquant.solve import curvature, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.memory import write_random
 
@@ -127,10 +128,10 @@ def main():
         (Checkpoint, "block", "read blocks"),
         (walk, "measure", "curvature"),
         (walk.Stream, "advance", "forward and Gram"),
-        (walk, "_transform", "AWQ search"),
+        (walk, "transform", "AWQ search"),
         (solver, "factorize", "factorise"),
         (solver.Solver, "_round", "solve"),
-        (walk, "_targets", "own stream: forward, Gram, drift and correction"),
+        (propagate, "_targets", "own stream: forward, Gram, drift and correction"),
         (descent, "sweep", "sweeps"),
         (descent, "refit", "scales refitted"),
         (coupled, "sweep", "coupled sweeps"),

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from qquant.families import decoder
+from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
-from qquant.stream import Stream
 
 CASES = {
     "attention biases": {},

@@ -10,7 +10,7 @@ from qquant.algorithms.gram import Gram
 from qquant.errors import InputError
 from qquant.formats.gguf import imatrix
 from qquant.formats.gguf.quantize import dequantize, quantize
-from qquant.moments import Moments
+from qquant.solve.moments import Moments
 from tests.worlds import GOLDEN
 
 

@@ -75,7 +75,7 @@ def test_config_and_index_say_the_new_size(make_checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_padded_build_of_an_own_stream_continues(make_checkpoint, tmp_path, monkeypatch):
-    from qquant import solver
+    from qquant.solve import solver
 
     folder = make_checkpoint(intermediate_size=192)
     entry = "{name: a, format: gptq, bits: 4, group_size: 32, propagate: true}"

@@ -47,9 +47,9 @@ from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
 from qquant.resources import free_memory
+from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
-from qquant.stream import Stream
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
 TOKENS = {"cpu": 1024, "cuda": 4096}  # that take a slice of the head at a time; the draws do not depend on it

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qquant import background, curvature
+from qquant import background
 from qquant.algorithms.gram import Gram
-from qquant.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
 from qquant.errors import InputError, NumericalError
 from qquant.families.decoder import embed, rms_norm, source_block
+from qquant.solve import curvature
+from qquant.solve.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
 from qquant.source.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
 
 def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     """Slices of unequal size and mass, none a multiple of a strip: how often each token is drawn against its probability."""
-    monkeypatch.setattr("qquant.curvature.HEAD_ROWS", 3000)
+    monkeypatch.setattr("qquant.solve.curvature.HEAD_ROWS", 3000)
     vocab, hidden = source.config.vocab, source.config.hidden
     normed = 3 * torch.randn(1, hidden, generator=torch.Generator().manual_seed(4))
     head = (

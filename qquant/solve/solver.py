@@ -26,7 +26,7 @@ from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
-from qquant.moments import Moments
+from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow, widened, widened_codes, widens
 

@@ -1,0 +1,103 @@
+"""One decoder block during the walk: its weights, what is known of it, and what an artifact wants of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qquant.algorithms.awq import Transformed, awq
+from qquant.algorithms.gptq import NotPositiveDefiniteError
+from qquant.algorithms.gram import Gram
+from qquant.algorithms.grid import Grid
+from qquant.artifact.draft import Draft
+from qquant.families.decoder import Block
+from qquant.formats import FORMATS
+from qquant.recipe.limits import is_fine, kind_of
+from qquant.solve.curvature import BlockCurvature
+from qquant.solve.solver import Rows, rounding_of
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import narrow
+from qquant.source.safetensors_file import SIZES
+
+
+def fine(draft: Draft, dtype: torch.dtype) -> bool:
+    """Whether an artifact strays less from the checkpoint than activations of `dtype` are rounded: float32 then shows by how much."""
+    return dtype != torch.float32 and is_fine(kind_of(draft.plan.spec))
+
+
+def propagates(draft: Draft) -> bool:
+    """Whether an artifact is calibrated on its own stream."""
+    return bool(getattr(draft.plan.spec, "propagate", False)) and solves(draft)
+
+
+def solves(draft: Draft) -> bool:
+    """Whether the codes of an artifact are chosen with feedback."""
+    spec = draft.plan.spec
+    return getattr(spec, "rounding", getattr(spec, "solver", "")) == "gptq"
+
+
+def transforms(draft: Draft) -> bool:
+    """Whether an artifact's weights change before they are solved."""
+    return bool(getattr(draft.plan.spec, "transform", "none") != "none")
+
+
+@dataclass(frozen=True)
+class View:
+    """One block of the checkpoint, and what is known of it."""
+
+    checkpoint: Checkpoint
+    layer: int
+    weights: Mapping[str, Tensor]  # in the checkpoint's dtype
+    dtype: torch.dtype  # of activations
+    curvature: BlockCurvature | None
+
+    def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
+        """The block with its own weights, or with others."""
+        source = narrow(self.checkpoint)
+        return Block(source.family, source.config, weights or self.weights, self.dtype)
+
+    def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
+        """Add the input of a stage for sample `index` to its Gram matrix, weighted where a curvature was measured."""
+        if self.curvature is None:
+            gram.add(x)
+        elif index in self.curvature.weights[stage]:
+            gram.add(x, self.curvature.weights[stage][index])
+        else:
+            gram.watch(x)
+
+    def grams(self, device: torch.device) -> dict[str, Gram]:
+        """Empty accumulators, by stage."""
+        shapes = self.checkpoint.family.linear_shapes(narrow(self.checkpoint).config)
+        stages = self.checkpoint.family.stages
+        return {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in stages}
+
+    def rows(self, transformed: Transformed) -> Rows:
+        """The curvature of every linear's rows after a transform; nothing where it was not measured."""
+        return self.curvature.rows.divided(transformed.divided) if self.curvature else {}
+
+
+def copies(draft: Draft, checkpoint: Checkpoint) -> bool:
+    """Whether an artifact stores the embedding as numbers, and not as codes that have to be found."""
+    return draft.plan.grids[checkpoint.family.embedding].upper() in SIZES
+
+
+def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:
+    checkpoint, spec, prefix = view.checkpoint, draft.plan.spec, view.checkpoint.family.block.format(view.layer)
+    if not transforms(draft):
+        return Transformed(dict(view.weights), dict(grams))
+
+    def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
+        grid = FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
+        assert grid is not None
+        return grid
+
+    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios
+    if not solves(draft):
+        return awq(*given)
+    try:
+        return awq(*given, rounding_of(spec.damping))
+    except NotPositiveDefiniteError:  # what is written will be rounded too
+        return awq(*given)

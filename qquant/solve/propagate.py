@@ -1,0 +1,179 @@
+"""A stream of an artifact's own: every linear makes up for the errors before it.
+
+An artifact with `propagate` walks on a stream of its own, which runs through its own quantized linears beside the 16-bit one (both in
+float32 for 8 bits, which stray less than bfloat16 is rounded). Every
+linear then has the target that makes up for the errors before it, as far as its own input x~ can tell them:
+
+    W <- W + SHARE (W sum_t s_t (x - x~) x~'  +  sum_t s_t (r - r~) x~') (H~ + RIDGE mean(diag H~) I)^-1
+
+with x its input and r the residual stream that its output is added to (second term: o and down), both without quantization. The first
+term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 2505.11695).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qquant.algorithms.gram import Gram, NotFiniteError
+from qquant.algorithms.grid import finite
+from qquant.artifact.draft import Draft
+from qquant.errors import NumericalError
+from qquant.families import Stage
+from qquant.kernels.product import tensor_cores
+from qquant.solve.block import View, transform
+from qquant.solve.moments import Moments
+from qquant.solve.solver import Solver, unit
+from qquant.solve.stream import STATES, Stream
+
+Passage = Generator[tuple[str, Tensor], None, None]  # of a sample through a block
+Inputs = tuple[int, Tensor, Tensor]  # of a stage: place of the sample, without quantization, with it
+SHARE = 0.7  # of the correction for errors before a linear
+RIDGE = 0.2  # of the mean of diag(H~)
+
+
+def own_block(
+    view: View,
+    grams: Mapping[str, Gram],
+    before: Mapping[int, Tensor],
+    stream: Stream,
+    target: tuple[Draft, Moments],
+    overflowed: Collection[int],
+) -> None:
+    """Solve a block on the artifact's own stream; in float32 where it is not finite in the stream's dtype.
+
+    `overflowed`: samples that went through the 16-bit block in float32.
+    """
+    draft, moments = target
+    for wide in (view, replace(view, dtype=torch.float32)):
+        try:
+            solver = Solver(view.checkpoint, draft, view.layer, moments, alone=True)
+            _propagated(wide, grams, before, stream, solver, overflowed)
+        except NotFiniteError as failure:
+            if wide.dtype == torch.float32:
+                raise NumericalError(
+                    f"block {view.layer} of {draft.plan.name}: activations are not finite in float32 either: {failure}"
+                ) from None
+        else:
+            return
+
+
+def _propagated(
+    view: View,
+    grams: Mapping[str, Gram],
+    before: Mapping[int, Tensor],
+    stream: Stream,
+    solver: Solver,
+    overflowed: Collection[int],
+) -> None:
+    """Solve stage by stage, each on inputs that came through the stages already quantized.
+
+    `before`: the input of the 16-bit block, by the place of the samples that `stream` runs on.
+    """
+    layer, family = view.layer, view.checkpoint.family
+    if unit(layer) in solver.draft.units:
+        device = stream.device
+        stream.advance(layer, view.block({name: value.to(device) for name, value in solver.stored().items()}), {})
+        return
+    transformed = transform(view, solver.draft, grams)
+    rows = view.rows(transformed)
+    exact = view.block(transformed.weights)
+    own = view.block(exact.weights)  # the same tensors, until they are solved
+    kept = stream.hidden[0].dtype
+    rest = [
+        (x.to(stream.device, view.dtype), y.to(stream.device, view.dtype))
+        for x, y in zip(before.values(), stream.hidden, strict=True)
+    ]
+    passes = {place: [exact.stages(x), own.stages(y)] for place, (x, y) in zip(before, rest, strict=True)}
+    _, output, _, down = family.stages
+    for stage in family.stages:
+        inputs: Iterable[Inputs] = _inputs(passes, last=stage is down)
+        if stage is output:
+            inputs = list(inputs)
+        gram, targets = _targets(view, stage, transformed.weights, inputs, rest if stage in (output, down) else ())
+        if stage is down:
+            rest.clear()  # nothing in memory that the solver could use
+        for linear, value in solver.solve(stage, targets, gram, rows).items():
+            own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
+        del gram, targets
+        if stage is output:
+            linear = stage.linears[0]
+            rest = [
+                (r + exact.linear(linear, x), q + own.linear(linear, y))
+                for (r, q), (_, x, y) in zip(rest, inputs, strict=True)
+            ]
+    hidden = [next(sample)[1].to(kept) for (sample,) in passes.values()]
+    if not all(finite(y) for y in hidden):
+        raise NotFiniteError(f"its output is not finite in {kept}")
+    if stream.relief >= STATES:
+        hidden = [y.cpu() for y in hidden]
+    solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
+    stream.hidden = hidden
+
+
+def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
+    """The next stage's inputs (x, x~) of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
+    for place, both in passes.items():
+        own = both[-1]
+        exact = next(both.pop(0) if last else both[0])[
+            1
+        ]  # closing is not enough: Python up to 3.12.3 keeps what a closed generator held
+        yield place, exact, next(own)[1]
+
+
+def _targets(
+    view: View,
+    stage: Stage,
+    weights: Mapping[str, Tensor],
+    inputs: Iterable[Inputs],
+    rest: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Gram, dict[str, Tensor]]:
+    """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
+    columns = weights[f"{stage.linears[0]}.weight"].shape[1]
+    gram, cross, missing = _drift(view, stage.name, columns, inputs, rest)
+    targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
+    with tensor_cores():
+        lacking = {
+            name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()
+        }
+    del cross, missing
+    factor = _ridge(gram)
+    for name, weight in targets.items():
+        targets[name] = weight + SHARE * _against(lacking.pop(name), factor)
+    return gram, targets
+
+
+def _drift(
+    view: View, stage: str, columns: int, inputs: Iterable[Inputs], rest: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Gram, Tensor, Tensor | None]:
+    """H~, sum s (x - x~) x~' [K, K], and sum s (r - r~) x~' [N, K] of a stage, from its inputs (x, x~) and residuals (r, r~)."""
+    device = next(iter(view.weights.values())).device
+    gram = Gram.zeros(columns, device)
+    cross = torch.zeros_like(gram.matrix)
+    missing = torch.zeros(rest[0][0].shape[1], columns, device=device) if rest else None
+    for index, (place, x, y) in enumerate(inputs):
+        view.add(gram, stage, y, place)
+        wide = y.float()
+        weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
+        with tensor_cores():
+            cross.addmm_((x.float() - wide).T, weighted)
+            if missing is not None:
+                r, q = rest[index]
+                missing.addmm_((r.float() - q.float()).T, weighted)
+    return gram, cross, missing
+
+
+def _ridge(gram: Gram) -> Tensor:
+    """The lower factor of H + RIDGE mean(diag H) I."""
+    damped = gram.matrix.clone()
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(RIDGE * mean + (mean == 0))
+    return torch.linalg.cholesky(damped)
+
+
+def _against(correction: Tensor, factor: Tensor) -> Tensor:
+    """`correction` (L L')^-1."""
+    return torch.cholesky_solve(correction.T, factor).T

@@ -1,0 +1,181 @@
+"""The walk: once through the decoder blocks, every artifact from the same pass.
+
+For each block the calibration tokens run through its 16-bit weights sample by sample; the input of each stage goes into that
+stage's Gram matrix, and the output is the next block's input. Then, for each artifact that does not have this block yet,
+
+    transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
+
+On a GPU a thread of each artifact does the last step, one block behind. Activations have the dtype of the checkpoint (float16
+checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
+Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
+
+With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from qquant import background
+from qquant.algorithms import coupled
+from qquant.algorithms.gram import Gram
+from qquant.artifact.draft import Draft, Filling
+from qquant.background import ahead
+from qquant.errors import StoppedError
+from qquant.families.decoder import HEAD_ROWS
+from qquant.formats import FORMATS
+from qquant.solve.block import View, copies, fine, propagates, solves, transform, transforms
+from qquant.solve.curvature import Curvature, measure, spread
+from qquant.solve.moments import Moments
+from qquant.solve.propagate import own_block
+from qquant.solve.solver import Solver, unit
+from qquant.solve.stream import Stream
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import narrow
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
+REST = "rest"
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    samples: Sequence[Tensor],
+    drafts: Sequence[Draft],
+    moments: Moments,
+    device: torch.device,
+    progress: Progress,
+    curvature_tokens: int = 0,
+) -> None:
+    """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths.
+
+    With `curvature_tokens` the solvers minimise the KL divergence of the model, as measured on so many tokens; with 0 the output
+    error of each linear.
+
+    Raises:
+        NumericalError: an activation is not finite.
+        EnvironmentMissingError: there is not enough memory for one sample.
+    """
+    source = narrow(checkpoint)
+    dtype = STREAM_DTYPES[checkpoint.dtype]
+    copied = [draft for draft in drafts if copies(draft, checkpoint)]
+    rests = partial(_write_rests, checkpoint, copied, torch.device("cpu"))
+    layers = checkpoint.config.layers
+    waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
+    measured = all(moments.load(layer) is not None for layer in range(layers))
+    curvature = None
+    with background.beside(rests, background.pays(device)) as written:
+        if curvature_tokens and any(solves(draft) for draft in waiting):
+            chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
+            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
+        written()  # two units of a draft are not journalled at once
+    with ExitStack() as writers:
+        for draft in reversed(drafts):  # they end in their order
+            writers.enter_context(draft.behind(background.pays(device)))
+        _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
+        if waiting or (drafts and not measured):
+            _walk(checkpoint, samples, waiting, moments, device, progress, curvature)
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    samples: Sequence[Tensor],
+    waiting: Sequence[Draft],
+    moments: Moments,
+    device: torch.device,
+    progress: Progress,
+    curvature: Curvature | None,
+) -> None:
+    """Once through the blocks, for drafts that do not have all of them."""
+    source = narrow(checkpoint)
+    dtype = STREAM_DTYPES[checkpoint.dtype]
+    layers = checkpoint.config.layers
+    start = Stream.start(checkpoint, samples, dtype, device)
+    places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
+    shared = [draft for draft in waiting if not propagates(draft)]
+    near = [draft for draft in waiting if propagates(draft) and not fine(draft, dtype)]
+    close = [draft for draft in waiting if propagates(draft) and fine(draft, dtype)]
+    wide = (
+        Stream.start(checkpoint, [samples[place] for place in places], torch.float32, device)
+        if close
+        else Stream([], device)
+    )
+    own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
+    own += [(Stream(list(wide.hidden), device), draft) for draft in close]
+    with ahead(source.block, range(layers), background.pays(device)) as blocks:
+        for layer in range(layers):
+            weights = {name: value.to(device) for name, value in next(blocks).items()}
+            view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
+            before = {place: start.hidden[place] for place in places if near}
+            grams = _shared(view, start, shared, near + close, moments)
+            if not any(transforms(draft) for draft in near + close):
+                grams.clear()
+            exact = view, before, start.wide
+            exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
+            for stream, draft in own:
+                given, before, overflowed = exact_wide if draft in close else exact
+                stream.spare(layer, partial(own_block, given, grams, before, stream, (draft, moments), overflowed))
+            if close:
+                wide.advance(layer, exact_wide[0].block(), {})
+            progress("quantize", layer + 1, layers)
+    coupled.visited.forget()
+
+
+def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], device: torch.device, stop: Event) -> None:
+    """Write what lies outside the blocks of every draft that does not have it. Raises StoppedError where `stop` is set meanwhile."""
+    for draft in drafts:
+        if REST not in draft.units:
+            filling = Filling(draft, REST)
+            for name, offset, piece in _rest(checkpoint, draft, device, stop):
+                draft.later(partial(filling.put, name, offset, piece.cpu()))
+            draft.later(partial(filling.close, []))
+
+
+def _rest(checkpoint: Checkpoint, draft: Draft, device: torch.device, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
+    """The tensors outside the blocks, in slices of rows."""
+    family, config = checkpoint.family, checkpoint.config
+    names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
+    store = FORMATS[draft.plan.format].store
+    for name in names:
+        offset = 0
+        rows = checkpoint.tensors[name].shape[0]
+        step = rows if name == family.final_norm else HEAD_ROWS
+        for start in range(0, rows, step):
+            if stop.is_set():
+                raise StoppedError(f"{draft.plan.name}: {name} is not written to its end")
+            value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
+            for stored, piece in store(draft.plan, name, value.to(device), None).items():
+                yield stored, offset, piece
+                offset += piece.numel() * piece.element_size()
+
+
+def _shared(
+    view: View, stream: Stream, drafts: Sequence[Draft], others: Sequence[Draft], moments: Moments
+) -> dict[str, Gram]:
+    """Move the 16-bit stream on, solve the block for every draft that follows it; the block's statistics, if any draft needs them."""
+    layer, family = view.layer, view.checkpoint.family
+    todo = [draft for draft in drafts if unit(layer) not in draft.units]
+    needed = todo or moments.load(layer) is None or any(unit(layer) not in draft.units for draft in others)
+    grams = view.grams(stream.device) if needed else {}
+    stream.advance(layer, view.block(), grams, view.add)
+    if grams:
+        moments.save(layer, grams)
+
+    def solve(draft: Draft) -> None:
+        solver = Solver(view.checkpoint, draft, layer, moments)
+        transformed = transform(view, draft, grams)
+        rows = view.rows(transformed)
+        for stage in family.stages:
+            solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
+        solver.finish(transformed.weights, transformed.choices, stream.wide)
+
+    for draft in todo:
+        stream.spare(layer, partial(solve, draft))
+    return grams
