@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qquant import recipe
-from qquant.answering import gguf_tokenizer
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.formats import FORMATS
@@ -31,6 +30,7 @@ from qquant.formats.gguf.container import read_header
 from qquant.pipeline import check
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir
+from qquant.runtime.answering import gguf_tokenizer
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds import GOLDEN, ROOT

@@ -14,14 +14,14 @@ import transformers
 from qquant import pipeline, recipe
 from qquant.artifact.opening import open_weights
 from qquant.checks import speed
-from qquant.checks.stepping import Stepper, read_weights
 from qquant.cli import main
 from qquant.errors import UsageError
 from qquant.plan.plan import Plan
 from qquant.report.record import Pace, Report
+from qquant.runtime.stepping import Stepper, read_weights
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
-from tests.test_runtime import RECIPE, built, gguf
+from tests.runtime.test_runtime import RECIPE, built, gguf
 
 CPU = torch.device("cpu")
 

@@ -177,8 +177,8 @@ def weights(path: Path, children: int = 1) -> dict[str, Any]:
     """
     import torch
 
-    from qquant import runtime
     from qquant.artifact.opening import open_weights
+    from qquant.runtime import loading
 
     if 3 * children * _size(path) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         source = open_weights(path)
@@ -186,7 +186,7 @@ def weights(path: Path, children: int = 1) -> dict[str, Any]:
         values = torch.cat([tensor.flatten().float() for tensor in (*tensors, source.rows(source.family.head, 0, 64))])
         loaded = "first block"
     else:
-        model = runtime.load(path, "cpu")
+        model = loading.load(path, "cpu")
         vocabulary = int(model.config.vocab_size)
         with torch.no_grad():
             values = model(torch.linspace(0, vocabulary - 1, TOKENS).long()[None]).logits[0, -1].float()

@@ -38,15 +38,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qquant import runtime
 from qquant.artifact.opening import open_weights
-from qquant.checks.stepping import Stepper, Weights, capture, read_weights
 from qquant.errors import UsageError
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.shards import parts
 from qquant.formats.gguf.source import GgufSource
 from qquant.report.record import Pace, SpeedReport
+from qquant.runtime import linears
+from qquant.runtime.stepping import Stepper, Weights, capture, read_weights
 from qquant.source.checkpoint import Checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -121,7 +121,7 @@ class Stepped:
         self.prefills = [_captured(partial(stepper.prefill, self.ids), device) for stepper in steppers]
         self.turn = 0
         name = str(dtype).removeprefix("torch.")
-        first = next(module for module in weights.modules() if isinstance(module, runtime.Linear))
+        first = next(module for module in weights.modules() if isinstance(module, linears.Linear))
         self.runtime = f"{first.path}; {'captured graph' if device.type == 'cuda' else 'eager'}, {name}"
 
     def _worst_moment(self, before: int) -> int:

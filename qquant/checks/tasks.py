@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qquant import runtime
 from qquant.checks import statistics
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.runtime import loading
 from qquant.source.checkpoint import Checkpoint
 
 Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (task, metric) -> question -> score
@@ -77,7 +77,7 @@ def run(
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     scores: list[Scores] = []
     for index, path in enumerate([checkpoint.path, *paths]):
-        model = runtime.load(path, device)
+        model = loading.load(path, device)
         scores.append(_scores(harness, model, tokenizer, questions))
         del model
         progress("ask", index + 1, 1 + len(paths))

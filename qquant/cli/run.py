@@ -13,7 +13,7 @@ from qquant.cli.options import DEVICE, EXITS, JSON, device_named
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from qquant.answering import Answerer, Settings
+    from qquant.runtime.answering import Answerer, Settings
 
 
 @click.command(epilog=EXITS)
@@ -42,7 +42,7 @@ def run(
 
     PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: end it with an empty line.
     """
-    from qquant.answering import Answerer, Settings
+    from qquant.runtime.answering import Answerer, Settings
 
     if system is not None and no_system:
         raise UsageError("--system and --no-system contradict each other")

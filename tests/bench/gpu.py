@@ -143,14 +143,14 @@ def shape_of(model):
 
 def random_linear(kind, rows, columns, device, dtype, biased=False):
     """A linear on random weights; kind: bf16, int4, int8 or awq (int4 with zero points)."""
-    from qquant import runtime
     from qquant.algorithms.grid import Integers
     from qquant.kernels import cpu_int4
+    from qquant.runtime import linears
 
     bias = torch.randn(rows, device=device).to(dtype) * 0.1 if biased else None
     if kind == "bf16":
         weight = torch.empty(rows, columns, device=device, dtype=dtype).normal_(0, columns**-0.5)
-        return runtime.DenseLinear(weight, bias, "bf16")
+        return linears.DenseLinear(weight, bias, "bf16")
     bits = 8 if kind == "int8" else 4
     lowest = (
         0 if kind == "awq" else 1
@@ -161,15 +161,15 @@ def random_linear(kind, rows, columns, device, dtype, biased=False):
     zeros = torch.randint(6, 10, scales.shape, device=device).float() if kind == "awq" else None
     weight = Integers(codes, scales, zeros, bits)
     on_cpu = torch.device(device).type == "cpu" and cpu_int4.available(rows, columns, GROUP)
-    return (runtime.CpuQuantLinear if on_cpu else runtime.QuantLinear)(weight, bias, kind)
+    return (linears.CpuQuantLinear if on_cpu else linears.QuantLinear)(weight, bias, kind)
 
 
 def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
     """Weights of a whole model."""
     from torch import nn
 
-    from qquant import runtime
-    from qquant.checks.stepping import Layer, Weights
+    from qquant.runtime import linears
+    from qquant.runtime.stepping import Layer, Weights
 
     wide = (config.heads + 2 * config.kv_heads) * config.head_dim
     shapes = {
@@ -190,7 +190,7 @@ def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
     embedding = nn.Embedding(config.vocab, config.hidden, device=device, dtype=dtype)
     table = embedding.weight.data
     head = table if config.tied else torch.randn_like(table) * config.hidden**-0.5
-    return Weights(layers, embedding, norm, runtime.DenseLinear(head, None, "bf16"))
+    return Weights(layers, embedding, norm, linears.DenseLinear(head, None, "bf16"))
 
 
 def moved(weights, device, dtype):
@@ -220,8 +220,8 @@ def moved(weights, device, dtype):
 
 def steps_agree(record, options):
     """A small model's logits by the kernels, eager and captured, against plain torch on the CPU."""
-    from qquant.checks.stepping import Stepper, capture
     from qquant.families import ModelConfig
+    from qquant.runtime.stepping import Stepper, capture
 
     def error(a, b):
         return float((a.cpu().double() - b.double()).norm() / b.double().norm())

@@ -11,7 +11,6 @@ from gguf.metadata import Metadata
 from gguf.utility import size_label
 
 from qquant.algorithms.checksum import as_bytes, checksum
-from qquant.answering import gguf_tokenizer
 from qquant.calibration import Tokenizer
 from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS
@@ -19,6 +18,7 @@ from qquant.formats.gguf import imatrix, metadata
 from qquant.formats.gguf.container import Field, header_bytes, read_header
 from qquant.formats.gguf.layout import _reader
 from qquant.recipe import GgufArtifact, load
+from qquant.runtime.answering import gguf_tokenizer
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 

@@ -9,9 +9,8 @@ import torch
 import transformers
 
 import qquant
-from qquant import recipe, runtime
+from qquant import recipe
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
-from qquant.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import installed
 from qquant.artifact.opening import open_weights
@@ -23,6 +22,8 @@ from qquant.formats.gguf.container import read_header
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.plan.plan import Plan
+from qquant.runtime import linears, loading, parts
+from qquant.runtime.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.solve import walk
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def release(demo, tmp_path_factory):
 def reference(path, dtype=torch.float32):
     """transformers' own model with the dequantized weights."""
     source = open_weights(path)
-    config = runtime._transformers_config(source, {}, dtype)
+    config = loading._transformers_config(source, {}, dtype)
     model = transformers.Qwen2ForCausalLM(config)
     names = source.family.shapes(source.config)
     state = {name: source.tensor(name).to(dtype) for name in names}
@@ -146,7 +147,7 @@ def test_batches_and_caches_agree(release):
 
 def test_every_linear_says_what_runs(release):
     model = qquant.load(release["gptq-int4"], "cpu")
-    found = runtime.paths(model)
+    found = loading.paths(model)
     assert len(found) == 6 * 4 + 1, "q, k, v and gate, up are one each"
     qkv = found["model.layers.0.self_attn.q_proj"]
     assert qkv == (
@@ -154,10 +155,10 @@ def test_every_linear_says_what_runs(release):
     )
     assert found["lm_head"] == "256 -> 8192, bf16; torch linear in bfloat16"
     assert "torch's int4 product" in repr(model)
-    dense = runtime.paths(qquant.load(release["q4_k_m"], "cpu"))
+    dense = loading.paths(qquant.load(release["q4_k_m"], "cpu"))
     assert "dequantized at load" in dense["model.layers.0.mlp.down_proj"]
     assert "q6_k" in dense["lm_head"]
-    eight = runtime.paths(qquant.load(release["q8_0"], "cpu"))
+    eight = loading.paths(qquant.load(release["q8_0"], "cpu"))
     assert "twice" in eight["model.layers.0.self_attn.o_proj"]
     assert eight["model.embed_tokens"].startswith("8 bit")
 
@@ -166,12 +167,12 @@ def test_every_linear_says_what_runs(release):
 def test_no_16_bit_copy_is_kept(name, bits, release):
     """Codes, and per group scale and shift for the product and the exact scale for the other way."""
     model = qquant.load(release[name], "cpu")
-    held = [module for module in model.model.modules() if isinstance(module, runtime.CpuQuantLinear)]
+    held = [module for module in model.model.modules() if isinstance(module, linears.CpuQuantLinear)]
     assert len(held) == 24
     weights = sum(module.in_features * module.out_features for module in held)
     biases = sum(0 if module.bias is None else module.bias.nbytes for module in held)
     assert 8 * (sum(module.nbytes for module in held) - biases) / weights <= bits
-    assert runtime.weight_bytes(model) < runtime.weight_bytes(qquant.load(release["f16"], "cpu"))
+    assert loading.weight_bytes(model) < loading.weight_bytes(qquant.load(release["f16"], "cpu"))
 
 
 # -- what other tools wrote
@@ -195,7 +196,7 @@ def integers(rows=64, columns=256, width=64, bits=4, seed=0):
 
 
 def linear(weight, bias=None, device="cpu"):
-    loader = runtime._Loader.__new__(runtime._Loader)
+    loader = parts.Loader.__new__(parts.Loader)
     loader.device = torch.device(device)
     return loader.quantized(weight, bias, "test")
 
@@ -242,16 +243,16 @@ def test_shapes_without_a_cpu_product_use_the_reference(shape):
     exact = (codes.float().view(rows, -1, width) - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)
     x = torch.randn(3, columns)
     assert relative(module(x), x @ exact.view(rows, columns).T) <= 1e-6
-    expected = runtime.CpuQuantLinear if rows == 64 and width == 512 else runtime.QuantLinear
+    expected = linears.CpuQuantLinear if rows == 64 and width == 512 else linears.QuantLinear
     assert type(module) is expected
-    if expected is runtime.QuantLinear:
+    if expected is linears.QuantLinear:
         assert "no kernel" in module.path
 
 
 def test_linears_that_differ_stay_apart(release, tmp_path):
     """k_proj with another group size than q_proj and v_proj: three products, and the same logits."""
     source = open_weights(release["gptq-int4"])
-    loader = runtime._Loader(source, torch.device("cpu"), torch.float32)
+    loader = parts.Loader(source, torch.device("cpu"), torch.float32)
     names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     whole = loader.fused(names, [(256, 256)] * 3)
     original = loader.integers
@@ -270,8 +271,8 @@ def test_linears_that_differ_stay_apart(release, tmp_path):
 
 
 def test_parts_notice_another_input():
-    whole = runtime.DenseLinear(torch.randn(6, 4), None, "f32")
-    first, second = (runtime.Part(whole, [4, 2], index) for index in range(2))
+    whole = linears.DenseLinear(torch.randn(6, 4), None, "f32")
+    first, second = (linears.Part(whole, [4, 2], index) for index in range(2))
     second.first = [first]
     x = torch.randn(3, 4)
     assert torch.equal(torch.cat([first(x), second(x)], -1), whole(x))
@@ -293,7 +294,7 @@ def test_checkpoints_load_too_and_tied_heads_share(make_checkpoint):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     shapes = Checkpoint.open(folder).family.shapes(Checkpoint.open(folder).config).values()
     tables = sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
-    assert runtime.weight_bytes(model) == 2 * sum(math.prod(shape) for shape in shapes) + tables
+    assert loading.weight_bytes(model) == 2 * sum(math.prod(shape) for shape in shapes) + tables
 
 
 def test_generation_settings_come_along(release, demo):

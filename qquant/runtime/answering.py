@@ -16,13 +16,13 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from qquant import runtime
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats.gguf.container import Header
 from qquant.formats.gguf.metadata import CONTROL, NORMAL, USER_DEFINED
 from qquant.formats.gguf.source import GgufSource
+from qquant.runtime import loading
 from qquant.source.hub import resolve
 
 WORDS = (
@@ -61,11 +61,11 @@ class Answerer:
 
     @classmethod
     def open(cls, artifact: str | Path, device: str | torch.device = "auto", dtype: str | None = None) -> Answerer:
-        """Load the artifact; see `runtime.load` for what it raises."""
+        """Load the artifact; see `loading.load` for what it raises."""
         path = Path(artifact)
         if not path.exists():
             path, _ = resolve(str(artifact))
-        model = runtime.load(path, device, dtype)
+        model = loading.load(path, device, dtype)
         return cls(model, _tokenizer(path), str(artifact))
 
     def _stops(self) -> list[int]:
@@ -78,7 +78,7 @@ class Answerer:
 
     def paths(self) -> dict[str, str]:
         """What runs for every linear."""
-        return runtime.paths(self.model)
+        return loading.paths(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens by name are themselves.

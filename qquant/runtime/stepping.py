@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qquant import runtime
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.kernels.between import add_norm, attend, gate, rotate
+from qquant.runtime import linears, parts
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def _flat(layer: Layer) -> list[nn.Module]:
 
 
 def _nbytes(module: nn.Module) -> int:
-    if isinstance(module, runtime.Linear):
+    if isinstance(module, linears.Linear):
         return module.nbytes
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype) -> Weights:
-    """The weights of an artifact or a checkpoint as `runtime.load` holds them."""
+    """The weights of an artifact or a checkpoint as `loading.load` holds them."""
     family, config = source.family, source.config
     layers = []
     for index in range(config.layers):
@@ -78,10 +78,10 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
         first, second = (
             source.tensor(prefix + norm).to(device, dtype) for norm in (family.attention_norm, family.mlp_norm)
         )
-        stages = runtime.linears(source, index, device, dtype)
+        stages = parts.linears(source, index, device, dtype)
         found = {name: modules[0] if len(modules) == 1 else modules for name, modules in stages.items()}
         layers.append(Layer(first, second, found))
-    embedding, head = runtime.ends(source, device, dtype)
+    embedding, head = parts.ends(source, device, dtype)
     return Weights(tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
