@@ -55,7 +55,7 @@ def _seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_children():
-    """A new process for every check would cost minutes; tests/test_loading.py starts it, and so does the command line."""
+    """A new process for every check would cost minutes; tests/checks/test_loading.py starts it, and so does the command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda *_: {}))
         yield

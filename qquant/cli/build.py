@@ -139,7 +139,7 @@ def _print_checks(planned: Plan) -> None:
 
 def _note_source(source: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
     """Keep what `publish` needs to know of the checkpoint."""
-    from qquant import provenance
     from qquant.disk.writes import write_synced
+    from qquant.release import repository
 
-    write_synced(out / provenance.SOURCE, provenance.as_json(provenance.source_facts(source, reference, plan.parallel)))
+    write_synced(out / repository.SOURCE, repository.as_json(repository.source_facts(source, reference, plan.parallel)))

@@ -38,10 +38,10 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.option("--bytes", "only_bytes", is_flag=True, help="Only compare sizes and hashes; needs no torch.")
 def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool) -> None:
     """Verify artifact or release FOLDERS: every file's hash, the structure, and values dequantized again."""
-    from qquant import card
     from qquant.artifact import verification
     from qquant.artifact.manifest import verify_files
     from qquant.errors import InputError
+    from qquant.release import card
 
     problems = []
     for folder in folders:

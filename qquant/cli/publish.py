@@ -22,17 +22,17 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
 
     Sizes, repositories, licences, fallbacks and tensor-parallel sizes before and after padding, from headers alone.
     """
-    from qquant import release
+    from qquant.release import matrix as cells
 
-    jobs = release.plan(release.shard(release.load(matrix), shard))
+    jobs = cells.plan(cells.shard(cells.load(matrix), shard))
     broken = [f"{job.model}: {job.problem}" for job in jobs if job.plan is None]
     if github_matrix:
-        click.echo(json.dumps(release.github_matrix(jobs)))
+        click.echo(json.dumps(cells.github_matrix(jobs)))
     elif as_json:
-        click.echo(json.dumps(release.to_dict(jobs), indent=2))
+        click.echo(json.dumps(cells.to_dict(jobs), indent=2))
     else:
         for job in jobs:
-            click.echo("\n".join(release.lines(job)))
+            click.echo("\n".join(cells.lines(job)))
         total = sum(job.plan.disk for job in jobs if job.plan)
         click.echo(f"{len(jobs)} jobs, {total:,} bytes of disk in all")
     if broken:
@@ -69,22 +69,22 @@ def publish(
     A repository changes in one step from what it was to the whole release, after every byte was staged, downloaded again and
     compared. The same command continues an interrupted one.
     """
-    from qquant import card, hub, provenance
+    from qquant.release import card, hub, signing, statements
+    from qquant.release.repository import complete, read_release
 
     if to == "dir" and out is None:
         raise UsageError("--to dir needs --out FOLDER")
     if to != "dir" and not namespace:
         raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
-    release = provenance.read_release(folder, only)
+    release = read_release(folder, only)
     for name, reason in release.refused.items():
         click.echo(f"not published: {name}: {reason}", err=True)
     facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
     repositories = [
-        provenance.with_statements(card.with_card(provenance.complete(repository, facts)))
-        for repository in release.repositories
+        statements.with_statements(card.with_card(complete(repository, facts))) for repository in release.repositories
     ]
     if signed:
-        repositories = [provenance.with_signature(repository, signed) for repository in repositories]
+        repositories = [signing.with_signature(repository, signed) for repository in repositories]
     request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
     done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
     if as_json:
@@ -107,7 +107,7 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
 
     Every change is shown as a diff first; without --yes it is asked for.
     """
-    from qquant import hub
+    from qquant.release import hub
 
     if not (dry_run or yes or sys.stdin.isatty()):
         raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
@@ -131,7 +131,7 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
 )
 def sign(folders: tuple[Path, ...], key: Path | None) -> None:
     """Sign release FOLDERS (of `publish --to dir`): model.sig, which `model_signing verify` checks."""
-    from qquant import provenance
+    from qquant.release import signing
 
     for folder in folders:
-        click.echo(provenance.sign(folder, key))
+        click.echo(signing.sign(folder, key))

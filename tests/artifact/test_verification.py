@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import doctor, provenance
+from qquant import doctor
 from qquant.algorithms.checksum import checksum, checksum_of
 from qquant.artifact import verification
+from qquant.artifact.manifest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.source import pickles
@@ -59,7 +60,7 @@ def resign(folder):
     for entry in manifest["artifacts"].values():
         for name in entry["files"]:
             path = folder / name
-            entry["files"][name] = {"bytes": path.stat().st_size, "sha256": provenance.sha256_of(path)}
+            entry["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

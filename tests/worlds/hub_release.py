@@ -6,8 +6,8 @@ import random
 
 from huggingface_hub import HfApi
 
-from qquant.hub import HuggingFace, Request
-from qquant.provenance import complete, read_release
+from qquant.release.hub import HuggingFace, Request
+from qquant.release.repository import complete, read_release
 from tests.worlds.hub_server import TOKEN
 
 GPTQ, GGUF = "Qwen1.5-Test-Chat-GPTQ-Int4", "Qwen1.5-Test-Chat-GGUF"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from qquant.errors import PublishError, QQuantError
-from qquant.hub.request import Say
+from qquant.release.hub.request import Say
 
 ATTEMPTS = 8
 LONGEST_WAIT = 60.0  # seconds, unless the server asks for more

@@ -262,7 +262,7 @@ def test_interrupt_exits_75(qquant, make_checkpoint, recipe_file, tmp_path, monk
 
 
 def test_bug_is_called_a_bug(tmp_path, make_checkpoint, recipe_file):
-    code = "import sys, qquant.plan\nfrom qquant.cli import main\nqquant.plan.Plan.of = lambda *a: 1 / 0\nmain(sys.argv[1:])"
+    code = "import sys, qquant.plan.plan\nfrom qquant.cli import main\nqquant.plan.plan.Plan.of = lambda *a: 1 / 0\nmain(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", make_checkpoint(), "--recipe", recipe_file],
         capture_output=True,

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 from qquant.artifact.manifest import named_files, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError
-from qquant.hub.failures import Result, repeated, reported
-from qquant.hub.request import Published, Request, Say
-from qquant.hub.trees import lacking, operations
-from qquant.provenance import Repository
+from qquant.release.hub.failures import Result, repeated, reported
+from qquant.release.hub.request import Published, Request, Say
+from qquant.release.hub.trees import lacking, operations
+from qquant.release.repository import Repository
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

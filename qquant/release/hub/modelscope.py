@@ -12,10 +12,10 @@ from typing import Any
 
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
-from qquant.hub.failures import clean
-from qquant.hub.folder import Folder
-from qquant.hub.request import Published, Request, Say
-from qquant.provenance import Repository
+from qquant.release.hub.failures import clean
+from qquant.release.hub.folder import Folder
+from qquant.release.hub.request import Published, Request, Say
+from qquant.release.repository import Repository
 
 
 class ModelScope:

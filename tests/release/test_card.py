@@ -9,11 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from qquant import card, provenance
 from qquant.artifact import verification
 from qquant.errors import EnvironmentMissingError, InputError
-from qquant.hub import Folder, Request
-from qquant.provenance import as_json, card_facts, complete, read_release, source_facts, with_statements
+from qquant.release import card, signing
+from qquant.release.hub import Folder, Request
+from qquant.release.repository import as_json, card_facts, complete, read_release, source_facts
+from qquant.release.statements import with_statements
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, write_build
@@ -315,7 +316,7 @@ def test_the_bill_names_model_data_and_numbers(build):
 def test_signing_needs_its_extra(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(EnvironmentMissingError, match=r"pip install 'qquant\[sign\]'"):
-        provenance.sign(written / GPTQ)
+        signing.sign(written / GPTQ)
 
 
 def test_a_signed_folder_is_verified_by_the_reference_package(written, tmp_path):
@@ -329,7 +330,7 @@ def test_a_signed_folder_is_verified_by_the_reference_package(written, tmp_path)
     key.write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
     public.write_bytes(private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     folder = written / GPTQ
-    signature = provenance.sign(folder, key)
+    signature = signing.sign(folder, key)
 
     def check():
         config = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qquant import recipe as recipes
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.plan.plan import Plan
-from qquant.provenance import card_facts
+from qquant.release.repository import card_facts
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import PaddedCheckpoint, padded
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from qquant import release
 from qquant.errors import UsageError
 from qquant.families import FAMILIES, parse_config
+from qquant.release import matrix as cells
 from tests.conftest import SMALL, write_checkpoint
 from tests.worlds import ROOT
 
@@ -75,7 +75,7 @@ def tensors(job):
 
 
 def test_fourteen_billion_before_and_after_padding(matrix):
-    plain, wide, small = release.plan(release.load(matrix).cells)
+    plain, wide, small = cells.plan(cells.load(matrix).cells)
     assert plain.facts["tensor_parallel"]["gptq-int4"]["vllm"] == [1]
     assert wide.facts["tensor_parallel"]["gptq-int4"] == {
         "vllm": [1, 2, 4, 8], "sglang": [1, 2, 4, 8], "without_padding": [1],
@@ -95,13 +95,13 @@ def test_fourteen_billion_before_and_after_padding(matrix):
 
 
 def test_shards_cover_every_cell_once(matrix):
-    cells = release.load(matrix).cells
+    wanted = cells.load(matrix).cells
     for count in (1, 2, 3, 5):
-        parts = [cell for i in range(1, count + 1) for cell in release.shard(release.load(matrix), f"{i}/{count}")]
-        assert sorted(map(str, parts)) == sorted(map(str, cells))
+        parts = [cell for i in range(1, count + 1) for cell in cells.shard(cells.load(matrix), f"{i}/{count}")]
+        assert sorted(map(str, parts)) == sorted(map(str, wanted))
     for part in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
         with pytest.raises(UsageError, match="--shard"):
-            release.shard(release.load(matrix), part)
+            cells.shard(cells.load(matrix), part)
 
 
 def run(*arguments):
@@ -145,12 +145,12 @@ def test_a_broken_cell_does_not_hide_the_others(matrix, tmp_path):
 def test_a_wrong_matrix_says_where(tmp_path, text, message):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
-        release.load(tmp_path / "m.yaml")
+        cells.load(tmp_path / "m.yaml")
 
 
 def test_no_matrix(tmp_path):
     with pytest.raises(UsageError, match="cannot read the matrix"):
-        release.load(tmp_path / "none.yaml")
+        cells.load(tmp_path / "none.yaml")
 
 
 def test_the_workflow_calls_commands_that_exist():

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, PublishError, UsageError
-from qquant.hub import Folder, ModelScope, Request
-from qquant.provenance import read_release
+from qquant.release.hub import Folder, ModelScope, Request
+from qquant.release.repository import read_release
 from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, expected, publish, repositories, require_whole, write_build
 from tests.worlds.hub_server import TOKEN
 

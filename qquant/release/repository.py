@@ -19,22 +19,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, Payload, sha256_of, verified, verify_files
+from qquant.artifact.manifest import REPORT, Payload, verified
 from qquant.disk.output import MANIFEST
-from qquant.errors import EnvironmentMissingError, GateFailedError, InputError, UsageError
+from qquant.errors import GateFailedError, InputError, UsageError
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head
 from qquant.source.untrusted import read_json
 
 SOURCE = "source.json"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
-BUILD_TYPE = "urn:qquant:build:1"
 PASSED = ("pass", "waived")
 
 
@@ -193,150 +191,3 @@ def complete(repository: Repository, facts: Mapping[str, Any]) -> Repository:
     manifest = {**repository.manifest, "release": {**repository.manifest["release"], **known}}
     finished = Repository(repository.name, repository.files, manifest, repository.report)
     return finished.with_files({MANIFEST: as_json(manifest), REPORT: as_json(repository.report)})
-
-
-def with_statements(repository: Repository) -> Repository:
-    """The repository with its bill of materials and its provenance statement, the last over all other files."""
-    listed = repository.with_files({BOM: as_json(bill_of_materials(repository))})
-    return listed.with_files({STATEMENT: as_json(statement(listed))})
-
-
-def bill_of_materials(repository: Repository) -> dict[str, Any]:
-    """CycloneDX 1.6: the model, what it is made from, and what made it."""
-    release, report = repository.manifest["release"], repository.report
-    reference = f"{release.get('namespace') or 'local'}/{repository.name}"
-    base = release.get("base_model") or report["model"]
-    sources = report.get("calibration", {}).get("sources", ())
-    model = {
-        "type": "machine-learning-model",
-        "bom-ref": reference,
-        "name": repository.name,
-        "version": release.get("tag") or "0",
-        "licenses": _licences(release.get("card") or {}),
-        "modelCard": {"quantitativeAnalysis": {"performanceMetrics": list(_metrics(report))}},
-        "components": [
-            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": payload.sha256}]}
-            for name, payload in sorted(repository.files.items())
-        ],
-    }
-    used = [
-        {
-            "type": "machine-learning-model",
-            "bom-ref": f"base:{base}",
-            "name": base,
-            "version": release.get("revision") or "",
-        },
-        *(
-            {
-                "type": "data",
-                "bom-ref": f"data:{source['name']}",
-                "name": source["name"],
-                "version": str(source.get("revision") or ""),
-                "licenses": _licences({"license": source.get("licence")}),
-            }
-            for source in sources
-        ),
-    ]
-    tools = [
-        {"type": "application", "name": name, "version": str(_inputs(repository)[name])}
-        for name in ("qquant", "torch")
-        if name in _inputs(repository)
-    ]
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, repository.digest)}",
-        "version": 1,
-        "metadata": {"component": model, "tools": {"components": tools}},
-        "components": used,
-        "dependencies": [{"ref": reference, "dependsOn": [component["bom-ref"] for component in used]}],
-    }
-
-
-def statement(repository: Repository) -> dict[str, Any]:
-    """in-toto statement v1 with a SLSA provenance v1 predicate."""
-    release, inputs = repository.manifest["release"], _inputs(repository)
-    entries = repository.manifest["artifacts"]
-    base = release.get("base_model") or repository.report["model"]
-    materials = [{"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}]
-    if release.get("revision"):
-        materials[0]["uri"] += f"@{release['revision']}"
-    if "calibration" in inputs:
-        materials.append({"name": "calibration tokens", "digest": {"sha256": inputs["calibration"]}})
-    return {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [
-            {"name": name, "digest": {"sha256": payload.sha256}} for name, payload in sorted(repository.files.items())
-        ],
-        "predicateType": "https://slsa.dev/provenance/v1",
-        "predicate": {
-            "buildDefinition": {
-                "buildType": BUILD_TYPE,
-                "externalParameters": {"recipe": next(iter(entries.values()))["recipe"], "artifacts": list(entries)},
-                "internalParameters": {
-                    key: value for key, value in inputs.items() if key not in ("checkpoint", "calibration")
-                },
-                "resolvedDependencies": materials,
-            },
-            "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": str(inputs.get("qquant", ""))}}},
-        },
-    }
-
-
-def _inputs(repository: Repository) -> Mapping[str, Any]:
-    return next(iter(repository.manifest["artifacts"].values())).get("inputs", {})
-
-
-def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    name = card.get("license_name") or card.get("license")
-    return [{"license": {"name": str(name)}}] if name else []
-
-
-def _metrics(report: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    for artifact in report["artifacts"]:
-        for kind in ("perplexity", "kl_divergence", "top1_agreement"):
-            yield {"type": kind, "value": str(artifact[kind]), "slice": artifact["name"]}
-
-
-def with_signature(repository: Repository, signed: Path) -> Repository:
-    """The repository with the signature that `sign` left in its folder below `signed`; every file there is compared first.
-
-    Raises:
-        InputError: there is none, or it was made over other files.
-    """
-    folder = signed / repository.name
-    if not (folder / SIGNATURE).is_file():
-        raise InputError(f"{folder / SIGNATURE}: not found. Make it with `qquant publish --to dir`, then `qquant sign`")
-    for name, payload in repository.files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != payload.size or sha256_of(path) != payload.sha256:
-            raise InputError(
-                f"{path}: is not what would be published, so the signature would not hold. Make the folder with the same "
-                "--namespace, --tag and --base-model, and sign it again"
-            )
-    return repository.with_files({SIGNATURE: (folder / SIGNATURE).read_bytes()})
-
-
-def sign(folder: Path, key: Path | None = None) -> Path:
-    """Sign a release folder as the OpenSSF model signing specification says: with a private key, or keyless through Sigstore.
-
-    Raises:
-        EnvironmentMissingError: the `model-signing` package is not installed.
-        InputError: the folder is not as its manifest says, or the key cannot be used.
-    """
-    try:
-        from model_signing import hashing, signing  # type: ignore[import-not-found]  # the extra
-    except ImportError:
-        raise EnvironmentMissingError("sign needs the model-signing package: pip install 'qquant[sign]'") from None
-    verify_files(folder)
-    target = folder / SIGNATURE
-    config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=[target]))
-    try:
-        if key:
-            config.use_elliptic_key_signer(private_key=key)
-        else:
-            config.use_sigstore_signer(use_ambient_credentials=True)
-        config.sign(folder, target)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{key or folder}: cannot sign: {error}") from None
-    return target

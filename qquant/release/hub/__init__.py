@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qquant.hub.failures import clean, pause
-from qquant.hub.folder import Folder
-from qquant.hub.huggingface import HuggingFace
-from qquant.hub.modelscope import ModelScope
-from qquant.hub.patch import Change, Setting, patch
-from qquant.hub.request import Destination, Published, Request, Say
+from qquant.release.hub.failures import clean, pause
+from qquant.release.hub.folder import Folder
+from qquant.release.hub.huggingface import HuggingFace
+from qquant.release.hub.modelscope import ModelScope
+from qquant.release.hub.patch import Change, Setting, patch
+from qquant.release.hub.request import Destination, Published, Request, Say
 
 __all__ = [
     "Change",

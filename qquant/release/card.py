@@ -22,7 +22,7 @@ from typing import Any
 from qquant.artifact.manifest import REPORT
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
-from qquant.provenance import Repository, read_report
+from qquant.release.repository import Repository, read_report
 from qquant.report.record import fallback_note
 from qquant.source.untrusted import read_json
 
@@ -152,7 +152,7 @@ def _template() -> Any:
         lstrip_blocks=True,
         autoescape=False,
     )
-    return environment.from_string((files("qquant") / "card.md.jinja").read_text("utf-8"))
+    return environment.from_string((files("qquant.release") / "card.md.jinja").read_text("utf-8"))
 
 
 def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:

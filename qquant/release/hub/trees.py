@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qquant.artifact.manifest import Payload
-from qquant.provenance import Repository
+from qquant.release.repository import Repository
 
 
 def lacking(repository: Repository, there: Mapping[str, str]) -> list[str]:

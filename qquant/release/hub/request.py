@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qquant.provenance import Repository
+from qquant.release.repository import Repository
 
 Say = Callable[[str], None]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qquant.artifact.manifest import sha256_of
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
-from qquant.hub.request import Published, Request
-from qquant.provenance import Repository
+from qquant.release.hub.request import Published, Request
+from qquant.release.repository import Repository
 
 
 class Folder:

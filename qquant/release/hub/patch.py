@@ -19,10 +19,10 @@ from typing import Any
 from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, Payload
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError, UsageError
-from qquant.hub.failures import CHANGED, reported
-from qquant.hub.huggingface import HuggingFace
-from qquant.hub.trees import holds, operations
-from qquant.provenance import as_json
+from qquant.release.hub.failures import CHANGED, reported
+from qquant.release.hub.huggingface import HuggingFace
+from qquant.release.hub.trees import holds, operations
+from qquant.release.repository import as_json
 
 
 @dataclass(frozen=True)

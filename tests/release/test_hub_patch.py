@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from qquant.artifact.manifest import verify_files
 from qquant.errors import PublishError, UsageError
-from qquant.hub import HuggingFace, Setting, patch
+from qquant.release.hub import HuggingFace, Setting, patch
 from tests.worlds.hub_release import Waits, publish, write_build
 from tests.worlds.hub_server import TOKEN
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from qquant.errors import PublishError
-from qquant.hub import HuggingFace, Request, clean, pause
+from qquant.release.hub import HuggingFace, Request, clean, pause
 from tests.worlds.hub_release import GGUF, GPTQ, Waits, expected, publish, repositories, require_whole
 from tests.worlds.hub_server import TOKEN
 
@@ -139,8 +139,8 @@ PUBLISHER = """
 import sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from qquant.hub import HuggingFace, Request
-from tests.hub_release import repositories
+from qquant.release.hub import HuggingFace, Request
+from tests.worlds.hub_release import repositories
 url, token, folder, pull_request = sys.argv[1:]
 print("ready", flush=True)
 HuggingFace(HfApi(url, token), lambda text: None).publish(

@@ -1,0 +1,119 @@
+"""What a release says of its making: a CycloneDX bill of materials, and an in-toto statement with a SLSA predicate.
+
+qquant-bom.cdx.json      CycloneDX 1.6: model, base model, data, tools
+qquant-provenance.json   sha256 of every file, recipe, inputs; no times, so the same build gives the same bytes
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qquant.artifact.manifest import BOM, STATEMENT
+from qquant.release.repository import Repository, as_json
+
+BUILD_TYPE = "urn:qquant:build:1"
+
+
+def with_statements(repository: Repository) -> Repository:
+    """The repository with its bill of materials and its provenance statement, the last over all other files."""
+    listed = repository.with_files({BOM: as_json(bill_of_materials(repository))})
+    return listed.with_files({STATEMENT: as_json(statement(listed))})
+
+
+def bill_of_materials(repository: Repository) -> dict[str, Any]:
+    """CycloneDX 1.6: the model, what it is made from, and what made it."""
+    release, report = repository.manifest["release"], repository.report
+    reference = f"{release.get('namespace') or 'local'}/{repository.name}"
+    base = release.get("base_model") or report["model"]
+    sources = report.get("calibration", {}).get("sources", ())
+    model = {
+        "type": "machine-learning-model",
+        "bom-ref": reference,
+        "name": repository.name,
+        "version": release.get("tag") or "0",
+        "licenses": _licences(release.get("card") or {}),
+        "modelCard": {"quantitativeAnalysis": {"performanceMetrics": list(_metrics(report))}},
+        "components": [
+            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": payload.sha256}]}
+            for name, payload in sorted(repository.files.items())
+        ],
+    }
+    used = [
+        {
+            "type": "machine-learning-model",
+            "bom-ref": f"base:{base}",
+            "name": base,
+            "version": release.get("revision") or "",
+        },
+        *(
+            {
+                "type": "data",
+                "bom-ref": f"data:{source['name']}",
+                "name": source["name"],
+                "version": str(source.get("revision") or ""),
+                "licenses": _licences({"license": source.get("licence")}),
+            }
+            for source in sources
+        ),
+    ]
+    tools = [
+        {"type": "application", "name": name, "version": str(_inputs(repository)[name])}
+        for name in ("qquant", "torch")
+        if name in _inputs(repository)
+    ]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, repository.digest)}",
+        "version": 1,
+        "metadata": {"component": model, "tools": {"components": tools}},
+        "components": used,
+        "dependencies": [{"ref": reference, "dependsOn": [component["bom-ref"] for component in used]}],
+    }
+
+
+def statement(repository: Repository) -> dict[str, Any]:
+    """in-toto statement v1 with a SLSA provenance v1 predicate."""
+    release, inputs = repository.manifest["release"], _inputs(repository)
+    entries = repository.manifest["artifacts"]
+    base = release.get("base_model") or repository.report["model"]
+    materials = [{"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}]
+    if release.get("revision"):
+        materials[0]["uri"] += f"@{release['revision']}"
+    if "calibration" in inputs:
+        materials.append({"name": "calibration tokens", "digest": {"sha256": inputs["calibration"]}})
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [
+            {"name": name, "digest": {"sha256": payload.sha256}} for name, payload in sorted(repository.files.items())
+        ],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"recipe": next(iter(entries.values()))["recipe"], "artifacts": list(entries)},
+                "internalParameters": {
+                    key: value for key, value in inputs.items() if key not in ("checkpoint", "calibration")
+                },
+                "resolvedDependencies": materials,
+            },
+            "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": str(inputs.get("qquant", ""))}}},
+        },
+    }
+
+
+def _inputs(repository: Repository) -> Mapping[str, Any]:
+    return next(iter(repository.manifest["artifacts"].values())).get("inputs", {})
+
+
+def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name = card.get("license_name") or card.get("license")
+    return [{"license": {"name": str(name)}}] if name else []
+
+
+def _metrics(report: Mapping[str, Any]) -> Iterable[dict[str, str]]:
+    for artifact in report["artifacts"]:
+        for kind in ("perplexity", "kl_divergence", "top1_agreement"):
+            yield {"type": kind, "value": str(artifact[kind]), "slice": artifact["name"]}
