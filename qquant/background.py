@@ -23,19 +23,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    import torch
+from typing import TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 Work = Callable[[], None]
-
-
-def pays(device: torch.device) -> bool:
-    """Whether threads beside the computation gain anything: on a CPU they would take cores and memory from it."""
-    return device.type == "cuda"
 
 
 def cores() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qquant import __version__, background, calibration
+from qquant import __version__, background, calibration, devices
 from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import finished, installed, restore
 from qquant.artifact.manifest import read_manifest
@@ -244,7 +244,7 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
 def _finish(drafts: Sequence[Draft], out: Path, provenance: Mapping[str, Any], device: torch.device) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.abreast(groups, background.cores() if background.pays(device) else 1) as found:
+    with background.abreast(groups, background.cores() if devices.threads_help(device) else 1) as found:
         for draft, read in zip(drafts, found, strict=True):
             draft.finish(out, provenance, read)
 

@@ -1,4 +1,4 @@
-"""What surrounds the code: the bundled data folders, heavy libraries that load on first use, and memory that is free.
+"""What surrounds the code: the bundled data folders, and heavy libraries that load on first use.
 
 `recipes/` and `calibration/` stand beside the package in a checkout and inside it (`qquant/_data/`) in a wheel.
 `lazy` lets a file name torch at its head although `qquant plan` and `--help` never touch it (torch alone costs seconds).
@@ -7,13 +7,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 
 def data_dir(name: str) -> Path:
@@ -33,16 +29,3 @@ class _Lazy(ModuleType):
 def lazy(name: str) -> ModuleType:
     """A stand-in for module `name` that imports it when an attribute is first read."""
     return _Lazy(name)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be taken on a device without taking them from anybody: of the CPU, what the kernel says is available."""
-    if device.type == "cuda":
-        free: int = lazy("torch").cuda.mem_get_info(device)[0]
-        return free
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

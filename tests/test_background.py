@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from qquant.background import abreast, ahead, behind, beside, cores, pays
+from qquant.background import abreast, ahead, behind, beside, cores
+from qquant.devices import threads_help
 
 
 def threads_left():
@@ -246,5 +247,5 @@ def test_cores_are_those_of_the_process():
 
 
 def test_threads_pay_on_a_gpu():
-    assert pays(torch.device("cuda"))
-    assert not pays(torch.device("cpu"))
+    assert threads_help(torch.device("cuda"))
+    assert not threads_help(torch.device("cpu"))

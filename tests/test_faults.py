@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import background, pipeline
+from qquant import background, devices, pipeline
 from qquant.algorithms.gram import Gram
 from qquant.artifact import draft
 from qquant.checks import loading
@@ -476,7 +476,7 @@ def test_eight_builds_at_once(tortured):
 def test_a_build_with_threads_gives_the_same_bytes(make_checkpoint, build, monkeypatch):
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
     monkeypatch.setattr(background, "cores", lambda: 3)
     _, threaded = build(folder, out="threaded")
     assert contents(threaded) == contents(plain)
@@ -486,7 +486,7 @@ def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_ch
     """A full disk under the tensors outside the blocks; then a stop meanwhile, after which no thread writes on."""
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
     put = draft.put
 
     def full(*_):
@@ -552,7 +552,7 @@ def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, mo
     monkeypatch.setattr(solver.Solver, "solve", solving)
     blocks_written(monkeypatch, wait)
     _, plain = build(folder, out="plain")
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
     in_place = [entry[1:] for entry in seen]
     assert {thread for thread, _, _ in seen} == {""}
     for record in (seen, held, solved):
@@ -573,7 +573,7 @@ def test_a_block_that_cannot_be_written_ends_the_build_and_is_continued(
     journalled."""
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
 
     def full(thread, name, found):
         if found == unit and name != NAMES[0]:
@@ -608,7 +608,7 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
 
     monkeypatch.setattr(draft.Draft, "readings", damaged)
     for threaded in (False, True):
-        monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
+        monkeypatch.setattr(devices, "threads_help", lambda device, threaded=threaded: threaded)
         monkeypatch.setattr(background, "cores", lambda: 3)
         with pytest.raises(QQuantError, match="read back differs from what was written"):
             build(folder, "gptq-int8", out=str(threaded))

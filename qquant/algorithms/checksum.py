@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from qquant.devices import policy
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ else:
 
 
 SPREAD = 0x1E3779B97F4A7C15  # of checksums
-_PIECE = {"cpu": 1 << 20}  # values at a time: what is made of them stays in the caches
-_ACCELERATOR = 1 << 24
 _WIDTH = 1024  # columns of the matrix that a piece is taken for; even
 
 
@@ -40,7 +39,7 @@ def checksum_of(pieces: Iterable[Tensor]) -> str:
     """`checksum` of one value that comes in pieces, in their order."""
     total = start = 0
     for piece in pieces:
-        for part in piece.contiguous().view(-1).split(_PIECE.get(piece.device.type, _ACCELERATOR)):
+        for part in piece.contiguous().view(-1).split(policy(piece.device).checksummed):
             total += _weighted(part, start)
             start += len(part)
     return f"{total & (1 << 64) - 1:016x}"

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from qquant.algorithms.descent import VALUES, Columns, blocks_of, visit
+from qquant.algorithms.descent import Columns, blocks_of, visit
 from qquant.algorithms.grid import Grid
+from qquant.devices import policy
 from qquant.kernels.product import product
 from qquant.kernels.replay import Replay
 
@@ -65,7 +66,7 @@ def _batches(rows: Iterable[Tensor], weight: Tensor) -> Iterator[tuple[list[slic
         same = waiting.setdefault(len(matrix), [])
         if bool(matrix.diagonal().mean() > 0):
             same.append((span, matrix))
-        if same and (len(same) + 1) * len(matrix) * weight.shape[1] > VALUES[weight.device.type]:
+        if same and (len(same) + 1) * len(matrix) * weight.shape[1] > policy(weight.device).swept:
             yield [span for span, _ in same], torch.stack([matrix for _, matrix in same])
             same.clear()
     for same in waiting.values():

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.grid import Grid, Params, as_scale
+from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.product import Factor, factor, product
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
 FEW = 8
-VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}  # weights that are swept at a time
-ROWS = {"cpu": 2048, "cuda": 8192}  # rows whose scales are solved for at a time; fewer
-SYSTEM = 1 << 26  # where their systems together have more values than this
+SYSTEM = 1 << 26  # values of the systems of scales that are solved at a time
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -82,7 +81,7 @@ def sweep(
     """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
     columns = blocks_of(gram, shift, grid)
     swept = torch.empty_like(codes)
-    rows = max(1, VALUES[weight.device.type] // weight.shape[1])
+    rows = max(1, policy(weight.device).swept // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
         step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
@@ -141,7 +140,7 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     factors = params.factors(codes)
     old = torch.cat([coefficients for coefficients, _ in factors], 1)
     new = old.clone()
-    rows = max(1, min(ROWS[weight.device.type], SYSTEM // old.shape[1] ** 2))
+    rows = max(1, min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
     known = factor(gram)
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))

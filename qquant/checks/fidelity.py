@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qquant.devices import free_memory
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
-from qquant.resources import free_memory
 
 Progress = Callable[[str, int, int], None]
 SLICE = 1024  # rows of the heads at a time, of every source at once

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qquant import background, calibration
+from qquant import background, calibration, devices
 from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.checks import evidence, gate, loading, sanity, structure
@@ -163,7 +163,7 @@ def review(
         sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
-    paths, beside = [candidate.path for candidate in candidates], background.pays(device)
+    paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
     with background.beside(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)

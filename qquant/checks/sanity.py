@@ -34,9 +34,9 @@ import torch
 from qquant.calibration import Tokenizer
 from qquant.checks.decoding import Chooser, Decoder
 from qquant.checks.statistics import mcnemar
+from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
 from qquant.recipe.limits import ASKED
-from qquant.resources import free_memory
 from qquant.source.checkpoint import Checkpoint
 
 RUN = 12

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qquant import devices
 from qquant.cli.options import (
     DEVICE,
     EXITS,
     GITHUB,
     JSON,
     JUNIT,
-    device_named,
     given_imatrix,
     open_source,
     source_options,
@@ -63,7 +63,7 @@ def build(
 
     began = time.monotonic()
     with Stop() as stop, Progress(stop) as progress:
-        report = pipeline.build(loaded, source, plan, out, device_named(device), progress)
+        report = pipeline.build(loaded, source, plan, out, devices.named(device), progress)
     _note_source(source, checkpoint or loaded.checkpoint or "", plan, out)
     if not as_json:
         click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)

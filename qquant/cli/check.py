@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, device_named
+from qquant import devices
+from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT
 from qquant.cli.terminal import Progress, console, show, tell_watchers
 from qquant.errors import GateFailedError, UsageError
 
@@ -68,7 +69,7 @@ def check(
         raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
     source = Checkpoint.open(against)
     with Progress() as progress:
-        report = pipeline.check(artifacts, source, checks, gates, device_named(device), progress, out)
+        report = pipeline.check(artifacts, source, checks, gates, devices.named(device), progress, out)
     tell_watchers(report, junit, github)
     show(report, as_json)
 
@@ -98,7 +99,7 @@ def bisect(
     source = Checkpoint.open(against)
     checks = Checks(text=text, windows=windows, length=length)
     with Progress() as progress:
-        found = pipeline.bisect(artifact, source, checks, max_kl, device_named(device), progress)
+        found = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
     chosen = [part.name for part in found.chosen]
     if as_json:
         gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in found.gains]
@@ -204,7 +205,7 @@ def perplexity(
         raise UsageError("--save-logits needs --against CHECKPOINT, whose logits are kept")
     if not artifacts and save_logits is None:
         raise UsageError("give an artifact, or --save-logits FILE")
-    where = device_named(device)
+    where = devices.named(device)
     with Progress() as progress:
         if logits is not None:
             found = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)

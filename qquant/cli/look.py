@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant import devices
+from qquant.cli.options import DEVICE, EXITS, JSON
 
 
 @click.command()
@@ -69,7 +70,7 @@ def doctor(out: Path, device: str, as_json: bool) -> None:
     from qquant import doctor as examination
     from qquant.errors import EnvironmentMissingError
 
-    findings = list(examination.examine(out, device_named(device)))
+    findings = list(examination.examine(out, devices.named(device)))
     if as_json:
         content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
         click.echo(json.dumps(content, indent=2))

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qquant.errors import EnvironmentMissingError, UsageError
+from qquant.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from qquant.formats.gguf.imatrix import Imatrix
     from qquant.recipe import Recipe
     from qquant.source.checkpoint import Checkpoint
@@ -89,19 +87,3 @@ def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
     found = imatrix.read(path)
     require_fit(found, checkpoint, path)
     return found
-
-
-def device_named(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: not a device; give cpu, cuda, cuda:1, or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentMissingError(
-            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device. Use --device cpu"
-        )
-    return device

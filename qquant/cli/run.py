@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant import devices
+from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(
     if prompt is None and (as_json or raw or not sys.stdin.isatty()):
         raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
     settings = Settings(max_new_tokens, greedy, temperature, top_p, top_k, repetition_penalty, seed)
-    answerer = Answerer.open(artifact, device_named(device), dtype)
+    answerer = Answerer.open(artifact, devices.named(device), dtype)
     if show_paths:
         for name, path in answerer.paths().items():
             click.echo(f"{name}: {path}", err=True)

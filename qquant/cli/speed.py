@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant import devices
+from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -49,7 +50,7 @@ def speed(
     path = Path(against) if against.endswith(".gguf") else None
     baseline = GgufSource.open(path) if path else Checkpoint.open(against)
     number = getattr(torch, dtype) if dtype else None
-    report = check.measure(artifact, baseline, settings, device_named(device), number, path)
+    report = check.measure(artifact, baseline, settings, devices.named(device), number, path)
     if as_json:
         click.echo(json.dumps({"schema": "qquant-speed-1"} | dataclasses.asdict(report), indent=2))
     else:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from qquant.cli.options import DEVICE, EXITS, JSON, device_named
+from qquant import devices
+from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import Progress, console
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -38,7 +39,7 @@ def tasks(
     source = Checkpoint.open(against)
     asked = checks.Questions(names, include, limit, batch, margin)
     with Progress() as progress:
-        found = checks.run(source, artifacts, asked, device_named(device), progress)
+        found = checks.run(source, artifacts, asked, devices.named(device), progress)
     if as_json:
         click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in found]}, indent=2))
     else:

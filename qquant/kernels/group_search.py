@@ -26,6 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
+from qquant.devices import policy
 from qquant.errors import InputError
 from qquant.kernels.jit import AVAILABLE, blocks, jit, kernel, tl
 
@@ -36,8 +37,6 @@ TINY = 2.0**-24  # smallest float16 above 0
 LARGEST = 65504.0
 ROWS = 32
 MAX_GROUP = 256  # columns that the Triton kernel holds
-CHUNK = {"cpu": 1 << 18}  # weights searched at once by the torch code: the working set stays in the cache
-CHUNK_ELSEWHERE = 1 << 24
 
 
 @functools.lru_cache
@@ -157,7 +156,7 @@ def reference(
     metric = importance.view(groups, group_size) if importance.dim() == 1 else importance
     scales = torch.empty((groups, rows), dtype=torch.float16, device=weight.device)
     zeros = torch.empty((groups, rows), dtype=torch.float32, device=weight.device)
-    chunk = max(1, CHUNK.get(weight.device.type, CHUNK_ELSEWHERE) // columns)
+    chunk = max(1, policy(weight.device).searched // columns)
     for start in range(0, rows, chunk):
         part = weight[start : start + chunk]
         search = _Search(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qquant import devices
 from qquant.artifact.opening import open_weights
-from qquant.errors import EnvironmentMissingError, UsageError
+from qquant.errors import UsageError
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
@@ -46,7 +47,7 @@ def load(
     """
     import transformers  # the door to transformers; costs seconds
 
-    place = _device(device)
+    place = devices.named(device, "device")
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype, raw)
@@ -89,15 +90,6 @@ def _fill(model: nn.Module, source: WeightSource, layer: int, loader: Loader) ->
 def _open(path: str | Path) -> WeightSource:
     place = Path(path)
     return open_weights(place) if place.exists() else Checkpoint.open(path)
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentMissingError(f"device {name}: this torch ({torch.__version__}) sees no CUDA device")
-    return device
 
 
 def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:

@@ -37,22 +37,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
-from qquant import background
+from qquant import devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
 from qquant.background import ahead, behind
+from qquant.devices import free_memory
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
-from qquant.resources import free_memory
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
 
 ROWS = 2048  # rows of a linear whose curvature is kept together
-TOKENS = {"cpu": 1024, "cuda": 4096}  # that take a slice of the head at a time; the draws do not depend on it
 STRIP = 64  # columns of a slice whose mass is summed first
 SEED = 0
 BACKWARD = (
@@ -168,7 +167,7 @@ def measure(
     def tell(done: int) -> None:
         progress("curvature", done, layers + head + BACKWARD * layers)
 
-    beside = background.pays(device)
+    beside = devices.threads_help(device)
     stream = Stream.start(source, list(samples.values()), dtype, device)
     inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)))
     tell(0)
@@ -284,7 +283,7 @@ def _head_gradients(source: Checkpoint, hidden: Sequence[Tensor], tell: Callable
     norm = source.tensor(source.family.final_norm).to(hidden[0])
     pieces: list[Tensor] = []
     tokens = torch.cat(list(hidden))
-    for part in tokens.split(TOKENS[hidden[0].device.type]):
+    for part in tokens.split(devices.policy(hidden[0].device).head_tokens):
         leaf = part.clone().requires_grad_()
         normed = rms_norm(leaf, norm, source.config.epsilon)
         normed.backward(head.gradient(normed.detach(), generator))

@@ -1,11 +1,14 @@
 """Descent after GPTQ: the loss never rises, and the refitted scales are the least-squares answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
 from qquant.algorithms.grid import UniformGrid, UniformParams, value_of
+from qquant.devices import POLICIES
 from qquant.formats.gguf import quantize
 from tests.algorithms.test_gptq import problem
 
@@ -190,8 +193,7 @@ def test_batches_of_rows_give_the_codes_of_each_alone(solved, monkeypatch):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(8, 5, 8, 3)
     together = coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
-    monkeypatch.setattr(coupled, "VALUES", {"cpu": 1})
-    monkeypatch.setattr(descent, "VALUES", {"cpu": 1})
+    monkeypatch.setitem(POLICIES, "cpu", replace(POLICIES["cpu"], swept=1))
     assert (
         float((coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows) == together).float().mean())
         > 0.999

@@ -15,12 +15,12 @@ from qquant.artifact.opening import open_weights
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, fidelity, llama_cpp, regression
 from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
+from qquant.devices import free_memory
 from qquant.errors import InputError
 from qquant.families.decoder import embed, source_block
 from qquant.formats.gguf import quantize
 from qquant.plan.plan import Plan
 from qquant.recipe import Checks, Gates
-from qquant.resources import free_memory
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 

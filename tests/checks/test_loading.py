@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import background, pipeline
+from qquant import background, devices, pipeline
 from qquant.checks import loading, review
 from qquant.errors import NumericalError
 from qquant.formats.gguf.container import header_bytes, nbytes, read_header
@@ -211,7 +211,7 @@ def test_a_child_does_not_outlive_an_interrupt(children, monkeypatch):
 def test_a_check_that_fails_meanwhile_ends_the_child(built, paths, children, monkeypatch):
     """As on a GPU; and a check that does not fail says the same as one that waits first."""
     monkeypatch.setattr(review, "loading", loading)
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
 
     def fail(*_):
         while not children:
@@ -230,7 +230,7 @@ def test_loading_beside_the_check_finds_the_same(built, paths, monkeypatch):
     monkeypatch.setattr(review.loading, "faults", lambda *_: told)
     reports = []
     for threaded in (False, True):
-        monkeypatch.setattr(background, "pays", lambda device, threaded=threaded: threaded)
+        monkeypatch.setattr(devices, "threads_help", lambda device, threaded=threaded: threaded)
         reports.append(pipeline.check(paths, Checkpoint.open(built[0]), checks, gates, CPU, quiet))
     assert reports[0].to_json() == reports[1].to_json()
     assert "does not load in a clean process: why" in reports[0].artifacts[1].verdict.reasons

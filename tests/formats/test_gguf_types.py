@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qquant.devices import POLICIES
 from qquant.errors import InputError, NumericalError, UsageError
-from qquant.formats.gguf import blocks as strategies
 from qquant.formats.gguf import exact, fields, search
 from qquant.formats.gguf.blocks import BlockParams
 from qquant.formats.gguf.quantize import dequantize, grid, pack, quantize, unpack
@@ -185,8 +186,8 @@ def test_zero_step_keeps_the_codes_of_the_search(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_pieces_and_neighbours_do_not_matter(name, monkeypatch):
     whole = quantize(WEIGHT, name, IMPORTANCE)
-    monkeypatch.setitem(strategies.PIECE, "cpu", 1)
-    monkeypatch.setitem(strategies.BATCH, "cpu", 3 * 1024)
+    tiny = replace(POLICIES["cpu"], coded=1, rounded=3 * 1024)
+    monkeypatch.setitem(POLICIES, "cpu", tiny)
     assert torch.equal(quantize(WEIGHT, name, IMPORTANCE), whole)
     assert torch.equal(dequantize(whole, name), torch.cat([dequantize(row[None], name) for row in whole]))
     assert torch.equal(quantize(WEIGHT[5:6], name, IMPORTANCE), whole[5:6])

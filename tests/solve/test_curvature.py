@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qquant import background
+from qquant import devices
 from qquant.algorithms.gram import Gram
 from qquant.errors import InputError, NumericalError
 from qquant.families.decoder import embed, rms_norm, source_block
 from qquant.solve import curvature
-from qquant.solve.curvature import BACKWARD, HEAD, SEED, TOKENS, _Head, _head_gradients, head_share, measure, spread
+from qquant.solve.curvature import BACKWARD, HEAD, SEED, _Head, _head_gradients, head_share, measure, spread
 from qquant.source.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -184,7 +184,9 @@ def test_complete_factors_are_read_again_and_changed_ones_measured_again(source,
 
 
 def test_progress_counts_the_forward_pass_the_head_and_the_way_back(source, tmp_path, monkeypatch):
-    monkeypatch.setitem(TOKENS, "cpu", 20)  # 24 + 26 + 28 tokens in four slices
+    monkeypatch.setitem(
+        devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], head_tokens=20)
+    )  # 24 + 26 + 28 tokens in four slices
     told = []
     measure(source, samples(), tmp_path / "c", torch.float32, CPU, lambda *values: told.append(values))
     head = head_share(source.family, source.config)
@@ -205,7 +207,7 @@ def test_threads_and_where_inputs_stay_change_no_byte(source, tmp_path, monkeypa
     """What a GPU build does, against what a build on the CPU does; and no scratch file is left."""
     plain, other, seen = tmp_path / "plain", tmp_path / "other", []
     measure(source, samples(), plain, dtype, CPU, quiet)
-    monkeypatch.setattr(background, "pays", lambda device: beside)
+    monkeypatch.setattr(devices, "threads_help", lambda device: beside)
     monkeypatch.setattr(curvature, "_place", lambda device, nbytes: place)
     measure(source, samples(), other, dtype, CPU, lambda *_: seen.append(any(other.glob("input-*"))))
     assert any(seen) == (place == "files")
@@ -224,7 +226,7 @@ def test_inputs_stay_where_there_is_room(monkeypatch):
 
 def test_a_file_that_cannot_be_written_beside_the_computation_ends_it(source, tmp_path, monkeypatch):
     """The last file that is written, too: nothing is called complete that is not there."""
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
     write = curvature.write_synced
     for name in ("block-1", "block-0"):
 
@@ -241,7 +243,7 @@ def test_a_file_that_cannot_be_written_beside_the_computation_ends_it(source, tm
 
 
 def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(background, "pays", lambda device: True)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
     read, told = source.block, []
 
     def block(layer):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from qquant.algorithms.grid import Multipliers
+from qquant.devices import policy
 from qquant.errors import UsageError
 from qquant.formats.gguf import exact, search
 from qquant.formats.gguf.fields import Field, scaled, wide
@@ -24,10 +25,6 @@ else:
     torch = lazy("torch")
 
 
-PIECE = {"cpu": 1 << 18}  # values searched or coded at once: the working set stays in the cache
-BATCH = {"cpu": 1 << 22}  # values whose scales are rounded at once
-ACCELERATOR = 1 << 24  # both, elsewhere
-_ENERGY = {"cpu": 1 << 20}  # values whose row sums are computed at once: long vectors across the rows
 RETAINED = (
     31 << 20
 )  # bytes: having seen such a block freed, glibc keeps our working memory instead of returning every piece
@@ -161,7 +158,7 @@ class Rows:
         rule = kind.weights[self.importance is not None]
         row_energy = _row_energy(self) if rule.endswith("row") else None
         spread: Tensor | None = None
-        for rows in self.batches(PIECE.get(self.x.device.type, ACCELERATOR)):
+        for rows in self.batches(policy(self.x.device).coded):
             part = self.x[rows]
             blocks = _transposed(part.view(-1, kind.block))
             x = _groups(blocks, kind.width)
@@ -187,7 +184,7 @@ def _groups(blocks: Tensor, width: int) -> Tensor:
 def _row_energy(rows: Rows) -> Tensor:
     """Float32 [R]: mean square of each row, summed from left to right."""
     parts = []
-    for some in rows.batches(_ENERGY.get(rows.x.device.type, ACCELERATOR)):
+    for some in rows.batches(policy(rows.x.device).energy):
         columns = _transposed(rows.x[some])
         total = exact.squares_in_order(columns)
         parts.append(total.div_(torch.full_like(total, len(columns))))
@@ -229,7 +226,7 @@ class BlockType:
     def encode(self, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         """(range of rows, their bytes uint8 [r, row_bytes])."""
         params, codes = self.choose(rows)
-        for part in rows.batches(PIECE.get(rows.x.device.type, ACCELERATOR)):
+        for part in rows.batches(policy(rows.x.device).coded):
             yield part, self.pack(codes(part), params.rows(part))
 
     def decode(self, data: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from qquant.devices import policy
 from qquant.errors import InputError, NumericalError, UsageError
-from qquant.formats.gguf.blocks import ACCELERATOR, BATCH, PIECE, RETAINED, BlockParams, BlockType, Rows, given
+from qquant.formats.gguf.blocks import RETAINED, BlockParams, BlockType, Rows, given
 from qquant.formats.gguf.types import block_type
 from qquant.resources import lazy
 
@@ -57,7 +58,7 @@ def dequantize(blocks: Tensor, type_name: str) -> Tensor:
     kind = block_type(type_name)
     columns = _blocks_per_row(kind, blocks) * kind.block
     out = torch.empty((len(blocks), columns), dtype=torch.float32, device=blocks.device)
-    for part in Rows(out, None).batches(PIECE.get(blocks.device.type, ACCELERATOR)):
+    for part in Rows(out, None).batches(policy(blocks.device).coded):
         out[part] = kind.decode(blocks[part])
     return out
 
@@ -164,11 +165,11 @@ def _over_threads(weight: Tensor, work: Callable[[slice], Result]) -> list[Resul
 
     Most of the time goes into numpy and torch calls too short to be split by themselves; both release the interpreter lock.
     """
-    device = weight.device.type
+    device, sizes = weight.device.type, policy(weight.device)
     threads = torch.get_num_threads() if device == "cpu" else 1
     torch.empty(RETAINED if device == "cpu" else 0, dtype=torch.uint8)
-    share = max(PIECE.get(device, ACCELERATOR), -(-weight.numel() // threads))
-    places = list(Rows(weight, None).batches(min(BATCH.get(device, ACCELERATOR), share)))
+    share = max(sizes.coded, -(-weight.numel() // threads))
+    places = list(Rows(weight, None).batches(min(sizes.rounded, share)))
     if threads == 1 or len(places) == 1:
         return [work(place) for place in places]
     try:
