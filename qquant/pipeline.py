@@ -40,8 +40,8 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
-from qquant.recipe import Checks, Gates, Recipe
-from qquant.recipe.limits import is_fine, kind_of, reach, resolved
+from qquant.recipe import Checks, Gates, Recipe, eight_bits
+from qquant.recipe.limits import reach, resolved
 from qquant.report import html
 from qquant.report.record import Report, SpeedReport
 from qquant.solve import walk
@@ -127,7 +127,7 @@ def check(
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
         candidates.append(
-            Candidate(str(path), path, size, 8 * size / parameters, held, fine=is_fine(kind), earlier=earlier)
+            Candidate(str(path), path, size, 8 * size / parameters, held, eight_bit=eight_bits(kind), earlier=earlier)
         )
     found, measured = review(checkpoint, candidates, text, device, progress)
     report = Report(
@@ -258,6 +258,6 @@ def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evid
         gates=gates,
         fallbacks=artifact.fallbacks,
         layers=tuple(read_manifest(out / artifact.folder)["artifacts"][artifact.name]["layers"]),
-        fine=is_fine(kind_of(artifact.spec)),
+        eight_bit=artifact.spec.eight_bit,
         earlier=earlier,
     )

@@ -45,9 +45,9 @@ def _ratio(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _gates(gates: Gates, means: Means, earlier: Means | None, fine: bool) -> list[_Gate]:
+def _gates(gates: Gates, means: Means, earlier: Means | None, eight_bit: bool) -> list[_Gate]:
     found = []
-    resolved = not fine or (gates.kl_divergence is None and gates.top1_agreement is None)
+    resolved = not eight_bit or (gates.kl_divergence is None and gates.top1_agreement is None)
     if gates.perplexity_ratio is not None and resolved:
         limit = math.log(gates.perplexity_ratio)
         found.append(_Gate("perplexity ratio", means["nll"], limit, _ratio, "above"))
@@ -65,12 +65,14 @@ def _gates(gates: Gates, means: Means, earlier: Means | None, fine: bool) -> lis
     return found
 
 
-def judge(gates: Gates, means: Means, earlier: Means | None = None, *, fine: bool = False, looks: int = 1) -> Verdict:
+def judge(
+    gates: Gates, means: Means, earlier: Means | None = None, *, eight_bit: bool = False, looks: int = 1
+) -> Verdict:
     """Pass, fail or inconclusive for window means float64 [n] of an artifact; `earlier`: those of the release before.
 
-    `fine`: the artifact has 8 bits or more. `looks`: how often the question may be asked, with more text each time.
+    `eight_bit`: the artifact has 8 bits or more. `looks`: how often the question may be asked, with more text each time.
     """
-    asked = _gates(gates, means, earlier, fine)
+    asked = _gates(gates, means, earlier, eight_bit)
     losses = {gate.name: statistics.measure_loss(gate.windows, gate.limit) for gate in asked}
     outcome, each = statistics.decide(losses, looks)
     reports = tuple(_report(gate, losses[gate.name], each[gate.name]) for gate in asked)

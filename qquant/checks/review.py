@@ -52,7 +52,7 @@ class Candidate:
     gates: Gates
     fallbacks: tuple[str, ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
-    fine: bool = False  # 8 bits or more: perplexity resolves nothing
+    eight_bit: bool = False  # or more: perplexity resolves nothing
     earlier: Evidence | None = None  # of the release before
 
 
@@ -209,7 +209,7 @@ def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]
 
 def _lossy(candidate: Candidate, ratio: float) -> list[str]:
     """A word on a loss that no gate speaks of."""
-    ungated = candidate.gates.perplexity_ratio is None and not candidate.fine
+    ungated = candidate.gates.perplexity_ratio is None and not candidate.eight_bit
     return (
         [f"perplexity is {ratio:.2f} times the checkpoint's, and nothing limits it"]
         if ungated and ratio > LOSSY
@@ -255,7 +255,7 @@ def _judge(
         if name not in before or before[name].outcome == "inconclusive":
             then = candidate.earlier.means if candidate.earlier else None
             means = main[name].window_means()
-            verdicts[name] = gate.judge(candidate.gates, means, then, fine=candidate.fine, looks=looks)
+            verdicts[name] = gate.judge(candidate.gates, means, then, eight_bit=candidate.eight_bit, looks=looks)
     return verdicts
 
 

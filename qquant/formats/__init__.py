@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
@@ -15,7 +15,7 @@ from qquant.formats.gguf.mix import FILE_TYPES
 from qquant.formats.gguf.shards import read_model
 from qquant.formats.gptq import Gptq
 from qquant.formats.planned import PlannedArtifact
-from qquant.recipe import Recipe
+from qquant.recipe import ArtifactSpec, Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
 
@@ -46,7 +46,7 @@ class Format(Protocol):
     """What the rest of the program asks of a format."""
 
     def plan(
-        self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+        self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str, imatrix: Imatrix | None = None
     ) -> PlannedArtifact:
         """Every file of an artifact of model `name`, to the byte."""
         ...

@@ -98,9 +98,10 @@ class AwqLayout(QuantizedLayout):
         return Integers(quantized.codes, quantized.params.scales, quantized.params.zeros, 4)
 
 
-class Awq(ModelFolder):
+class Awq(ModelFolder[AwqArtifact]):
     """The `awq` format of a recipe."""
 
+    entry = AwqArtifact
     config_copy = None
 
     def folder_suffix(self, spec: AwqArtifact) -> str:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact, copied_file, safetensors_files, small_file
-from qquant.recipe import Recipe
+from qquant.recipe import ArtifactSpec, IntegerArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
 from qquant.source.safetensors_file import TensorInfo, read_tensor, torch_dtype
@@ -37,6 +37,7 @@ else:
 
 Entry = tuple[str, str, tuple[int, ...]]
 GROUPS = (128, 64, 32)  # sizes to suggest
+Spec = TypeVar("Spec", bound=IntegerArtifact)
 
 
 class QuantizedLayout(ABC):
@@ -70,43 +71,49 @@ class QuantizedLayout(ABC):
         """What a runtime's operators compute with."""
 
 
-class ModelFolder(ABC):
-    """A format that is a folder with quantized linears in the decoder blocks."""
+class ModelFolder(ABC, Generic[Spec]):
+    """A format that is a folder with quantized linears in the decoder blocks; `Spec` is its entry in a recipe."""
 
+    entry: type[Spec]
     config_copy: str | None  # file that repeats quantization_config, where readers expect one
 
     @abstractmethod
-    def folder_suffix(self, spec: Any) -> str: ...
+    def folder_suffix(self, spec: Spec) -> str: ...
     @abstractmethod
-    def layout(self, spec: Any) -> QuantizedLayout: ...
+    def layout(self, spec: Spec) -> QuantizedLayout: ...
     @abstractmethod
-    def grid(self, spec: Any, columns: int) -> Grid: ...
+    def grid(self, spec: Spec, columns: int) -> Grid: ...
     @abstractmethod
-    def label(self, spec: Any) -> str: ...
+    def label(self, spec: Spec) -> str: ...
     @abstractmethod
-    def quantization_config(self, spec: Any) -> dict[str, Any]: ...
+    def quantization_config(self, spec: Spec) -> dict[str, Any]: ...
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
 
-    def _fits(self, spec: Any, group_size: int, linears: Mapping[str, tuple[int, int]]) -> bool:
+    def _own(self, spec: ArtifactSpec) -> Spec:
+        assert isinstance(spec, self.entry)
+        return spec
+
+    def _fits(self, spec: Spec, group_size: int, linears: Mapping[str, tuple[int, int]]) -> bool:
         """Whether every linear could be stored in groups of this size."""
         layout = self.layout(spec.model_copy(update={"group_size": group_size}))
         return all(layout.problems(matrix) is None for matrix in linears.values())
 
     def plan(
-        self, checkpoint: Checkpoint, spec: Any, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+        self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str, imatrix: Imatrix | None = None
     ) -> PlannedArtifact:
         """Every file of the artifact, to the byte.
 
         Raises:
             InputError: a linear's shape does not fit the layout.
         """
-        family, layout = checkpoint.family, self.layout(spec)
+        own = self._own(spec)
+        family, layout = checkpoint.family, self.layout(own)
         linears = family.linear_shapes(checkpoint.config)
         for linear, matrix in linears.items():
             problem = layout.problems(matrix)
             if problem:
-                fitting = [str(size) for size in GROUPS if self._fits(spec, size, linears)]
+                fitting = [str(size) for size in GROUPS if self._fits(own, size, linears)]
                 remedy = (
                     f"Give it group_size: {' or '.join(fitting)}" if fitting else "No group_size fits: pad the model"
                 )
@@ -121,27 +128,29 @@ class ModelFolder(ABC):
                     (f"{module}.{suffix}", dtype, stored)
                     for suffix, dtype, stored in layout.entries((shape[0], shape[1]))
                 ]
-                grids[tensor] = self.label(spec)
+                grids[tensor] = self.label(own)
             else:
                 dtype = checkpoint.tensors[tensor].dtype
                 entries.append((tensor, dtype, shape))
                 grids[tensor] = dtype.lower()
-        config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(spec)}
+        config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(own)}
         files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
         if self.config_copy:
-            files.append(small_file(self.config_copy, self.quantization_config(spec)))
+            files.append(small_file(self.config_copy, self.quantization_config(own)))
         files += [copied_file(path) for path in checkpoint.side_files]
-        folder = f"{name}-{self.folder_suffix(spec)}"
+        folder = f"{name}-{self.folder_suffix(own)}"
         return PlannedArtifact(spec.name, spec, folder, tuple(files), family.parameters(checkpoint.config), grids)
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of weight `name` with `columns` inputs; None if it is stored as it is."""
-        return self.grid(planned.spec, columns) if planned.grids[name] == self.label(planned.spec) else None
+        spec = self._own(planned.spec)
+        return self.grid(spec, columns) if planned.grids[name] == self.label(spec) else None
 
     def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Tensors of the file that hold linear weight `name`."""
         module = name.removesuffix(".weight")
-        return {f"{module}.{suffix}": value for suffix, value in self.layout(planned.spec).pack(quantized).items()}
+        packed = self.layout(self._own(planned.spec)).pack(quantized)
+        return {f"{module}.{suffix}": value for suffix, value in packed.items()}
 
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """Tensors of the file that hold `name` (or some of its rows) without a grid: itself, in the planned dtype."""
@@ -152,9 +161,8 @@ class ModelFolder(ABC):
         if name in stored:
             return stored[name].float()
         module = name.removesuffix(".weight")
-        return self.layout(planned.spec).dequantize(
-            {suffix: stored[f"{module}.{suffix}"] for suffix in self.layout(planned.spec).suffixes}
-        )
+        layout = self.layout(self._own(planned.spec))
+        return layout.dequantize({suffix: stored[f"{module}.{suffix}"] for suffix in layout.suffixes})
 
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device

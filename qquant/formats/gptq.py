@@ -141,8 +141,10 @@ def _require_groups(index: Tensor, groups: int) -> None:
         raise InputError(f"g_idx holds group {int(index.max())}; there are {groups} groups")
 
 
-class Gptq(ModelFolder):
+class Gptq(ModelFolder[GptqArtifact]):
     """The `gptq` format of a recipe."""
+
+    entry = GptqArtifact
 
     def folder_suffix(self, spec: GptqArtifact) -> str:
         """As in Qwen's repository names."""

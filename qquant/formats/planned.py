@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qquant.recipe import ArtifactSpec
 from qquant.source.safetensors_file import SIZES, header_bytes
 
 
@@ -42,7 +43,7 @@ class PlannedArtifact:
     """One artifact: a folder of files, or one GGUF file (with its shards)."""
 
     name: str  # as in the recipe
-    spec: Any  # the recipe's entry
+    spec: ArtifactSpec  # the recipe's entry
     folder: str  # below the output directory
     files: tuple[PlannedFile, ...]
     parameters: int
@@ -52,7 +53,7 @@ class PlannedArtifact:
     @property
     def format(self) -> str:
         """Name of the format."""
-        return str(self.spec.format)
+        return self.spec.format
 
     @property
     def size(self) -> int:

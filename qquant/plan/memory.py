@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 from qquant.recipe import Recipe
-from qquant.recipe.limits import is_fine, kind_of
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 
@@ -36,8 +35,8 @@ def build_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     rows = 8 * max(count * min(count, ROWS) for count, _ in shapes.values())
     if recipe.calibration.objective != "kl":
         rows = 0
-    transforms = any(getattr(spec, "transform", "none") != "none" for spec in recipe.artifacts)
-    own = [is_fine(kind_of(spec)) for spec in recipe.artifacts if getattr(spec, "propagate", False)]
+    transforms = any(spec.transforms for spec in recipe.artifacts)
+    own = [spec.eight_bit for spec in recipe.artifacts if spec.own_stream]
     lockstep = stream // config.hidden * (8 * config.hidden + config.intermediate) if own else 0
     if any(own):  # float32, and a 16-bit stream beside it in float32 too
         lockstep = 2 * lockstep + 8 * tokens * config.hidden

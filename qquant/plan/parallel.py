@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qquant.families import ModelConfig
+from qquant.recipe import ArtifactSpec
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import RANKS, group_of, narrow
+from qquant.source.padding import RANKS, narrow
 
 
-def rank_sizes(checkpoint: Checkpoint, spec: Any) -> dict[str, list[int]]:
+def rank_sizes(checkpoint: Checkpoint, spec: ArtifactSpec) -> dict[str, list[int]]:
     """Numbers of ranks that each server accepts, and what they would be without padding; both want whole heads and groups."""
-    group = group_of(spec)
-    after, before = (list(parallel_sizes(one.config, group)) for one in (checkpoint, narrow(checkpoint)))
+    after, before = (list(parallel_sizes(one.config, spec.group)) for one in (checkpoint, narrow(checkpoint)))
     return {"vllm": after, "sglang": after, "without_padding": before}
 
 

@@ -17,7 +17,7 @@ from qquant.formats.planned import PlannedArtifact
 from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
 from qquant.recipe import Checks, Gates, Recipe
-from qquant.recipe.limits import Reach, kind_of, reach, resolved
+from qquant.recipe.limits import Reach, reach, resolved
 from qquant.source.checkpoint import Checkpoint
 
 TEMPORARY = 32 << 20  # bytes in the folder for temporary files
@@ -65,7 +65,7 @@ class Plan:
         name = model or checkpoint.name
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
         parameters = checkpoint.family.parameters(checkpoint.config)
-        gates = {spec.name: resolved(spec.gates, kind_of(spec), parameters) for spec in chosen}
+        gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in chosen}
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
         parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
         tokens = recipe.calibration.samples * recipe.calibration.length

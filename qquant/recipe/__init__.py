@@ -5,7 +5,8 @@ from another. All problems of a file are reported at once, one line each:
 
     FILE:LINE:COLUMN: path.to.key: what is wrong, got VALUE; allowed: ...; did you mean 'x'?
 
-    model.py  the types   page.py  YAML to plain data with places   fit.py  plain data to a Recipe   words.py  wording
+    model.py  the types   artifacts.py  an entry for each format   fields.py  rules of every field
+    page.py  YAML to plain data with places   fit.py  plain data to a Recipe   words.py  wording
 
 Left out: inheritance between recipes, variables, includes. A recipe is read as it is written.
 """
@@ -24,20 +25,18 @@ from pydantic import ValidationError
 
 from qquant.errors import UsageError
 from qquant.recipe import fit
-from qquant.recipe.model import (
-    MODELS,
+from qquant.recipe.artifacts import (
     ArtifactSpec,
     AwqArtifact,
-    Calibration,
-    Checks,
     Gates,
     GgufArtifact,
     GgufType,
     GptqArtifact,
-    Recipe,
-    Source,
+    IntegerArtifact,
     Waiver,
+    eight_bits,
 )
+from qquant.recipe.model import MODELS, Calibration, Checks, Recipe, Source
 from qquant.recipe.page import Page, Reader
 from qquant.recipe.words import Shape, hint, nearest, shown, table
 from qquant.resources import data_dir, lazy
@@ -56,10 +55,12 @@ __all__ = [
     "GgufArtifact",
     "GgufType",
     "GptqArtifact",
+    "IntegerArtifact",
     "Recipe",
     "Source",
     "Waiver",
     "dump",
+    "eight_bits",
     "fingerprint",
     "load",
     "names",

@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from qquant.recipe import AwqArtifact, Gates, GgufArtifact, GptqArtifact
+from qquant.recipe import Gates
 
 LEVEL = 0.05  # chance of a wrong verdict that is promised for one artifact, over its gates and looks
 ASKED = 0.8 * LEVEL  # what p-values are held to: with 40 windows, up to 5.8 % of those of real texts are below 5 %
@@ -69,16 +69,6 @@ LIMITS: dict[str, tuple[Limits, Limits]] = {  # kind -> (below LARGE parameters,
     "q3_k_s": (Limits(1.20, 0.30, 0.72), Limits(1.10, 0.18, 0.80)),
     "q2_k": (Limits(None, 1.0, 0.55), Limits(None, 0.5, 0.65)),
 }
-
-
-def kind_of(spec: GptqArtifact | AwqArtifact | GgufArtifact) -> str:
-    """The row of `LIMITS` for an artifact of a recipe."""
-    return spec.type if isinstance(spec, GgufArtifact) else f"int{spec.bits}"
-
-
-def is_fine(kind: str) -> bool:
-    """Whether perplexity resolves nothing: eight bits or more."""
-    return kind in ("int8", "q8_0", "f16", "bf16", "f32")
 
 
 def resolved(gates: Gates, kind: str, parameters: int) -> Gates:

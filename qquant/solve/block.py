@@ -15,33 +15,11 @@ from qquant.algorithms.grid import Grid
 from qquant.artifact.draft import Draft
 from qquant.families.decoder import Block
 from qquant.formats import FORMATS
-from qquant.recipe.limits import is_fine, kind_of
 from qquant.solve.curvature import BlockCurvature
 from qquant.solve.solver import Rows, rounding_of
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow
 from qquant.source.safetensors_file import SIZES
-
-
-def fine(draft: Draft, dtype: torch.dtype) -> bool:
-    """Whether an artifact strays less from the checkpoint than activations of `dtype` are rounded: float32 then shows by how much."""
-    return dtype != torch.float32 and is_fine(kind_of(draft.plan.spec))
-
-
-def propagates(draft: Draft) -> bool:
-    """Whether an artifact is calibrated on its own stream."""
-    return bool(getattr(draft.plan.spec, "propagate", False)) and solves(draft)
-
-
-def solves(draft: Draft) -> bool:
-    """Whether the codes of an artifact are chosen with feedback."""
-    spec = draft.plan.spec
-    return getattr(spec, "rounding", getattr(spec, "solver", "")) == "gptq"
-
-
-def transforms(draft: Draft) -> bool:
-    """Whether an artifact's weights change before they are solved."""
-    return bool(getattr(draft.plan.spec, "transform", "none") != "none")
 
 
 @dataclass(frozen=True)
@@ -86,7 +64,7 @@ def copies(draft: Draft, checkpoint: Checkpoint) -> bool:
 
 def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:
     checkpoint, spec, prefix = view.checkpoint, draft.plan.spec, view.checkpoint.family.block.format(view.layer)
-    if not transforms(draft):
+    if not spec.transforms:
         return Transformed(dict(view.weights), dict(grams))
 
     def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
@@ -94,8 +72,8 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
         assert grid is not None
         return grid
 
-    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.ratios
-    if not solves(draft):
+    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
+    if not spec.feedback:
         return awq(*given)
     try:
         return awq(*given, rounding_of(spec.damping))

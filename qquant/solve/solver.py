@@ -208,7 +208,7 @@ class Solver:
         plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
         solved, damping, fallback = plain, None, None
         steps: Steps = {linear: {"rtn": _missing(gram, plain[linear], matrix)} for linear, matrix in linears.items()}
-        if getattr(self.draft.plan.spec, "rounding", "gptq") == "gptq":
+        if self.draft.plan.spec.feedback:
             try:
                 damping = factorize(gram, self.draft.plan.spec.damping).damping
                 solved, later = self._solved(linears, gram, grid, rows)
@@ -229,7 +229,7 @@ class Solver:
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
             facts = {"error": min(first, last), "steps": errors, "damping": damping, "fallback": note}
-            facts["damping_asked"] = getattr(self.draft.plan.spec, "damping", None)
+            facts["damping_asked"] = self.draft.plan.spec.damping
             self._note(linear, value, gram, **facts)
         return values
 
@@ -238,7 +238,7 @@ class Solver:
     ) -> tuple[dict[str, QuantizedTensor], Steps]:
         """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
         spec = self.draft.plan.spec
-        sweeps = getattr(spec, "sweeps", 0)
+        sweeps = spec.sweeps
         weight = stacked(linears)
         codes, params = solved_once(weight, linears, gram, grid, spec.damping)
         if self.alone:

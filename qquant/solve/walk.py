@@ -31,7 +31,7 @@ from qquant.background import ahead
 from qquant.errors import StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
-from qquant.solve.block import View, copies, fine, propagates, solves, transform, transforms
+from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.moments import Moments
 from qquant.solve.propagate import own_block
@@ -72,7 +72,7 @@ def quantize(
     measured = all(moments.load(layer) is not None for layer in range(layers))
     curvature = None
     with background.beside(rests, devices.threads_help(device)) as written:
-        if curvature_tokens and any(solves(draft) for draft in waiting):
+        if curvature_tokens and any(draft.plan.spec.feedback for draft in waiting):
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
         written()  # two units of a draft are not journalled at once
@@ -99,9 +99,11 @@ def _walk(
     layers = checkpoint.config.layers
     start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
-    shared = [draft for draft in waiting if not propagates(draft)]
-    near = [draft for draft in waiting if propagates(draft) and not fine(draft, dtype)]
-    close = [draft for draft in waiting if propagates(draft) and fine(draft, dtype)]
+    shared = [draft for draft in waiting if not draft.plan.spec.own_stream]
+    apart = [draft for draft in waiting if draft.plan.spec.own_stream]
+    # 8 bits stray less from the checkpoint than activations of a 16-bit dtype are rounded: float32 then shows by how much.
+    near = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
+    close = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
     wide = (
         Stream.start(checkpoint, [samples[place] for place in places], torch.float32, device)
         if close
@@ -115,7 +117,7 @@ def _walk(
             view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
             before = {place: start.hidden[place] for place in places if near}
             grams = _shared(view, start, shared, near + close, moments)
-            if not any(transforms(draft) for draft in near + close):
+            if not any(draft.plan.spec.transforms for draft in near + close):
                 grams.clear()
             exact = view, before, start.wide
             exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()

@@ -17,11 +17,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams
 from qquant.families import ModelConfig
-from qquant.recipe import Recipe
+from qquant.recipe import ArtifactSpec, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
 
@@ -35,7 +35,6 @@ else:
 
 RANKS = (1, 2, 4, 8)
 WIDEST = max(RANKS)
-SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
 
 
 @dataclass
@@ -137,16 +136,9 @@ def widened_codes(quantized: QuantizedTensor, shape: tuple[int, int]) -> Quantiz
     return QuantizedTensor(codes, UniformParams(scales, zeros), grid)
 
 
-def padded_size(intermediate: int, wanted: int | str, artifacts: Sequence[Any]) -> int:
+def padded_size(intermediate: int, wanted: int | str, artifacts: Sequence[ArtifactSpec]) -> int:
     """The size after padding. "auto": the smallest on which 8 ranks hold whole groups of every artifact."""
     if wanted == "none":
         return intermediate
-    unit = int(wanted) if wanted != "auto" else WIDEST * math.lcm(*(group_of(spec) for spec in artifacts))
+    unit = int(wanted) if wanted != "auto" else WIDEST * math.lcm(*(spec.group for spec in artifacts))
     return math.ceil(intermediate / unit) * unit
-
-
-def group_of(spec: Any) -> int:
-    """Columns of the down projection that a rank cannot share: a group, or a block of a GGUF type; 1 for whole rows."""
-    if spec.format == "gguf":
-        return SUPER_BLOCK if "_k" in spec.type or spec.type == "iq4_xs" else 32
-    return int(spec.group_size) if spec.group_size > 0 else 1

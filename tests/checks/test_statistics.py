@@ -168,8 +168,8 @@ def test_perplexity_does_not_judge_eight_bits_where_something_finer_does():
     gates = Gates(perplexity_ratio=1.0001, kl_divergence=0.01)
     noisy = means(0.0001, 0.005, 0.01) | {"nll": np.random.default_rng(0).normal(0.0001, 0.01, 40)}
     assert gate.judge(gates, noisy).outcome == "inconclusive"
-    assert gate.judge(gates, noisy, fine=True).outcome == "pass"
-    assert gate.judge(Gates(perplexity_ratio=1.0001), noisy, fine=True).outcome == "inconclusive"
+    assert gate.judge(gates, noisy, eight_bit=True).outcome == "pass"
+    assert gate.judge(Gates(perplexity_ratio=1.0001), noisy, eight_bit=True).outcome == "inconclusive"
 
 
 def test_regression_against_an_earlier_release():

@@ -9,7 +9,7 @@ import pytest
 from qquant import recipe
 from qquant.checks import statistics
 from qquant.recipe import Gates, Waiver, limits
-from qquant.recipe.limits import LIMITS, kind_of, reach, resolved
+from qquant.recipe.limits import LIMITS, reach, resolved
 from tests.worlds import ROOT
 
 SMALL, LARGE = 464_000_000, 7_720_000_000
@@ -19,10 +19,10 @@ README = ROOT / "recipes" / "README.md"
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_bundled_artifact_has_limits(name):
     for spec in recipe.load(name).artifacts:
-        held = resolved(spec.gates, kind_of(spec), SMALL)
+        held = resolved(spec.gates, spec.kind, SMALL)
         assert held.kl_divergence
         assert held.top1_agreement
-        assert (held.perplexity_ratio is None) == (kind_of(spec) in ("int8", "q8_0", "q2_k"))
+        assert (held.perplexity_ratio is None) == (spec.kind in ("int8", "q8_0", "q2_k"))
 
 
 def test_more_bits_and_larger_models_are_held_to_more():

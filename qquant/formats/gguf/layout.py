@@ -29,7 +29,7 @@ from qquant.formats.gguf.ollama import modelfile
 from qquant.formats.gguf.shards import Shard, split
 from qquant.formats.gguf.source import GgufSource, nbytes
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
-from qquant.recipe import GgufArtifact, Recipe
+from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
 
@@ -60,9 +60,10 @@ class Gguf:
     """The `gguf` format of a recipe."""
 
     def plan(
-        self, checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
+        self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str, imatrix: Imatrix | None = None
     ) -> PlannedArtifact:
         """The file, or its parts, to the byte, and a Modelfile for Ollama."""
+        assert isinstance(spec, GgufArtifact)
         family, config = checkpoint.family, checkpoint.config
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
@@ -87,7 +88,7 @@ class Gguf:
         """The grid of linear weight `name` for the `gptq` solver; None: the type's own quantizer decides."""
         del columns
         type_name = planned.grids[name]
-        if planned.spec.solver == "ggml" or not types.TYPES[type_name].levels:
+        if not planned.spec.feedback or not types.TYPES[type_name].levels:
             return None
         return quantize.grid(type_name)
 
@@ -98,6 +99,7 @@ class Gguf:
 
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """The blocks of `name` (or of some of its rows) by the type's own quantizer."""
+        assert isinstance(planned.spec, GgufArtifact)
         type_name = planned.grids[name]
         matrix = value.float().reshape(-1, value.shape[-1])
         weights = importance if planned.spec.imatrix else None

@@ -1,0 +1,260 @@
+"""The artifacts of a recipe: an entry for each format, what it must hold, and what the rest of the program asks of any entry.
+
+An entry is a table of fields that differ by format, each under the name that people of that format know. Properties say the same thing of
+all of them: `kind`, `group`, `feedback`, `own_stream`, `transforms`, `eight_bit`. Code outside `formats` asks for these, and for no format's
+name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds integer codes in groups) and a line in `ArtifactSpec`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from qquant.recipe.fields import AtLeast0, AtLeast1, Conflict, Name, Share, Strict, Text, Truth, Whole
+from qquant.recipe.words import shown
+
+SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
+BLOCK = 32  # columns of a block of the other GGUF types
+
+GgufType = Literal[
+    "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
+    "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+
+
+class Waiver(Strict):
+    """Why an artifact may be released although a gate failed; shown wherever the verdict is. Unset: no waiver."""
+
+    reason: str = Field(default="", max_length=1024, description="what is known and accepted")
+    who: str = Field(default="", max_length=1024, description="who answers for it")
+    until: str = Field(default="", max_length=10, description="last day it holds, YYYY-MM-DD")
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if not all(isinstance(value, str) for value in given.values()):
+            return
+        if any(given.values()) and not all(given.values()):
+            missing = ", ".join(key for key in given if not given[key])
+            yield (), f"incomplete, got no {missing}; allowed: reason, who and until, or none of them"
+        elif given["until"] and not _is_day(given["until"]):
+            yield ("until",), f"not a day, got {shown(given['until'])}; allowed: YYYY-MM-DD"
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+class Gates(Strict):
+    """How far an artifact may fall behind the 16-bit model on held-out text; null: the default of its format and size."""
+
+    perplexity_ratio: AtLeast1 | None = Field(default=None, description="at most this times the 16-bit perplexity")
+    kl_divergence: AtLeast0 | None = Field(default=None, description="at most this, mean over tokens, in nats")
+    top1_agreement: Share | None = Field(
+        default=None, description="at least this share of tokens with the same most likely successor"
+    )
+    regression_vs: Text | None = Field(
+        default=None,
+        description="report.json (or its folder) of an earlier release: not worse than its artifact of this name",
+    )
+    regression_tolerance: Share = Field(
+        default=0.05,
+        description="how much more KL divergence and top-1 disagreement than then is no regression, as a share",
+    )
+    defaults: bool = Field(
+        default=True, description="false: what is null is measured and not gated, instead of held to the default"
+    )
+    waiver: Waiver = Field(default=Waiver(), description="turns a fail into a warning")
+
+
+def eight_bits(kind: str) -> bool:
+    """Whether artifacts of this kind have eight bits or more, which no perplexity resolves: they move it by less than a text can tell."""
+    return kind in ("int8", "q8_0", "f16", "bf16", "f32")
+
+
+class _Artifact(Strict):
+    """What every entry of `artifacts` says of itself, whatever its format."""
+
+    name: Name = Field(description="its folder, and what `--only` takes; unique")
+    gates: Gates = Field(default=Gates(), description="what it must hold")
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The row of `limits.LIMITS`: "int4", "q4_k_m"."""
+
+    @property
+    @abstractmethod
+    def group(self) -> int:
+        """Columns that share parameters, which no tensor-parallel rank can divide; 1 where a whole row does."""
+
+    @property
+    @abstractmethod
+    def feedback(self) -> bool:
+        """Whether each column makes up for the errors before it, so a Gram matrix decides the codes."""
+
+    @property
+    @abstractmethod
+    def propagates(self) -> bool:
+        """Whether the entry asks that linears make up for the errors of those before them."""
+
+    @property
+    @abstractmethod
+    def fold_points(self) -> int:
+        """Grid points of the search for scales that are folded into the operator before; 0: none are folded."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether weights change before they are solved, so that an artifact's are not the checkpoint's."""
+        return self.fold_points > 0
+
+    @property
+    def own_stream(self) -> bool:
+        """Whether it is calibrated on activations that passed through its own quantized linears."""
+        return self.propagates and self.feedback
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether it has eight bits or more."""
+        return eight_bits(self.kind)
+
+
+class IntegerArtifact(_Artifact):
+    """A folder of integer codes in groups: the settings that its layouts share, as their fields spell them."""
+
+    if TYPE_CHECKING:  # fields of the layouts, each in its own order, with its own defaults and meanings
+        bits: int
+        group_size: int
+        rounding: str
+        transform: str
+        ratios: int
+        propagate: bool
+
+    @property
+    def kind(self) -> str:
+        """By bits alone: layouts of the same codes lose the same."""
+        return f"int{self.bits}"
+
+    @property
+    def group(self) -> int:
+        """A group; 1 for whole rows."""
+        return max(self.group_size, 1)
+
+    @property
+    def feedback(self) -> bool:
+        """By `rounding`."""
+        return self.rounding == "gptq"
+
+    @property
+    def propagates(self) -> bool:
+        """By `propagate`."""
+        return self.propagate
+
+    @property
+    def fold_points(self) -> int:
+        """By `transform` and `ratios`."""
+        return 0 if self.transform == "none" else self.ratios
+
+
+class GptqArtifact(IntegerArtifact):
+    """AutoGPTQ v1 layout, read by transformers, vLLM, SGLang."""
+
+    format: Literal["gptq"] = Field(description="chooses this table")
+    bits: Annotated[Literal[4, 8], Whole] = Field(description="per weight")
+    group_size: Annotated[Literal[32, 64, 128, -1], Whole] = Field(
+        default=128, description="weights that share a scale; -1: a whole row"
+    )
+    symmetric: Annotated[Literal[True], Truth] = Field(default=True, description="no zero points")
+    desc_act: Annotated[Literal[False], Truth] = Field(default=False, description="fast kernels need a trivial `g_idx`")
+    damping: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal of H, as a share of its mean")
+    rounding: Literal["rtn", "gptq"] = Field(
+        default="gptq", description="rtn: to nearest; gptq: each column makes up for the errors before it"
+    )
+    scale_search: Literal["minmax", "importance"] = Field(
+        default="importance", description="minmax: from the extremes; importance: by weighted error, signed"
+    )
+    sweeps: int = Field(
+        default=2,
+        ge=0,
+        le=20,
+        description="passes of coordinate descent over the codes after gptq, each followed by a scale refit",
+    )
+    transform: Literal["none", "awq"] = Field(default="none", description="awq: fold scales into the operator before")
+    ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for folded scales")
+    propagate: bool = Field(
+        default=True,
+        description="make up for the errors before a linear; not for `rounding: rtn`; 8 bits walk in float32 for it",
+    )
+
+
+class AwqArtifact(IntegerArtifact):
+    """AutoAWQ GEMM layout: 4 bit, asymmetric, scales folded into the previous operator."""
+
+    format: Literal["awq"] = Field(description="chooses this table")
+    bits: Annotated[Literal[4], Whole] = Field(default=4, description="per weight")
+    group_size: Annotated[Literal[32, 64, 128], Whole] = Field(
+        default=128, description="weights that share a scale and a zero point"
+    )
+    zero_point: Annotated[Literal[True], Truth] = Field(default=True, description="asymmetric")
+    damping: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal of H, as a share of its mean")
+    rounding: Literal["rtn", "gptq"] = Field(default="gptq", description="as for gptq, after the scales are folded")
+    scale_search: Literal["minmax", "importance"] = Field(default="importance", description="as for gptq")
+    sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq")
+    transform: Literal["none", "awq"] = Field(default="awq", description="none: the layout only")
+    ratios: int = Field(default=20, ge=1, le=100, description="as for gptq")
+    propagate: bool = Field(default=True, description="as for gptq")
+
+
+class GgufArtifact(_Artifact):
+    """One GGUF file of llama.cpp's type mix `type`."""
+
+    format: Literal["gguf"] = Field(description="chooses this table")
+    type: GgufType = Field(description="llama.cpp's name of the mix, in lower case")
+    imatrix: bool = Field(default=True, description="weigh errors with diag(H), where the type can use it")
+    solver: Literal["ggml", "gptq"] = Field(
+        default="ggml", description="ggml: byte-identical to llama-quantize; gptq: error-compensated codes"
+    )
+    damping: float = Field(default=0.01, gt=0, lt=1, description="as for gptq; solver: ggml has no use for it")
+    sweeps: int = Field(default=3, ge=0, le=20, description="as for gptq; solver: ggml has no use for it")
+    propagate: bool = Field(default=False, description="as for gptq, with solver: gptq")
+
+    @property
+    def kind(self) -> str:
+        """The mix."""
+        return self.type
+
+    @property
+    def group(self) -> int:
+        """A block of the types that the mix uses."""
+        return SUPER_BLOCK if "_k" in self.type or self.type == "iq4_xs" else BLOCK
+
+    @property
+    def feedback(self) -> bool:
+        """By `solver`."""
+        return self.solver == "gptq"
+
+    @property
+    def propagates(self) -> bool:
+        """By `propagate`."""
+        return self.propagate
+
+    @property
+    def fold_points(self) -> int:
+        """None: no GGUF file has folded scales."""
+        return 0
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if given["solver"] == "gptq" and given["type"] in ("f16", "bf16"):
+            yield ("solver",), f'{given["type"]} has no codes to solve for, got "gptq"; allowed: ggml'
+        if given["propagate"] is True and given["solver"] != "gptq":
+            yield ("propagate",), "solver: ggml does not look at the stream, got true; allowed: false"
+
+
+ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]
