@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
+from qquant.progress import Progress
 from qquant.recipe import Checks, Gates, Recipe, eight_bits
 from qquant.recipe.limits import reach, resolved
 from qquant.report import html
@@ -49,8 +50,6 @@ from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json
-
-Progress = Callable[[str, int, int], None]
 
 
 def build(

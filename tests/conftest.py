@@ -12,6 +12,7 @@ from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
 from qquant.families import FAMILIES, parse_config
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds.chats import prose
@@ -160,7 +161,7 @@ def built(tmp_path_factory):
     (place / "recipe.yaml").write_text(RELEASE)
     loaded, checkpoint = recipe.load(place / "recipe.yaml"), Checkpoint.open(folder)
     plan = Plan.of(loaded, checkpoint)
-    report = pipeline.build(loaded, checkpoint, plan, place / "out", torch.device("cpu"), lambda *_: None)
+    report = pipeline.build(loaded, checkpoint, plan, place / "out", torch.device("cpu"), Quiet())
     assert report.passed, report.artifacts
     return folder, place / "out"
 

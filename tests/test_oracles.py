@@ -28,6 +28,7 @@ from qquant.calibration import Tokenizer
 from qquant.formats import FORMATS
 from qquant.formats.gguf.container import read_header
 from qquant.pipeline import check
+from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir
 from qquant.runtime.answering import gguf_tokenizer
@@ -425,7 +426,7 @@ def test_llama_cpp_finds_the_perplexity_that_a_check_states(built, tmp_path):
     paths = {kind: built.gguf(kind) for kind in GGUF_TYPES}
     checkpoint = Checkpoint.open(built.checkpoint)
     gates = Gates(defaults=False)
-    stated = check(list(paths.values()), checkpoint, checks, gates, torch.device("cpu"), lambda *_: None).artifacts
+    stated = check(list(paths.values()), checkpoint, checks, gates, torch.device("cpu"), Quiet()).artifacts
     for (kind, path), row in zip(paths.items(), stated, strict=True):
         found = run("llama", "llama_perplexity.py", path, text, "--context", "512", "--chunks", "16")
         print(f"{kind}: {row.perplexity:.3f}, llama.cpp {found['ppl']:.3f}, {row.perplexity / found['ppl'] - 1:+.3%}")

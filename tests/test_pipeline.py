@@ -26,12 +26,15 @@ from qquant.errors import (
 )
 from qquant.families import FAMILIES, decoder
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.solve import block as blocks
 from qquant.solve import propagate
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
+
+quiet = Quiet()
 
 CPU = torch.device("cpu")
 HEAD = """
@@ -67,10 +70,6 @@ def load_recipe(tmp_path, names, text=HEAD):
     path = tmp_path / "test.yaml"
     path.write_text(text + "".join(f"  - {ARTIFACTS[name]}\n" for name in names))
     return recipe.load(str(path))
-
-
-def quiet(*_):
-    pass
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from qquant.checks import loading
 from qquant.disk import output
 from qquant.errors import QQuantError
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -104,7 +105,7 @@ class Range:
         self.inputs = digests(self.model)
         self.violations = []
         self.counts = Counter()
-        device, quiet = torch.device("cpu"), lambda *_: None
+        device, quiet = torch.device("cpu"), Quiet()
         pipeline.build(self.recipe, self.checkpoint, self.plan, self.out, device, quiet)  # imports everything, once
         self.golden = digests(self.out)
         shutil.rmtree(self.out)
@@ -136,7 +137,7 @@ class Range:
             draft.Draft.write = logged
             if prepare:
                 prepare()
-            device, quiet = torch.device("cpu"), lambda *_: None
+            device, quiet = torch.device("cpu"), Quiet()
             pipeline.build(self.recipe, self.checkpoint, self.plan, out or self.out, device, quiet)
             status = 0
         except QQuantError as error:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qquant.checks.fidelity import Progress, Scored, measure
+from qquant.checks.fidelity import Scored, measure
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
+from qquant.progress import Progress
 
 TOGETHER = 16  # mixtures read at a time
 

@@ -29,8 +29,8 @@ from qquant.devices import free_memory
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
+from qquant.progress import Progress, Share
 
-Progress = Callable[[str, int, int], None]
 SLICE = 1024  # rows of the heads at a time, of every source at once
 TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
 SHARE = 0.25  # of the free memory that activations may take
@@ -187,11 +187,8 @@ def measure(
     groups = text.windows.split(max(1, int(room / held / together)) * together)
     parts = []
     for number, windows in enumerate(groups):
-
-        def tell(phase: str, done: int, count: int, before: int = number) -> None:
-            progress(phase, before * count + done, len(groups) * count)
-
-        parts.append(_measure(sources, replace(text, windows=windows), device, tell, peaks))
+        share = Share(progress, number, len(groups))
+        parts.append(_measure(sources, replace(text, windows=windows), device, share, peaks))
     return {name: Fidelity.joined([part[index] for part in parts]) for index, name in enumerate(artifacts)}
 
 
@@ -231,7 +228,8 @@ def final_states(
             _through(block_of(source, layer, device), states, observe)
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
-        progress("check", layer + 1, layers)
+        progress.advance("check", layer + 1, layers)
+        progress.check_stop()
     return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
 
 

@@ -37,11 +37,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.checks.fidelity import Progress, Scored, final_states, plain_block
+from qquant.checks.fidelity import Scored, final_states, plain_block
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.families.decoder import Block
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
+from qquant.progress import Progress
 
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the largest that are kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import detect
+from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
 from qquant.report.record import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
-Progress = Callable[[str, int, int], None]
 WORST = 12  # tokens shown
 CONTEXT = 40  # characters before a token that are shown
 FP16_MAX = 65504.0

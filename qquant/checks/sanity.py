@@ -25,7 +25,7 @@ does not fit, the answers are left out and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from qquant.checks.decoding import Chooser, Decoder
 from qquant.checks.statistics import mcnemar
 from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
+from qquant.progress import Progress
 from qquant.recipe.limits import ASKED
 from qquant.source.checkpoint import Checkpoint
 
@@ -155,7 +156,7 @@ def answer(
     tokenizer: Tokenizer,
     length: int,
     device: torch.device,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Per artifact {"runs": [counts by dtype, with the checkpoint's as "baseline"]}; empty if the model does not fit in memory."""
     if not _fits(checkpoint, device):
@@ -173,7 +174,8 @@ def answer(
             else:
                 baseline = answers
             done += 1
-            progress("answer", done, len(DTYPES) * len(sources))
+            progress.advance("answer", done, len(DTYPES) * len(sources))
+            progress.check_stop()
     return found
 
 

@@ -44,12 +44,12 @@ from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.shards import parts
 from qquant.formats.gguf.source import GgufSource
+from qquant.progress import Progress
 from qquant.report.record import Pace, SpeedReport
 from qquant.runtime import linears
 from qquant.runtime.stepping import Stepper, Weights, capture, read_weights
 from qquant.source.checkpoint import Checkpoint
 
-Progress = Callable[[str, int, int], None]
 RESAMPLES = 4000
 SEED = 20240204
 LEAST = 0.02  # seconds of a window: shorter ones are repeated inside it
@@ -405,7 +405,8 @@ def measure_all(
         for number, path in enumerate(artifacts):
             other = _contender(open_weights(path), path, settings, device, _dtype(baseline))
             found.append(compare(first, other, settings, device))
-            progress("speed", number + 1, len(artifacts))
+            progress.advance("speed", number + 1, len(artifacts))
+            progress.check_stop()
     return found
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ import torch
 
 from qquant.checks import statistics
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.progress import Progress
 from qquant.runtime import loading
 from qquant.source.checkpoint import Checkpoint
 
 Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (task, metric) -> question -> score
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def run(
         model = loading.load(path, device)
         scores.append(_scores(harness, model, tokenizer, questions))
         del model
-        progress("ask", index + 1, 1 + len(paths))
+        progress.advance("ask", index + 1, 1 + len(paths))
+        progress.check_stop()
     found = []
     for path, mine in zip(paths, scores[1:], strict=True):
         found += [compared(str(path), key, scores[0][key], mine[key], questions.margin) for key in scores[0]]

@@ -113,7 +113,7 @@ UNEQUAL = frozenset({"curvature"})  # phases whose steps differ in kind: `done` 
 
 
 class Progress:
-    """A bar with an estimate on a terminal, one line per step otherwise; on stderr. Where a signal came, it ends the build."""
+    """A bar with an estimate on a terminal, one line per step otherwise; on stderr."""
 
     def __init__(self, stop: Stop | None = None) -> None:
         from rich.console import Console
@@ -126,13 +126,13 @@ class Progress:
         self.began: dict[str, float] = {}
         self.last = time.monotonic()
 
-    def __call__(self, what: str, done: int, of: int) -> None:
-        """Block `done` of `of` of phase `what` is done; 0 says that the phase begins."""
-        self._show(what, done, of)
+    def check_stop(self) -> None:
+        """Raise StoppedError if a signal came."""
         if self.stop is not None:
             self.stop.check()
 
-    def _show(self, what: str, done: int, of: int) -> None:
+    def advance(self, what: str, done: int, of: int) -> None:
+        """Block `done` of `of` of phase `what` is done; 0 says that the phase begins."""
         now = time.monotonic()
         began = self.began.setdefault(what, self.last if done else now)
         self.last = now

@@ -47,6 +47,7 @@ from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
+from qquant.progress import Progress
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
@@ -64,7 +65,6 @@ HEAD = (
 ON_DEVICE, ON_HOST = 1 / 8, 1 / 4  # of a GPU's free memory, and of the host's, that inputs of blocks may take
 
 Place = Literal["device", "host", "files"]
-Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def measure(
     head = head_share(source.family, source.config)
 
     def tell(done: int) -> None:
-        progress("curvature", done, layers + head + BACKWARD * layers)
+        progress.advance("curvature", done, layers + head + BACKWARD * layers)
+        progress.check_stop()
 
     beside = devices.threads_help(device)
     stream = Stream.start(source, list(samples.values()), dtype, device)

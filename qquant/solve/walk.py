@@ -14,7 +14,7 @@ With a `curvature` the tokens of a Gram matrix are weighted, and codes are polis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from qquant.background import ahead
 from qquant.errors import StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
+from qquant.progress import Progress
 from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.moments import Moments
@@ -40,7 +41,6 @@ from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow
 
-Progress = Callable[[str, int, int], None]  # (what, done, of)
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 REST = "rest"
 
@@ -126,7 +126,8 @@ def _walk(
                 stream.spare(layer, partial(own_block, given, grams, before, stream, (draft, moments), overflowed))
             if close:
                 wide.advance(layer, exact_wide[0].block(), {})
-            progress("quantize", layer + 1, layers)
+            progress.advance("quantize", layer + 1, layers)
+            progress.check_stop()
     coupled.visited.forget()
 
 

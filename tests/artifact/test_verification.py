@@ -339,7 +339,7 @@ loading.faults = lambda *_: {}
 loaded, checkpoint = recipe.load(sys.argv[1]), Checkpoint.open(sys.argv[2])
 for only in (["gguf-q4_0"], ["gguf-q4_0", "gguf-q8_0", "gptq-int4"]):
     plan = Plan.of(loaded, checkpoint, only)
-    pipeline.build(loaded, checkpoint, plan, Path(sys.argv[3]), torch.device("cpu"), lambda *_: None)
+    pipeline.build(loaded, checkpoint, plan, Path(sys.argv[3]), torch.device("cpu"), Quiet())
 """
 CALL = re.compile(
     r"(?P<name>write|pwrite64|ftruncate|fsync|fdatasync)\(\d+<(?P<path>[^>]+)>|(?P<moved>rename\w*)\((?P<rest>.*)\)\s+= 0"

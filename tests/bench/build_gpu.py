@@ -21,6 +21,7 @@ from qquant.algorithms.grid import UniformGrid
 from qquant.artifact import draft
 from qquant.checks import review
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.solve import curvature, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.memory import write_random
@@ -68,7 +69,7 @@ class Clock:
         setattr(owner, name, timed)
 
 
-class Progress:
+class Progress(Quiet):
     """Writes down after every step how far a build is, so that one that is cut off has been measured too."""
 
     def __init__(self, name, clock, path, results):
@@ -89,7 +90,7 @@ class Progress:
         self.path.write_text(json.dumps(self.results, indent=1))
         return seconds
 
-    def __call__(self, what, done, of):
+    def advance(self, what, done, of):
         """As a build reports it."""
         print(f"{self.name}: {what} {done} of {of}: {self.note(what, done, of):.1f} s", flush=True)
 

@@ -33,6 +33,7 @@ def build(work):
 
     from qquant import pipeline, recipe
     from qquant.plan.plan import Plan
+    from qquant.progress import Quiet
     from qquant.source.checkpoint import Checkpoint
 
     lines = [f"  - {{name: {kind}, format: gguf, type: {kind}, imatrix: false}}\n" for kind in TYPES]
@@ -40,7 +41,7 @@ def build(work):
     (work / "recipe.yaml").write_text(RECIPE + "".join(lines))
     loaded, checkpoint = recipe.load(work / "recipe.yaml"), Checkpoint.open("bundled:tiny-qwen1.5")
     plan = Plan.of(loaded, checkpoint)
-    pipeline.build(loaded, checkpoint, plan, work / "out", torch.device("cpu"), lambda *_: None)
+    pipeline.build(loaded, checkpoint, plan, work / "out", torch.device("cpu"), Quiet())
 
 
 def child(paths, windows, memory):
@@ -53,6 +54,7 @@ def child(paths, windows, memory):
     from qquant.calibration import Tokenizer
     from qquant.checks.fidelity import measure
     from qquant.checks.review import held_out
+    from qquant.progress import Quiet
     from qquant.recipe import Checks
     from qquant.source.checkpoint import Checkpoint
 
@@ -62,7 +64,7 @@ def child(paths, windows, memory):
     sources = {path: open_weights(Path(path)) for path in paths}
     began = time.process_time()
     if windows:
-        measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None, None, memory)
+        measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), Quiet(), None, memory)
     seconds = time.process_time() - began
     status = Path("/proc/self/status").read_text()
     (peak,) = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]

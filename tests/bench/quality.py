@@ -36,6 +36,7 @@ from qquant.checks import fidelity
 from qquant.checks.review import held_out
 from qquant.disk.output import MANIFEST
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.recipe import AwqArtifact, Checks, Gates, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
 
@@ -118,7 +119,7 @@ def build_ours(base, checkpoint, spec, out):
     loaded = base.model_copy(update={"artifacts": (spec,), "checks": checks})
     plan = Plan.of(loaded, checkpoint)
     began = time.monotonic()
-    pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), lambda *_: None)
+    pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), Quiet())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return installed(out, plan.artifacts[0]), round(time.monotonic() - began, 1), peak
 
@@ -167,7 +168,7 @@ def build(base, checkpoint, options):
 def measure(checkpoint, built, text):
     """What the table says of every artifact, by "format tool"; `kl`: the mean of every window."""
     sources = {f"{name} {tool}": open_weights(path) for (name, tool), path in built.items()}
-    found = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), lambda *_: None)
+    found = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), Quiet())
     rows = {}
     for (name, tool), path in built.items():
         one = found[f"{name} {tool}"]

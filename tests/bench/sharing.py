@@ -16,6 +16,7 @@ import torch
 from qquant import pipeline, recipe
 from qquant.families import decoder
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.recipe import AwqArtifact, Checks, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
 
@@ -42,7 +43,7 @@ def seconds(base, checkpoint, artifacts):
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         pipeline.build(
-            loaded, checkpoint, Plan.of(loaded, checkpoint), Path(folder) / "out", torch.device("cpu"), lambda *_: None
+            loaded, checkpoint, Plan.of(loaded, checkpoint), Path(folder) / "out", torch.device("cpu"), Quiet()
         )
         took = time.monotonic() - began
     decoder.Block.linear = linear

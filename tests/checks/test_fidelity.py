@@ -20,15 +20,15 @@ from qquant.errors import InputError
 from qquant.families.decoder import embed, source_block
 from qquant.formats.gguf import quantize
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
+from tests.worlds.watched import Watched
+
+quiet = Quiet()
 
 CPU = torch.device("cpu")
-
-
-def quiet(*_):
-    pass
 
 
 def check(built, checks, gates=None, out=None):
@@ -117,9 +117,9 @@ def test_short_memory_changes_no_bit(pair, monkeypatch, first, tile):
     text, found, told = Scored(windows, first, 8000), [], []
     for memory in (1e12, 1.0):
         peaks, seen = Peaks(), []
-        numbers = measure(source, {"o": other}, text, CPU, lambda _, *at, seen=seen: seen.append(at), peaks, memory)[
-            "o"
-        ]
+        numbers = measure(
+            source, {"o": other}, text, CPU, Watched(lambda _, *at, seen=seen: seen.append(at)), peaks, memory
+        )["o"]
         found.append((numbers, peaks))
         told.append(seen)
     for name, column in vars(found[0][0]).items():

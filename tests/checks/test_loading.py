@@ -19,8 +19,11 @@ from qquant import background, devices, pipeline
 from qquant.checks import loading, review
 from qquant.errors import NumericalError
 from qquant.formats.gguf.container import header_bytes, nbytes, read_header
+from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
+
+quiet = Quiet()
 
 CPU = torch.device("cpu")
 SLEEP = "import time; time.sleep(99)"
@@ -29,10 +32,6 @@ SLEEP = "import time; time.sleep(99)"
 def watched_subprocess(popen):
     """The library with another way to start a child."""
     return SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
-
-
-def quiet(*_):
-    pass
 
 
 def batched(words):

@@ -12,14 +12,13 @@ from qquant import pipeline
 from qquant.calibration import Tokenizer
 from qquant.checks import decoding, sanity, structure
 from qquant.formats.gguf.source import GgufSource
+from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
 
+quiet = Quiet()
+
 CPU = torch.device("cpu")
-
-
-def quiet(*_):
-    pass
 
 
 @pytest.fixture

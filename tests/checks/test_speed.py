@@ -17,6 +17,7 @@ from qquant.checks import speed
 from qquant.cli import main
 from qquant.errors import UsageError
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.report.record import Pace, Report
 from qquant.runtime.stepping import Stepper, read_weights
 from qquant.source.checkpoint import Checkpoint
@@ -271,7 +272,7 @@ def test_build_with_speed_says_it_in_the_report(small, tmp_path, monkeypatch):
     )
     loaded, checkpoint = recipe.load(str(path)), Checkpoint.open(small)
     plan = Plan.of(loaded, checkpoint)
-    report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, lambda *_: None)
+    report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, Quiet())
     (row,) = report.artifacts
     assert row.speed.pace("decode").ratio > 0
     assert all(reason in " ".join(report.warnings) for reason in row.speed.reasons)

@@ -9,15 +9,14 @@ import torch
 
 from qquant.checks import tasks
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
+
+quiet = Quiet()
 
 CPU = torch.device("cpu")
 QUESTIONS = [(f"The {word} of the", (" house", " river")) for word in ("door", "end", "name", "king", "bank", "sea")]
 RIGHT = (0, 1, 0, 0, 1, 1)
-
-
-def quiet(*_):
-    pass
 
 
 class Model:

@@ -129,9 +129,9 @@ def test_an_estimate_counts_from_the_start_of_its_phase(capsys, monkeypatch):
     progress = Progress()
     for seconds, done in [(100, 0), (10, 1), (10, 2), (50, 7), (40, 11), (40, 15)]:
         now[0] += seconds
-        progress("curvature", done, 15)
+        progress.advance("curvature", done, 15)
     now[0] += 30
-    progress("quantize", 1, 2)
+    progress.advance("quantize", 1, 2)
     assert capsys.readouterr().err.splitlines() == [
         "curvature: 7%, 10 s, about 140 s left",
         "curvature: 13%, 20 s, about 130 s left",

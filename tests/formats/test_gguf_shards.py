@@ -16,7 +16,9 @@ from qquant.formats.gguf.shards import parts, read_model, split
 from qquant.inspection import describe
 from qquant.pipeline import build, check
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds.watched import Watched
 
 FIELDS = [Field("general.architecture", "str", "qwen2")]
 RECIPE = """
@@ -35,8 +37,7 @@ artifacts:
 """
 
 
-def quiet(*_):
-    """No progress."""
+quiet = Quiet()
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_an_interrupted_split_build_continues(built, tmp_path):
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        build(loaded, checkpoint, plan, out, torch.device("cpu"), stop)
+        build(loaded, checkpoint, plan, out, torch.device("cpu"), Watched(stop))
     drafts = sorted((out / ".partial" / "parts").iterdir())
     assert {path.name for path in drafts} == {file.name for file in plan.artifacts[1].files}
     build(loaded, checkpoint, plan, out, torch.device("cpu"), quiet)

@@ -22,6 +22,7 @@ from qquant.formats.gguf.container import read_header
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.runtime import linears, loading, parts
 from qquant.runtime.answering import Answerer, Settings, Text, gguf_tokenizer
 from qquant.solve import walk
@@ -57,7 +58,7 @@ def built(checkpoint, folder, entries):
     for draft in drafts:
         draft.open()
     moments = Moments(folder / "moments", None)
-    walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, torch.device("cpu"), lambda *_: None)
+    walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, torch.device("cpu"), Quiet())
     (folder / "out").mkdir()
     for draft in drafts:
         draft.finish(folder / "out", {})

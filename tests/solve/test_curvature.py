@@ -12,15 +12,16 @@ from qquant import devices
 from qquant.algorithms.gram import Gram
 from qquant.errors import InputError, NumericalError
 from qquant.families.decoder import embed, rms_norm, source_block
+from qquant.progress import Quiet
 from qquant.solve import curvature
 from qquant.solve.curvature import BACKWARD, HEAD, SEED, _Head, _head_gradients, head_share, measure, spread
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds.watched import Watched
 
 CPU = torch.device("cpu")
 
 
-def quiet(*_):
-    pass
+quiet = Quiet()
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_factors_are_those_of_one_backward_pass_through_the_whole_model(source, 
         for layer in range(source.config.layers):
             x = source_block(source, layer, torch.float32).forward(x)
         hidden.append(x)
-    heads = list(_head_gradients(source, hidden, quiet))
+    heads = list(_head_gradients(source, hidden, lambda *_: None))
     whole = [whole_gradients(source, tokens, head) for tokens, head in zip(given.values(), heads, strict=True)]
     for layer in range(source.config.layers):
         block = found.block(layer, CPU)
@@ -171,14 +172,14 @@ def test_complete_factors_are_read_again_and_changed_ones_measured_again(source,
     def count(*values):
         counted.append(values)
 
-    measure(source, samples(), folder, torch.float32, CPU, count)
+    measure(source, samples(), folder, torch.float32, CPU, Watched(count))
     calls = len(counted)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == ["block-0", "block-1", "complete"]
-    measure(source, samples(), folder, torch.float32, CPU, count)
+    measure(source, samples(), folder, torch.float32, CPU, Watched(count))
     assert len(counted) == calls
     (folder / "block-1").write_bytes(first["block-1"][:-1] + bytes([first["block-1"][-1] ^ 1]))
-    measure(source, samples(), folder, torch.float32, CPU, count)
+    measure(source, samples(), folder, torch.float32, CPU, Watched(count))
     assert len(counted) == 2 * calls
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
@@ -188,7 +189,7 @@ def test_progress_counts_the_forward_pass_the_head_and_the_way_back(source, tmp_
         devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], head_tokens=20)
     )  # 24 + 26 + 28 tokens in four slices
     told = []
-    measure(source, samples(), tmp_path / "c", torch.float32, CPU, lambda *values: told.append(values))
+    measure(source, samples(), tmp_path / "c", torch.float32, CPU, Watched(lambda *values: told.append(values)))
     head = head_share(source.family, source.config)
     assert head == round(HEAD * 8192 / (4 * 64 + 3 * 128)) > 4
     back = [2 + head + BACKWARD, 2 + head + 2 * BACKWARD]
@@ -209,7 +210,7 @@ def test_threads_and_where_inputs_stay_change_no_byte(source, tmp_path, monkeypa
     measure(source, samples(), plain, dtype, CPU, quiet)
     monkeypatch.setattr(devices, "threads_help", lambda device: beside)
     monkeypatch.setattr(curvature, "_place", lambda device, nbytes: place)
-    measure(source, samples(), other, dtype, CPU, lambda *_: seen.append(any(other.glob("input-*"))))
+    measure(source, samples(), other, dtype, CPU, Watched(lambda *_: seen.append(any(other.glob("input-*")))))
     assert any(seen) == (place == "files")
     assert {path.name: path.read_bytes() for path in other.iterdir()} == {
         path.name: path.read_bytes() for path in plain.iterdir()
@@ -253,7 +254,7 @@ def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path,
 
     monkeypatch.setattr(source, "block", block)
     with pytest.raises(InputError, match="damaged"):
-        measure(source, samples(), tmp_path / "c", torch.float32, CPU, lambda _, done, of: told.append(done))
+        measure(source, samples(), tmp_path / "c", torch.float32, CPU, Watched(lambda _, done, of: told.append(done)))
     assert told == [0, 1]
 
 

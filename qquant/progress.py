@@ -1,0 +1,49 @@
+"""How work says how far it is, and learns that it should stop: two questions, so two methods.
+
+`advance` only shows. `check_stop` is asked between pieces of work that a later run can build on, and raises StoppedError where a signal
+came; who does not ask cannot be stopped there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What a build or a check reports to."""
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """`done` of `of` equal steps of `phase` ("curvature", "quantize", "check", "answer", ...) are done; 0 says that it begins."""
+        ...
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if somebody asked for an end."""
+        ...
+
+
+class Quiet:
+    """Shows nothing, and never stops."""
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """Nothing."""
+
+    def check_stop(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The progress of one of several equal parts, whose phases are phases of the whole."""
+
+    whole: Progress
+    part: int  # from 0
+    parts: int
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """The parts before this one count as done."""
+        self.whole.advance(phase, self.part * of + done, self.parts * of)
+
+    def check_stop(self) -> None:
+        """That of the whole."""
+        self.whole.check_stop()
