@@ -2,12 +2,12 @@
 
     add_norm   s = x + y;  n = s / sqrt(mean(s^2) + epsilon) * weight                       sums in float32
     rotate     q, k of every head turned by the angle of their position; k and v go into the cache, q comes back
-    attend     softmax(q k' / sqrt(d)) v over the positions 0 .. position of a static cache, for one row of q
+    attend     softmax(q k' / sqrt(d)) v over the positions 0 .. position of a static cache, for one row of q a sequence
     gate       silu(g) * u of the fused product [g, u]
 
 Each is one Triton kernel on CUDA that starts before the one before it is done (`jit.starts_early`), and plain torch elsewhere. Where
-the products take microseconds, five torch operators each would take as long as the products. `position` is a tensor of one int32
-on the device, so that a captured graph serves every step.
+the products take microseconds, five torch operators each would take as long as the products. Positions are int32 on the device, one
+for each of B sequences, so that a captured graph serves every step. Keys and values of a layer are [B, kv, capacity, d].
 
 `attend` gives every head SPLITS programs, each a share of the positions with its own running maximum and sum; the last to arrive
 puts the shares together in their order, so results do not depend on who was last.
@@ -105,25 +105,25 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
 # -- rotary positions and the cache
 
 
-def rotate(qkv: Tensor, table: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Turned q [M, heads * d] of the fused qkv [M, (heads + 2 kv) * d] for M positions from `position` int32 [1] on.
+def rotate(qkv: Tensor, table: Tensor, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Turned q [M, heads * d] of the fused qkv [M, (heads + 2 kv) * d] of M tokens, each with its row of the cache and its place in it.
 
-    table: float32 [positions, d], the cosines of d / 2 angles and then their sines. keys, values: [kv, capacity, d], written.
+    table: float32 [positions, d], the cosines of d / 2 angles and then their sines. rows, places: int32 [M]. keys, values:
+    [B, kv, capacity, d], written.
     """
     if _on_gpu(qkv):
-        return launch_rotate(qkv, table, position, keys, values)
-    kv, _, width = keys.shape
+        return launch_rotate(qkv, table, rows, places, keys, values)
+    _, kv, _, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
-    place = torch.arange(len(qkv), device=qkv.device) + position
-    cosine, sine = (half.unsqueeze(1) for half in table[place].chunk(2, -1))
+    cosine, sine = (half.unsqueeze(1) for half in table[places].chunk(2, -1))
     query, key, value = qkv.view(len(qkv), -1, width).split([heads, kv, kv], dim=1)
 
     def turned(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, -1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).to(x.dtype)
 
-    keys.index_copy_(1, place, turned(key).transpose(0, 1))
-    values.index_copy_(1, place, value.transpose(0, 1))
+    keys[rows, :, places] = turned(key)
+    values[rows, :, places] = value
     return turned(query).reshape(len(qkv), -1)
 
 
@@ -131,7 +131,8 @@ def rotate(qkv: Tensor, table: Tensor, position: Tensor, keys: Tensor, values: T
 def _rotate_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
     qkv_at: tl.tensor,
     table_at: tl.tensor,
-    position_at: tl.tensor,
+    rows_at: tl.tensor,
+    places_at: tl.tensor,
     q_at: tl.tensor,
     keys_at: tl.tensor,
     values_at: tl.tensor,
@@ -144,7 +145,8 @@ def _rotate_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     m, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, HALF)
     _start(EARLY)
-    place = tl.load(position_at) + m
+    place = tl.load(places_at + m)
+    row = tl.load(rows_at + m).to(tl.int64)
     at = qkv_at + (m * (HEADS + 2 * KV) + head) * (2 * HALF) + c
     first, second = tl.load(at), tl.load(at + HALF)
     if head < HEADS + KV:
@@ -156,38 +158,39 @@ def _rotate_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     if head < HEADS:
         to = q_at + (m * HEADS + head) * (2 * HALF) + c
     elif head < HEADS + KV:
-        to = keys_at + ((head - HEADS) * capacity + place) * (2 * HALF) + c
+        to = keys_at + ((row * KV + head - HEADS) * capacity + place) * (2 * HALF) + c
     else:
-        to = values_at + ((head - HEADS - KV) * capacity + place) * (2 * HALF) + c
+        to = values_at + ((row * KV + head - HEADS - KV) * capacity + place) * (2 * HALF) + c
     tl.store(to, first)
     tl.store(to + HALF, second)
 
 
-def launch_rotate(qkv: Tensor, table: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def launch_rotate(qkv: Tensor, table: Tensor, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Run the kernel; arguments as of `rotate`, contiguous."""
-    kv, capacity, width = keys.shape
+    _, kv, capacity, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
     query = torch.empty((len(qkv), heads * width), dtype=qkv.dtype, device=qkv.device)
     grid = (len(qkv), heads + 2 * kv)
     sizes = {"HEADS": heads, "KV": kv, "HALF": width // 2}
-    _rotate_kernel[grid](qkv, table, position, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv))
+    _rotate_kernel[grid](qkv, table, rows, places, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv))
     return query
 
 
-# -- attention of one row
+# -- attention of one row a sequence
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """[1, heads * d] of query [1, heads * d] over positions 0 .. `position` int32 [1] of keys, values [kv, capacity, d]."""
+    """[B, heads * d] of query [B, heads * d], each over places 0 .. its `position` int32 [B] of keys, values [B, kv, capacity, d]."""
     if _on_gpu(query):
         return launch_attend(query, keys, values, position, SPLITS)
-    kv, _, width = keys.shape
-    count = int(position) + 1
-    q = query.view(1, -1, 1, width)
-    mixed = F.scaled_dot_product_attention(
-        q, keys[None, :, :count], values[None, :, :count], enable_gqa=q.shape[1] != kv
-    )
-    return mixed.view(1, -1)
+    _, kv, _, width = keys.shape
+    mixed = torch.empty_like(query)
+    for row, last in enumerate(position.tolist()):
+        q = query[row].view(1, -1, 1, width)
+        key, value = keys[row, None, :, : last + 1], values[row, None, :, : last + 1]
+        out = F.scaled_dot_product_attention(q, key, value, enable_gqa=q.shape[1] != kv)
+        mixed[row] = out.reshape(-1)
+    return mixed
 
 
 @kernel("capacity")
@@ -197,10 +200,11 @@ def _attend_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     values_at: tl.tensor,
     position_at: tl.tensor,
     out_at: tl.tensor,
-    share_at: tl.tensor,  # float32 [heads, splits, d + 2]: weighted values, maximum, sum
+    share_at: tl.tensor,  # float32 [B * heads, splits, d + 2]: weighted values, maximum, sum
     counters_at: tl.tensor,
     capacity: tl.tensor,
     scale: tl.tensor,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # heads that share keys and values
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -211,12 +215,12 @@ def _attend_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     c = tl.arange(0, WIDTH)
     span = tl.arange(0, BLOCK)
     _start(EARLY)
-    count = tl.load(position_at) + 1
+    count = tl.load(position_at + head // HEADS) + 1  # `head` counts those of all sequences
     share = (count + PARTS - 1) // PARTS
     first = part * share
     last = tl.minimum(first + share, count)
     query = tl.load(q_at + head * WIDTH + c).to(tl.float32) * scale
-    base = (head // GROUP) * capacity * WIDTH
+    base = (head // GROUP).to(tl.int64) * capacity * WIDTH
     largest = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, WIDTH), tl.float32)
@@ -252,16 +256,16 @@ def _attend_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
 
 @functools.lru_cache
 def _counters(device: torch.device) -> Tensor:
-    return torch.zeros(1024, dtype=torch.int32, device=device)
+    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
 
 
 def launch_attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int) -> Tensor:
     """Run the kernel; arguments as of `attend`, contiguous. One stream at a time: its counters are shared."""
-    kv, capacity, width = keys.shape
+    count, kv, capacity, width = keys.shape
     heads = query.shape[1] // width
     out = torch.empty_like(query)
-    shares = torch.empty((heads, splits, width + 2), dtype=torch.float32, device=query.device)
-    _attend_kernel[(heads, splits)](
+    shares = torch.empty((count * heads, splits, width + 2), dtype=torch.float32, device=query.device)
+    _attend_kernel[(count * heads, splits)](
         query,
         keys,
         values,
@@ -271,6 +275,7 @@ def launch_attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor,
         _counters(query.device),
         capacity,
         width**-0.5,
+        HEADS=heads,
         GROUP=heads // kv,
         WIDTH=width,
         PARTS=splits,

@@ -1,10 +1,11 @@
-"""A model made for the clock: the same forward pass for every contender, only its linears differ.
+"""The forward pass that answers, and that the speed check times: a static cache, and nothing to read back between two tokens.
 
-    prefill(ids)   all tokens of a prompt at once, into a static cache of keys and values
-    step()         the likeliest next token and its position, kept on the device: nothing to read back, so a graph can hold it
+    extend(parts, starts)   all tokens of a prompt at once, or of the rest of it, into the cache of keys and values
+    advance()               logits after one token of every sequence; tokens and positions stay on the device, so a graph can hold it
 
 The arithmetic is that of `qquant.families.decoder`, with what stands between the products fused (`qquant.kernels.between`). On CUDA `capture`
-records a step, or a prefill, as one graph: launches from Python would hide what the kernels do. One sequence at a time.
+records a step, or a prefill, as one graph: launches from Python take longer than the kernels. Sequences of a batch need not be of one
+length: each fills its row of the cache from the left, so there is no padding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
@@ -85,6 +87,10 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
     return Weights(tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
+def _counted(start: int, stop: int, device: torch.device) -> Tensor:
+    return torch.arange(start, stop, dtype=torch.int32, device=device)
+
+
 def _apply(linear: nn.Module | Sequence[nn.Module], x: Tensor) -> Tensor:
     if isinstance(linear, nn.Module):
         return linear(x)
@@ -92,61 +98,108 @@ def _apply(linear: nn.Module | Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 class Stepper:
-    """One sequence of at most `capacity` tokens in a static cache."""
+    """`batch` sequences of at most `capacity` tokens each in a static cache."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int = 1,
     ) -> None:
         self.config, self.weights, self.capacity, self.device = config, weights, capacity, device
-        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.rows = torch.arange(batch, dtype=torch.int32, device=device)
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         angle = torch.outer(torch.arange(capacity, device=device).float(), 1.0 / config.rope_theta**exponent)
         self.table = torch.cat((angle.cos(), angle.sin()), dim=-1).contiguous()
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.rows)
 
     def cache_bytes(self) -> int:
         """Memory of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def _forward(self, ids: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Normed hidden states [M, hidden]; `mix(layer, q)` is the attention."""
+    def _forward(self, ids: Tensor, rows: Tensor, places: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Normed hidden states [M, hidden] of tokens at `places` of `rows`; `mix(layer, q)` is the attention."""
         x, y = self.weights.embedding(ids), None
         epsilon = self.config.epsilon
         for index, layer in enumerate(self.weights.layers):
             qkv, out, gate_up, down = layer.linears.values()
             x, h = add_norm(x, y, layer.attention_norm, epsilon)
-            query = rotate(_apply(qkv, h), self.table, self.position, self.keys[index], self.values[index])
+            query = rotate(_apply(qkv, h), self.table, rows, places, self.keys[index], self.values[index])
             x, h = add_norm(x, _apply(out, mix(index, query)), layer.mlp_norm, epsilon)
             y = _apply(down, gate(_apply(gate_up, h)))
         return add_norm(x, y, self.weights.final_norm, epsilon)[1]
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Logits [1, vocab] after ids int64 [T], which become the sequence."""
-        self.position.zero_()
-        count, config = len(ids), self.config
+        """Logits [1, vocab] after ids int64 [T], which become the only sequence; the likeliest token is the next to read."""
+        logits = self.extend([ids], [0])
+        self.token.copy_(logits.argmax(-1))
+        return logits
+
+    def extend(self, parts: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Logits [batch, vocab] after every sequence goes on with its part, ids int64 [T > 0], from its start on."""
+        lengths = [len(part) for part in parts]
+        spans = list(zip(lengths, starts, strict=True))
+        places = torch.cat([_counted(start, start + count, self.device) for count, start in spans])
+        rows = torch.cat([torch.full_like(self.rows[:1], row).expand(count) for row, count in enumerate(lengths)])
 
         def mix(layer: int, query: Tensor) -> Tensor:
-            q = query.view(1, count, config.heads, config.head_dim).transpose(1, 2)
-            key, value = self.keys[layer, None, :, :count], self.values[layer, None, :, :count]
-            grouped = config.heads != config.kv_heads
-            mixed = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=grouped)
-            return mixed.transpose(1, 2).reshape(count, -1)
+            if len(spans) == 1:
+                return self._attend_part(layer, 0, query, starts[0])
+            mixed, first = torch.empty_like(query), 0
+            for row, (count, start) in enumerate(spans):
+                here = slice(first, first := first + count)
+                mixed[here] = self._attend_part(layer, row, query[here], start)
+            return mixed
 
-        logits = self.weights.head(self._forward(ids, mix)[-1:])
-        self.token.copy_(logits.argmax(-1))
-        self.position.fill_(count)
+        hidden = self._forward(torch.cat(list(parts)), rows, places, mix)
+        for row, (count, start) in enumerate(spans):
+            self.position[row].fill_(start + count)
+        last = [sum(lengths[: row + 1]) - 1 for row in range(self.batch)]
+        return self.weights.head(torch.cat([hidden[place : place + 1] for place in last]))
+
+    def _attend_part(self, layer: int, row: int, query: Tensor, start: int) -> Tensor:
+        """[T, heads * d] of the query [T, heads * d] of tokens from `start` on, each over itself and what stands before it."""
+        count, config = len(query), self.config
+        q = query.view(1, count, config.heads, config.head_dim).transpose(1, 2)
+        key, value = (cache[layer, row, None, :, : start + count] for cache in (self.keys, self.values))
+        mask = causal_lower_right(count, start + count) if start and count > 1 else None
+        mixed = F.scaled_dot_product_attention(
+            q,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and count > 1,
+            enable_gqa=config.heads != config.kv_heads,
+        )
+        return mixed.transpose(1, 2).reshape(count, -1)
+
+    def advance(self) -> Tensor:
+        """Logits [batch, vocab] after the current tokens; `token` is to be set before the next call."""
+        hidden = self._forward(
+            self.token,
+            self.rows,
+            self.position,
+            lambda layer, query: attend(query, self.keys[layer], self.values[layer], self.position),
+        )
+        logits = self.weights.head(hidden)
+        self.position += 1
         return logits
 
     def step(self) -> Tensor:
-        """Logits [1, vocab] after the current token; the likeliest one becomes the next."""
-        hidden = self._forward(
-            self.token, lambda layer, query: attend(query, self.keys[layer], self.values[layer], self.position)
-        )
-        logits = self.weights.head(hidden)
+        """Logits [batch, vocab] after the current tokens; the likeliest ones become the next."""
+        logits = self.advance()
         self.token.copy_(logits.argmax(-1))
-        self.position += 1
         return logits
 
     def rewind(self, position: int, token: int = 0) -> None:

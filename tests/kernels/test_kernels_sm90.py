@@ -286,7 +286,14 @@ BETWEEN = {
     ),
     "rotate": (
         between._rotate_kernel,
-        {"qkv_at": "*bf16", "table_at": "*fp32", "position_at": "*i32", "q_at": "*bf16", "keys_at": "*bf16"}
+        {
+            "qkv_at": "*bf16",
+            "table_at": "*fp32",
+            "rows_at": "*i32",
+            "places_at": "*i32",
+            "q_at": "*bf16",
+            "keys_at": "*bf16",
+        }
         | {"values_at": "*bf16", "capacity": "i32"},
         {"HEADS": 32, "KV": 32, "HALF": 64},
         1,
@@ -295,7 +302,7 @@ BETWEEN = {
         between._attend_kernel,
         {"q_at": "*bf16", "keys_at": "*bf16", "values_at": "*bf16", "position_at": "*i32", "out_at": "*bf16"}
         | {"share_at": "*fp32", "counters_at": "*i32", "capacity": "i32", "scale": "fp32"},
-        {"GROUP": 1, "WIDTH": 128, "PARTS": between.SPLITS, "BLOCK": between.SPAN},
+        {"HEADS": 32, "GROUP": 1, "WIDTH": 128, "PARTS": between.SPLITS, "BLOCK": between.SPAN},
         4,
     ),
     "gate": (
