@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out/demo
 
-.PHONY: setup demo test check lint types layers style oracles test-oracles fuzz torture bench size clean
+.PHONY: setup demo test check lint types layers style oracles test-oracles fuzz torture bench map clean
 setup: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +54,8 @@ torture: $(READY)
 	$(BIN)/python -m tests.torture full
 	$(BIN)/python -m tests.torture crowd
 
-size:
-	@find qquant -name '*.py' | xargs wc -l | sort -n
+# The table of rooms in qquant/README.md, from the heads of the files.
+map: $(READY)
+	$(BIN)/python -m tests.worlds.house
 clean:
 	rm -rf $(VENV) $(FUZZ) out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,48 @@
+"""The house is as its map says, and no room grew over its walls."""
+
+import tomllib
+
+import pytest
+
+from tests.worlds import ROOT, house
+
+LIMIT = 400
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / "qquant").rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def allowed():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["qquant"]["longer"]
+
+
+def test_the_map_is_what_the_files_say():
+    text = house.README.read_text()
+    assert text == house.written(text), "run `make map`"
+
+
+def test_every_room_is_on_the_map():
+    folders = {str(path.parent.relative_to(ROOT / "qquant")) for path in (ROOT / "qquant").rglob("__init__.py")} - {"."}
+    assert folders == set(house.ROOMS)
+
+
+def test_files_have_at_most_400_lines_or_a_reason(sizes, allowed):
+    over = {name: lines for name, lines in sizes.items() if lines > LIMIT and name not in allowed}
+    assert not over, f"split them, or give a reason under [tool.qquant.longer] in pyproject.toml: {over}"
+
+
+def test_reasons_are_of_files_that_need_them(sizes, allowed):
+    assert {name for name in allowed if sizes.get(name, 0) <= LIMIT} == set()
+    assert all(len(reason) > 20 for reason in allowed.values())
+
+
+def test_tests_mirror_the_package():
+    rooms = {
+        path.name for path in (ROOT / "qquant").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))
+    }
+    there = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
+    assert there - rooms <= {"worlds", "golden", "oracles", "bench", "fuzz"}
+    assert rooms - there <= {"plan", "disk"}, "their tests are those of builds"
