@@ -17,6 +17,7 @@ import click
 from qquant import __version__
 from qquant.cli.build import build, plan
 from qquant.cli.check import bisect, check, compare, perplexity, show_report
+from qquant.cli.command import COMPLETION, Journey
 from qquant.cli.look import doctor, inspect, verify
 from qquant.cli.options import EXITS
 from qquant.cli.publish import matrix, patch, publish, sign
@@ -27,33 +28,29 @@ from qquant.cli.tasks import tasks
 from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError
 
 
-@click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Journey,
+    invoke_without_command=True,
+    epilog=COMPLETION + "\n" + EXITS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Quantize a Qwen1.5 checkpoint once into GPTQ, AWQ and GGUF, and check every artifact against it."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
-for command in (
-    build,
-    plan,
-    check,
-    bisect,
-    show_report,
-    compare,
-    perplexity,
-    tasks,
-    inspect,
-    verify,
-    doctor,
-    matrix,
-    publish,
-    patch,
-    sign,
-    recipes,
-    run,
-    speed,
-):
-    cli.add_command(command)
+cli.journey(
+    {
+        "Make": (build, plan, recipes, doctor),
+        "Judge": (check, compare, bisect, speed, perplexity, tasks),
+        "Use": (run,),
+        "Publish": (publish, matrix, verify, sign, patch),
+        "Look": (inspect, show_report),
+    }
+)
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -11,26 +12,29 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import (
     DEVICE,
     EXITS,
     GITHUB,
     JSON,
     JUNIT,
+    PLANNING,
+    asking,
     given_imatrix,
-    open_source,
-    source_options,
+    settle,
 )
 from qquant.cli.terminal import Progress, Stop, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
+    from qquant.plan.asked import Asked
     from qquant.plan.plan import Plan
     from qquant.source.checkpoint import Checkpoint
 
 
-@click.command(epilog=EXITS)
-@source_options
+@command(epilog=EXITS, example="build Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat --out release")
+@asking(*PLANNING)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."
 )
@@ -44,17 +48,20 @@ if TYPE_CHECKING:
 @DEVICE
 @JSON
 def build(
-    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, imatrix: Path | None, out: Path, allow_pickle: bool, junit: Path | None, github: bool, device: str,
-    as_json: bool,
+    asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, out: Path, allow_pickle: bool,
+    junit: Path | None, github: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
 
-    The same command continues an interrupted build.
+    The same command continues an interrupted build. Without a recipe, --format, --bits and --type say what to build, in the same
+    words; --calibration and --set change any recipe.
     """
     from qquant.plan.plan import Plan
 
-    loaded, source = open_source(recipe_name, checkpoint, revision, adapter, out if allow_pickle else None)
+    reference = asked.reference
+    place = _converted(reference, out) if allow_pickle else reference
+    asked = settle(dataclasses.replace(asked, checkpoint=place), question=True)
+    loaded, source = asked.open()
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)
     for warning in plan.warnings:
@@ -64,25 +71,24 @@ def build(
     began = time.monotonic()
     with Stop() as stop, Progress(stop) as progress:
         report = pipeline.build(loaded, source, plan, out, devices.named(device), progress)
-    _note_source(source, checkpoint or loaded.checkpoint or "", plan, out)
+    _note_source(source, reference, plan, out)
     if not as_json:
         click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
     tell_watchers(report, junit, github)
     show(report, as_json)
 
 
-@click.command()
-@source_options
+@command(example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
+@asking(*PLANNING)
 @click.option("--tensors", is_flag=True, help="Also print what every tensor is stored as.")
 @JSON
 def plan(
-    checkpoint: str | None, recipe_name: str, only: tuple[str, ...], adapter: Path | None, revision: str | None,
-    name: str | None, imatrix: Path | None, tensors: bool, as_json: bool,
-) -> None:  # fmt: skip
+    asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, tensors: bool, as_json: bool
+) -> None:
     """Print every output file with its exact size, the memory and disk a build needs, and every tensor's type."""
     from qquant.plan.plan import Plan
 
-    loaded, source = open_source(recipe_name, checkpoint, revision, adapter)
+    loaded, source = settle(asked, question=False).open()
     planned = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     if as_json:
         click.echo(json.dumps(planned.to_dict(), indent=2))
@@ -104,6 +110,13 @@ def plan(
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"memory: about {planned.memory / 1e9:.1f} GB; disk: {planned.disk:,} bytes")
+
+
+def _converted(reference: str, out: Path) -> str:
+    """The folder of safetensors made from a local folder of pickles; others as they are."""
+    from qquant.source.pickles import converted
+
+    return str(converted(Path(reference), out)) if Path(reference).is_dir() else reference
 
 
 def _remarks(planned: Plan, artifact: PlannedArtifact) -> Iterator[str]:

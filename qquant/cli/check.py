@@ -9,20 +9,26 @@ from typing import Any
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT
 from qquant.cli.terminal import Progress, console, show, tell_watchers
 from qquant.errors import GateFailedError, UsageError
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="check model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
 @click.option(
     "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
 )
-@click.option("--also", multiple=True, metavar="TEXT", help="A further text, measured and not gated; may be repeated.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="TEXT",
+    help="A further text, measured and not gated; may be repeated; default: none.",
+)
 @click.option("--windows", default=40, show_default=True, help="Windows of text.")
-@click.option("--max-windows", type=int, help="Read on up to so many where a gate is inconclusive.")
+@click.option("--max-windows", type=int, help="Read on up to so many where a gate is inconclusive; default: no more.")
 @click.option("--length", default=512, show_default=True, help="Tokens per window.")
 @click.option(
     "--protocol",
@@ -31,12 +37,18 @@ from qquant.errors import GateFailedError, UsageError
     show_default=True,
     help="Score the second half of each window, or all of it (GPTQ papers: --length 2048).",
 )
-@click.option("--max-perplexity-ratio", type=float, help="Fail above this ratio to the checkpoint.")
-@click.option("--max-kl", type=float, help="Fail above this mean KL divergence (nats per token).")
-@click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1).")
+@click.option(
+    "--max-perplexity-ratio", type=float, help="Fail above this ratio to the checkpoint; default: by format and size."
+)
+@click.option(
+    "--max-kl", type=float, help="Fail above this mean KL divergence (nats per token); default: by format and size."
+)
+@click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1); default: by format and size.")
 @click.option("--no-defaults", is_flag=True, help="Only these limits; otherwise the rest is by format and size.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep report and evidence in this folder."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep report and evidence in this folder; default: only the table.",
 )
 @JUNIT
 @GITHUB
@@ -74,7 +86,7 @@ def check(
     show(report, as_json)
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="bisect release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --max-kl 0.02")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
 @click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
@@ -121,9 +133,11 @@ def bisect(
         raise GateFailedError(f"{artifact}: {found.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere")
 
 
-@click.command("report", epilog=EXITS)
+@command("report", epilog=EXITS, example="report release --html report.html")
 @click.argument("place", type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file; default: no page."
+)
 @JUNIT
 @GITHUB
 @JSON
@@ -140,7 +154,7 @@ def show_report(place: Path, html: Path | None, junit: Path | None, github: bool
     show(report, as_json)
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="compare release-1 release-2")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("now", type=click.Path(path_type=Path))
 @JSON
@@ -170,14 +184,20 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
         raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="perplexity model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--against", help="The 16-bit checkpoint: a folder, or a hub id. Not needed with --logits.")
 @click.option(
-    "--logits", type=click.Path(path_type=Path, dir_okay=False), help="Base logits to read (--kl-divergence-base)."
+    "--against", help="The 16-bit checkpoint: a folder, or a hub id. Not needed with --logits; default: none."
 )
 @click.option(
-    "--save-logits", type=click.Path(path_type=Path, dir_okay=False), help="Keep the base logits in this file."
+    "--logits",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Base logits to read (--kl-divergence-base); default: measured.",
+)
+@click.option(
+    "--save-logits",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep the base logits in this file; default: nowhere.",
 )
 @click.option("--text", default="bundled:wikitext-2-test", show_default=True, help="bundled:NAME or a file.")
 @click.option("--chunks", default=40, show_default=True, type=click.IntRange(min=1), help="Chunks of text.")

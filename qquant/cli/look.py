@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 
 
-@click.command()
+@command(example="inspect model-q4_k_m.gguf")
 @click.argument("path", type=click.Path(path_type=Path))
 @JSON
 def inspect(path: Path, as_json: bool) -> None:
@@ -28,7 +29,7 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="verify release/Qwen1.5-0.5B-Chat-AWQ --deep")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--card", "with_card", is_flag=True, help="Also compare README.md with report.json and the manifest.")
 @click.option(
@@ -61,7 +62,7 @@ def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: b
         click.echo(f"{len(folders)} cards agree with their reports")
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="doctor --out release")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="The folder that builds will write to.")
 @DEVICE
 @JSON

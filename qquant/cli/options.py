@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,17 +15,22 @@ from qquant.errors import UsageError
 
 if TYPE_CHECKING:
     from qquant.formats.gguf.imatrix import Imatrix
-    from qquant.recipe import Recipe
+    from qquant.plan.asked import Asked
     from qquant.source.checkpoint import Checkpoint
 
 
 EXITS = """\b
-Exit status: 0 every gate passed, 2 usage or recipe, 3 a gate failed, 4 a gate is undecided, 5 input rejected, 6 environment (disk, memory, hub),
-7 numerical, 8 not published, 9 output locked, 1 a bug.
+Exit status:
+  0 every gate passed   2 usage or recipe      3 a gate failed
+  4 gate undecided      5 input rejected       6 environment (disk, memory, hub)
+  7 numerical           8 not published        9 output locked
+  75 stopped safely     1 a bug
 """
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 JUNIT = click.option(
-    "--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write the verdicts as JUnit XML."
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the verdicts as JUnit XML to this file; default: nowhere.",
 )
 GITHUB = click.option(
     "--github", is_flag=True, help="Print workflow annotations, and add to the step summary ($GITHUB_STEP_SUMMARY)."
@@ -30,52 +38,115 @@ GITHUB = click.option(
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 
 
-def source_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What to build from what: shared by `build` and `plan`."""
-    for option in (
-        click.argument("checkpoint", required=False),
-        click.option(
-            "--recipe", "recipe_name", required=True, help="A bundled recipe (`qquant recipe list`) or a YAML file."
-        ),
-        click.option("--only", multiple=True, metavar="ARTIFACT", help="Build these artifacts only; may be repeated."),
-        click.option(
-            "--adapter", type=click.Path(path_type=Path, file_okay=False), help="A PEFT LoRA folder to merge first."
-        ),
-        click.option("--revision", help="Branch, tag or commit of a hub checkpoint."),
-        click.option("--name", help="Name of the model in folder and file names; default: the checkpoint's."),
-        click.option(
-            "--imatrix",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="An importance matrix for GGUF files (.gguf or .dat).",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def open_source(
-    recipe_name: str,
-    checkpoint: str | None,
-    revision: str | None,
-    adapter: Path | None,
-    pickles_beside: Path | None = None,
-) -> tuple[Recipe, Checkpoint]:
-    """The recipe, and its checkpoint or the one given; pickles of a local folder are converted beside `pickles_beside`, if given."""
+def _recipe_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """For shell completion."""
     from qquant import recipe
-    from qquant.source.checkpoint import Checkpoint
-    from qquant.source.padding import padded
 
-    loaded = recipe.load(recipe_name)
-    reference = checkpoint or loaded.checkpoint
-    if reference is None:
-        raise UsageError(
-            f"recipe {loaded.name} names no checkpoint; give one: qquant build CHECKPOINT --recipe {recipe_name}"
-        )
-    if pickles_beside is not None:
-        from qquant.source.pickles import converted
+    return [name for name in recipe.names() if name.startswith(incomplete)]
 
-        reference = str(converted(Path(reference), pickles_beside)) if Path(reference).is_dir() else reference
-    return loaded, padded(Checkpoint.open(reference, revision or loaded.revision, adapter), loaded)
+
+SOURCE = (
+    click.argument("checkpoint", required=False),
+    click.option(
+        "--recipe",
+        help="A bundled recipe (`qquant recipe list`) or a YAML file; default: the published one that fits CHECKPOINT.",
+        shell_complete=_recipe_names,
+    ),
+    click.option("--revision", help="Branch, tag or commit of a hub checkpoint; default: the recipe's, else main."),
+    click.option(
+        "--adapter",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="A PEFT LoRA folder to merge; default: none.",
+    ),
+)
+CHANGES = (
+    click.option(
+        "--format",
+        type=click.Choice(["gptq", "awq", "gguf"]),
+        help="Build this instead; default: the recipe's artifacts.",
+    ),
+    click.option("--bits", type=int, help="With --format gptq: 4 or 8; default with awq: 4."),
+    click.option("--group-size", type=int, help="Weights that share a scale; default: the recipe's, else 128."),
+    click.option(
+        "--type",
+        "types",
+        multiple=True,
+        metavar="TYPE",
+        help="GGUF files of these types, e.g. q4_k_m; default: the recipe's.",
+    ),
+    click.option(
+        "--calibration",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Your texts or chats (.jsonl, .txt, .parquet); default: the recipe's sources.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change the recipe, e.g. calibration.samples=64; default: as it is.",
+    ),
+)
+PLANNING = (
+    click.option("--only", multiple=True, metavar="ARTIFACT", help="Build these artifacts only; default: all."),
+    click.option("--name", help="Name of the model in folder and file names; default: the checkpoint's."),
+    click.option(
+        "--imatrix",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="An importance matrix for GGUF files (.gguf or .dat); default: measured on the calibration.",
+    ),
+)
+
+
+def asking(*planning: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: what to build from what, as `asked`; shared by `build`, `plan` and `recipe init`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gathered(
+            *, checkpoint: str | None, recipe: str | None, revision: str | None, adapter: Path | None, format: str | None,
+            bits: int | None, group_size: int | None, types: tuple[str, ...], calibration: tuple[Path, ...],
+            settings: tuple[str, ...], **others: Any,
+        ) -> Any:  # fmt: skip
+            from qquant.plan.asked import Asked
+            from qquant.recipe.changes import Flags
+
+            flags = Flags(format, bits, group_size, types, (), settings)
+            return command(asked=Asked(checkpoint, recipe, revision, adapter, flags, calibration), **others)
+
+        for option in reversed((*SOURCE, *CHANGES, *planning)):
+            gathered = option(gathered)
+        return gathered
+
+    return decorate
+
+
+def somebody_is_there() -> bool:
+    """Whether a question would be answered."""
+    return sys.stdin.isatty()
+
+
+def settle(asked: Asked, *, question: bool) -> Asked:
+    """`asked` with a recipe: where none was named, the one that fits, said on stderr; on a terminal it is a `question` first.
+
+    Raises:
+        UsageError: the answer is no, or there is nobody to ask.
+    """
+    found = asked.proposal()
+    if found is None:
+        return asked
+    what = f"recipe {found.name}: {found.reason}"
+    if question and not asked.flags.chooses:
+        if not somebody_is_there():
+            raise UsageError(
+                f"name a recipe: --recipe {found.name} fits ({found.reason}); `qquant recipe list` has all"
+            )
+        if not click.confirm(f"{what}. Build it?", default=True, err=True):
+            raise UsageError("nothing was built; `qquant recipe list` names recipes, and --format builds one artifact")
+    else:
+        click.echo(what, err=True)
+    return dataclasses.replace(asked, recipe=found.name)
 
 
 def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:

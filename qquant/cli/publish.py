@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
 from qquant.errors import UsageError
 
 
-@click.command()
+@command(example="matrix release.yaml")
 @click.argument("matrix", type=click.Path(path_type=Path))
-@click.option("--shard", metavar="I/N", help="Only part I of N of the cells.")
+@click.option("--shard", metavar="I/N", help="Only part I of N of the cells; default: all.")
 @click.option("--github-matrix", is_flag=True, help="Print the jobs as `strategy.matrix` of GitHub Actions takes them.")
 @JSON
 def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) -> None:
@@ -39,24 +40,37 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
         raise UsageError("\n".join(broken))
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="publish release --namespace my-organisation")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["hf", "modelscope", "dir"]), default="hf", show_default=True)
-@click.option("--namespace", default="", help="User or organisation that will own the repositories.")
-@click.option("--out", type=click.Path(path_type=Path), help="With --to dir: where the release folders go.")
-@click.option("--only", multiple=True, metavar="ARTIFACT", help="Publish these artifacts only; may be repeated.")
+@click.option(
+    "--namespace",
+    default="",
+    help="User or organisation that will own the repositories; default: none, which --to dir allows.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="With --to dir: where the release folders go; default: none."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="ARTIFACT",
+    help="Publish these artifacts only; may be repeated; default: all that passed.",
+)
 @click.option("--tag", default="v1", show_default=True, help="Tag of the release; never moved once it is set.")
 @click.option(
     "--signed",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Release folders (--out of --to dir) that `qquant sign` signed; their model.sig is published, too.",
+    help="Release folders (--out of --to dir) that `qquant sign` signed; their model.sig is published, too; default: unsigned.",
 )
-@click.option("--base-model", help="Hub id of the checkpoint, where the build had a local folder.")
-@click.option("--collection", help="Title of a collection that gets every repository.")
+@click.option(
+    "--base-model", help="Hub id of the checkpoint, where the build had a local folder; default: what the build knows."
+)
+@click.option("--collection", help="Title of a collection that gets every repository; default: none.")
 @click.option("--private", is_flag=True, help="Create repositories that only the namespace can read.")
 @click.option("--pr", is_flag=True, help="Stage on a pull request, and merge it once it is verified.")
 @click.option("--no-merge", is_flag=True, help="With --pr: leave the verified pull request open.")
-@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--endpoint", help="Another hub; default: huggingface.co.")
 @click.option("--dry-run", is_flag=True, help="Look and say what would be uploaded; change nothing.")
 @JSON
 def publish(
@@ -96,10 +110,10 @@ def publish(
         click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="patch generation_config.json:top_p=0.8 --repos 'my-organisation/Qwen1.5-*' --dry-run")
 @click.argument("setting")
 @click.option("--repos", multiple=True, required=True, metavar="OWNER/PATTERN", help="Repositories, with * and ?.")
-@click.option("--endpoint", help="Another hub than huggingface.co.")
+@click.option("--endpoint", help="Another hub; default: huggingface.co.")
 @click.option("--dry-run", is_flag=True, help="Show the changes and make none.")
 @click.option("--yes", is_flag=True, help="Make them without a question.")
 def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: bool, yes: bool) -> None:
@@ -122,7 +136,7 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
     click.echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="sign published/Qwen1.5-0.5B-Chat-AWQ --key private.pem")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--key",

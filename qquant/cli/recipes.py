@@ -1,20 +1,54 @@
-"""`qquant recipe`: list, show, validate, schema."""
+"""`qquant recipe`: init, list, show, validate, schema."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from qquant.cli.command import Group
+from qquant.cli.options import asking, settle
 from qquant.errors import UsageError
 
+if TYPE_CHECKING:
+    from qquant.plan.asked import Asked
 
-@click.group("recipe")
+
+@click.group("recipe", cls=Group, example="recipe show qwen1.5-chat")
 def recipes() -> None:
-    """List, show and validate recipes."""
+    """Write, list, show and validate recipes."""
 
 
-@recipes.command("list")
+@recipes.command("init", example="recipe init path/to/my-model --format gguf --type q4_k_m --calibration support.jsonl")
+@asking()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="recipe.yaml",
+    help="The new file; - prints it.",
+)
+def init_recipe(asked: Asked, out: Path) -> None:
+    """Write a recipe of your own: that of --recipe, or the published one that fits CHECKPOINT, with what the other options say."""
+    from qquant import recipe
+
+    written = settle(asked, question=False).wanted()
+    text = recipe.dump(written, brief=True)
+    if str(out) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(f"# every field: recipes/README.md, or `qquant recipe show {out}`\n{text}")
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
+    click.echo(
+        f"{out}: {len(written.artifacts)} artifacts. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
+    )
+
+
+@recipes.command("list", example="recipe list")
 def list_recipes() -> None:
     """Names and descriptions of the bundled recipes."""
     from qquant import recipe
@@ -23,7 +57,7 @@ def list_recipes() -> None:
         click.echo(f"{name:<20} {recipe.load(name).description}")
 
 
-@recipes.command("show")
+@recipes.command("show", example="recipe show qwen1.5-chat")
 @click.argument("name")
 def show_recipe(name: str) -> None:
     """A recipe with every default written out, as YAML."""
@@ -32,7 +66,7 @@ def show_recipe(name: str) -> None:
     click.echo(recipe.dump(recipe.load(name)), nl=False)
 
 
-@recipes.command("validate")
+@recipes.command("validate", example="recipe validate mine.yaml")
 @click.argument("files", nargs=-1, required=True)
 def validate_recipes(files: tuple[str, ...]) -> None:
     """Check recipes; every problem of every file is reported at once."""
@@ -49,7 +83,7 @@ def validate_recipes(files: tuple[str, ...]) -> None:
     click.echo(f"{len(files)} valid")
 
 
-@recipes.command("schema")
+@recipes.command("schema", example="recipe schema")
 @click.option("--report", "of_report", is_flag=True, help="That of report.json, for programs that read it.")
 def recipe_schema(of_report: bool) -> None:
     """The JSON schema of recipes, for editors."""

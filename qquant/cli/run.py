@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.errors import UsageError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from qquant.runtime.answering import Answerer, Settings
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="run release/Qwen1.5-0.5B-Chat-AWQ 'What is the capital of France?'")
 @click.argument("artifact")
 @click.argument("prompt", required=False)
 @click.option("--system", help="The system turn; default: the one that the chat template adds, if any.")
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the artifact's own.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: the artifact's own.")
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
-@click.option("--seed", type=int, help="Sample the same answer again.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the activations.")
+@click.option("--seed", type=int, help="Sample the same answer again; default: another one each time.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of the activations; default: the artifact's own.",
+)
 @click.option("--paths", "show_paths", is_flag=True, help="Say on stderr what runs for every linear.")
 @DEVICE
 @JSON

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qquant.report.record import SpeedReport
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="speed release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint (a folder or a hub id), or its GGUF file.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of a prefill, and in the cache when decoding.")
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 @click.option(
     "--margin", default=0.05, show_default=True, help="Undecided if the baseline differs from itself by more."
 )
-@click.option("--min-decode", type=float, help="Fail below this ratio to the 16-bit model's tokens per second.")
-@click.option("--min-prefill", type=float, help="The same for reading the prompt.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), help="Of the activations of both.")
+@click.option(
+    "--min-decode", type=float, help="Fail below this ratio to the 16-bit model's tokens per second; default: no gate."
+)
+@click.option("--min-prefill", type=float, help="The same for reading the prompt; default: no gate.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16"]), help="Of the activations of both; default: the checkpoint's."
+)
 @DEVICE
 @JSON
 def speed(

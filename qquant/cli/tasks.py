@@ -8,17 +8,22 @@ from pathlib import Path
 import click
 
 from qquant import devices
+from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import Progress, console
 from qquant.errors import GateFailedError, InconclusiveError
 
 
-@click.command(epilog=EXITS)
+@command(epilog=EXITS, example="tasks release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --task arc_easy")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
 @click.option("--task", "names", multiple=True, required=True, help="A task of lm-eval; may be repeated.")
-@click.option("--include", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Your own tasks.")
-@click.option("--limit", type=click.IntRange(min=1), help="Questions per task.")
+@click.option(
+    "--include",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of your own tasks; default: none.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Questions per task; default: all.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1), help="Questions at a time.")
 @click.option(
     "--margin", default=0.02, show_default=True, type=click.FloatRange(0, 1), help="Loss of score that is accepted."

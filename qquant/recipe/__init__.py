@@ -115,8 +115,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every default visible; `parse(dump(recipe)) == recipe`."""
+def dump(recipe: Recipe, *, brief: bool = False) -> str:
+    """The recipe as YAML with every default visible, or `brief`, without them; `parse(dump(recipe)) == recipe`."""
     yaml = ruamel.YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
@@ -124,7 +124,7 @@ def dump(recipe: Recipe) -> str:
     yaml.width = 120
     yaml.representer.add_representer(str, _represent_text)
     stream = io.StringIO()
-    yaml.dump(_short_first(recipe.model_dump(mode="json")), stream)
+    yaml.dump(_short_first(recipe.model_dump(mode="json", exclude_defaults=brief)), stream)
     return stream.getvalue()
 
 

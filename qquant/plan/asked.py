@@ -1,0 +1,117 @@
+"""What a user asks to be built: a checkpoint, a recipe by name, file or flags, and what fits where nothing was said.
+
+Where no recipe is named, the published one that fits the checkpoint is proposed: `qwen1.5-chat` if its chat template ends answers with
+a token on which its generation stops, else `qwen1.5-base`. (The base models of Qwen1.5 carry the chat template too, and do not stop
+on it.) Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qquant import recipe as recipes
+from qquant.calibration import Tokenizer
+from qquant.errors import InputError, UsageError
+from qquant.recipe import Recipe
+from qquant.recipe.changes import Flags, changed
+from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import padded
+
+CHAT, BASE = "qwen1.5-chat", "qwen1.5-base"
+TURNS = ("messages", "conversations")  # columns that hold chats
+HEAD = 1 << 20  # bytes of a text that are looked at
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A bundled recipe, and why it fits."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checkpoint and what is to be made of it."""
+
+    checkpoint: str | None = None
+    recipe: str | Path | Recipe | None = None
+    revision: str | None = None
+    adapter: Path | None = None
+    flags: Flags = field(default_factory=Flags)
+    calibration: tuple[Path, ...] = ()  # texts or chats of the user, instead of the recipe's
+
+    @property
+    def reference(self) -> str:
+        """Path or hub id of the checkpoint, by the command or by the recipe.
+
+        Raises UsageError where neither says one.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint
+        if self.recipe is None:
+            raise UsageError("give a checkpoint: a folder, or a hub id such as Qwen/Qwen1.5-0.5B-Chat")
+        found = _loaded(self.recipe)
+        if found.checkpoint is None:
+            raise UsageError(f"recipe {found.name} names no checkpoint; give one: a folder, or a hub id")
+        return found.checkpoint
+
+    def proposal(self) -> Proposal | None:
+        """The recipe to use where none was named; None if one was."""
+        if self.recipe is not None:
+            return None
+        return proposed(Checkpoint.open(self.reference, self.revision).path)
+
+    def wanted(self) -> Recipe:
+        """The recipe as the flags change it; where none was named, the one that fits the checkpoint.
+
+        Raises UsageError where it is not valid.
+        """
+        found = self.proposal()
+        known = recipes.load(found.name) if found else _loaded(self.recipe or BASE)
+        sources = tuple({"path": str(path), "kind": kind_of_text(path)} for path in self.calibration)
+        return changed(known, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
+
+    def open(self) -> tuple[Recipe, Checkpoint]:
+        """The recipe, and the checkpoint with its adapter, padded as the recipe says.
+
+        Raises:
+            UsageError: the recipe, or what the flags make of it, is not valid.
+            InputError, EnvironmentMissingError: as `Checkpoint.open`.
+        """
+        known = self.wanted()
+        checkpoint = Checkpoint.open(self.reference, self.revision or known.revision, self.adapter)
+        return known, padded(checkpoint, known)
+
+
+def _loaded(recipe: str | Path | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+
+
+def proposed(folder: Path) -> Proposal:
+    """The published recipe that fits the checkpoint in `folder`."""
+    tokenizer = Tokenizer.open(folder)
+    if tokenizer.template is None:
+        return Proposal(BASE, "it has no chat template")
+    try:
+        end = tokenizer.end_of_turn
+    except InputError:
+        return Proposal(BASE, "its chat template does not end answers with a token on which generation stops")
+    return Proposal(CHAT, f"its chat template ends answers with {tokenizer.decode([end])}, on which generation stops")
+
+
+def kind_of_text(path: Path) -> str:
+    """`chat` for JSON lines whose first row has a list of messages, else `text`; what is wrong with the file is said when it is read."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return "text"
+    with path.open("rb") as file:
+        line = file.readline(HEAD)
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        return "text"
+    return "chat" if isinstance(row, dict) and any(isinstance(row.get(key), list) for key in TURNS) else "text"

@@ -1,0 +1,195 @@
+"""A recipe changed by the command line, in the recipe's own words.
+
+    --set calibration.samples=64             dotted keys; values as YAML reads them
+    --set artifacts.awq.group_size=64        an artifact by its name, by its number from 0, or `*` for each
+    --format gguf --type q4_k_m              other artifacts, with the settings that the recipe gives to one of that kind
+    --calibration support.jsonl              other sources
+
+What comes out is validated like a file; problems name the key instead of a line.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from qquant.errors import UsageError
+from qquant.recipe import fit
+from qquant.recipe.model import Recipe
+from qquant.recipe.page import Page, Place, Reader
+from qquant.recipe.words import Location, hint, key_path, nearest
+
+NO_CODES = ("f16", "bf16")  # GGUF types without codes to solve for
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What `--format`, `--bits`, `--group-size`, `--type` and `--set` say; as in a recipe."""
+
+    format: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    types: tuple[str, ...] = ()
+    sources: tuple[Mapping[str, Any], ...] = ()  # of the calibration
+    settings: tuple[str, ...] = ()  # KEY=VALUE
+
+    @property
+    def chooses(self) -> bool:
+        """Whether they say which artifacts to build."""
+        return bool(self.format or self.bits or self.group_size or self.types)
+
+
+def changed(recipe: Recipe, flags: Flags) -> Recipe:
+    """The recipe with what the flags say instead; the same object where they say nothing.
+
+    Raises UsageError that lists every problem, by key.
+    """
+    if flags == Flags():
+        return recipe
+    data = _plain(recipe.model_dump())
+    data["name"] = f"{recipe.name}-changed"[:100]
+    if flags.chooses:
+        data["artifacts"] = list(_artifacts(recipe, flags))
+    if flags.sources:
+        data["calibration"]["sources"] = [dict(source) for source in flags.sources]
+    for setting in flags.settings:
+        _set(data, setting)
+    return _validated(data)
+
+
+def _artifacts(recipe: Recipe, flags: Flags) -> Iterator[dict[str, Any]]:
+    kind = flags.format or ("gguf" if flags.types else None)
+    if kind is None:
+        raise UsageError("--bits and --group-size need --format gptq or --format awq")
+    if kind == "gguf":
+        if not flags.types or flags.bits or flags.group_size:
+            raise UsageError("--format gguf takes --type (q4_k_m, q8_0, ...), not --bits or --group-size")
+        for name in flags.types:
+            yield _like(recipe, {"format": kind, "type": name}) or {
+                "name": f"gguf-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
+            }  # fmt: skip
+        return
+    if flags.types:
+        raise UsageError(f"--type belongs to --format gguf, got --format {kind}; give --bits")
+    given: dict[str, Any] = {"format": kind}
+    if flags.bits is not None or kind == "gptq":
+        given["bits"] = flags.bits
+    if given.get("bits", 0) is None:
+        raise UsageError(f"--format {kind} needs --bits: 4 or 8")
+    group = {} if flags.group_size is None else {"group_size": flags.group_size}
+    name = f"{kind}-int{flags.bits}" if kind == "gptq" else kind
+    yield (_like(recipe, given) or {"name": name} | given) | group
+
+
+def _like(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first artifact of the recipe of which `given` is true, as data."""
+    for spec in recipe.artifacts:
+        data = _plain(spec.model_dump())
+        if all(data.get(key) == value for key, value in given.items()):
+            return dict(data)
+    return None
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {setting}: expected KEY=VALUE, e.g. --set calibration.samples=64")
+    value = _plain(Reader(Page(f"--set {key}")).read(text)) if text.strip() else ""
+    for holder, last in _places(data, key.strip(), setting):
+        holder[last] = value
+
+
+def _places(data: Any, key: str, setting: str) -> Iterator[tuple[Any, Any]]:
+    """Every (mapping or list, its key) that a dotted key means."""
+    if isinstance(data, list):
+        for index, rest in _members(data, key, setting):
+            if rest:
+                yield from _places(data[index], rest, setting)
+            else:
+                yield data, index
+        return
+    if not isinstance(data, dict):
+        raise UsageError(f"--set {setting}: nothing stands below a value; `{key}` is too far")
+    first, _, rest = key.partition(".")
+    if not rest:
+        yield data, first
+    elif first not in data:
+        raise UsageError(
+            f"--set {setting}: unknown key `{first}`; allowed: {', '.join(data)}{hint(nearest(first, data))}"
+        )
+    else:
+        yield from _places(data[first], rest, setting)
+
+
+def _members(items: list[Any], key: str, setting: str) -> Iterator[tuple[int, str]]:
+    """(index, what follows) of the entries of a list that a key means: by name, number or `*`; names may hold dots."""
+    names = [
+        str(item.get("name", number)) if isinstance(item, dict) else str(number) for number, item in enumerate(items)
+    ]
+    first, _, rest = key.partition(".")
+    if first == "*":
+        yield from ((index, rest) for index in range(len(items)))
+        return
+    for index, name in enumerate(names):
+        if key == name or key.startswith(name + "."):
+            yield index, key[len(name) + 1 :]
+            return
+    if not first.isdigit() or int(first) >= len(items):
+        raise UsageError(
+            f"--set {setting}: no entry `{first}`; there are {', '.join(names)}{hint(nearest(first, names))}"
+        )
+    yield int(first), rest
+
+
+class _Unplaced(Page):
+    """Problems by key alone: there is no file."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.keys: dict[Location, Place] = defaultdict(lambda: (0, 0))
+
+    def report(self, location: Location, text: str, place: Place | None = None, *, unclear: bool = False) -> None:
+        if any(location[:end] in self.unclear for end in range(len(location) + 1)):
+            return
+        if unclear:
+            self.unclear.add(location)
+        self.problems.append(((len(self.problems), 0), key_path(location), text))
+
+    def message(self) -> str:
+        return "\n".join(f"the recipe as changed: {path}: {text}" for _, path, text in self.problems)
+
+
+def _validated(data: dict[str, Any]) -> Recipe:
+    page = _Unplaced()
+    mended = fit.mend(page, _frozen(data))
+    try:
+        recipe = Recipe.model_validate(mended)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            fit.explain(page, detail)
+        raise UsageError(page.message()) from None
+    if page.problems:
+        raise UsageError(page.message())
+    return recipe
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, so that they can be changed."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    """Tuples for lists, as recipes hold them."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    return value

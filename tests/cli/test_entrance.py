@@ -1,0 +1,171 @@
+"""What somebody sees who knows nothing yet: the list of commands, their help, and what is proposed where nothing was said."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from qquant import recipe
+from qquant.cli import cli
+from qquant.plan.asked import kind_of_text, proposed
+from tests.source.test_checkpoint import edit_config
+
+
+def every(command, name="qquant"):
+    yield name, command
+    if isinstance(command, click.Group):
+        for child in command.commands.values():
+            yield from every(child, f"{name} {child.name}")
+
+
+COMMANDS = dict(every(cli))
+LEAVES = {name: command for name, command in COMMANDS.items() if not isinstance(command, click.Group)}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_alone_it_shows_every_command_by_stage(arguments):
+    done = CliRunner().invoke(cli, arguments, prog_name="qquant")
+    assert done.exit_code == 0
+    text = done.stdout
+    stages = [text.index(f"\n{stage}:\n") for stage in ("Make", "Judge", "Use", "Publish", "Look")]
+    assert stages == sorted(stages)
+    plain = " ".join(text.split())
+    for name, command in cli.commands.items():
+        assert f" {name} " in plain
+        assert command.sentence in plain, "whole, not cut"
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert text.count("$ qquant ") == len(stages)
+    assert "_QQUANT_COMPLETE=bash_source" in text
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "qquant", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qquant, version ")
+
+
+def test_completes_commands_in_a_shell():
+    done = subprocess.run(
+        [sys.executable, "-c", "from qquant.cli import main; main()"],
+        env={"_QQUANT_COMPLETE": "bash_complete", "COMP_WORDS": "qquant b", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == {"build", "bisect"}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_option_says_its_default(name):
+    for option in LEAVES[name].params:
+        if not isinstance(option, click.Option) or option.required or option.is_flag or option.name == "help":
+            continue
+        stated = option.default is not None and option.default != () and option.default != ""
+        assert stated or re.search(r"[Dd]efault|\bwithout it\b", option.help or ""), (name, option.opts)
+    with click.Context(cli, info_name="qquant") as parent:
+        text = LEAVES[name].get_help(click.Context(LEAVES[name], parent=parent, info_name=name, **cli.context_settings))
+    for option in LEAVES[name].params:
+        if isinstance(option, click.Option) and isinstance(option.default, int) and not option.is_flag:
+            assert f"default: {option.default}" in " ".join(text.split()), (name, option.opts)
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"qquant"})
+def test_every_command_has_an_example_that_parses(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = COMMANDS[name]
+    assert command.example.startswith(name.removeprefix("qquant "))
+    words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command.example)]
+    for word in words[1:]:
+        if "/" in word or word.endswith(".pem"):  # what has to exist
+            (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / word).touch() if word.endswith(".pem") else (tmp_path / word).mkdir(exist_ok=True)
+    context, parsed = click.Context(cli, info_name="qquant"), cli
+    while isinstance(parsed, click.Group):
+        parsed, words = parsed.commands[words[0]], words[1:]
+    parsed.make_context(parsed.name, words, parent=context)
+
+
+def test_a_wrong_word_is_answered_with_the_right_one():
+    for words, meant in (
+        (["buidl"], "'build'"),
+        (["recipe", "shwo"], "'show'"),
+        (["plan", "--recip", "demo"], "--recipe"),
+    ):
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 2
+        assert meant in done.stderr
+
+
+# --- what is proposed ---------------------------------------------------------------------------------------------------
+
+
+def test_the_published_recipe_is_proposed_by_how_answers_end(demo, tokenizer_folder):
+    assert proposed(demo).name == "qwen1.5-chat"
+    assert "<|im_end|>" in proposed(demo).reason
+    stops_elsewhere = tokenizer_folder(generation_config__json={"eos_token_id": 0}, config__json={"eos_token_id": 0})
+    settings = stops_elsewhere / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|im_end|>", "<|endoftext|>"))
+    assert proposed(stops_elsewhere).name == "qwen1.5-base", "as the base models of Qwen1.5"
+    (stops_elsewhere / "chat_template.jinja").unlink()
+    assert proposed(stops_elsewhere).reason == "it has no chat template"
+
+
+def test_build_asks_on_a_terminal_and_says_what_to_type_elsewhere(make_checkpoint, tmp_path, monkeypatch):
+    folder, out = make_checkpoint(), tmp_path / "out"
+    done = CliRunner().invoke(cli, ["build", str(folder), "--out", str(out)])
+    assert "--recipe qwen1.5-chat fits" in str(done.exception)
+    monkeypatch.setattr("qquant.cli.options.somebody_is_there", lambda: True)
+    asked = []
+    monkeypatch.setattr("click.confirm", lambda text, **_: asked.append(text))
+    done = CliRunner().invoke(cli, ["build", str(folder), "--out", str(out)])
+    assert "nothing was built" in str(done.exception)
+    assert "recipe qwen1.5-chat" in asked[0]
+    assert not out.exists()
+
+
+def test_plan_says_which_recipe_it_took(make_checkpoint):
+    done = CliRunner().invoke(cli, ["plan", str(make_checkpoint()), "--only", "gguf-q8_0"])
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.startswith("recipe qwen1.5-chat: its chat template ends answers with <|im_end|>")
+
+
+def test_chats_and_texts_are_told_apart(tmp_path):
+    for name, content, kind in (
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "?"}]}\n', "chat"),
+        ("b.jsonl", '{"text": "plain"}\n', "text"),
+        ("c.jsonl", "broken\n", "text"),
+        ("d.txt", "plain", "text"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert kind_of_text(tmp_path / name) == kind
+    assert kind_of_text(tmp_path / "missing.jsonl") == "text"
+
+
+def test_recipe_init_writes_what_build_takes(make_checkpoint, tmp_path):
+    folder, mine, chats = make_checkpoint(), tmp_path / "mine.yaml", tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
+    flags = ["--format", "gptq", "--bits", "4", "--group-size", "32", "--calibration", str(chats)]
+    flags += ["--set", "calibration.samples=4", "--set", "checks.texts=[]", "--set", "name=mine"]
+    done = CliRunner().invoke(cli, ["recipe", "init", str(folder), *flags, "--out", str(mine)])
+    assert done.exit_code == 0, done.exception
+    written = recipe.load(mine)
+    (artifact,) = written.artifacts
+    assert (written.name, artifact.name, artifact.bits, artifact.group_size) == ("mine", "gptq-int4", 4, 32)
+    assert [(source.path, source.kind) for source in written.calibration.sources] == [(str(chats), "chat")]
+    assert written.calibration.samples == 4
+    assert written.checks.texts == ()
+    again = CliRunner().invoke(cli, ["recipe", "init", str(folder), *flags, "--out", str(mine)])
+    assert "File exists" in str(again.exception)
+    printed = CliRunner().invoke(cli, ["recipe", "init", str(folder), *flags, "--out", "-"])
+    assert recipe.parse(printed.stdout) == written
+
+
+def test_a_config_that_does_not_fit_is_refused_before_a_recipe_is_proposed(make_checkpoint):
+    folder = make_checkpoint()
+    edit_config(folder, intermediate_size=160)
+    done = CliRunner().invoke(cli, ["plan", str(folder)])
+    assert "tensors and config.json disagree" in str(done.exception)
