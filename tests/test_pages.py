@@ -1,0 +1,61 @@
+"""Every `qquant` line on the pages for users parses: the command exists, and so does each of its options."""
+
+import re
+import shlex
+
+import click
+import pytest
+
+from qquant.cli import cli
+from tests.worlds import ROOT
+
+PAGES = ("README.md", "recipes/GUIDE.md", "recipes/README.md", "SECURITY.md", "calibration/README.md")
+
+
+def commands(page):
+    """Lines in `sh` blocks, and code spans, that begin with qquant."""
+    text = (ROOT / page).read_text()
+    blocks = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", text)
+    for line in [*blocks, *spans]:
+        line = line.split(" #")[0].removeprefix(".venv/bin/").strip()
+        if line.startswith("qquant ") and "|" not in line and "\\" not in line:
+            yield line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_the_pages_exist_and_take_these_options(page):
+    lines = list(commands(page))
+    assert lines or page not in ("README.md", "recipes/GUIDE.md", "recipes/README.md")
+    for line in lines:
+        _, *words = shlex.split(line)
+        command, context = cli, click.Context(cli, info_name="qquant")
+        while words and isinstance(command, click.Group):
+            name = words.pop(0)
+            if name.startswith("-"):
+                break
+            found = command.get_command(context, name)
+            assert found is not None, f"{page}: {line}: no command {name}"
+            command = found
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        known |= set(context.help_option_names) | {"--help"}
+        for word in words:
+            if word.startswith("--"):
+                assert word.split("=")[0] in known, f"{page}: {line}: no option {word}"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for page in ("README.md", "recipes/GUIDE.md", "qquant/README.md", ".github/CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            if "://" not in target:
+                assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_exit_codes_on_the_page_are_those_of_the_program():
+    from qquant import errors
+
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
+    listed = {
+        int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "recipes" / "GUIDE.md").read_text(), re.MULTILINE)
+    }
+    assert listed == codes | {0}
