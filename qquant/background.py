@@ -1,14 +1,14 @@
 """Work beside the main thread: the next value is read, and the last one written, while the present one is computed with.
 
-    ahead       read -> compute -> read -> compute      becomes   compute | compute | ...     one value is read ahead
-                                                                  read    | read    | ...
-    behind      compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written
-                                                                  write   | write   | ...
-    beside      work -> compute -> use it               becomes   compute | use it            what takes long is begun early
-                                                                  work    |
-    abreast     work -> work -> use them -> work ...    becomes   use them | use them | ...   by as many threads as there are cores
-                                                                  work     | work     |
-                                                                  work     | work     |
+    prefetch      read -> compute -> read -> compute      becomes   compute | compute | ...     one value is read ahead
+                                                                    read    | read    | ...
+    write_behind  compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written
+                                                                    write   | write   | ...
+    start_early   work -> compute -> use it               becomes   compute | use it            what takes long is begun early
+                                                                    work    |
+    in_parallel   work -> work -> use them -> work ...    becomes   use them | use them | ...   by as many threads as there are cores
+                                                                    work     | work     |
+                                                                    work     | work     |
 
 The first two hold one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
 outlives its `with`, whatever ends that. Threads read files, hash and write; they leave the GPU alone, since a copy that comes from
@@ -36,12 +36,12 @@ def cores() -> int:
 
 
 @contextmanager
-def ahead(read: Callable[[Key], Value], keys: Iterable[Key], threaded: bool) -> Iterator[Iterator[Value]]:
+def prefetch(read: Callable[[Key], Value], keys: Iterable[Key], threaded: bool) -> Iterator[Iterator[Value]]:
     """`read(key)` of each key in turn; with `threaded` the next one is read while the caller works on the last."""
     if not threaded:
         yield map(read, keys)
         return
-    with ThreadPoolExecutor(1, "qquant-ahead") as pool:
+    with ThreadPoolExecutor(1, "qquant-prefetch") as pool:
         yield _one_ahead(pool, read, keys)
 
 
@@ -56,7 +56,7 @@ def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[Key], Value], keys: Ite
 
 
 @contextmanager
-def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
+def write_behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
     """A function that takes work; with `threaded` it waits for the work before, and leaves the new to a thread.
 
     The error of a piece of work is raised whenever another is handed over, which is not done then, and at the end of the `with`; one of
@@ -65,7 +65,7 @@ def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
     if not threaded:
         yield lambda work: work()
         return
-    with ThreadPoolExecutor(1, "qquant-behind") as pool:
+    with ThreadPoolExecutor(1, "qquant-write-behind") as pool:
         doing: deque[Future[None]] = deque()
 
         def do(work: Work) -> None:
@@ -80,7 +80,7 @@ def behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
 
 
 @contextmanager
-def beside(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[[], Value]]:
+def start_early(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[[], Value]]:
     """A function that waits for the value of `work`, which is begun now; without `threaded` it is done now.
 
     The event that `work` gets is set at the end of the `with`, so that it need not go on where nobody waits for it.
@@ -90,7 +90,7 @@ def beside(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[
         value = work(stop)
         yield lambda: value
         return
-    with ThreadPoolExecutor(1, "qquant-beside") as pool:
+    with ThreadPoolExecutor(1, "qquant-start-early") as pool:
         doing = pool.submit(work, stop)
         try:
             yield doing.result
@@ -99,7 +99,7 @@ def beside(work: Callable[[Event], Value], threaded: bool) -> Iterator[Callable[
 
 
 @contextmanager
-def abreast(
+def in_parallel(
     groups: Iterable[Callable[[], Iterable[Callable[[], Value]]]], threads: int
 ) -> Iterator[Iterator[list[Value]]]:
     """The values of the works of each group in turn; so many threads do the works of a group and of the next, in any order.
@@ -113,7 +113,7 @@ def abreast(
     import torch
 
     spread = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, "qquant-abreast", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(threads, "qquant-in-parallel", torch.set_num_threads, (1,))
     try:
         yield _one_group_ahead(pool, groups)
     finally:

@@ -243,7 +243,7 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
 def _finish(drafts: Sequence[Draft], out: Path, provenance: Mapping[str, Any], device: torch.device) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.abreast(groups, background.cores() if devices.threads_help(device) else 1) as found:
+    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
         for draft, read in zip(drafts, found, strict=True):
             draft.finish(out, provenance, read)
 

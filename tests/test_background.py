@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from qquant.background import abreast, ahead, behind, beside, cores
+from qquant.background import cores, in_parallel, prefetch, start_early, write_behind
 from qquant.devices import threads_help
 
 
@@ -25,15 +25,15 @@ def eventually(true):
 
 @pytest.mark.parametrize("threaded", [True, False])
 def test_values_come_in_the_order_of_the_keys(threaded):
-    with ahead(lambda key: key * key, reversed(range(5)), threaded) as values:
+    with prefetch(lambda key: key * key, reversed(range(5)), threaded) as values:
         assert list(values) == [16, 9, 4, 1, 0]
-    with ahead(str, [], threaded) as values:
+    with prefetch(str, [], threaded) as values:
         assert list(values) == []
 
 
 def test_one_value_is_read_ahead_and_no_more():
     begun = []
-    with ahead(lambda key: begun.append(key) or key, range(9), threaded=True) as values:
+    with prefetch(lambda key: begun.append(key) or key, range(9), threaded=True) as values:
         for key in range(4):
             assert next(values) == key
             assert eventually(lambda key=key: begun == list(range(key + 2)))
@@ -44,7 +44,7 @@ def test_one_value_is_read_ahead_and_no_more():
 
 def test_nothing_is_read_ahead_without_threads():
     begun = []
-    with ahead(lambda key: begun.append(key) or key, range(9), threaded=False) as values:
+    with prefetch(lambda key: begun.append(key) or key, range(9), threaded=False) as values:
         next(values)
         assert begun == [0]
 
@@ -57,7 +57,7 @@ def test_an_error_of_reading_comes_in_its_turn(threaded):
         return key
 
     found = []
-    with pytest.raises(OSError, match="damaged"), ahead(read, range(5), threaded) as values:
+    with pytest.raises(OSError, match="damaged"), prefetch(read, range(5), threaded) as values:
         found.extend(values)
     assert found == [0, 1]
     assert threads_left() == []
@@ -66,7 +66,7 @@ def test_an_error_of_reading_comes_in_its_turn(threaded):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_no_thread_is_left_when_the_caller_fails(error):
     done = []
-    with pytest.raises(error), ahead(range, range(5), threaded=True) as values, behind(threaded=True) as later:  # noqa: PT012
+    with pytest.raises(error), prefetch(range, range(5), threaded=True) as values, write_behind(threaded=True) as later:  # noqa: PT012
         next(values)
         later(lambda: (time.sleep(0.05), done.append(1)))
         raise error
@@ -84,7 +84,7 @@ def test_work_is_done_in_order_one_at_a_time(threaded):
         time.sleep(0.002)
         done.append(running.pop())
 
-    with behind(threaded) as later:
+    with write_behind(threaded) as later:
         for number in range(5):
             later(lambda number=number: work(number))
             assert len(done) >= (number if threaded else number + 1)
@@ -97,12 +97,12 @@ def test_an_error_of_work_is_raised_by_the_next_call_or_at_the_end():
         raise OSError("full")
 
     reached = []
-    with pytest.raises(OSError, match="full"), behind(threaded=True) as later:  # noqa: PT012
+    with pytest.raises(OSError, match="full"), write_behind(threaded=True) as later:  # noqa: PT012
         later(fail)
         reached.append("next")
         later(lambda: reached.append("never"))
     assert reached == ["next"]
-    with pytest.raises(OSError, match="full"), behind(threaded=True) as later:
+    with pytest.raises(OSError, match="full"), write_behind(threaded=True) as later:
         later(fail)
     assert threads_left() == []
 
@@ -114,7 +114,7 @@ def test_after_an_error_nothing_more_is_done():
     def fail():
         raise MemoryError("first")
 
-    with pytest.raises(MemoryError, match="first"), behind(threaded=True) as later:  # noqa: PT012
+    with pytest.raises(MemoryError, match="first"), write_behind(threaded=True) as later:  # noqa: PT012
         later(fail)
         for _ in range(3):
             with pytest.raises(MemoryError, match="first"):
@@ -126,7 +126,7 @@ def test_an_error_of_the_caller_goes_before_one_of_its_work():
     def fail():
         raise OSError("full")
 
-    with pytest.raises(ValueError, match="mine"), behind(threaded=True) as later:  # noqa: PT012
+    with pytest.raises(ValueError, match="mine"), write_behind(threaded=True) as later:  # noqa: PT012
         later(fail)
         raise ValueError("mine")
 
@@ -138,27 +138,27 @@ def test_what_is_worked_on_is_not_held():
     class Value:
         pass
 
-    with ahead(lambda _: Value(), range(3), threaded=True) as values:
+    with prefetch(lambda _: Value(), range(3), threaded=True) as values:
         value = weakref.ref(next(values))
         assert eventually(lambda: value() is None)
 
 
 @pytest.mark.parametrize("threaded", [True, False])
 def test_what_is_begun_early_gives_its_value_or_its_error(threaded):
-    with beside(lambda stop: 3, threaded) as value:
+    with start_early(lambda stop: 3, threaded) as value:
         assert value() == 3
 
     def fail(stop):
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), beside(fail, threaded) as value:
+    with pytest.raises(OSError, match="full"), start_early(fail, threaded) as value:
         value()
     assert threads_left() == []
 
 
 def test_what_is_begun_early_is_told_that_nobody_waits():
     stopped = []
-    with pytest.raises(ValueError, match="mine"), beside(lambda stop: stopped.append(stop.wait(5)), threaded=True):
+    with pytest.raises(ValueError, match="mine"), start_early(lambda stop: stopped.append(stop.wait(5)), threaded=True):
         raise ValueError("mine")
     assert stopped == [True]
     assert threads_left() == []
@@ -170,9 +170,9 @@ def test_works_done_abreast_give_their_values_in_order(threads):
         return lambda: (lambda work=work: (number, work) for work in range(number + 1))
 
     spread = torch.get_num_threads()
-    with abreast(map(group, range(4)), threads) as values:
+    with in_parallel(map(group, range(4)), threads) as values:
         assert list(values) == [[(number, work) for work in range(number + 1)] for number in range(4)]
-    with abreast([], threads) as values:
+    with in_parallel([], threads) as values:
         assert list(values) == []
     assert torch.get_num_threads() == spread
     assert threads_left() == []
@@ -189,11 +189,11 @@ def test_works_of_a_group_and_of_the_next_are_done_at_once_and_no_more():
 
         return works
 
-    with abreast(map(group, range(4)), threads=4) as values:
+    with in_parallel(map(group, range(4)), threads=4) as values:
         assert sorted([*next(values), *next(values)]) == [0, 1, 2, 3]
         assert begun == [0, 1, 2]
     begun.clear()
-    with abreast(map(group, (2, 3)), threads=1) as values:
+    with in_parallel(map(group, (2, 3)), threads=1) as values:
         next(values)
         assert begun == [2]
 
@@ -218,7 +218,7 @@ def test_the_first_error_in_order_is_raised_in_the_turn_of_its_group(threads, pl
         return works
 
     found = []
-    with pytest.raises(OSError, match="first"), abreast(map(group, range(9)), threads) as values:
+    with pytest.raises(OSError, match="first"), in_parallel(map(group, range(9)), threads) as values:
         found.extend(values)
     assert found == [[None]]
     assert max(done) < 4
@@ -228,7 +228,7 @@ def test_the_first_error_in_order_is_raised_in_the_turn_of_its_group(threads, pl
 def test_works_that_nobody_waits_for_are_not_begun():
     done = []
     works = [lambda: (time.sleep(0.01), done.append(1)) for _ in range(100)]
-    with pytest.raises(ValueError, match="mine"), abreast([lambda: works] * 2, threads=2) as values:  # noqa: PT012
+    with pytest.raises(ValueError, match="mine"), in_parallel([lambda: works] * 2, threads=2) as values:  # noqa: PT012
         next(values)
         raise ValueError("mine")
     assert 100 <= len(done) < 120

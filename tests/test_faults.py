@@ -558,8 +558,8 @@ def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, mo
     for record in (seen, held, solved):
         record.clear()
     _, threaded = build(folder, out="threaded")
-    assert {thread for thread, _, unit in seen if unit != walk.REST} == {"qquant-behind"}
-    assert ("qquant-behind", NAMES[-1], walk.REST) in seen
+    assert {thread for thread, _, unit in seen if unit != walk.REST} == {"qquant-write-behind"}
+    assert ("qquant-write-behind", NAMES[-1], walk.REST) in seen
     for name in NAMES:
         assert [unit for _, found, unit in seen if found == name] == [unit for found, unit in in_place if found == name]
     assert contents(threaded) == contents(plain)

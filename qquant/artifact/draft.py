@@ -184,9 +184,9 @@ class Draft:
         return digest.hexdigest()
 
     @contextmanager
-    def behind(self, threaded: bool) -> Iterator[None]:
+    def write_behind(self, threaded: bool) -> Iterator[None]:
         """With `threaded` a thread does what `later` is given meanwhile, one piece of work in flight; all of it at the end."""
-        with background.behind(threaded) as later:
+        with background.write_behind(threaded) as later:
             self.later = later
             try:
                 yield

@@ -165,7 +165,7 @@ def review(
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
-    with background.beside(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
+    with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)

@@ -40,7 +40,7 @@ from torch.nn.functional import pad
 from qquant import devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
-from qquant.background import ahead, behind
+from qquant.background import prefetch, write_behind
 from qquant.devices import free_memory
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
@@ -172,7 +172,7 @@ def measure(
     stream = Stream.start(source, list(samples.values()), dtype, device)
     inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)))
     tell(0)
-    with ahead(source.block, range(layers), beside) as blocks:
+    with prefetch(source.block, range(layers), beside) as blocks:
         for layer in range(layers):
             inputs.keep(layer, stream.hidden)
             stream.advance(layer, Block(source.family, source.config, _on(next(blocks), device), dtype), {})
@@ -181,7 +181,7 @@ def measure(
     gradients = list(_head_gradients(source, hidden, lambda done, of: tell(layers + head * done // of)))
     del stream, hidden
     digests: dict[str, str] = {}
-    with ahead(source.block, reversed(range(layers)), beside) as blocks, behind(beside) as later:
+    with prefetch(source.block, reversed(range(layers)), beside) as blocks, write_behind(beside) as later:
         for layer in reversed(range(layers)):
             given = inputs.take(layer, device)
             block = _Watched(source.family, source.config, _on(next(blocks), device), dtype)

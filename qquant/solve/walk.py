@@ -27,7 +27,7 @@ from qquant import background, devices
 from qquant.algorithms import coupled
 from qquant.algorithms.gram import Gram
 from qquant.artifact.draft import Draft, Filling
-from qquant.background import ahead
+from qquant.background import prefetch
 from qquant.errors import StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
@@ -71,14 +71,14 @@ def quantize(
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
     curvature = None
-    with background.beside(rests, devices.threads_help(device)) as written:
+    with background.start_early(rests, devices.threads_help(device)) as written:
         if curvature_tokens and any(draft.plan.spec.feedback for draft in waiting):
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
         written()  # two units of a draft are not journalled at once
     with ExitStack() as writers:
         for draft in reversed(drafts):  # they end in their order
-            writers.enter_context(draft.behind(devices.threads_help(device)))
+            writers.enter_context(draft.write_behind(devices.threads_help(device)))
         _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
         if waiting or (drafts and not measured):
             _walk(checkpoint, samples, waiting, moments, device, progress, curvature)
@@ -111,7 +111,7 @@ def _walk(
     )
     own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
     own += [(Stream(list(wide.hidden), device), draft) for draft in close]
-    with ahead(source.block, range(layers), devices.threads_help(device)) as blocks:
+    with prefetch(source.block, range(layers), devices.threads_help(device)) as blocks:
         for layer in range(layers):
             weights = {name: value.to(device) for name, value in next(blocks).items()}
             view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)

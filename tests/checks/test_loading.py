@@ -118,7 +118,7 @@ def children(monkeypatch):
 
 
 def test_a_child_that_is_no_longer_wanted_is_ended(children):
-    with background.beside(partial(loading.faults, [Path("a"), Path("b")]), threaded=True):
+    with background.start_early(partial(loading.faults, [Path("a"), Path("b")]), threaded=True):
         while not children:
             time.sleep(0.01)
     assert [child.returncode for child in children] == [-9]
