@@ -20,7 +20,7 @@ from qquant.artifact.manifest import read_manifest
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
-from qquant.checks import llama_cpp, speed
+from qquant.checks import llama_cpp, speed, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import (
     Candidate,
@@ -32,10 +32,11 @@ from qquant.checks.review import (
     require_same_shape,
     review,
 )
+from qquant.checks.structure import Remembered
 from qquant.disk.output import TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.families.weights import WeightSource
-from qquant.formats import detect, kind_of_file
+from qquant.formats import kind_of_file
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
@@ -182,7 +183,9 @@ def bisect(
     text = held_out(checks, Tokenizer.open(checkpoint.path))
     source = open_weights(artifact)
     require_same_shape(artifact, source, checkpoint)
-    candidates = bisection.whole_blocks(source) if detect(artifact) == "awq" else bisection.parts(source)
+    candidates = (
+        bisection.whole_blocks(source) if structure.folds(source, Remembered(checkpoint)) else bisection.parts(source)
+    )
     search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
     return bisection.bisect(search, candidates, limit)
 

@@ -26,7 +26,6 @@ from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measur
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
-from qquant.formats import detect
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
@@ -160,7 +159,7 @@ def review(
     for candidate in candidates:
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
-        sources[candidate.name] = Watched(source, baseline, detect(candidate.path) == "awq")
+        sources[candidate.name] = Watched(source, baseline, structure.folds(source, baseline))
     faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)

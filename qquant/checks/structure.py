@@ -8,7 +8,8 @@ Weights are looked at as they pass by, in the same reading that measures fidelit
     shifted                  the error is the same sign over whole groups (mean over 32 columns, root mean square, at least 0.6
                              of the error's): zero points that are off by a step
 
-AWQ folds scales into neighbouring weights, A = r W c by row and column: r and c are fitted first, for formats that fold.
+AWQ folds scales into neighbouring weights, A = r W c by row and column: r and c are fitted first, where scales are folded. Any layout can
+hold folded scales, so the weights themselves tell (`folds`): the outputs of a norm are divided by what the columns after it are multiplied by.
 Files are compared with the checkpoint's: vocabulary, template, stop tokens, config numbers. Left out: files the loader ignores.
 """
 
@@ -37,6 +38,7 @@ LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.1
 GROUP = 32  # columns that every format's group holds whole
 ALIKE = 0.6  # cosine of two rows that are the same but for rounding and scales; a seventh of it by chance
 PACKED = 8  # rows that share an int32 in the AWQ layout
+FOLDED = 0.01  # root mean square of the log of folded scales; rounding a norm to 16 bits changes it by less than 0.004
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 STOPS = ("generation_config.json", "config.json")
 
@@ -128,6 +130,35 @@ def fault(value: Tensor, truth: Tensor, folds: bool) -> str:
     if spread and float(means.square().mean().sqrt()) > LEANING * spread:
         return "is shifted by whole groups against the checkpoint: zero points are off"
     return ""
+
+
+def folds(source: WeightSource, checkpoint: Remembered) -> bool:
+    """Whether scales are folded into the weights of an artifact: into the norms of any block, or into the linears of the first."""
+    family, config = checkpoint.family, checkpoint.config
+    stages = {stage.name: stage for stage in family.stages}
+    for layer in range(config.layers):
+        prefix, shapes = family.block.format(layer), family.block_shapes(config, layer)
+        for pair in family.scale_pairs:
+            producer, consumers = f"{prefix}{pair.producer}.weight", stages[pair.stage].linears
+            consumer = f"{prefix}{consumers[0]}.weight"
+            if len(shapes[producer]) > 1 and (layer > 0 or shapes[producer][0] != shapes[consumer][1]):
+                continue  # as large as what is compared anyway, or rows that several heads share
+            divided = _log_ratio(checkpoint.tensor(producer), source.tensor(producer), 1)
+            if _rms(divided) > FOLDED:
+                multiplied = _log_ratio(source.tensor(consumer), checkpoint.tensor(consumer), 0)
+                if _rms(multiplied - divided) < 0.5 * _rms(divided):
+                    return True
+    return False
+
+
+def _log_ratio(above: Tensor, below: Tensor, axis: int) -> Tensor:
+    """Logarithm of the ratio of two weights [N, K], of their norms along `axis`; of two vectors, by element."""
+    sizes = [value.float().abs() if value.dim() == 1 else value.float().norm(dim=axis) for value in (above, below)]
+    return (sizes[0].clamp(min=1e-30) / sizes[1].clamp(min=1e-30)).log()
+
+
+def _rms(value: Tensor) -> float:
+    return float(value.square().mean().sqrt())
 
 
 def _scaled_like(truth: Tensor, value: Tensor) -> Tensor:
