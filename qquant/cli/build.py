@@ -100,8 +100,8 @@ def plan(
         for line in _remarks(planned, artifact):
             click.echo(f"  {line}")
         types: dict[str, list[str]] = {}
-        for tensor, kind in artifact.grids.items():
-            types.setdefault(kind, []).append(tensor)
+        for tensor, stored in artifact.stored.items():
+            types.setdefault(stored.label, []).append(tensor)
         for kind, members in types.items():
             click.echo(f"  {kind}: {len(members)} tensor{'s' if len(members) > 1 else ''}")
             for tensor in members if tensors else ():

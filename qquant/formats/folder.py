@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.formats.gguf.imatrix import Imatrix
-from qquant.formats.planned import PlannedArtifact, copied_file, safetensors_files, small_file
+from qquant.formats.planned import PlannedArtifact, Stored, copied_file, safetensors_files, small_file
 from qquant.recipe import ArtifactSpec, IntegerArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
@@ -37,6 +37,7 @@ else:
 
 Entry = tuple[str, str, tuple[int, ...]]
 GROUPS = (128, 64, 32)  # sizes to suggest
+PACKED = "packed"  # `Stored.type` of what a layout holds
 Spec = TypeVar("Spec", bound=IntegerArtifact)
 
 
@@ -49,6 +50,10 @@ class QuantizedLayout(ABC):
     @abstractmethod
     def label(self) -> str:
         """For people: the format, its bits and its groups."""
+
+    def holds(self, module: str, names: Container[str]) -> bool:
+        """Whether a folder with tensors `names` has the weight of `module` in this layout, and not as numbers."""
+        return f"{module}.{self.suffixes[0]}" in names
 
     @abstractmethod
     def problems(self, shape: tuple[int, int]) -> str | None:
@@ -67,8 +72,8 @@ class QuantizedLayout(ABC):
         """float32 [N, K] of stored tensors."""
 
     @abstractmethod
-    def integers(self, tensors: Mapping[str, Tensor]) -> Integers:
-        """What a runtime's operators compute with."""
+    def integers(self, tensors: Mapping[str, Tensor]) -> Integers | None:
+        """What a runtime's operators compute with; None: they have no such scales or groups."""
 
 
 class ModelFolder(ABC, Generic[Spec]):
@@ -119,7 +124,7 @@ class ModelFolder(ABC, Generic[Spec]):
                 )
                 raise InputError(f"artifact {spec.name}: {linear} {problem}. {remedy}")
         entries: list[Entry] = []
-        grids: dict[str, str] = {}
+        kinds: dict[str, Stored] = {}
         quantized = {f"{linear}.weight" for linear in linears}
         for tensor, shape in family.shapes(checkpoint.config).items():
             module, _ = tensor.rsplit(".", 1)
@@ -128,23 +133,23 @@ class ModelFolder(ABC, Generic[Spec]):
                     (f"{module}.{suffix}", dtype, stored)
                     for suffix, dtype, stored in layout.entries((shape[0], shape[1]))
                 ]
-                grids[tensor] = self.label(own)
+                kinds[tensor] = Stored(PACKED, self.label(own), numbers=False)
             else:
                 dtype = checkpoint.tensors[tensor].dtype
                 entries.append((tensor, dtype, shape))
-                grids[tensor] = dtype.lower()
+                kinds[tensor] = Stored(dtype, dtype.lower(), numbers=True)
         config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(own)}
         files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
         if self.config_copy:
             files.append(small_file(self.config_copy, self.quantization_config(own)))
         files += [copied_file(path) for path in checkpoint.side_files]
         folder = f"{name}-{self.folder_suffix(own)}"
-        return PlannedArtifact(spec.name, spec, folder, tuple(files), family.parameters(checkpoint.config), grids)
+        return PlannedArtifact(spec.name, spec, folder, tuple(files), family.parameters(checkpoint.config), kinds)
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of weight `name` with `columns` inputs; None if it is stored as it is."""
         spec = self._own(planned.spec)
-        return self.grid(spec, columns) if planned.grids[name] == self.label(spec) else None
+        return None if planned.stored[name].numbers else self.grid(spec, columns)
 
     def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Tensors of the file that hold linear weight `name`."""
@@ -154,7 +159,7 @@ class ModelFolder(ABC, Generic[Spec]):
 
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """Tensors of the file that hold `name` (or some of its rows) without a grid: itself, in the planned dtype."""
-        return {name: value.to(torch_dtype(planned.grids[name].upper()))}
+        return {name: value.to(torch_dtype(planned.stored[name].type))}
 
     def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """float32 of what `store` or `pack` gave."""
@@ -233,7 +238,7 @@ class FolderSource:
         """Raise InputError unless every tensor the config implies is there, in its shape; zero biases may be extra."""
         for name, shape in self.family.shapes(self.config).items():
             module = name.removesuffix(".weight")
-            if f"{module}.qweight" not in self.tensors:
+            if not self.layout.holds(module, self.tensors):
                 expected = {name: ("F32", shape)}
             else:
                 problem = self.layout.problems((shape[0], shape[1]))
@@ -269,21 +274,21 @@ class FolderSource:
         module = name.removesuffix(".weight")
         if name not in self.tensors and name == self.family.head:
             return self.tensor(self.family.embedding)
-        if f"{module}.qweight" not in self.tensors:
-            return read_tensor(self.tensors[name]).to(self.device).float()
-        return self.layout.dequantize(self._stored(module))
+        if self.layout.holds(module, self.tensors):
+            return self.layout.dequantize(self._stored(module))
+        return read_tensor(self.tensors[name]).to(self.device).float()
 
     def integers(self, name: str, device: torch.device) -> Integers | None:
-        """Weight `name` for the operators of a runtime, unpacked on `device`; None if it is not quantized."""
+        """Weight `name` for the operators of a runtime, unpacked on `device`; None if they cannot take it as it is."""
         module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in self.tensors:
+        if not self.layout.holds(module, self.tensors):
             return None
         return self.layout.integers({suffix: value.to(device) for suffix, value in self._stored(module).items()})
 
     def stored_as(self, name: str) -> str:
         """For people: the file's type of `name`."""
         module = name.removesuffix(".weight")
-        if f"{module}.qweight" in self.tensors:
+        if self.layout.holds(module, self.tensors):
             return self.layout.label
         name = self.family.embedding if name not in self.tensors and name == self.family.head else name
         return self.tensors[name].dtype.lower()

@@ -28,6 +28,15 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How an artifact holds one tensor of the checkpoint."""
+
+    type: str  # the format's own word: "packed", "q4_k"; of numbers their dtype, "BF16"
+    label: str  # for people: "int4 g128", "q4_k", "bf16"
+    numbers: bool  # as floating-point numbers, and not as codes that have to be found
+
+
+@dataclass(frozen=True)
 class PlannedFile:
     """One output file: a head (all of it, for small files), planned tensors, or a copy."""
 
@@ -47,7 +56,7 @@ class PlannedArtifact:
     folder: str  # below the output directory
     files: tuple[PlannedFile, ...]
     parameters: int
-    grids: Mapping[str, str]  # checkpoint tensor -> what it is stored as, e.g. "int4 g128", "q4_k", "bf16"
+    stored: Mapping[str, Stored]  # by tensor of the checkpoint
     fallbacks: tuple[str, ...] = ()  # tensors that could not have the type the mix wanted
 
     @property

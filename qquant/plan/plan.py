@@ -135,7 +135,7 @@ class Plan:
                     "files": [{"name": file.name, "bytes": file.size} for file in artifact.files],
                     "gates": [vars(gate) for gate in self.reach(artifact.name)],
                     "tensor_parallel": self.parallel.get(artifact.name),
-                    "tensors": dict(artifact.grids),
+                    "tensors": {name: stored.label for name, stored in artifact.stored.items()},
                 }
                 for artifact in self.artifacts
             ],

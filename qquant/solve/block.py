@@ -19,7 +19,6 @@ from qquant.solve.curvature import BlockCurvature
 from qquant.solve.solver import Rows, rounding_of
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow
-from qquant.source.safetensors_file import SIZES
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class View:
 
 def copies(draft: Draft, checkpoint: Checkpoint) -> bool:
     """Whether an artifact stores the embedding as numbers, and not as codes that have to be found."""
-    return draft.plan.grids[checkpoint.family.embedding].upper() in SIZES
+    return draft.plan.stored[checkpoint.family.embedding].numbers
 
 
 def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:

@@ -131,7 +131,7 @@ def test_whole_files_are_llama_quantizes(demo, kind):
     measured = imatrix.read(GOLDEN / "tiny.imatrix.gguf") if given else None
     spec = GgufArtifact(name="x", format="gguf", type=type_name, imatrix=bool(given), solver="ggml")
     planned = FORMATS["gguf"].plan(checkpoint, spec, load("demo"), "tiny-qwen1.5", measured)
-    names = {checkpoint.family.gguf_name(name): name for name in planned.grids}
+    names = {checkpoint.family.gguf_name(name): name for name in planned.stored}
     digest = hashlib.sha256(planned.files[0].head)
     for tensor in planned.files[0].tensors:
         importance = measured.importance(tensor.name) if measured else None
@@ -171,7 +171,7 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
     content = bytearray(file.head.ljust(file.size, b"\0"))
     places = {tensor.name: tensor for tensor in file.tensors}
     written, values = {}, {}
-    for name in planned.grids:
+    for name in planned.stored:
         ((stored, data),) = layout.store(planned, name, checkpoint.tensor(name), None).items()
         content[places[stored].offset : places[stored].offset + places[stored].nbytes] = as_bytes(data)
         written[stored] = hashlib.sha256(as_bytes(data)).hexdigest()

@@ -114,7 +114,7 @@ def test_a_split_model_is_checked_and_shown_as_one(built):
     assert shown == describe(first)
     assert shown["facts"]["parts"] == 2
     assert shown["facts"]["general.name"] == "Tiny"
-    assert len(shown["tensors"]) == len(read_model(first).tensors) == len(plan.artifacts[1].grids)
+    assert len(shown["tensors"]) == len(read_model(first).tensors) == len(plan.artifacts[1].stored)
 
 
 def test_a_part_alone_is_shown_and_not_loaded(built, tmp_path):

@@ -28,10 +28,11 @@ from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
 from qquant.formats.gguf.shards import Shard, split
 from qquant.formats.gguf.source import GgufSource, nbytes
-from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
+from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
+from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:
     import torch
@@ -80,14 +81,14 @@ class Gguf:
             folder=f"{name}-GGUF",
             files=(*(_planned(shard, kinds) for shard in shards), model),
             parameters=family.parameters(config),
-            grids={names[tensor]: type_name for tensor, type_name in kinds.items()},
+            stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
             fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in chosen.fallbacks),
         )
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of linear weight `name` for the `gptq` solver; None: the type's own quantizer decides."""
         del columns
-        type_name = planned.grids[name]
+        type_name = planned.stored[name].type
         if not planned.spec.feedback or not types.TYPES[type_name].levels:
             return None
         return quantize.grid(type_name)
@@ -100,14 +101,14 @@ class Gguf:
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """The blocks of `name` (or of some of its rows) by the type's own quantizer."""
         assert isinstance(planned.spec, GgufArtifact)
-        type_name = planned.grids[name]
+        type_name = planned.stored[name].type
         matrix = value.float().reshape(-1, value.shape[-1])
         weights = importance if planned.spec.imatrix else None
         return {_gguf_name(name): quantize.quantize(matrix, type_name, weights)}
 
     def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """float32 of what `store` or `pack` gave."""
-        return quantize.dequantize(stored[_gguf_name(name)], planned.grids[name])
+        return quantize.dequantize(stored[_gguf_name(name)], planned.stored[name].type)
 
     def read(self, path: Path) -> GgufSource:
         """The dequantized weights of a GGUF file made by any tool.
@@ -128,6 +129,10 @@ class Gguf:
             reader = _reader(gguf, path)
             for tensor in reader.tensors:
                 yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
+
+
+def _stored(type_name: str) -> Stored:
+    return Stored(type_name, type_name, numbers=type_name.upper() in SIZES)
 
 
 def _planned(shard: Shard, types: Mapping[str, str]) -> PlannedFile:
