@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 PACKAGES = {
     "debian-handbook": ("deb", "11.20220922"),
     "gnome-user-docs": ("deb", "43.0-2"),
+    "gnome-devel-docs": ("deb", "40.3-1"),
+    "mate-user-guide": ("deb", "1.26.0-1"),
     "debmake-doc": ("deb", "1.17-7"),
     "golang-1.19-src": ("deb", "1.19.8-2"),
     "golang-github-burntsushi-toml-dev": ("deb", "1.2.0-2"),
