@@ -20,6 +20,7 @@ from pathlib import Path
 
 import apart
 import languages
+import tools
 from apart import Runs
 from prose import fetch, html_blocks, mallard_blocks, paragraphs, unwrap
 
@@ -116,6 +117,11 @@ def zh_test(cache: Path) -> str:
     return "\n".join(filter(None, guide)) + "\n" + "\n\n".join(chapters) + "\n"
 
 
+def chat_lines(chats: list[dict]) -> str:
+    """Chats as lines of JSON."""
+    return "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+
+
 def docs(cache: Path, language: str) -> str:
     """Calibration text in a language."""
     return languages.joined(languages.calibration_sections(cache, language))
@@ -207,12 +213,14 @@ BUILDERS = {
     "heldout/zh-test.txt.gz": zh_test,
     "heldout/code-test.txt.gz": lambda cache: code(cache, HELDOUT_CODE),
     **{f"corpora/docs-{code}.txt.gz": functools.partial(docs, language=code) for code in languages.CALIBRATION},
+    "corpora/tools.jsonl": lambda _: chat_lines(tools.chats(heldout=False, count=90)),
     # Held-out texts leave out what they share with the calibration texts above.
     **{
         f"heldout/{code}-test.txt.gz": functools.partial(docs_test, language=code)
         for code in languages.HELDOUT
         if code != "zh"
     },
+    "heldout/tools-test.jsonl": lambda _: chat_lines(tools.chats(heldout=True, count=36)),
 }
 WIKITEXT = {"corpora/wikitext-2-valid.txt.gz": "wiki.valid.txt", "heldout/wikitext-2-test.txt.gz": "wiki.test.raw"}
 
