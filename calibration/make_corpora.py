@@ -14,12 +14,14 @@ import argparse
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import apart
 import languages
+import retrieval
 import tools
 from apart import Runs
 from prose import fetch, html_blocks, mallard_blocks, paragraphs, unwrap
@@ -150,6 +152,27 @@ def calibration_runs() -> Runs:
     return found
 
 
+def rag(cache: Path) -> str:
+    """Retrieval from calibration texts: ten prompts in English and in Chinese, five in every other language."""
+    found = []
+    for language in sorted(["en", "zh", *languages.CALIBRATION]):
+        if language in languages.RETRIEVAL:
+            parts = languages.sections(cache, language, languages.RETRIEVAL[language])
+        else:
+            parts = languages.calibration_sections(cache, language)
+        found.append(retrieval.chats(parts, language, False, 10 if language in {"en", "zh"} else 5))
+    return chat_lines([chat for row in itertools.zip_longest(*found) for chat in row if chat])
+
+
+def rag_test(cache: Path) -> str:
+    """Retrieval from held-out texts: six prompts in English and in Chinese, two in every other language."""
+    found = []
+    for language in sorted(languages.HELDOUT):
+        parts = languages.heldout_sections(cache, language, calibration_runs())
+        found.append(retrieval.chats(parts, language, True, 6 if language in {"en", "zh"} else 2))
+    return chat_lines([chat for row in itertools.zip_longest(*found) for chat in row if chat])
+
+
 def code(cache: Path, plan: list[tuple[str, str, int]]) -> str:
     """Whole source files, drawn in the order of a hash of their names until each budget is spent."""
     parts = []
@@ -214,6 +237,7 @@ BUILDERS = {
     "heldout/code-test.txt.gz": lambda cache: code(cache, HELDOUT_CODE),
     **{f"corpora/docs-{code}.txt.gz": functools.partial(docs, language=code) for code in languages.CALIBRATION},
     "corpora/tools.jsonl": lambda _: chat_lines(tools.chats(heldout=False, count=90)),
+    "corpora/rag.jsonl": rag,
     # Held-out texts leave out what they share with the calibration texts above.
     **{
         f"heldout/{code}-test.txt.gz": functools.partial(docs_test, language=code)
@@ -221,6 +245,7 @@ BUILDERS = {
         if code != "zh"
     },
     "heldout/tools-test.jsonl": lambda _: chat_lines(tools.chats(heldout=True, count=36)),
+    "heldout/rag-test.jsonl": rag_test,
 }
 WIKITEXT = {"corpora/wikitext-2-valid.txt.gz": "wiki.valid.txt", "heldout/wikitext-2-test.txt.gz": "wiki.test.raw"}
 
