@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -173,6 +174,33 @@ def rag_test(cache: Path) -> str:
     return chat_lines([chat for row in itertools.zip_longest(*found) for chat in row if chat])
 
 
+def long_en(cache: Path) -> str:
+    """One English book from its middle to its end: what books-en leaves of it."""
+    opticks = next(fetch(cache, "golang-1.19-src").rglob("Isaac.Newton-Opticks.txt")).read_text(encoding="utf-8")
+    start = opticks.index("OPTICKS:")
+    half = start + len(opticks[start : start + 300_000].rsplit("\n\n", 1)[0])
+    return unwrap(re.sub(r"\[Illustration[^\]]*\]", "", opticks[half:]))
+
+
+def apart_from_calibration(text: str) -> str:
+    """The paragraphs of a text that share no run with a calibration text."""
+    return "\n\n".join(block for block in text.strip().split("\n\n") if not calibration_runs().shared(block)) + "\n"
+
+
+def long_test(cache: Path) -> str:
+    """Held-out English of one piece: the proceedings of a workshop."""
+    text = next(fetch(cache, "brotli").rglob("lcet10.txt")).read_text(encoding="ascii")
+    start = text.index("The Workshop on Electronic Texts (1)")
+    return apart_from_calibration(unwrap(text[start : start + 220_000].rsplit("\n\n", 1)[0]))
+
+
+def long_zh_test(cache: Path) -> str:
+    """Held-out Chinese of one piece: essays from the Warring States to the Tang, in traditional characters."""
+    volumes = poetry_file(cache, "mengxue/guwenguanzhi.json")["content"][3:7]
+    essays = [[e["chapter"], e["author"].strip(), *e["paragraphs"]] for volume in volumes for e in volume["content"]]
+    return apart_from_calibration("\n\n".join("\n\n".join(essay) for essay in essays))
+
+
 def code(cache: Path, plan: list[tuple[str, str, int]]) -> str:
     """Whole source files, drawn in the order of a hash of their names until each budget is spent."""
     parts = []
@@ -236,6 +264,7 @@ BUILDERS = {
     "heldout/zh-test.txt.gz": zh_test,
     "heldout/code-test.txt.gz": lambda cache: code(cache, HELDOUT_CODE),
     **{f"corpora/docs-{code}.txt.gz": functools.partial(docs, language=code) for code in languages.CALIBRATION},
+    "corpora/long-en.txt.gz": long_en,
     "corpora/tools.jsonl": lambda _: chat_lines(tools.chats(heldout=False, count=90)),
     "corpora/rag.jsonl": rag,
     # Held-out texts leave out what they share with the calibration texts above.
@@ -244,6 +273,8 @@ BUILDERS = {
         for code in languages.HELDOUT
         if code != "zh"
     },
+    "heldout/long-test.txt.gz": long_test,
+    "heldout/long-zh-test.txt.gz": long_zh_test,
     "heldout/tools-test.jsonl": lambda _: chat_lines(tools.chats(heldout=True, count=36)),
     "heldout/rag-test.jsonl": rag_test,
 }
