@@ -28,6 +28,7 @@ class Policy:
     """Sizes of work on one kind of device. None of them changes a result."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
+    waits: bool  # whether looking at a number costs: results are looked at once a block then
     checksummed: int  # values that are summed at a time
     searched: int  # weights whose group scales are searched at a time, by torch
     coded: int  # values of GGUF rows that are searched or coded at a time
@@ -41,6 +42,7 @@ class Policy:
 POLICIES = {
     "cpu": Policy(
         threads=False,  # they would take cores and memory from the computation
+        waits=False,
         checksummed=1 << 20,
         searched=1 << 18,
         coded=1 << 18,
@@ -52,6 +54,7 @@ POLICIES = {
     ),
     "cuda": Policy(
         threads=True,
+        waits=True,
         checksummed=1 << 24,
         searched=1 << 24,
         coded=1 << 24,

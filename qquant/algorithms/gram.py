@@ -34,6 +34,7 @@ class Gram:
     tokens: int = 0
     largest: float = 0.0  # largest |x|
     factors: dict[float, object] = field(default_factory=dict)  # solver factorisations by damping, shared by artifacts
+    unseen: list[Tensor] | None = None  # largest |x| of inputs that `settle` will look at; None: `add` looks at once
 
     @classmethod
     def zeros(cls, columns: int, device: torch.device | str = "cpu") -> Gram:
@@ -55,15 +56,37 @@ class Gram:
 
     def _add(self, x: Tensor, weighted: Tensor | None) -> None:
         absolute, squares, top = column_sums(x)
-        largest = float(top)
-        if not math.isfinite(largest):
-            raise NotFiniteError(f"the input of a stage is not finite in {x.dtype}")
+        if self.unseen is None:
+            self._look(top)
+        else:
+            self.unseen.append(top)
         if weighted is not None:
             gram(self.matrix, weighted)
         self.absolute += absolute
         self.squares += squares
-        self.largest = max(self.largest, largest)
         self.tokens += len(x)
+
+    def _look(self, top: Tensor) -> None:
+        largest = float(top)  # waits for the device
+        if not math.isfinite(largest):
+            raise NotFiniteError("the input of a stage is not finite")
+        self.largest = max(self.largest, largest)
+
+    def settle(self) -> None:
+        """Look at everything that was added since `unseen` became a list, at once; from now on `add` looks again.
+
+        Raises:
+            NotFiniteError: something of it held NaN or infinity; the sums are worthless, see `clear`.
+        """
+        unseen, self.unseen = self.unseen, None
+        if unseen:
+            self._look(torch.stack(unseen).max())
+
+    def clear(self) -> None:
+        """Forget everything that was added."""
+        for sums in (self.matrix, self.absolute, self.squares):
+            sums.zero_()
+        self.tokens, self.largest, self.unseen = 0, 0.0, None
 
     def move(self, device: torch.device | str) -> None:
         """Keep the matrix on `device` from now on."""

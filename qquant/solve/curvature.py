@@ -40,7 +40,7 @@ from torch.nn.functional import pad
 from qquant import devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
-from qquant.background import prefetch, write_behind
+from qquant.background import write_behind
 from qquant.devices import free_memory
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
@@ -48,6 +48,7 @@ from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
 from qquant.kernels.gram import gram
 from qquant.progress import Progress
+from qquant.solve.layers import Layers
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
@@ -149,10 +150,11 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    blocks: Layers | None = None,
 ) -> Curvature:
     """Measure the factors on `samples` (int token ids [T], by place) into `folder`, or take them from there if they are complete.
 
-    `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
+    `blocks`: the decoder blocks of `source`, where another pass wants them too. `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
 
     Raises:
         NumericalError: a gradient is not finite.
@@ -172,19 +174,20 @@ def measure(
     stream = Stream.start(source, list(samples.values()), dtype, device)
     inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)))
     tell(0)
-    with prefetch(source.block, range(layers), beside) as blocks:
+    blocks = blocks or Layers.of(source, device)
+    with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             inputs.keep(layer, stream.hidden)
-            stream.advance(layer, Block(source.family, source.config, _on(next(blocks), device), dtype), {})
+            stream.advance(layer, Block(source.family, source.config, next(forth), dtype), {})
             tell(layer + 1)
     hidden = [x.to(device) for x in stream.hidden]
     gradients = list(_head_gradients(source, hidden, lambda done, of: tell(layers + head * done // of)))
     del stream, hidden
     digests: dict[str, str] = {}
-    with prefetch(source.block, reversed(range(layers)), beside) as blocks, write_behind(beside) as later:
+    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as later:
         for layer in reversed(range(layers)):
             given = inputs.take(layer, device)
-            block = _Watched(source.family, source.config, _on(next(blocks), device), dtype)
+            block = _Watched(source.family, source.config, next(back), dtype)
             gradients, factors = _backward(block, layer, given, gradients)
             later(partial(_write, folder, layer, factors, digests))
             del factors
@@ -255,10 +258,6 @@ class _Inputs:
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"input-{layer}"
-
-
-def _on(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in weights.items()}
 
 
 def _complete(folder: Path, layers: int) -> bool:

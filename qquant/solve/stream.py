@@ -25,11 +25,13 @@ from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import finite
+from qquant.devices import free_memory, policy
 from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
 
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
+SPARE = 0.25  # of the free memory of a device for a second copy of the hidden states
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Add = Callable[[Gram, str, Tensor, int], None]  # (Gram of a stage, stage, its input, sample)
@@ -70,9 +72,10 @@ class Stream:
             EnvironmentMissingError: there is not enough memory for one sample.
         """
         self.wide = set()
-        for index in range(len(self.hidden)):
-            observe = self._observer(grams, index, add) if grams else None
-            self.hidden[index] = self.spare(layer, partial(self._through, layer, block, index, observe))
+        if not self._unwatched(block, grams, add):
+            for index in range(len(self.hidden)):
+                observe = self._observer(grams, index, add) if grams else None
+                self.hidden[index] = self.spare(layer, partial(self._through, layer, block, index, observe))
         for stage, gram in grams.items():
             gram.move(self.device)
             if not finite(gram.matrix):
@@ -80,6 +83,37 @@ class Stream:
                     f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
                     "see the checkpoint's weights"
                 )
+
+    def _unwatched(self, block: Block, grams: Mapping[str, Gram], add: Add) -> bool:
+        """All samples through `block` without a look at any number, for which a GPU would have to wait for the host.
+
+        False where this gains nothing, memory is short or something was not finite; nothing has changed then.
+        """
+        if not policy(self.device).waits or self.relief or any(gram.tokens for gram in grams.values()):
+            return False
+        if sum(x.nbytes for x in self.hidden) > SPARE * free_memory(self.device):
+            return False
+        for gram in grams.values():
+            gram.unseen = []
+        try:
+            hidden = []
+            for index, x in enumerate(self.hidden):
+                observe = self._observer(grams, index, add) if grams else None
+                hidden.append(block.forward(x.to(block.dtype), observe).to(x.dtype))
+            extremes = [extreme for y in hidden for extreme in torch.aminmax(y)]
+            for gram in grams.values():
+                gram.settle()
+            whole = not extremes or bool(torch.stack(extremes).isfinite().all())
+        except (RuntimeError, MemoryError, NotFiniteError) as error:
+            if not isinstance(error, NotFiniteError) and not is_out_of_memory(error):
+                raise
+            whole = False
+        if whole:
+            self.hidden = hidden
+        else:
+            for gram in grams.values():
+                gram.clear()
+        return whole
 
     def _through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
         x = self.hidden[index].to(self.device)

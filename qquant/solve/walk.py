@@ -27,13 +27,13 @@ from qquant import background, devices
 from qquant.algorithms import coupled
 from qquant.algorithms.gram import Gram
 from qquant.artifact.draft import Draft, Filling
-from qquant.background import prefetch
 from qquant.errors import StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
 from qquant.progress import Progress
 from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
+from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.solve.propagate import own_block
 from qquant.solve.solver import Solver, unit
@@ -70,18 +70,18 @@ def quantize(
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
-    curvature = None
+    curvature, blocks = None, Layers.of(source, device)
     with background.start_early(rests, devices.threads_help(device)) as written:
         if curvature_tokens and any(draft.plan.spec.feedback for draft in waiting):
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
-            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress)
+            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
         written()  # two units of a draft are not journalled at once
     with ExitStack() as writers:
         for draft in reversed(drafts):  # they end in their order
             writers.enter_context(draft.write_behind(devices.threads_help(device)))
         _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
         if waiting or (drafts and not measured):
-            _walk(checkpoint, samples, waiting, moments, device, progress, curvature)
+            _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
 
 
 def _walk(
@@ -89,13 +89,12 @@ def _walk(
     samples: Sequence[Tensor],
     waiting: Sequence[Draft],
     moments: Moments,
-    device: torch.device,
+    blocks: Layers,
     progress: Progress,
     curvature: Curvature | None,
 ) -> None:
     """Once through the blocks, for drafts that do not have all of them."""
-    source = narrow(checkpoint)
-    dtype = STREAM_DTYPES[checkpoint.dtype]
+    dtype, device = STREAM_DTYPES[checkpoint.dtype], blocks.device
     layers = checkpoint.config.layers
     start = Stream.start(checkpoint, samples, dtype, device)
     places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
@@ -111,10 +110,9 @@ def _walk(
     )
     own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
     own += [(Stream(list(wide.hidden), device), draft) for draft in close]
-    with prefetch(source.block, range(layers), devices.threads_help(device)) as blocks:
+    with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
-            weights = {name: value.to(device) for name, value in next(blocks).items()}
-            view = View(checkpoint, layer, weights, dtype, curvature.block(layer, device) if curvature else None)
+            view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)
             before = {place: start.hidden[place] for place in places if near}
             grams = _shared(view, start, shared, near + close, moments)
             if not any(draft.plan.spec.transforms for draft in near + close):

@@ -147,10 +147,14 @@ class Checkpoint:
         rows = slice(start, stop)
         return self._finish(name, safetensors_file.read_tensor(self._info(name), rows), rows)
 
-    def block(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of decoder block `layer`, by their names inside the block."""
+    def block(self, layer: int, threads: int = 1) -> dict[str, Tensor]:
+        """The tensors of decoder block `layer`, by their names inside the block, read by so many threads."""
         prefix = self.family.block.format(layer)
-        return {name.removeprefix(prefix): self.tensor(name) for name in self.family.block_shapes(self.config, layer)}
+        names = list(self.family.block_shapes(self.config, layer))
+        if threads == 1:
+            return {name.removeprefix(prefix): self.tensor(name) for name in names}
+        with ThreadPoolExecutor(threads) as pool:
+            return dict(zip([name.removeprefix(prefix) for name in names], pool.map(self.tensor, names), strict=True))
 
     def _info(self, name: str) -> TensorInfo:
         return self.tensors[self.family.embedding if name == self.family.head and self.config.tied else name]

@@ -247,7 +247,7 @@ def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path,
     monkeypatch.setattr(devices, "threads_help", lambda device: True)
     read, told = source.block, []
 
-    def block(layer):
+    def block(layer, threads):
         if layer == 1:
             raise InputError("damaged")
         return read(layer)

@@ -1,0 +1,65 @@
+"""The decoder blocks of a checkpoint, for passes that each need all of them.
+
+CPU     read again in every pass: memory of one layer
+GPU     read by several threads while the block before is computed with, and kept on the card for the next pass where it can
+spare their bytes; a build reads a checkpoint three times otherwise, and waits for most of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from qquant.background import cores, prefetch
+from qquant.devices import free_memory, threads_help
+from qquant.source.safetensors_file import SIZES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qquant.source.checkpoint import Checkpoint
+
+KEEP = 0.3  # of the memory that is free on a card
+READERS = 8
+
+
+@dataclass
+class Layers:
+    """Blocks of `source` on `device`, by their number."""
+
+    source: Checkpoint
+    device: torch.device
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    keeps: bool = False
+
+    @classmethod
+    def of(cls, source: Checkpoint, device: torch.device) -> Layers:
+        """They are kept on the device if it has room for all of them, and if that pays there."""
+        block = SIZES[source.dtype] * sum(
+            rows * columns for rows, columns in source.family.linear_shapes(source.config).values()
+        )
+        keeps = threads_help(device) and source.config.layers * block <= KEEP * free_memory(device)
+        return cls(source, device, keeps=keeps)
+
+    @contextmanager
+    def walk(self, order: Iterable[int]) -> Iterator[Iterator[dict[str, Tensor]]]:
+        """The tensors of the blocks in this order, by their names inside the block; the next block is read meanwhile."""
+        numbers = list(order)
+        beside = threads_help(self.device)
+        read = partial(self._read, threads=min(READERS, cores()) if beside else 1)
+        with prefetch(read, numbers, beside) as blocks:
+            yield (self._placed(layer, block) for layer, block in zip(numbers, blocks, strict=True))
+
+    def _read(self, layer: int, threads: int) -> dict[str, Tensor]:
+        return {} if layer in self.kept else self.source.block(layer, threads)
+
+    def _placed(self, layer: int, block: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A dictionary of the caller's own; copies to the card are made here, in the main thread."""
+        found = self.kept.get(layer) or {name: value.to(self.device) for name, value in block.items()}
+        if self.keeps:
+            self.kept[layer] = found
+        return dict(found)
