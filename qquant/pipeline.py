@@ -41,8 +41,9 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
+from qquant.plan.texts import shortfall
 from qquant.progress import Progress
-from qquant.recipe import Checks, Gates, Recipe, eight_bits
+from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
 from qquant.report import html
 from qquant.report.record import Report, SpeedReport
@@ -78,7 +79,7 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         write_timings(drafts, out)
-        _finish(drafts, out, {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}, device)
+        _finish(drafts, out, {"recipe": published(recipe), "inputs": inputs}, device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
@@ -88,7 +89,7 @@ def build(
         if recipe.checks.speed:
             speeds = speed.measure_all([candidate.path for candidate in candidates], checkpoint, device, progress)
             found = with_speed(found, speeds)
-        remarks = plan.imatrix.remarks() if plan.imatrix else ()
+        remarks = [*(plan.imatrix.remarks() if plan.imatrix else ()), *_short(recipe, tokens, text)]
         report = Report(
             model=plan.model,
             recipe=recipe.name,
@@ -100,6 +101,17 @@ def build(
         record(out, measured, text, checkpoint)
         _write(report, out)
     return report
+
+
+def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
+    """Where texts held less than the recipe asks for."""
+    found = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
+    asked, read = recipe.checks.windows, text.looks[0]
+    if read < asked:
+        found.append(
+            f"{text.facts['name']}: {read} of {asked} windows of {recipe.checks.length} tokens: the text has no more"
+        )
+    return found
 
 
 def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:

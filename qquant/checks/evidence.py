@@ -125,8 +125,10 @@ def file_name(artifact: str) -> str:
 
 def require_comparable(now: Mapping[str, Any], then: Mapping[str, Any], where: str) -> None:
     """Raise InputError unless both were measured on the same tokens in the same way."""
-    for key in TEXT:
+    for key in TEXT[1:]:  # a text of another name is the same text
         if now.get(key) != then.get(key):
+            names = f" of {then.get('name')!r}, here {now.get('name')!r}"
             raise InputError(
-                f"{where}: measured with {key} {then.get(key)!r}, not {now.get(key)!r}; the two cannot be paired"
+                f"{where}: measured with {key} {then.get(key)!r}, not {now.get(key)!r}{names}; the two cannot be paired. "
+                "`qquant check --out` measures the earlier artifact again on this text"
             )

@@ -19,6 +19,8 @@ from qquant.checks.statistics import Loss, Vector
 from qquant.recipe import Gates
 from qquant.report.record import GateReport, Verdict
 
+MOST = 65536  # windows that a recipe may ask for
+
 Means = Mapping[str, Vector]  # "nll", "kl", "top1": window means of the losses
 
 
@@ -94,8 +96,23 @@ def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
         case "fail":
             return f"{gate.name} {report.value:.5g} is {gate.word} the limit {report.limit:g} ({between})"
         case "inconclusive":
-            return f"{gate.name} {report.value:.5g} cannot be told from the limit {report.limit:g} ({between}); more windows decide"
+            return (
+                f"{gate.name} {report.value:.5g}: neither within nor beyond the limit {report.limit:g} is proven ({between}; the proof "
+                f"also allows for several gates and looks). {_enough(report)}"
+            )
     return ""
+
+
+def _enough(report: GateReport) -> str:
+    """How much text would decide an inconclusive gate, and what to type: what can be detected shrinks with the root of the windows."""
+    distance = abs(report.value - report.limit)
+    need = report.windows * (report.detectable / distance) ** 2 if distance else math.inf
+    if not need <= MOST:
+        return (
+            f"It lies too near the limit for any text of up to {MOST:,} windows: set another limit, or build it better"
+        )
+    count = max(math.ceil(need), report.windows + 1)
+    return f"About {count:,} windows decide: --max-windows {count}, or checks.max_windows in a recipe"
 
 
 def waived(verdict: Verdict, gates: Gates, today: datetime.date) -> Verdict:

@@ -99,12 +99,14 @@ def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None =
     """
     most = checks.max_windows or checks.windows
     windows, facts = _windows(checks.text, checks.length, most, tokenizer, used)
-    further = {
-        text: _windows(text, checks.length, checks.windows, tokenizer, used)[0] for text in dict.fromkeys(checks.texts)
-    }
+    further: dict[str, torch.Tensor] = {}
+    for place in checks.texts:
+        rows, about = _windows(place, checks.length, checks.windows, tokenizer, used)
+        name = about["name"]
+        further[name if name not in further else f"{name} ({len(further) + 1})"] = rows
     looks = checks.looks(len(windows))
     digest = hashlib.sha256(windows[0].numpy().tobytes()).hexdigest()
-    text = {"name": checks.text, "windows": looks[0], "length": checks.length, "protocol": checks.protocol}
+    text = {"name": facts["name"], "windows": looks[0], "length": checks.length, "protocol": checks.protocol}
     text |= {"sha256": facts["sha256"], "tokens_sha256": digest}
     if further:
         text["further"] = {name: len(rows) for name, rows in further.items()}

@@ -137,8 +137,8 @@ def _print_checks(planned: Plan) -> None:
     checks = planned.checks
     more = f", up to {planned.looks[-1]} where a gate is undecided" if len(planned.looks) > 1 else ""
     click.echo(
-        f"check: {checks.text}, {checks.windows} windows of {checks.length} tokens "
-        f"({checks.windows * checks.scored:,} scored){more}"
+        f"check: {checks.text}, {planned.looks[0]} windows of {checks.length} tokens "
+        f"({planned.looks[0] * checks.scored:,} scored){more}"
     )
     signs = {"top-1 agreement": "at least"}
     for artifact in planned.artifacts:

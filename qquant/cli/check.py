@@ -10,7 +10,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT
+from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, OutputFile, OutputFolder
 from qquant.cli.terminal import Progress, console, show, tell_watchers
 from qquant.errors import GateFailedError, UsageError
 
@@ -47,7 +47,7 @@ from qquant.errors import GateFailedError, UsageError
 @click.option("--no-defaults", is_flag=True, help="Only these limits; otherwise the rest is by format and size.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutputFolder(),
     help="Keep report and evidence in this folder; default: only the table.",
 )
 @JUNIT
@@ -135,9 +135,7 @@ def bisect(
 
 @command("report", epilog=EXITS, example="report release --html report.html")
 @click.argument("place", type=click.Path(path_type=Path))
-@click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file; default: no page."
-)
+@click.option("--html", type=OutputFile(), help="Write the page to this file; default: no page.")
 @JUNIT
 @GITHUB
 @JSON
@@ -196,7 +194,7 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
 )
 @click.option(
     "--save-logits",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     help="Keep the base logits in this file; default: nowhere.",
 )
 @click.option("--text", default="bundled:wikitext-2-test", show_default=True, help="bundled:NAME or a file.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,44 @@ Exit status:
   7 numerical           8 not published        9 output locked
   75 stopped safely     1 a bug
 """
+
+
+class OutputFile(click.Path):
+    """A file that is written after the work: whether it can be is seen before."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            self.fail(f"{path}: there is no folder {folder}; make it first", param, ctx)
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            self.fail(f"{path}: cannot be written; name another file", param, ctx)
+        return path
+
+
+class OutputFolder(click.Path):
+    """A folder that is made after the work, with those above it: whether it can be is seen before."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        place = path.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            self.fail(f"{path}: {place} is no folder that can be written to; name another", param, ctx)
+        return path
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 JUNIT = click.option(
     "--junit",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     help="Write the verdicts as JUnit XML to this file; default: nowhere.",
 )
 GITHUB = click.option(

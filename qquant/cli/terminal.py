@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,9 +35,10 @@ def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
 
 
 def console() -> Console:
+    """Stdout as wide as the terminal, or as $COLUMNS says; 140 where nobody says."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=shutil.get_terminal_size((140, 24)).columns)
 
 
 def show(report: Report, as_json: bool) -> None:
@@ -44,20 +46,10 @@ def show(report: Report, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
-        from rich.table import Table
+        from qquant.cli.tables import table_of
 
-        from qquant.report.record import COLUMNS
-
-        table = Table(title=f"{report.model} · {report.recipe}")
-        for column in COLUMNS:
-            table.add_column(
-                column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=column == "artifact"
-            )
-        colours = {"pass": "green", "waived": "yellow", "inconclusive": "bold yellow", "fail": "bold red"}
-        for row in report.rows():
-            verdict = row[-1]
-            table.add_row(*row[:-1], f"[{colours[verdict]}]{verdict}" if verdict else "")
-        console().print(table)
+        screen = console()
+        screen.print(table_of(report, screen.width))
         for warning in report.warnings:
             click.echo(f"warning: {warning}", err=True)
         for artifact in report.artifacts:

@@ -17,6 +17,7 @@ from qquant.formats.gptq import Gptq
 from qquant.formats.planned import PlannedArtifact
 from qquant.recipe import ArtifactSpec, Recipe
 from qquant.source.checkpoint import Checkpoint
+from qquant.source.hub import require_model_folder
 from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def detect(path: Path) -> str | None:
         raise InputError(f"{path}: is not a GGUF file; give a model folder or a .gguf file")
     if not path.is_dir():
         raise InputError(f"{path}: not found")
+    require_model_folder(path)
     quantization = read_json(path / "config.json").get("quantization_config")
     if quantization is None:
         return None

@@ -16,6 +16,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
+from qquant.plan.texts import NOT_COUNTED, Texts, examine
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import Reach, reach, resolved
 from qquant.source.checkpoint import Checkpoint
@@ -38,6 +39,8 @@ class Plan:
     inputs: int  # of the widest linear
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
     parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
+    texts: Texts = NOT_COUNTED
+    wide: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
 
     @classmethod
     def of(
@@ -71,25 +74,38 @@ class Plan:
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.linear_shapes(checkpoint.config).values())
         memory = build_memory(recipe, checkpoint)
-        return cls(name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel)
+        texts = examine(recipe, checkpoint.path)
+        wide = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
+        return cls(
+            name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel, texts=texts, wide=wide
+        )
 
     @property
     def looks(self) -> list[int]:
         """Windows of text that are read at each look, if the text has as many."""
-        return self.checks.looks(self.checks.max_windows or self.checks.windows)
+        most = self.checks.max_windows or self.checks.windows
+        return self.checks.looks(most if self.texts.windows is None else min(most, self.texts.windows))
 
     def reach(self, artifact: str) -> tuple[Reach, ...]:
         """What the gates of an artifact can tell at the first look."""
         checks = self.checks
-        return reach(self.gates[artifact], checks.windows, checks.scored, len(self.looks))
+        return reach(self.gates[artifact], self.looks[0], checks.scored, len(self.looks))
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What does not stop a build, and will make it worse."""
-        if self.tokens >= self.inputs:
-            return ()
-        asked = f"give at least {self.inputs:,}, better ten times as many"
-        return (f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}",)
+        found = list(self.texts.warnings)
+        if self.tokens < self.inputs:
+            asked = f"give at least {self.inputs:,}, better ten times as many"
+            found.append(f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}")
+        if self.wide:
+            sizes = {one.name: one.bits_per_weight for one in self.artifacts}
+            told = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.wide)
+            found.append(
+                f"the checkpoint is float32, and what is not quantized stays so: {told}. Save the checkpoint in bfloat16 first "
+                "(transformers: from_pretrained(FOLDER, dtype='bfloat16').save_pretrained(OTHER))"
+            )
+        return tuple(found)
 
     def missing(self, out: Path) -> int:
         """Bytes that are still to be written: files that are finished, or have their place in an interrupted build, are there."""

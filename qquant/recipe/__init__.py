@@ -65,6 +65,7 @@ __all__ = [
     "load",
     "names",
     "parse",
+    "published",
     "reference",
     "schema",
 ]
@@ -126,6 +127,25 @@ def dump(recipe: Recipe, *, brief: bool = False) -> str:
     stream = io.StringIO()
     yaml.dump(_short_first(recipe.model_dump(mode="json", exclude_defaults=brief)), stream)
     return stream.getvalue()
+
+
+def published(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as data for manifests and cards: files of this machine by their names, without the folders they lie in."""
+    data = recipe.model_dump(mode="json")
+    if (data["checkpoint"] or "").startswith((".", "/", "~")):
+        data["checkpoint"] = Path(data["checkpoint"]).name
+    for source in data["calibration"]["sources"]:
+        source["path"] = source["path"] and Path(source["path"]).name
+    checks = data["checks"]
+    checks["text"], checks["texts"] = _named(checks["text"]), [_named(text) for text in checks["texts"]]
+    for artifact in data["artifacts"]:
+        earlier = artifact["gates"]["regression_vs"]
+        artifact["gates"]["regression_vs"] = earlier and Path(earlier).name
+    return data
+
+
+def _named(text: str) -> str:
+    return text if text.startswith("bundled:") else Path(text).name
 
 
 def schema() -> Shape:

@@ -168,7 +168,7 @@ def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         "model": report["model"],
         "formats": [_describe(kind, manifest) for kind in kinds],
         "folder": "gguf" not in kinds,
-        "chat": "chat" in f"{release['repository']} {_texts((release.get('card') or {}).get('tags'))}".lower(),
+        "chat": _chats(manifest),
         "parallel": release.get("tensor_parallel"),
         "files": gguf_files(manifest) if "gguf" in kinds else [],
         "rows": [_baseline(report), *(_row(artifact) for artifact in report["artifacts"])],
@@ -182,6 +182,19 @@ def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         "report": REPORT,
     }
     return str(_template().render(content)).strip("\n")
+
+
+def _chats(manifest: Mapping[str, Any]) -> bool:
+    """Whether readers should chat with it: by its template, as the build noted; of an older build, by what it was calibrated on."""
+    known = manifest["release"].get("chat")
+    if isinstance(known, bool):
+        return known
+    recipes = [entry.get("recipe") or {} for entry in manifest["artifacts"].values()]
+    return any(
+        source.get("kind") == "chat"
+        for recipe in recipes
+        for source in (recipe.get("calibration") or {}).get("sources", ())
+    )
 
 
 @dataclass(frozen=True)

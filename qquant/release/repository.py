@@ -27,6 +27,7 @@ from typing import Any
 from qquant.artifact.manifest import REPORT, Payload, verified
 from qquant.disk.output import MANIFEST
 from qquant.errors import GateFailedError, InputError, UsageError
+from qquant.plan.asked import CHAT, proposed
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head
 from qquant.source.untrusted import read_json
@@ -85,6 +86,7 @@ def source_facts(
         "model": checkpoint.name,
         "base_model": reference if checkpoint.revision else None,
         "revision": checkpoint.revision,
+        "chat": proposed(checkpoint.path).name == CHAT,
         "card": card_facts(checkpoint.path / "README.md"),
         "tensor_parallel": dict(parallel),
         "licence_file": {"name": licence.name, "text": licence.read_text("utf-8", "replace")} if licence else None,
@@ -171,7 +173,7 @@ def _repository(
     licence = source.get("licence_file")
     if licence and licence["name"] not in files:
         files[licence["name"]] = Payload.of(licence["text"].encode())
-    facts = {key: source.get(key) for key in ("base_model", "revision", "card")}
+    facts = {key: source.get(key) for key in ("base_model", "revision", "chat", "card")}
     parallel = [sizes for name, sizes in (source.get("tensor_parallel") or {}).items() if name in manifest["artifacts"]]
     if parallel:  # a folder holds one such artifact
         facts["tensor_parallel"] = parallel[0]

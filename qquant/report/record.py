@@ -338,7 +338,7 @@ def fallback_note(fallbacks: Sequence[str]) -> list[str]:
 
 def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader should know about the solve: fallbacks, raised damping, dead channels, too few tokens, range."""
-    found = []
+    found = _too_few_tokens([layer for layer in layers if _above(layer.get("inputs"), layer.get("tokens"))])
     for layer in layers:
         name = layer["name"]
         if layer.get("fallback"):
@@ -347,10 +347,6 @@ def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(f"{name}: {layer['dead']} input channels were always zero during calibration")
         if _above(layer.get("damping"), layer.get("damping_asked")):
             found.append(f"{name}: damping was raised from {layer['damping_asked']:g} to {layer['damping']:g}")
-        if _above(layer.get("inputs"), layer.get("tokens")):
-            found.append(
-                f"{name}: {layer['tokens']} calibration tokens for {layer['inputs']} inputs; give more samples"
-            )
         if _above(layer.get("largest"), FLOAT16):
             found.append(
                 f"{name}: inputs up to {layer['largest']:.3g} do not fit float16 ({FLOAT16}); run it in bfloat16"
@@ -358,6 +354,15 @@ def warnings_of(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         if layer.get("float32_samples"):
             found.append(f"{name}: {layer['float32_samples']} samples overflowed and were computed in float32")
     return found
+
+
+def _too_few_tokens(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for all of these linears; empty where there is none."""
+    if not layers:
+        return []
+    tokens, inputs = min(layer["tokens"] for layer in layers), max(layer["inputs"] for layer in layers)
+    which = layers[0]["name"] if len(layers) == 1 else f"{len(layers)} linears, {layers[0]['name']} first"
+    return [f"{which}: {tokens} calibration tokens for {inputs} inputs; give more samples"]
 
 
 def _above(value: Any, limit: Any) -> bool:

@@ -23,7 +23,7 @@ from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.source import safetensors_file, vocabulary
 from qquant.source.adapter import Adapter
-from qquant.source.hub import resolve
+from qquant.source.hub import require_model_folder, resolve
 from qquant.source.safetensors_file import TensorInfo
 from qquant.source.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
 from qquant.source.vocabulary import Vocabulary
@@ -47,6 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it, or another config beside it, is malformed, or asks to run code.
     """
+    require_model_folder(path)
     for name in CONFIGS:
         if os.path.lexists(path / name):
             refuse_hooks(read_json(path / name), str(path / name))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qquant.errors import EnvironmentMissingError, UsageError
+from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.recipe.page import Page, Reader
 from qquant.resources import data_dir
 
@@ -32,6 +32,8 @@ def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | No
         return folder, None
     if Path(reference).is_dir():
         return Path(reference), None
+    if Path(reference).is_file():
+        raise UsageError(f"{reference}: is a file; a checkpoint is the folder of the 16-bit model, or a hub id")
     if not HUB_ID.match(reference) or reference.startswith((".", "/")):
         raise UsageError(f"{reference}: not a folder, and not a hub id of the form ORGANISATION/NAME")
     return _download(reference, revision)
@@ -48,11 +50,34 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
         folder = huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES)
     except errors.HFValidationError as error:
         raise UsageError(f"{repo}: {error}") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, transport_error()) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentMissingError(
-            f"{repo}: cannot be fetched from the hub ({error}). Give a local folder instead"
+            f"{repo}: cannot be fetched from the hub ({reason}). Give a local folder instead"
         ) from None
     return Path(folder), commit
+
+
+def transport_error() -> type[Exception]:
+    """What the hub's client raises when a request fails, HTTP statuses among them; which library is below depends on its version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: type[Exception] = HfHubHTTPError.__mro__[1]
+    return found
+
+
+def require_model_folder(path: Path) -> None:
+    """Raise InputError, with what to name instead, for a folder that holds models but is none: of GGUF files, or of artifacts."""
+    if (path / "config.json").exists() or not path.is_dir():
+        return
+    models = sorted(file.name for file in path.glob("*.gguf"))
+    folders = sorted(f"{file.parent.name}/" for file in path.glob("*/config.json"))
+    folders += sorted(f"{file.parent.name}/{file.name}" for file in path.glob("*/*.gguf"))
+    for found in (models, folders):
+        if found:
+            more = f", and {len(found) - 6} more" if len(found) > 6 else ""
+            raise InputError(f"{path}: holds {', '.join(found[:6])}{more}; name one, e.g. {path / found[0]}")
+    raise InputError(f"{path}: has no config.json, so it is no model folder. Copy it from the original checkpoint")
 
 
 def card_head(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
                 facts[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             manifest["artifacts"][name] = {
                 "key": "0", "format": "gguf" if "GGUF" in repo else "gptq", "files": facts, "layers": [],
-                "recipe": {"name": "test", "artifacts": []}, "inputs": {"checkpoint": "c0ffee", "qquant": "0.1.0"},
+                "recipe": {"name": "test", "artifacts": [], "calibration": {"sources": [{"kind": "chat"}]}}, "inputs": {"checkpoint": "c0ffee", "qquant": "0.1.0"},
             }  # fmt: skip
             rows.append(
                 {

@@ -7,13 +7,17 @@ statuses are final. Nothing that is printed holds a token or the signature of an
 from __future__ import annotations
 
 import re
+import socket
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from qquant.errors import PublishError, QQuantError
 from qquant.release.hub.request import Say
+from qquant.source.hub import transport_error
 
 ATTEMPTS = 8
 LONGEST_WAIT = 60.0  # seconds, unless the server asks for more
@@ -47,12 +51,7 @@ def repeated(what: str, step: Callable[[], Result], say: Say, sleep: Callable[[f
 
 def failures() -> tuple[type[BaseException], ...]:
     """What the client raises when a request fails: HTTP statuses, transport errors, and its own wrapper of both."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transport = HfHubHTTPError.__mro__[
-        1
-    ]  # the HTTP library's base error; which library depends on the client's version
-    return (transport, OSError, RuntimeError)
+    return (transport_error(), OSError, RuntimeError)
 
 
 def pause(error: BaseException | None, attempt: int) -> float | None:
@@ -68,6 +67,25 @@ def pause(error: BaseException | None, attempt: int) -> float | None:
     reset = re.search(r"\bt\s*=\s*(\d+)", response.headers.get("RateLimit", ""))
     after = reset[1] if reset else response.headers.get("Retry-After", "")
     return float(after) + 1 if after.isdigit() else min(LONGEST_WAIT, 2.0**attempt)
+
+
+def require_name(endpoint: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Raise PublishError after three tries if the name of a hub does not resolve; its client would go on trying for minutes.
+
+    Where a proxy is set, names are its business.
+    """
+    host = urllib.parse.urlsplit(endpoint).hostname
+    if host is None or urllib.request.getproxies():
+        return
+    for wait in (1.0, 1.0, 0.0):
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            sleep(wait)
+        else:
+            return
+    raise PublishError(f"{host}: {reason}; is there a network, and is --endpoint right? Nothing was sent")
 
 
 def clean(text: str) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from qquant.artifact.manifest import named_files, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError
-from qquant.release.hub.failures import Result, repeated, reported
+from qquant.release.hub.failures import Result, repeated, reported, require_name
 from qquant.release.hub.request import Published, Request, Say
 from qquant.release.hub.trees import lacking, operations
 from qquant.release.repository import Repository
@@ -63,7 +63,9 @@ class HuggingFace:
         from huggingface_hub.utils.logging import set_verbosity
 
         set_verbosity(logging.ERROR)  # its warnings show upload addresses, which are signed
-        return cls(HfApi(endpoint), say)
+        api = HfApi(endpoint)
+        require_name(api.endpoint)
+        return cls(api, say)
 
     def publish(self, repositories: Sequence[Repository], request: Request) -> list[Published]:
         """See `Destination`."""

@@ -1,0 +1,127 @@
+"""What the texts of a recipe give, before any work: whether the user's files are there, and where they hold less than was asked for.
+
+Files of the user up to READ bytes are read and tokenized; of larger ones, and of what is bundled, only the size is compared: a byte-level
+tokenizer makes at most one token of a byte. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qquant import calibration
+from qquant.calibration import Tokenizer
+from qquant.calibration.sources import corpora, heldout_texts
+from qquant.errors import InputError
+from qquant.recipe import Calibration, Checks, Recipe, Source
+
+READ = 2 << 20  # bytes of a user's file that are tokenized while planning
+PACKED = (".gz", ".parquet", ".zst")  # files whose size says nothing of their text
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What was found: windows of the held-out text (None: not counted), and what a user should know."""
+
+    windows: int | None
+    warnings: tuple[str, ...] = ()
+
+
+NOT_COUNTED = Texts(None)
+
+
+def examine(recipe: Recipe, folder: Path) -> Texts:
+    """What the recipe's texts give with the tokenizer in `folder`.
+
+    Raises:
+        InputError: a file of the recipe is not there, or cannot be read as what the recipe says.
+    """
+    for source in recipe.calibration.sources:
+        _require_file(source.path, "calibration.sources")
+    for text in (recipe.checks.text, *recipe.checks.texts):
+        _require_file(None if text.startswith("bundled:") else text, "checks")
+    template = _template(recipe.calibration, folder)
+    windows, short = _windows(recipe.checks, folder)
+    return Texts(windows, (*template, *_calibration(recipe.calibration, folder), *short))
+
+
+def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:
+    """One line where a calibration gives fewer samples than were asked for; chats shorter than `length` alone are none."""
+    if samples >= asked.samples:
+        return ()
+    wanted = asked.samples * asked.length
+    given = f"{samples:,} of {asked.samples:,} samples, {tokens:,} of {wanted:,} tokens"
+    why = "the texts have no more, and nothing is repeated. Give more text, or lower calibration.samples"
+    return (f"calibration: {given}: {why}",)
+
+
+def _require_file(path: str | None, key: str) -> None:
+    if path is not None and not Path(path).is_file():
+        raise InputError(
+            f"{path}: not found, and {key} of the recipe names it; relative paths start in the working directory"
+        )
+
+
+def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
+    """What is wrong with the chat template: chats cannot calibrate then, and `run` would not know where an answer ends."""
+    tokenizer = Tokenizer.open(folder)
+    if tokenizer.template is None:
+        return ()
+    try:
+        _ = tokenizer.end_of_turn
+    except InputError as error:
+        chats = any(source.kind == "chat" for source in asked.sources)
+        what = (
+            "the build will refuse to calibrate on chats"
+            if chats
+            else "`qquant run` will refuse chats, and GGUF files get no template for Ollama"
+        )
+        return (f"{what}: {error}",)
+    return ()
+
+
+def _bytes(text: str | None, bundled: str | None) -> int | None:
+    """Bytes of a text, if they say how much text it is."""
+    if bundled is not None:
+        known = {**corpora(), **heldout_texts()}.get(bundled)
+        return known.size if known else None
+    if text is None or Path(text).suffix.lower() in PACKED:
+        return None
+    return Path(text).stat().st_size
+
+
+def _windows(checks: Checks, folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    name = checks.text
+    bundled = name.removeprefix("bundled:") if name.startswith("bundled:") else None
+    size = _bytes(name, bundled)
+    if size is None:
+        return None, ()
+    tokens = size
+    if bundled is None and size <= READ:
+        tokens = len(calibration.heldout(name, Tokenizer.open(folder))[0])
+    found = tokens // checks.length
+    if found == 0:
+        raise InputError(f"{name}: {tokens:,} tokens are less than one window of {checks.length}. Lower checks.length")
+    if found >= checks.windows:
+        return (found if bundled is None else None), ()
+    return found, (f"{name}: {found} of {checks.windows} windows of {checks.length} tokens: the text has no more",)
+
+
+def _calibration(asked: Calibration, folder: Path) -> tuple[str, ...]:
+    sizes = [_bytes(source.path, source.bundled) for source in asked.sources]
+    if any(size is None for size in sizes):
+        return ()
+    if all(_small(source, size) for source, size in zip(asked.sources, sizes, strict=True)):
+        try:
+            found = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
+        except InputError as error:
+            return (f"the build will refuse the calibration: {error}",)
+        return shortfall(len(found.tokens), sum(map(len, found.tokens)), asked)
+    total = sum(size or 0 for size in sizes)
+    if total >= asked.samples * asked.length:
+        return ()
+    return shortfall(min(asked.samples - 1, total // asked.length), total, asked)
+
+
+def _small(source: Source, size: int | None) -> bool:
+    return source.path is not None and (size or 0) <= READ

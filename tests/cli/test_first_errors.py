@@ -1,0 +1,236 @@
+"""What people meet first: no network, a missing folder, a narrow terminal, too little text, the wrong folder. One line each, before the work."""
+
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from qquant import recipe
+from qquant.checks.gate import judge
+from qquant.cli import cli, main
+from qquant.cli.tables import table_of
+from qquant.errors import EnvironmentMissingError, InputError, PublishError, UsageError
+from qquant.formats import detect
+from qquant.plan.plan import Plan
+from qquant.plan.texts import examine, shortfall
+from qquant.recipe import Gates
+from qquant.recipe.changes import Flags, changed
+from qquant.release.card import _chats
+from qquant.release.hub.failures import require_name
+from qquant.report.record import ArtifactReport, Report, Verdict, warnings_of
+from qquant.source.checkpoint import Checkpoint
+
+BASE = recipe.parse(
+    "version: 1\nname: small\ncalibration: {sources: [{bundled: books-en}], samples: 2, length: 32}\n"
+    "checks: {windows: 2, length: 32}\nartifacts: [{name: gptq, format: gptq, bits: 4, group_size: 32}]\n"
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+@pytest.fixture
+def no_names(monkeypatch):
+    """A machine whose resolver knows no name."""
+
+    def refuse(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_hub_id_without_a_network_is_one_line(no_names, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "Qwen/Qwen1.5-0.5B-not-in-a-cache", "--recipe", "demo"])
+    assert caught.value.code == EnvironmentMissingError.exit_code
+    error = capsys.readouterr().err
+    assert error.startswith("error: Qwen/Qwen1.5-0.5B-not-in-a-cache: cannot be fetched from the hub (")
+    assert error.count("\n") == 1
+    assert "Name or service not known" in error
+
+
+def test_a_hub_that_cannot_be_named_is_given_up_in_seconds(no_names):
+    pauses = []
+    with pytest.raises(PublishError, match="Name or service not known; is there a network"):
+        require_name("https://hub.example", pauses.append)
+    assert sum(pauses) <= 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "x.gguf", "--against", "y", "--junit", "{}/none/x.xml"],
+        ["check", "x.gguf", "--against", "y", "--out", "{}/file/out"],
+        ["report", "{}", "--html", "{}/none/x.html"],
+        ["perplexity", "x.gguf", "--against", "y", "--save-logits", "{}/none/x"],
+        ["build", "--recipe", "demo", "--out", "{}/out", "--junit", "{}/none/x.xml"],
+    ],
+)
+def test_outputs_are_looked_at_before_the_work(arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(*(argument.format(tmp_path) for argument in arguments))
+    assert done.exit_code == UsageError.exit_code
+    assert "there is no folder" in done.stderr or "is no folder that can be written to" in done.stderr
+
+
+# --- a narrow terminal --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_every_number_is_whole_at_any_width(width):
+    names = ("gptq-int4", "a-name-that-is-much-longer", "[bold]x[/]")
+    row = ArtifactReport("", "", 14_266_280, 5.1, 102.4, 1.0016, 0.00151, 0.1, 0.972, Verdict("inconclusive"))
+    report = Report("model", "recipe", 16, {}, 100.0, tuple(replace(row, name=name) for name in names))
+    screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    screen.print(table_of(report, width))
+    text = screen.export_text()
+    assert text.count("0.00151") == text.count("1.0016") == text.count("inconclusive") == len(names)
+    assert "…" not in text
+    assert "[bold]x[/]" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert ("14,266,280" in text) == (width == 140)
+
+
+# --- too little text ----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_that_runs_out_is_one_line(make_checkpoint, tmp_path):
+    folder, short = make_checkpoint(), tmp_path / "short.txt"
+    short.write_text("Ships and sailors. " * 40)
+    asked = changed(BASE, Flags(settings=(f"calibration.sources=[{{path: {short}}}]", "calibration.samples=500")))
+    (line,) = Plan.of(asked, Checkpoint.open(folder)).texts.warnings
+    assert line.startswith("calibration: ")
+    assert "of 500 samples" in line
+    assert "of 16,000 tokens" in line
+    assert shortfall(500, 16_000, asked.calibration) == ()
+    many = [{"name": f"w{i}", "inputs": 64 + i, "tokens": 31} for i in range(42)]
+    assert warnings_of(many) == ["42 linears, w0 first: 31 calibration tokens for 105 inputs; give more samples"]
+
+
+def test_a_check_text_is_counted_before_it_is_promised(make_checkpoint, tmp_path):
+    folder, short = make_checkpoint(), tmp_path / "held.txt"
+    short.write_text("Ships and sailors. " * 200)
+    asked = changed(BASE, Flags(settings=(f"checks.text={short}", "checks.windows=400", "checks.max_windows=800")))
+    plan = Plan.of(asked, Checkpoint.open(folder))
+    assert plan.looks == [plan.texts.windows]
+    assert 0 < plan.texts.windows < 400
+    assert plan.texts.warnings == (f"{short}: {plan.texts.windows} of 400 windows of 32 tokens: the text has no more",)
+    fewer, more = (changed(asked, Flags(settings=(f"checks.windows={n}",))) for n in (2, 4))
+    assert Plan.of(fewer, Checkpoint.open(folder)).reach("gptq")[0].detectable > (
+        Plan.of(more, Checkpoint.open(folder)).reach("gptq")[0].detectable
+    )
+
+
+@pytest.mark.parametrize("setting", ["calibration.sources=[{path: none.jsonl}]", "checks.text=none.txt"])
+def test_a_text_that_is_not_there_is_missed_by_plan(make_checkpoint, setting):
+    with pytest.raises(InputError, match="not found, and c"):
+        Plan.of(changed(BASE, Flags(settings=(setting,))), Checkpoint.open(make_checkpoint()))
+
+
+def test_a_template_that_run_refuses_is_told_by_plan(tokenizer_folder):
+    good = examine(BASE, tokenizer_folder()).warnings
+    assert good == ()
+    odd = tokenizer_folder("{% for m in messages %}[{{ m['role'] }}]: {{ m['content'] }}\n{% endfor %}")
+    (told,) = examine(BASE, odd).warnings
+    assert told.startswith("`qquant run` will refuse chats")
+    assert "ends an answer with" in told
+    chats = changed(BASE, Flags(settings=("calibration.sources=[{bundled: chat-en, kind: chat}]",)))
+    assert examine(chats, odd).warnings[0].startswith("the build will refuse to calibrate on chats")
+
+
+def test_float32_is_told_with_its_price(make_checkpoint):
+    narrow = Plan.of(BASE, Checkpoint.open(make_checkpoint("narrow")))
+    wide = Plan.of(BASE, Checkpoint.open(make_checkpoint("wide", dtype=torch.float32)))
+    assert not any("float32" in line for line in narrow.warnings)
+    (told,) = [line for line in wide.warnings if "float32" in line]
+    assert f"gptq has {wide.artifacts[0].bits_per_weight:.1f} bits per weight" in told
+    assert wide.artifacts[0].bits_per_weight > 1.5 * narrow.artifacts[0].bits_per_weight
+
+
+# --- the wrong folder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_models_names_them(tmp_path):
+    (tmp_path / "model-GGUF").mkdir()
+    for name in ("model-q4_0.gguf", "model-q8_0.gguf"):
+        (tmp_path / "model-GGUF" / name).write_bytes(b"GGUF")
+    (tmp_path / "model-AWQ").mkdir()
+    (tmp_path / "model-AWQ" / "config.json").write_text("{}")
+    for folder, found in (
+        (tmp_path / "model-GGUF", "holds model-q4_0.gguf, model-q8_0.gguf; name one, e.g. "),
+        (tmp_path, "holds model-AWQ/, model-GGUF/model-q4_0.gguf, model-GGUF/model-q8_0.gguf; name one"),
+    ):
+        for look in (detect, Checkpoint.open):
+            with pytest.raises(InputError, match=found):
+                look(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no config\.json, so it is no model folder"):
+        detect(tmp_path / "empty")
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="is a file; a checkpoint is the folder of the 16-bit model"):
+        Checkpoint.open(tmp_path / "m.gguf")
+
+
+# --- what decides, and what stays at home -------------------------------------------------------------------------------
+
+
+def test_an_undecided_gate_says_what_to_type():
+    noise = np.random.default_rng(0).standard_normal(40)
+    windows = 0.1 + 0.02 * (noise - noise.mean()) / noise.std(ddof=1)
+    means = {"nll": windows, "kl": windows, "top1": windows}
+    verdict = judge(Gates(kl_divergence=0.105), means)
+    (reason,) = verdict.reasons
+    assert verdict.outcome == "inconclusive"
+    assert "cannot be told" not in reason
+    count = int(reason.rpartition("--max-windows ")[2].partition(",")[0])
+    assert 40 < count < 400
+    many = np.tile(windows, -(-count // 40) * 2)
+    assert judge(Gates(kl_divergence=0.105), dict.fromkeys(means, many)).outcome == "pass", "twice as many do"
+    far = judge(Gates(kl_divergence=0.1 + 1e-7), means)
+    assert "too near the limit" in far.reasons[0]
+
+
+def test_folders_of_this_machine_stay_on_it(tmp_path):
+    settings = (
+        "checkpoint=/home/somebody/model", "calibration.sources=[{path: /home/somebody/chats.jsonl}]",
+        "checks.text=/home/somebody/held.txt", "checks.texts=[../other.txt, bundled:code-test]",
+        "artifacts.gptq.gates.regression_vs=/home/somebody/v1",
+    )  # fmt: skip
+    data = recipe.published(changed(BASE, Flags(settings=settings)))
+    assert "somebody" not in repr(data)
+    assert data["checkpoint"] == "model"
+    assert data["calibration"]["sources"][0]["path"] == "chats.jsonl"
+    assert (data["checks"]["text"], data["checks"]["texts"]) == ("held.txt", ["other.txt", "bundled:code-test"])
+    hub = changed(BASE, Flags(settings=("checkpoint=Qwen/Qwen1.5-0.5B",)))
+    assert recipe.published(hub)["checkpoint"] == "Qwen/Qwen1.5-0.5B"
+    assert recipe.published(BASE) == BASE.model_dump(mode="json")
+
+
+def test_a_card_chats_by_the_template_and_not_by_the_name():
+    def manifest(repository, chat=None, kind="text"):
+        entry = {"recipe": {"calibration": {"sources": [{"kind": kind}]}}}
+        return {"release": {"repository": repository, "chat": chat}, "artifacts": {"a": entry}}
+
+    assert _chats(manifest("support-assistant", chat=True))
+    assert not _chats(manifest("Tiny-Chat-base", chat=False))
+    assert _chats(manifest("support-assistant", kind="chat")), "of a build that did not note it"
+    assert not _chats(manifest("Tiny-Chat"))
+
+
+def test_no_torch_is_needed_to_be_told():
+    code = "import sys; from qquant.cli import main\ntry: main(['plan', '--recipe', 'demo', '--set', 'calibration.samples=4'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
