@@ -25,6 +25,7 @@ from qquant.errors import (
     UsageError,
 )
 from qquant.families import FAMILIES, decoder
+from qquant.families.forward import StageInput
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
@@ -256,7 +257,7 @@ def test_seconds_stand_beside_the_report_and_in_no_artifact(make_checkpoint, bui
 
 def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
     """Else its activations stay in memory: Python up to 3.12.3 keeps what a closed generator held."""
-    ways = [iter([("down", torch.ones(1)), ("", torch.zeros(1))]) for _ in range(2)]
+    ways = [iter([StageInput("down", torch.ones(1)), StageInput("", torch.zeros(1))]) for _ in range(2)]
     held = _passage(ways[0])
     known = weakref.ref(held)
     passes = {7: [held, _passage(ways[1])]}
@@ -289,11 +290,14 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
         torch.randn(*shape, generator=generator) for shape in ((5, 8), (40, 8), (40, 8), (40, 5), (40, 5))
     )
     own = x + 0.3 * own
-    stage = FAMILIES["qwen2"].stages[1]
+    stage = FAMILIES["qwen2"].stage("o")
     weights = {f"{stage.linears[0]}.weight": weight}
     view = blocks.View(None, 0, weights, torch.float32, None)
-    inputs = [(0, x[:25], own[:25]), (1, x[25:], own[25:])]
-    gram, targets = propagate._targets(view, stage, weights, inputs, [(r[:25], q[:25]), (r[25:], q[25:])])
+    inputs = [
+        propagate.Inputs(place, StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
+        for place, part in enumerate((slice(0, 25), slice(25, None)))
+    ]
+    gram, targets = propagate._targets(view, stage, weights, inputs)
     found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
     ridge = (propagate.RIDGE * gram.matrix.diagonal().mean()).sqrt()

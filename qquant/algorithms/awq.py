@@ -95,9 +95,9 @@ def awq(
     """
     new = Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
     for pair in family.scale_pairs:
-        stage = next(stage for stage in family.stages if stage.name == pair.stage)
+        stage = family.stage(pair.stage)
         tie = Tie(1, 1, len(grams[stage.name].absolute))
-        if pair.producer == family.stages[0].linears[-1]:
+        if pair.tied_over_query_heads:
             tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
         linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
         scale, choice = _search(stage, linears, grams[stage.name], (grid_for, rounding), ratios, tie)

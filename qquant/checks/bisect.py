@@ -94,9 +94,9 @@ class Search:
 def parts(source: WeightSource) -> list[Part]:
     """Every stage of every block, in order. AWQ's folded scales keep a block's stages together."""
     family, config = source.family, source.config
-    shapes = family.linear_shapes(config)
     found = []
     for layer in range(config.layers):
+        shapes = family.linear_shapes(config, layer)
         prefix = family.block.format(layer)
         for stage in family.stages:
             weights = tuple(f"{prefix}{linear}.weight" for linear in stage.linears)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qquant.families.decoder import rms_norm, rotary, rotate
+from qquant.families.decoder import rms_norm, rms_norm_heads, rotary, rotate
+from qquant.families.forward import through
 from qquant.families.weights import WeightSource
 
 FEW = 2  # rows up to which a float16 product on the CPU is torch's
@@ -72,27 +73,44 @@ class Decoder:
         cache.place(ids.shape[1])
         x = self.weights[family.embedding][ids.to(self.device)]
         for layer in range(config.layers):
-            x = self._block(family.block.format(layer), x, cache, layer)
+            x = through(family.forward(_Cached(self, cache, layer), x))
         h = rms_norm(x[:, -kept:], self.weights[family.final_norm], config.epsilon)
-        return self._linear(h, self.weights[family.embedding if config.tied else family.head]).float()
+        return self.product(h, self.weights[family.embedding if config.tied else family.head]).float()
 
-    def _block(self, prefix: str, x: Tensor, cache: _Cache, layer: int) -> Tensor:
-        family, epsilon, weights = self.family, self.config.epsilon, self.weights
-        attention, output, gate_up, down = ([prefix + name for name in stage.linears] for stage in family.stages)
-        h = rms_norm(x, weights[prefix + family.attention_norm], epsilon)
-        mixed = cache.attend(layer, *(self._named(name, h) for name in attention))
-        x = x + self._named(output[0], mixed)
-        h = rms_norm(x, weights[prefix + family.mlp_norm], epsilon)
-        gate, up = (self._named(name, h) for name in gate_up)
-        return x + self._named(down[0], F.silu(gate) * up)
-
-    def _named(self, name: str, x: Tensor) -> Tensor:
-        return self._linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product with W', plus b, of x [B, T, in]."""
         if x.dtype != torch.float16 or x.device.type != "cpu" or x.shape[0] * x.shape[1] <= FEW:
             return F.linear(x, weight, bias)
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+class _Cached:
+    """The operators of one block on [B, T, features], with the cache."""
+
+    def __init__(self, model: Decoder, cache: _Cache, layer: int) -> None:
+        self.model, self.cache, self.layer = model, cache, layer
+        self.prefix, self.epsilon = model.family.block.format(layer), model.config.epsilon
+
+    def normed(self, stage: str, x: Tensor) -> Tensor:
+        return rms_norm(x, self.model.weights[self.prefix + self.model.family.stage(stage).norm], self.epsilon)
+
+    def apply(self, stage: str, x: Tensor) -> list[Tensor]:
+        weights, names = self.model.weights, [self.prefix + name for name in self.model.family.stage(stage).linears]
+        return [self.model.product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
+
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        return rms_norm_heads(x, self.model.weights[self.prefix + name], self.epsilon)
+
+    def attend(self, heads: Sequence[Tensor]) -> Tensor:
+        query, key, value = heads
+        return self.cache.attend(self.layer, query, key, value)
+
+    def gated(self, pair: Sequence[Tensor]) -> Tensor:
+        gate, up = pair
+        return F.silu(gate) * up
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
 
 
 class _Cache:

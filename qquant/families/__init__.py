@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qquant.errors import InputError
-from qquant.families.family import Family, ModelConfig, ScalePair, Shape, Stage, parse_config, require_bounds
+from qquant.families.config import ModelConfig, require_bounds
+from qquant.families.family import Family, Linear, ScalePair, Shape, Stage, Vector
 from qquant.families.qwen2 import QWEN2
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
@@ -14,10 +15,12 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
 __all__ = [
     "FAMILIES",
     "Family",
+    "Linear",
     "ModelConfig",
     "ScalePair",
     "Shape",
     "Stage",
+    "Vector",
     "family_of",
     "parse_config",
     "require_bounds",
@@ -38,3 +41,8 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     if not isinstance(architectures, list) or family.architecture not in architectures:
         raise InputError(f"{where}: architectures is {str(architectures)[:80]}; expected {family.architecture!r}")
     return family
+
+
+def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
+    """The numbers of a `config.json` mapping, as its family reads them. Raises InputError as `family_of` and `Family.parse` do."""
+    return family_of(raw, where).parse(raw, where)

@@ -1,22 +1,24 @@
-"""The forward pass of one Qwen2 decoder block, stage by stage, and the output head in slices.
+"""A decoder block of any family, stage by stage, and the output head in slices.
 
-    h = norm1(x);  q,k,v = h Wq'+bq, h Wk'+bk, h Wv'+bv;  a = softmax(rope(q) rope(k)' / sqrt(d), causal) v;  x = x + a Wo'
-    h = norm2(x);  m = silu(h Wg') * (h Wu');  x = x + m Wd'
+    norm       x / sqrt(mean x^2 + epsilon) * weight
+    attend     softmax(rope(q) rope(k)' / sqrt(d), causal) v
+    gated      silu(gate) * up
 
-Follows the arithmetic of transformers' Qwen2 (norms and rotary tables in float32, the rest in the dtype of the activations),
-so that logits agree. One sequence at a time: no padding, no batch-dependent kernels, the same bits whatever the batch size.
+The order of these is the family's (`families.forward`). Follows the arithmetic of transformers' models (norms and rotary tables in
+float32, the rest in the dtype of the activations), so that logits agree. One sequence at a time: no padding, no batch-dependent kernels, the same bits whatever the batch size.
 Left out: KV cache, sliding windows, dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qquant.families import Family, ModelConfig
+from qquant.families.forward import StageInput
 from qquant.families.weights import WeightSource
 
 Observer = Callable[[str, Tensor], None]
@@ -28,6 +30,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(x.dtype)
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`rms_norm` over each head of x [..., heads * d], weight [d]."""
+    return rms_norm(x.unflatten(-1, (-1, len(weight))), weight, epsilon).flatten(-2)
 
 
 def rotary(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -46,7 +53,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class Block:
-    """One decoder block with its weights in the dtype of the activations."""
+    """One decoder block with its weights in the dtype of the activations: `Operators` on one sequence [T, features] at a time."""
 
     def __init__(self, family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.family = family
@@ -62,50 +69,53 @@ class Block:
         """Apply linear `name` (e.g. "mlp.up_proj") to x [..., in]."""
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
-    def attend(self, h: Tensor) -> Tensor:
-        """Causal self-attention over one sequence h [T, hidden] -> [T, heads * head_dim], before the output projection."""
-        config = self.config
-        query, key, value = (
-            self.linear(name, h).view(len(h), -1, config.head_dim).transpose(0, 1)
-            for name in self.family.stages[0].linears
-        )
-        cosine, sine = rotary(config, len(h), h.device, h.dtype)
+    def normed(self, stage: str, x: Tensor) -> Tensor:
+        """The residual stream x [T, hidden] through the norm before `stage`."""
+        return rms_norm(x, self.weights[self.family.stage(stage).norm], self.config.epsilon)
+
+    def apply(self, stage: str, x: Tensor) -> list[Tensor]:
+        """What each linear of `stage` makes of x."""
+        return [self.linear(name, x) for name in self.family.stage(stage).linears]
+
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        """Each head of x [T, heads * head_dim] through the norm whose weight is vector `name`."""
+        return rms_norm_heads(x, self.weights[name], self.config.epsilon)
+
+    def attend(self, heads: Sequence[Tensor]) -> Tensor:
+        """Causal self-attention over one sequence of queries, keys and values -> [T, heads * head_dim]."""
+        config, length = self.config, len(heads[0])
+        query, key, value = (x.view(length, -1, config.head_dim).transpose(0, 1) for x in heads)
+        del heads
+        cosine, sine = rotary(config, length, query.device, query.dtype)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         groups = config.heads // config.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
         mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0]
-        return mixed.transpose(0, 1).reshape(len(h), -1)
+        return mixed.transpose(0, 1).reshape(length, -1)
 
-    def activate(self, h: Tensor) -> Tensor:
-        """silu(gate) * up, the input of the down projection."""
-        gate, up = self.family.stages[2].linears
-        return F.silu(self.linear(gate, h)) * self.linear(up, h)
+    def gated(self, pair: Sequence[Tensor]) -> Tensor:
+        """silu(first) * second."""
+        gate, up = pair
+        return F.silu(gate) * up
 
-    def stages(self, x: Tensor) -> Generator[tuple[str, Tensor], None, None]:
-        """Yield (stage, its input) in order for one sequence x [T, hidden], last ("", output of the block).
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum, in a new tensor."""
+        return x + y
+
+    def stages(self, x: Tensor) -> Generator[StageInput[Tensor], None, None]:
+        """Yield every stage with its input in order for one sequence x [T, hidden], last ("", output of the block).
 
         The weights of a stage are read only after its input was yielded, so a caller may replace them in between.
         """
-        family, epsilon = self.family, self.config.epsilon
-        attention, output, gate_up, down = family.stages
-        h = rms_norm(x, self.weights[family.attention_norm], epsilon)
-        yield attention.name, h
-        a = self.attend(h)
-        del h  # many samples may wait here at once
-        yield output.name, a
-        x = x + self.linear(output.linears[0], a)
-        del a
-        h = rms_norm(x, self.weights[family.mlp_norm], epsilon)
-        yield gate_up.name, h
-        m = self.activate(h)
-        del h
-        yield down.name, m
-        yield "", x + self.linear(down.linears[0], m)
+        passage = self.family.forward(self, x)
+        del x  # the family lets go of it
+        output = yield from passage
+        yield StageInput("", output)
 
     def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
         """Output [T, hidden] of the block; `observe(stage, input)` sees the input of every stage."""
-        for stage, value in self.stages(x):
+        for stage, value, _ in self.stages(x):
             if stage and observe:
                 observe(stage, value)
         return value

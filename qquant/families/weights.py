@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from qquant.families.family import Family, ModelConfig
+from qquant.families.config import ModelConfig
+from qquant.families.family import Family
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -114,10 +114,11 @@ class ModelFolder(ABC, Generic[Spec]):
         """
         own = self._own(spec)
         family, layout = checkpoint.family, self.layout(own)
-        linears = family.linear_shapes(checkpoint.config)
-        for linear, matrix in linears.items():
+        linears = family.matrices(checkpoint.config)
+        for weight, matrix in linears.items():
             problem = layout.problems(matrix)
             if problem:
+                linear = family.inside(weight).removesuffix(".weight")
                 fitting = [str(size) for size in GROUPS if self._fits(own, size, linears)]
                 remedy = (
                     f"Give it group_size: {' or '.join(fitting)}" if fitting else "No group_size fits: pad the model"
@@ -125,10 +126,9 @@ class ModelFolder(ABC, Generic[Spec]):
                 raise InputError(f"artifact {spec.name}: {linear} {problem}. {remedy}")
         entries: list[Entry] = []
         kinds: dict[str, Stored] = {}
-        quantized = {f"{linear}.weight" for linear in linears}
         for tensor, shape in family.shapes(checkpoint.config).items():
             module, _ = tensor.rsplit(".", 1)
-            if any(tensor.endswith("." + linear) for linear in quantized):
+            if tensor in linears:
                 entries += [
                     (f"{module}.{suffix}", dtype, stored)
                     for suffix, dtype, stored in layout.entries((shape[0], shape[1]))

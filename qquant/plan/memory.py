@@ -21,17 +21,16 @@ ROWS = 2048  # as in `qquant.solve.curvature`, which needs torch
 def build_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Bytes at the peak of a build."""
     config, family = checkpoint.config, checkpoint.family
-    shapes = family.linear_shapes(config)
+    layers = range(config.layers)
+    shapes = family.matrices(config)
     widest = max(columns for _, columns in shapes.values())
-    inputs = [shapes[stage.linears[0]][1] for stage in family.stages]
-    block = sum(math.prod(shape) for shape in shapes.values())
-    tallest = max(
-        sum(shapes[linear][0] for linear in stage.linears) * shapes[stage.linears[0]][1] for stage in family.stages
-    )
+    grams = max(sum(columns * columns for columns in family.inputs(config, layer).values()) for layer in layers)
+    block = max(sum(map(math.prod, family.linear_shapes(config, layer).values())) for layer in layers)
+    tallest = max(family.stage_parameters(config, layer, stage) for layer in layers for stage in family.stages)
     tokens = recipe.calibration.samples * recipe.calibration.length
     stream = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
     sample = recipe.calibration.length * config.intermediate * 4 * 4
-    solve = 4 * (sum(columns * columns for columns in inputs) + 4 * widest * widest + 6 * tallest)
+    solve = 4 * (grams + 4 * widest * widest + 6 * tallest)
     rows = 8 * max(count * min(count, ROWS) for count, _ in shapes.values())
     if recipe.calibration.objective != "kl":
         rows = 0
@@ -51,6 +50,9 @@ def scratch_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     config = checkpoint.config
     calibration = recipe.calibration
     tokens = max(calibration.length, min(calibration.curvature_tokens, calibration.samples * calibration.length))
-    rows = sum(2 * count * min(count, ROWS) for count, _ in checkpoint.family.linear_shapes(config).values())
+    rows = max(
+        sum(2 * count * min(count, ROWS) for count, _ in checkpoint.family.linear_shapes(config, layer).values())
+        for layer in range(config.layers)
+    )
     states = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
     return config.layers * (max(states, rows) + 16 * tokens) + rows

@@ -72,7 +72,7 @@ class Plan:
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
         parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
         tokens = recipe.calibration.samples * recipe.calibration.length
-        inputs = max(columns for _, columns in checkpoint.family.linear_shapes(checkpoint.config).values())
+        inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
         memory = build_memory(recipe, checkpoint)
         texts = examine(recipe, checkpoint.path)
         wide = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")

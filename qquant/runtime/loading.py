@@ -69,10 +69,10 @@ def load(
 
 def _fill(model: nn.Module, source: WeightSource, layer: int, loader: Loader) -> None:
     family, prefix = source.family, source.family.block.format(layer)
-    for norm in (family.attention_norm, family.mlp_norm):
-        module = model.get_submodule(prefix + norm.removesuffix(".weight"))
-        module.weight = nn.Parameter(loader.vector(prefix + norm), requires_grad=False)
-    shapes = family.linear_shapes(source.config)
+    shapes = family.linear_shapes(source.config, layer)
+    for name in family.vectors:
+        module = model.get_submodule(prefix + name.removesuffix(".weight"))
+        module.weight = nn.Parameter(loader.vector(prefix + name), requires_grad=False)
     found = linears(source, layer, loader.device, loader.dtype)
     for stage in family.stages:
         modules = found[stage.name]

@@ -153,7 +153,7 @@ def _given(value: Any) -> Any:
 def linears(source: WeightSource, layer: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[Linear]]:
     """The linears of a block by stage, fused where they go together."""
     loader, family = Loader(source, device, dtype), source.family
-    shapes, prefix = family.linear_shapes(source.config), family.block.format(layer)
+    shapes, prefix = family.linear_shapes(source.config, layer), family.block.format(layer)
     return {
         stage.name: loader.fused([prefix + name for name in stage.linears], [shapes[name] for name in stage.linears])
         for stage in family.stages

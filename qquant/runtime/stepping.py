@@ -3,41 +3,36 @@
     extend(parts, starts)   all tokens of a prompt at once, or of the rest of it, into the cache of keys and values
     advance()               logits after one token of every sequence; tokens and positions stay on the device, so a graph can hold it
 
-The arithmetic is that of `qquant.families.decoder`, with what stands between the products fused (`qquant.kernels.between`). On CUDA `capture`
-records a step, or a prefill, as one graph: launches from Python take longer than the kernels. Sequences of a batch need not be of one
+The order of the steps is the family's, the arithmetic that of `qquant.families.decoder`, with what stands between the products fused
+(`qquant.runtime.fused`). On CUDA `capture` records a step, or a prefill, as one graph: launches from Python take longer than the kernels. Sequences of a batch need not be of one
 length: each fills its row of the cache from the left, so there is no padding.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from qquant.families import ModelConfig
+from qquant.families import Family, ModelConfig
+from qquant.families.forward import through
 from qquant.families.weights import WeightSource
-from qquant.kernels.between import add_norm, attend, gate, rotate
+from qquant.kernels.between import add_norm, attend, rotate
 from qquant.runtime import linears, parts
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The weights of one block."""
-
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    linears: Mapping[str, nn.Module | Sequence[nn.Module]]  # by stage: one fused, or several side by side
+from qquant.runtime.fused import Fused, Layer, Sum
 
 
 @dataclass(frozen=True)
 class Weights:
     """Everything that a step reads."""
 
+    family: Family
     layers: tuple[Layer, ...]
     embedding: nn.Module
     final_norm: Tensor
@@ -76,25 +71,23 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
     family, config = source.family, source.config
     layers = []
     for index in range(config.layers):
-        prefix = family.block.format(index)
-        first, second = (
-            source.tensor(prefix + norm).to(device, dtype) for norm in (family.attention_norm, family.mlp_norm)
-        )
+        loader, prefix = parts.Loader(source, device, dtype), family.block.format(index)
+        shapes = family.linear_shapes(config, index)
         stages = parts.linears(source, index, device, dtype)
-        found = {name: modules[0] if len(modules) == 1 else modules for name, modules in stages.items()}
-        layers.append(Layer(first, second, found))
+        layers.append(
+            Layer(
+                norms={stage.name: loader.vector(prefix + stage.norm) for stage in family.stages if stage.norm},
+                linears={name: modules[0] if len(modules) == 1 else modules for name, modules in stages.items()},
+                widths={stage.name: [shapes[linear][0] for linear in stage.linears] for stage in family.stages},
+                vectors={v.name: loader.vector(prefix + v.name) for stage in family.stages for v in stage.vectors},
+            )
+        )
     embedding, head = parts.ends(source, device, dtype)
-    return Weights(tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
+    return Weights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
 def _counted(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, dtype=torch.int32, device=device)
-
-
-def _apply(linear: nn.Module | Sequence[nn.Module], x: Tensor) -> Tensor:
-    if isinstance(linear, nn.Module):
-        return linear(x)
-    return torch.cat([part(x) for part in linear], dim=-1)
 
 
 class Stepper:
@@ -130,15 +123,13 @@ class Stepper:
 
     def _forward(self, ids: Tensor, rows: Tensor, places: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Normed hidden states [M, hidden] of tokens at `places` of `rows`; `mix(layer, q)` is the attention."""
-        x, y = self.weights.embedding(ids), None
-        epsilon = self.config.epsilon
+        forward, epsilon = self.weights.family.forward, self.config.epsilon
+        x = Sum(self.weights.embedding(ids))
         for index, layer in enumerate(self.weights.layers):
-            qkv, out, gate_up, down = layer.linears.values()
-            x, h = add_norm(x, y, layer.attention_norm, epsilon)
-            query = rotate(_apply(qkv, h), self.table, rows, places, self.keys[index], self.values[index])
-            x, h = add_norm(x, _apply(out, mix(index, query)), layer.mlp_norm, epsilon)
-            y = _apply(down, gate(_apply(gate_up, h)))
-        return add_norm(x, y, self.weights.final_norm, epsilon)[1]
+            cache = {"keys": self.keys[index], "values": self.values[index]}
+            turn = partial(rotate, table=self.table, rows=rows, places=places, **cache)
+            x = through(forward(Fused(layer, epsilon, turn, partial(mix, index)), x))
+        return add_norm(x.x, x.y, self.weights.final_norm, epsilon)[1]
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits [1, vocab] after ids int64 [T], which become the only sequence; the likeliest token is the next to read."""

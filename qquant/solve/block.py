@@ -47,9 +47,8 @@ class View:
 
     def grams(self, device: torch.device) -> dict[str, Gram]:
         """Empty accumulators, by stage."""
-        shapes = self.checkpoint.family.linear_shapes(narrow(self.checkpoint).config)
-        stages = self.checkpoint.family.stages
-        return {stage.name: Gram.zeros(shapes[stage.linears[0]][1], device) for stage in stages}
+        inputs = self.checkpoint.family.inputs(narrow(self.checkpoint).config, self.layer)
+        return {stage: Gram.zeros(columns, device) for stage, columns in inputs.items()}
 
     def rows(self, transformed: Transformed) -> Rows:
         """The curvature of every linear's rows after a transform; nothing where it was not measured."""

@@ -198,8 +198,8 @@ def measure(
 
 def head_share(family: Family, config: ModelConfig) -> int:
     """What the gradient of the head costs, in forward passes through a block; at least 1."""
-    block = sum(rows * columns for rows, columns in family.linear_shapes(config).values())
-    return max(1, round(HEAD * config.vocab * config.hidden / block))
+    blocks = sum(rows * columns for rows, columns in family.matrices(config).values())
+    return max(1, round(HEAD * config.vocab * config.hidden * config.layers / blocks))
 
 
 def _path(folder: Path, layer: int) -> Path:

@@ -39,10 +39,9 @@ class Layers:
     @classmethod
     def of(cls, source: Checkpoint, device: torch.device) -> Layers:
         """They are kept on the device if it has room for all of them, and if that pays there."""
-        block = SIZES[source.dtype] * sum(
-            rows * columns for rows, columns in source.family.linear_shapes(source.config).values()
-        )
-        keeps = threads_help(device) and source.config.layers * block <= KEEP * free_memory(device)
+        matrices = source.family.matrices(source.config).values()
+        blocks = SIZES[source.dtype] * sum(rows * columns for rows, columns in matrices)
+        keeps = threads_help(device) and blocks <= KEEP * free_memory(device)
         return cls(source, device, keeps=keeps)
 
     @contextmanager

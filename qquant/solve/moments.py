@@ -75,7 +75,7 @@ def require_fit(given: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
     """Raise InputError unless `given` has an entry of the right width for every linear of the checkpoint."""
     family = checkpoint.family
     for layer in range(checkpoint.config.layers):
-        for linear, (_, columns) in family.linear_shapes(checkpoint.config).items():
+        for linear, (_, columns) in family.linear_shapes(checkpoint.config, layer).items():
             name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")
             found = given.importance(name)
             if found is None or len(found) != columns:

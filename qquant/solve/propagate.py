@@ -12,8 +12,9 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +24,24 @@ from qquant.algorithms.grid import finite
 from qquant.artifact.draft import Draft
 from qquant.errors import NumericalError
 from qquant.families import Stage
+from qquant.families.forward import StageInput
 from qquant.kernels.product import tensor_cores
 from qquant.solve.block import View, transform
 from qquant.solve.moments import Moments
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import STATES, Stream
 
-Passage = Generator[tuple[str, Tensor], None, None]  # of a sample through a block
-Inputs = tuple[int, Tensor, Tensor]  # of a stage: place of the sample, without quantization, with it
+Passage = Generator[StageInput[Tensor], None, None]  # of a sample through a block
 SHARE = 0.7  # of the correction for errors before a linear
 RIDGE = 0.2  # of the mean of diag(H~)
+
+
+class Inputs(NamedTuple):
+    """What a sample brings to a stage: without quantization, and with it."""
+
+    place: int  # of the sample
+    exact: StageInput[Tensor]
+    own: StageInput[Tensor]
 
 
 def own_block(
@@ -83,29 +92,16 @@ def _propagated(
     exact = view.block(transformed.weights)
     own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
-    rest = [
-        (x.to(stream.device, view.dtype), y.to(stream.device, view.dtype))
-        for x, y in zip(before.values(), stream.hidden, strict=True)
-    ]
-    passes = {place: [exact.stages(x), own.stages(y)] for place, (x, y) in zip(before, rest, strict=True)}
-    _, output, _, down = family.stages
+    passes = {
+        place: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
+        for (place, x), y in zip(before.items(), stream.hidden, strict=True)
+    }
     for stage in family.stages:
-        inputs: Iterable[Inputs] = _inputs(passes, last=stage is down)
-        if stage is output:
-            inputs = list(inputs)
-        gram, targets = _targets(view, stage, transformed.weights, inputs, rest if stage in (output, down) else ())
-        if stage is down:
-            rest.clear()  # nothing in memory that the solver could use
+        gram, targets = _targets(view, stage, transformed.weights, _inputs(passes, last=stage is family.last))
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
         del gram, targets
-        if stage is output:
-            linear = stage.linears[0]
-            rest = [
-                (r + exact.linear(linear, x), q + own.linear(linear, y))
-                for (r, q), (_, x, y) in zip(rest, inputs, strict=True)
-            ]
-    hidden = [next(sample)[1].to(kept) for (sample,) in passes.values()]
+    hidden = [next(sample).x.to(kept) for (sample,) in passes.values()]
     if not all(finite(y) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
     if stream.relief >= STATES:
@@ -115,13 +111,11 @@ def _propagated(
 
 
 def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
-    """The next stage's inputs (x, x~) of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
+    """The next stage's inputs of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
     for place, both in passes.items():
         own = both[-1]
-        exact = next(both.pop(0) if last else both[0])[
-            1
-        ]  # closing is not enough: Python up to 3.12.3 keeps what a closed generator held
-        yield place, exact, next(own)[1]
+        # Closing is not enough: Python up to 3.12.3 keeps what a closed generator held.
+        yield Inputs(place, next(both.pop(0) if last else both[0]), next(own))
 
 
 def _targets(
@@ -129,11 +123,10 @@ def _targets(
     stage: Stage,
     weights: Mapping[str, Tensor],
     inputs: Iterable[Inputs],
-    rest: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[Gram, dict[str, Tensor]]:
     """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
     columns = weights[f"{stage.linears[0]}.weight"].shape[1]
-    gram, cross, missing = _drift(view, stage.name, columns, inputs, rest)
+    gram, cross, missing = _drift(view, stage.name, columns, inputs)
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
     with tensor_cores():
         lacking = {
@@ -146,22 +139,20 @@ def _targets(
     return gram, targets
 
 
-def _drift(
-    view: View, stage: str, columns: int, inputs: Iterable[Inputs], rest: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Gram, Tensor, Tensor | None]:
-    """H~, sum s (x - x~) x~' [K, K], and sum s (r - r~) x~' [N, K] of a stage, from its inputs (x, x~) and residuals (r, r~)."""
+def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tuple[Gram, Tensor, Tensor | None]:
+    """H~, sum s (x - x~) x~' [K, K], and where there is a residual r, sum s (r - r~) x~' [N, K]."""
     device = next(iter(view.weights.values())).device
     gram = Gram.zeros(columns, device)
     cross = torch.zeros_like(gram.matrix)
-    missing = torch.zeros(rest[0][0].shape[1], columns, device=device) if rest else None
-    for index, (place, x, y) in enumerate(inputs):
+    missing = None
+    for place, (_, x, r), (_, y, q) in inputs:
         view.add(gram, stage, y, place)
         wide = y.float()
         weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
         with tensor_cores():
             cross.addmm_((x.float() - wide).T, weighted)
-            if missing is not None:
-                r, q = rest[index]
+            if r is not None and q is not None:
+                missing = torch.zeros(r.shape[1], columns, device=device) if missing is None else missing
                 missing.addmm_((r.float() - q.float()).T, weighted)
     return gram, cross, missing
 

@@ -162,7 +162,7 @@ class Solver:
         self.format = FORMATS[draft.plan.format]
         self.layer = layer
         self.prefix = checkpoint.family.block.format(layer)
-        self.shapes = checkpoint.family.linear_shapes(checkpoint.config)  # as stored; solved without padding
+        self.shapes = checkpoint.family.linear_shapes(checkpoint.config, layer)  # as stored; solved without padding
         self.tensors: dict[str, Tensor] = {}
         self.record: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}  # by stage; of the whole block when it is written

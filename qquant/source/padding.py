@@ -50,31 +50,18 @@ class PaddedCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """The tensor with its zero rows or columns."""
-        return self._widen(name, super().tensor(name), 0)
+        return widened(super().tensor(name), self._shape(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the padded matrix."""
-        if name not in self._matrices(0):
-            return self._widen(name, super().rows(name, start, stop), stop - start)
-        real = super().rows(name, min(start, self.unpadded), min(stop, self.unpadded))
-        return torch.nn.functional.pad(real, (0, 0, 0, stop - start - len(real)))
+        here, shape = self._info(name).shape[0], self._shape(name)
+        real = super().rows(name, min(start, here), min(stop, here))
+        return widened(real, (max(0, min(stop, shape[0]) - start), *shape[1:]))
 
-    def _widen(self, name: str, value: Tensor, rows: int) -> Tensor:
-        missing = self.config.intermediate - self.unpadded
-        if name in self._matrices(1):
-            return torch.nn.functional.pad(value, (0, missing))
-        if name in self._matrices(0):
-            return torch.nn.functional.pad(value, (0, 0, 0, missing))
-        return value
-
-    def _matrices(self, axis: int) -> set[str]:
-        """Matrices of a block that are padded along `axis`, in every layer."""
-        linears = self.family.stages[2].linears if axis == 0 else self.family.stages[3].linears
-        return {
-            f"{self.family.block.format(layer)}{linear}.weight"
-            for layer in range(self.config.layers)
-            for linear in linears
-        }
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """With the padding."""
+        layer = self.family.layer_of(name)
+        return self._info(name).shape if layer is None else self.family.block_shapes(self.config, layer)[name]
 
 
 def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:

@@ -21,8 +21,8 @@ def observed(folder):
         weights[norm][::9] *= 12
     block = Block(checkpoint.family, checkpoint.config, weights, torch.float32)
     x = embed(checkpoint, torch.randint(0, 8192, (200,)), torch.float32)
-    shapes = checkpoint.family.linear_shapes(checkpoint.config)
-    grams = {stage.name: Gram.zeros(shapes[stage.linears[0]][1]) for stage in checkpoint.family.stages}
+    inputs = checkpoint.family.inputs(checkpoint.config, 0)
+    grams = {stage: Gram.zeros(columns) for stage, columns in inputs.items()}
     block.forward(x, lambda stage, value: grams[stage].add(value))
     return checkpoint, weights, block, x, grams
 
@@ -108,7 +108,7 @@ def test_the_scale_is_chosen_by_the_loss_of_what_will_be_written(make_checkpoint
     grid, rounding = UniformGrid(4, 32, symmetric=False, search="importance"), rounding_of(0.01)
     scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: grid, 10, rounding)
     choice = next(choice for choice in scaled.choices if choice.stage == "qkv")
-    stage = checkpoint.family.stages[0]
+    stage = checkpoint.family.stage("qkv")
     linears = {linear: weights[f"{linear}.weight"].float() for linear in stage.linears}
     gram, grids = grams["qkv"], dict.fromkeys(linears, grid)
     energy = sum(float((inputs["qkv"] @ w.T).square().sum()) for w in linears.values())

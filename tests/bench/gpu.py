@@ -168,9 +168,12 @@ def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
     """Weights of a whole model."""
     from torch import nn
 
+    from qquant.families import FAMILIES
     from qquant.runtime import linears
     from qquant.runtime.stepping import Layer, Weights
 
+    family = FAMILIES["qwen2"]
+    sizes = config.sizes(0)
     wide = (config.heads + 2 * config.kv_heads) * config.head_dim
     shapes = {
         "qkv": (wide, config.hidden),
@@ -181,16 +184,17 @@ def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
     norm = torch.ones(config.hidden, device=device, dtype=dtype)
     layers = tuple(
         Layer(
-            norm,
-            norm,
-            {name: random_linear(kind, *shape, device, dtype, name == "qkv") for name, shape in shapes.items()},
+            norms={stage.name: norm for stage in family.stages if stage.norm},
+            linears={name: random_linear(kind, *shape, device, dtype, name == "qkv") for name, shape in shapes.items()},
+            widths={stage.name: [sizes[row.out] for row in stage.rows] for stage in family.stages},
+            vectors={},
         )
         for _ in range(config.layers)
     )
     embedding = nn.Embedding(config.vocab, config.hidden, device=device, dtype=dtype)
     table = embedding.weight.data
     head = table if config.tied else torch.randn_like(table) * config.hidden**-0.5
-    return Weights(layers, embedding, norm, linears.DenseLinear(head, None, "bf16"))
+    return Weights(family, layers, embedding, norm, linears.DenseLinear(head, None, "bf16"))
 
 
 def moved(weights, device, dtype):
@@ -208,8 +212,7 @@ def moved(weights, device, dtype):
     layers = tuple(
         replace(
             layer,
-            attention_norm=layer.attention_norm.to(device, dtype),
-            mlp_norm=layer.mlp_norm.to(device, dtype),
+            norms={name: norm.to(device, dtype) for name, norm in layer.norms.items()},
             linears={name: module(linear) for name, linear in layer.linears.items()},
         )
         for layer in weights.layers

@@ -81,7 +81,7 @@ def test_headroom_is_the_largest_activation_of_a_block(pair):
     for layer, found in enumerate(peaks.of(0)):
         block, seen = source_block(source, layer, torch.float32), []
         for index, state in enumerate(states):
-            for _, value in block.stages(state):
+            for _, value, _ in block.stages(state):
                 seen.append(float(value.abs().max()))
             states[index] = value
         assert found == pytest.approx(max(seen), rel=1e-6)

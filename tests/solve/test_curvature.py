@@ -136,7 +136,7 @@ def test_the_factors_predict_which_errors_cost_kl_divergence(source, tmp_path):
     """Errors of one size in the directions that G calls dear and cheap: KL divergences in the proportion that the factors predict."""
     given = samples(4, 64)
     found = measure(source, given, tmp_path / "c", torch.float32, CPU, quiet).block(1, CPU)
-    stage = source.family.stages[1]
+    stage = source.family.stage("o")
     gram, inputs = Gram.zeros(source.config.hidden), {}
     rows = found.rows[stage.linears[0]][0]
     blocks = [source_block(source, layer, torch.float32) for layer in range(source.config.layers)]

@@ -1,0 +1,87 @@
+"""The numbers of config.json that shapes and the forward pass depend on, and what of them a model can have.
+
+A family reads its own `config.json` (`Family.parse`); one with more numbers extends `ModelConfig`, one whose blocks differ in width
+answers `sizes` by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qquant.errors import InputError
+
+NUMBER_LIMIT = 1e18
+COUNT_LIMITS = {
+    "hidden": 1 << 17, "intermediate": 1 << 20, "layers": 1024, "heads": 1024, "kv_heads": 1024, "head_dim": 4096, "vocab": 1 << 22,
+    "positions": 1 << 31,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every family has; `intermediate` is the widest MLP."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    epsilon: float
+    rope_theta: float
+    positions: int
+
+    def sizes(self, layer: int) -> Mapping[str, int]:
+        """The sizes of block `layer` by the names that a family's table uses: all query heads, all key-value heads, one head."""
+        del layer
+        return {
+            "hidden": self.hidden,
+            "heads": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "head": self.head_dim,
+            "intermediate": self.intermediate,
+        }
+
+
+def number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    """The positive int or float `raw[key]`.
+
+    Raises:
+        InputError: it is missing, of another type, not positive, or beyond `NUMBER_LIMIT`.
+    """
+    value: Any = raw.get(key)
+    good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not good or not 0 < value < NUMBER_LIMIT:  # NaN and infinity too
+        raise InputError(f"{where}: {key} must be a positive {kind.__name__}, got {repr(value)[:80]}")
+    return kind(value)
+
+
+def rope_theta(raw: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary frequencies, as transformers 4 or 5 writes it. Raises InputError for scaled frequencies."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{where}: rope_parameters must be a mapping, got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise InputError(
+            f"{where}: rope type {kind!r} is not supported; qquant knows 'default'. Remove the rope scaling"
+        )
+    source = rope if "rope_theta" in rope else raw
+    return float(number({"rope_theta": 10000.0, **source}, "rope_theta", float, where))
+
+
+def require_bounds(config: ModelConfig, where: str) -> ModelConfig:
+    """`config`, if its counts are whole and such as a model can have.
+
+    Raises:
+        InputError: a count is not whole, or so large that walking through it would take forever.
+    """
+    for name, limit in COUNT_LIMITS.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value > limit:
+            raise InputError(f"{where}: {name} is {value}; qquant takes whole numbers up to {limit:,}")
+    return config

@@ -1,0 +1,91 @@
+"""The steps of a block, fused: one launch adds and norms, one rotates and writes the cache, one gates (`qquant.kernels.between`).
+
+Linears that share an input are one product, whose slices are never cut apart where the next step wants all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qquant.kernels.between import add_norm, gate
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one block."""
+
+    norms: Mapping[str, Tensor]  # by the stage that they stand before
+    linears: Mapping[str, nn.Module | Sequence[nn.Module]]  # by stage: one fused, or several side by side
+    widths: Mapping[str, Sequence[int]]  # by stage: outputs of each linear
+    vectors: Mapping[str, Tensor]  # everything else, by name
+
+
+class _Outputs(tuple[Tensor, ...]):
+    """What the linears of a stage gave, which were one product."""
+
+    whole: Tensor
+
+    @classmethod
+    def of(cls, whole: Tensor, widths: Sequence[int]) -> _Outputs:
+        found = cls(whole.split(list(widths), dim=-1) if len(widths) > 1 else (whole,))
+        found.whole = whole
+        return found
+
+
+def _whole(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs.whole if isinstance(outputs, _Outputs) else torch.cat(list(outputs), dim=-1)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A residual stream [M, hidden], and what is added to it as soon as somebody reads it."""
+
+    x: Tensor
+    y: Tensor | None = None
+
+
+@dataclass
+class Fused:
+    """The operators of one block: sums go with the norm after them, rotation with the cache."""
+
+    layer: Layer
+    epsilon: float
+    rotate: Callable[[Tensor], Tensor]  # fused queries, keys and values -> queries
+    mix: Callable[[Tensor], Tensor]  # the attention
+    read: tuple[Sum, Tensor] | None = None  # a stream that was added up, and its sum
+
+    def normed(self, stage: str, x: Sum) -> Tensor:
+        """The sum of the stream through the norm before `stage`; the sum is kept for who adds to it."""
+        total, h = add_norm(x.x, x.y, self.layer.norms[stage], self.epsilon)
+        self.read = x, total
+        return h
+
+    def apply(self, stage: str, x: Tensor) -> Sequence[Tensor]:
+        """What the linears of `stage` make of x [M, in]."""
+        linear = self.layer.linears[stage]
+        if isinstance(linear, nn.Module):
+            return _Outputs.of(linear(x), self.layer.widths[stage])
+        return [part(x) for part in linear]
+
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        """Each head of x through the norm whose weight is vector `name`."""
+        weight = self.layer.vectors[name]
+        return add_norm(x.reshape(-1, len(weight)), None, weight, self.epsilon)[1].view(x.shape)
+
+    def attend(self, heads: Sequence[Tensor]) -> Tensor:
+        """The attention, after keys and values went into the cache."""
+        return self.mix(self.rotate(_whole(heads)))
+
+    def gated(self, pair: Sequence[Tensor]) -> Tensor:
+        """The product of silu(first) and second."""
+        return gate(_whole(pair))
+
+    def add(self, x: Sum, y: Tensor) -> Sum:
+        """A sum that nobody has made yet."""
+        if self.read and self.read[0] is x:
+            return Sum(self.read[1], y)
+        return Sum(x.x if x.y is None else x.x + x.y, y)
