@@ -36,9 +36,8 @@ from qquant.checks.structure import Remembered
 from qquant.disk.output import TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.families.weights import WeightSource
-from qquant.formats import kind_of_file
+from qquant.formats import kind_of_file, weight_files
 from qquant.formats.gguf.imatrix import Imatrix
-from qquant.formats.gguf.shards import parts
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
 from qquant.plan.texts import shortfall
@@ -135,7 +134,7 @@ def check(
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:
-        size = sum(file.stat().st_size for file in (parts(path) if path.is_file() else path.glob("*.safetensors")))
+        size = sum(file.stat().st_size for file in weight_files(path))
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
         candidates.append(

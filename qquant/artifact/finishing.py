@@ -10,6 +10,7 @@ from qquant.artifact.manifest import read_manifest, sha256_file
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import rename
 from qquant.errors import InputError, UsageError
+from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact
 
 
@@ -55,6 +56,5 @@ def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
 
 
 def installed(target: Path, plan: PlannedArtifact) -> Path:
-    """Where a finished artifact is: a .gguf file, or a model folder."""
-    first = target / plan.folder / plan.files[0].name
-    return first if first.suffix == ".gguf" else first.parent
+    """Where a finished artifact is: a file, or a model folder."""
+    return FORMATS[plan.format].path_of(target / plan.folder, [file.name for file in plan.files])

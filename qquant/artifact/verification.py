@@ -76,7 +76,8 @@ def verify(folder: Path, deep: bool = False) -> Found:
             for layer in entry.get("layers", ())
             if isinstance(layer, dict) and "checksum" in layer
         }
-        source = FORMATS[_format(folder, name, entry)].read(_place(folder, entry))
+        known = FORMATS[_format(folder, name, entry)]
+        source = known.read(known.path_of(folder, entry["files"]))
         for tensor in source.family.shapes(source.config) if deep else _sample(recorded):
             value = source.tensor(tensor)
             if not finite(value):
@@ -97,11 +98,6 @@ def _format(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
     if entry.get("format") not in FORMATS:
         raise InputError(f"{folder / MANIFEST}: {name} has format {str(entry.get('format'))[:40]!r}")
     return str(entry["format"])
-
-
-def _place(folder: Path, entry: Mapping[str, Any]) -> Path:
-    blocks = [name for name in sorted(entry["files"]) if name.endswith(".gguf")]
-    return folder / blocks[0] if blocks else folder
 
 
 def _sample(names: Mapping[str, str]) -> Iterator[str]:

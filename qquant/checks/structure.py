@@ -10,28 +10,22 @@ Weights are looked at as they pass by, in the same reading that measures fidelit
 
 AWQ folds scales into neighbouring weights, A = r W c by row and column: r and c are fitted first, where scales are folded. Any layout can
 hold folded scales, so the weights themselves tell (`folds`): the outputs of a norm are divided by what the columns after it are multiplied by.
-Files are compared with the checkpoint's: vocabulary, template, stop tokens, config numbers. Left out: files the loader ignores.
+Files are compared with the checkpoint's, by the format that knows them: vocabulary, template, stop tokens.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qquant.algorithms.grid import finite
-from qquant.calibration import Tokenizer
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
-from qquant.formats import detect
-from qquant.formats.gguf.shards import read_model
+from qquant.formats import beside, format_of
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.untrusted import read_json
-from qquant.source.vocabulary import read
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
 LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance
@@ -39,8 +33,6 @@ GROUP = 32  # columns that every format's group holds whole
 ALIKE = 0.6  # cosine of two rows that are the same but for rounding and scales; a seventh of it by chance
 PACKED = 8  # rows that share an int32 in the AWQ layout
 FOLDED = 0.01  # root mean square of the log of folded scales; rounding a norm to 16 bits changes it by less than 0.004
-IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-STOPS = ("generation_config.json", "config.json")
 
 
 @dataclass
@@ -185,65 +177,16 @@ def _reordered(value: Tensor, truth: Tensor) -> bool:
 
 
 def of_files(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is wrong with the files around the weights, each with the file's name; missing ones are `missing`'s matter.
+    """What is wrong with the files around the weights, or with the metadata among them; missing ones are `missing`'s matter.
 
     Raises:
         InputError: a file is damaged.
     """
-    if detect(path) == "gguf":
-        return tuple(_gguf(path, Tokenizer.open(checkpoint.path), checkpoint.path))
-    found = _stops(path, checkpoint.path)
-    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        found += _tokenizer(Tokenizer.open(path), Tokenizer.open(checkpoint.path))
-    return tuple(found)
+    known = format_of(path)
+    return beside.differences(path, checkpoint) if known is None else known.differences(path, checkpoint)
 
 
 def missing(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Files beside the checkpoint's weights that are not beside the artifact's."""
-    if detect(path) == "gguf":
-        return ()
-    return tuple(f"{file.name}: missing" for file in checkpoint.side_files if not (path / file.name).exists())
-
-
-def _stops(path: Path, source: Path) -> list[str]:
-    found = []
-    for name in STOPS:
-        if (path / name).is_file() and (source / name).is_file():
-            mine, theirs = read_json(path / name), read_json(source / name)
-            found += [
-                f"{name}: {key} is {json.dumps(mine.get(key))}, the checkpoint's is {json.dumps(theirs.get(key))}"
-                for key in IDS
-                if mine.get(key) != theirs.get(key)
-            ]
-    return found
-
-
-def _tokenizer(mine: Tokenizer, theirs: Tokenizer) -> list[str]:
-    found = []
-    probe = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2 <|im_end|>"
-    same = mine.size == theirs.size and mine.special == theirs.special and mine.encode(probe) == theirs.encode(probe)
-    if not same or mine.decode(range(mine.size)) != theirs.decode(range(theirs.size)):
-        found.append("tokenizer: is not the checkpoint's; the same text gets other tokens")
-    if mine.template is not None and mine.template != theirs.template:  # none at all is `missing`'s matter
-        found.append("chat template: is not the checkpoint's")
-    if set(mine.eos) != set(theirs.eos):
-        found.append(f"stop tokens: {sorted(mine.eos)}, the checkpoint's are {sorted(theirs.eos)}")
-    return found
-
-
-def _gguf(path: Path, tokenizer: Tokenizer, source: Path) -> list[str]:
-    fields: dict[str, Any] = {entry.key: entry.value for entry in read_model(path).fields.values()}
-    found = []
-    eos = fields.get("tokenizer.ggml.eos_token_id")
-    if eos is not None and eos not in tokenizer.eos:
-        found.append(f"tokenizer.ggml.eos_token_id is {eos}, the checkpoint stops on {sorted(tokenizer.eos)}")
-    tokens, merges, theirs = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges"), read(source)
-    known = dict(theirs.tokens) | {token.content: token.id for token in theirs.added}
-    if tokens is not None and any(index >= len(tokens) or tokens[index] != token for token, index in known.items()):
-        found.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary")
-    if merges is not None and list(merges) != [" ".join(pair) for pair in theirs.merges]:
-        found.append("tokenizer.ggml.merges: are not the checkpoint's; the same text gets other tokens")
-    template = fields.get("tokenizer.chat_template")
-    if template is not None and tokenizer.template is not None and template != tokenizer.template:
-        found.append("tokenizer.chat_template: is not the checkpoint's")
-    return found
+    """Files beside the checkpoint's weights that should be beside the artifact's, and are not."""
+    known = format_of(path)
+    return beside.missing(path, checkpoint) if known is None else known.missing(path, checkpoint)

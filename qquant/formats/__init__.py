@@ -1,20 +1,30 @@
-"""Artifact formats by the names that recipes use. To add one: a file with a class like these, and a line in FORMATS."""
+"""Artifact formats by the names that recipes use.
+
+What differs between formats is answered here and nowhere else: no code outside this folder compares a format's name. To add one that is a
+model folder of packed linears,
+
+    formats/x.py          a `QuantizedLayout` (names, dtypes and shapes of what holds a weight; pack; dequantize) and a `ModelFolder` of it
+    recipe/artifacts.py   its entry: an `IntegerArtifact` with the fields that its people know, and the entry in `ArtifactSpec` and `MODELS`
+    FORMATS below         a line
+
+and `tests/formats/test_formats.py` and `tests/formats/test_every_format.py` run for it, from the round trip to the card. tests/worlds/toy_format.py
+is such a file, complete: another packing, bfloat16 scales, a tensor that holds a shape. A format that is a file of its own writes the class
+`Format` out, as gguf/layout.py does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats.awq import Awq
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.layout import Gguf
-from qquant.formats.gguf.mix import FILE_TYPES
-from qquant.formats.gguf.shards import read_model
 from qquant.formats.gptq import Gptq
-from qquant.formats.planned import PlannedArtifact
+from qquant.formats.planned import ModelFile, PlannedArtifact
 from qquant.recipe import ArtifactSpec, Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import require_model_folder
@@ -45,6 +55,53 @@ class ArtifactSource(WeightSource, Protocol):
 
 class Format(Protocol):
     """What the rest of the program asks of a format."""
+
+    is_folder: bool  # an artifact is a model folder, as servers load it; else a file (or its parts) among others
+    library: str  # that a hub names for such repositories
+
+    def recognises(self, quantization: Mapping[str, Any]) -> bool:
+        """Whether a model folder whose config.json has this quantization_config is of this format."""
+        ...
+
+    def begins(self, head: bytes) -> bool:
+        """Whether a file that begins with these bytes (16, or all of it) is of this format."""
+        ...
+
+    def kind(self, path: Path) -> str:
+        """The row of `recipe.limits.LIMITS` for an artifact made by any tool; "" if none fits.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        ...
+
+    def path_of(self, folder: Path, files: Iterable[str]) -> Path:
+        """Where readers find an artifact of which `folder` holds `files`: the folder, or one of them."""
+        ...
+
+    def weight_files(self, path: Path) -> tuple[Path, ...]:
+        """The files with the weights of the artifact at `path`."""
+        ...
+
+    def models(self, files: Sequence[str]) -> list[ModelFile]:
+        """The models among the files of a repository that are files of their own, in that order; none where the folder is the model."""
+        ...
+
+    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """What the artifact at `path` says of tokens, template and stop tokens that is not what the checkpoint says.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        ...
+
+    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """What lies beside the checkpoint's weights, should lie beside the artifact's, and does not."""
+        ...
+
+    def describe(self, path: Path) -> dict[str, Any]:
+        """`facts` (name -> value) and `tensors` (name, shape, type, bytes), from headers alone."""
+        ...
 
     def plan(
         self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str, imatrix: Imatrix | None = None
@@ -82,6 +139,7 @@ class Format(Protocol):
         ...
 
 
+HEAD = 16  # bytes of a file that tell its format
 FORMATS: dict[str, Format] = {"gptq": Gptq(), "awq": Awq(), "gguf": Gguf()}
 
 
@@ -93,30 +151,55 @@ def detect(path: Path) -> str | None:
     """
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return "gguf"
-        raise InputError(f"{path}: is not a GGUF file; give a model folder or a .gguf file")
+            head = file.read(HEAD)
+        return _known((name for name, known in FORMATS.items() if known.begins(head)), f"{path}: is not a GGUF file")
     if not path.is_dir():
         raise InputError(f"{path}: not found")
     require_model_folder(path)
     quantization = read_json(path / "config.json").get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method not in ("gptq", "awq"):
-        raise InputError(f"{path / 'config.json'}: quant_method {method!r}; qquant reads 'gptq', 'awq' and GGUF files")
-    return str(method)
+    found = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    method = repr(found.get("quant_method"))[:80]
+    fault = f"{path / 'config.json'}: quant_method {method}"
+    return _known((name for name, known in FORMATS.items() if known.recognises(found)), fault)
+
+
+def _known(names: Iterator[str], fault: str) -> str:
+    name = next(names, None)
+    if name is None:
+        folders, files = (
+            ", ".join(name for name, known in FORMATS.items() if known.is_folder == folder) for folder in (True, False)
+        )
+        raise InputError(f"{fault}; qquant reads model folders ({folders}) and files ({files})")
+    return name
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of an artifact, or None for a plain checkpoint folder.
+
+    Raises:
+        InputError: neither.
+    """
+    name = detect(path)
+    return None if name is None else FORMATS[name]
 
 
 def kind_of_file(path: Path) -> str:
-    """What an artifact made by any tool is, in the words of `gates.LIMITS`: "int4", "q4_k_m"; what no word fits is "".
+    """What an artifact made by any tool is, in the words of `limits.LIMITS`: "int4", "q4_k_m"; what no word fits, as a checkpoint, is "".
 
     Raises:
         InputError: it is damaged.
     """
-    if detect(path) == "gguf":
-        number = read_model(path).value("general.file_type")
-        return next((name for name, known in FILE_TYPES.items() if known == number), "")
-    quantization = read_json(path / "config.json").get("quantization_config")
-    bits = quantization.get("bits", quantization.get("w_bit")) if isinstance(quantization, dict) else None
-    return f"int{bits}" if isinstance(bits, int) else ""
+    known = format_of(path)
+    return "" if known is None else known.kind(path)
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files with the weights of an artifact, or of a checkpoint.
+
+    Raises:
+        InputError: neither.
+    """
+    known = format_of(path)
+    return tuple(sorted(path.glob("*.safetensors"))) if known is None else known.weight_files(path)

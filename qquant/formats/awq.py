@@ -53,6 +53,11 @@ class AwqLayout(QuantizedLayout):
         """For people."""
         return f"AWQ 4 bit, groups of {self.group_size}"
 
+    @property
+    def kind(self) -> str:
+        """Four bits."""
+        return "int4"
+
     def problems(self, shape: tuple[int, int]) -> str | None:
         """Why a weight of this shape cannot be stored, or None."""
         rows, columns = shape
@@ -102,6 +107,7 @@ class Awq(ModelFolder[AwqArtifact]):
     """The `awq` format of a recipe."""
 
     entry = AwqArtifact
+    method = "awq"
     config_copy = None
 
     def folder_suffix(self, spec: AwqArtifact) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
+from qquant.formats import beside
 from qquant.formats.gguf.imatrix import Imatrix
-from qquant.formats.planned import PlannedArtifact, Stored, copied_file, safetensors_files, small_file
+from qquant.formats.planned import ModelFile, PlannedArtifact, Stored, copied_file, safetensors_files, small_file
 from qquant.recipe import ArtifactSpec, IntegerArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
@@ -55,6 +56,11 @@ class QuantizedLayout(ABC):
         """Whether a folder with tensors `names` has the weight of `module` in this layout, and not as numbers."""
         return f"{module}.{self.suffixes[0]}" in names
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The row of `recipe.limits.LIMITS` for what it holds; "" if none fits."""
+
     @abstractmethod
     def problems(self, shape: tuple[int, int]) -> str | None:
         """Why a weight of this shape cannot be stored, or None."""
@@ -80,6 +86,9 @@ class ModelFolder(ABC, Generic[Spec]):
     """A format that is a folder with quantized linears in the decoder blocks; `Spec` is its entry in a recipe."""
 
     entry: type[Spec]
+    method: str  # quant_method of its config
+    is_folder = True
+    library = "transformers"
     config_copy: str | None  # file that repeats quantization_config, where readers expect one
 
     @abstractmethod
@@ -94,6 +103,42 @@ class ModelFolder(ABC, Generic[Spec]):
     def quantization_config(self, spec: Spec) -> dict[str, Any]: ...
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
+
+    def recognises(self, quantization: Mapping[str, Any]) -> bool:
+        """By its quant_method."""
+        return quantization.get("quant_method") == self.method
+
+    def begins(self, head: bytes) -> bool:
+        """Never: an artifact is a folder."""
+        return False
+
+    def kind(self, path: Path) -> str:
+        """By the bits of its layout."""
+        return self._layout_of(path).kind
+
+    def path_of(self, folder: Path, files: Iterable[str]) -> Path:
+        """The folder."""
+        return folder
+
+    def weight_files(self, path: Path) -> tuple[Path, ...]:
+        """Every safetensors file."""
+        return tuple(sorted(path.glob("*.safetensors")))
+
+    def models(self, files: Sequence[str]) -> list[ModelFile]:
+        """None: the folder is the model."""
+        return []
+
+    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """By the files beside the weights."""
+        return beside.differences(path, checkpoint)
+
+    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Of the files beside the weights."""
+        return beside.missing(path, checkpoint)
+
+    def describe(self, path: Path) -> dict[str, Any]:
+        """Config and tensors."""
+        return beside.describe(path)
 
     def _own(self, spec: ArtifactSpec) -> Spec:
         assert isinstance(spec, self.entry)
@@ -192,17 +237,18 @@ class ModelFolder(ABC, Generic[Spec]):
         Raises:
             InputError: tensors are missing or of the wrong shape.
         """
-        raw = read_config(path)
-        where = str(path / "config.json")
+        raw, where = read_config(path), str(path / "config.json")
         config = parse_config(raw, where)
-        quantization = raw.get("quantization_config")
-        if not isinstance(quantization, dict):
-            raise InputError(f"{where}: quantization_config is {str(quantization)[:80]}; expected a mapping")
-        source = FolderSource(
-            path, family_of(raw, where), config, read_tensors(path)[0], self.read_layout(quantization, where)
-        )
+        source = FolderSource(path, family_of(raw, where), config, read_tensors(path)[0], self._layout_of(path))
         source.verify()
         return source
+
+    def _layout_of(self, path: Path) -> QuantizedLayout:
+        where = str(path / "config.json")
+        quantization = read_config(path).get("quantization_config")
+        if not isinstance(quantization, dict):
+            raise InputError(f"{where}: quantization_config is {str(quantization)[:80]}; expected a mapping")
+        return self.read_layout(quantization, where)
 
 
 def _names(library: ModuleType, path: Path) -> list[str]:

@@ -54,6 +54,11 @@ class GptqLayout(QuantizedLayout):
         return f"GPTQ {self.bits} bit, {groups}"
 
     @property
+    def kind(self) -> str:
+        """By bits."""
+        return f"int{self.bits}"
+
+    @property
     def slots(self) -> int:
         """Codes in a word."""
         return 32 // self.bits
@@ -145,6 +150,7 @@ class Gptq(ModelFolder[GptqArtifact]):
     """The `gptq` format of a recipe."""
 
     entry = GptqArtifact
+    method = "gptq"
 
     def folder_suffix(self, spec: GptqArtifact) -> str:
         """As in Qwen's repository names."""

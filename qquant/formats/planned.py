@@ -75,6 +75,17 @@ class PlannedArtifact:
         return 8 * sum(tensor.nbytes for file in self.files for tensor in file.tensors) / self.parameters
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """One model of a repository that is a file of its own, or several that load as one."""
+
+    first: str  # its name, or that of the first of its parts
+    type: str
+    parts: int
+    whole: str  # what parts are joined to
+    modelfile: str | None  # for Ollama, if there is one
+
+
 def small_file(name: str, content: Mapping[str, Any]) -> PlannedFile:
     """A JSON file, two spaces of indent, as transformers writes them."""
     text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

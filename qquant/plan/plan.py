@@ -70,7 +70,7 @@ class Plan:
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in chosen}
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
-        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if spec.format != "gguf"}
+        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if FORMATS[spec.format].is_folder}
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
         memory = build_memory(recipe, checkpoint)

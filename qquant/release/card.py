@@ -13,7 +13,6 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +21,14 @@ from typing import Any
 from qquant.artifact.manifest import REPORT
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
+from qquant.formats import FORMATS
+from qquant.formats.planned import ModelFile
 from qquant.release.repository import Repository, read_report
 from qquant.report.record import fallback_note
 from qquant.source.untrusted import read_json
 
 CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"
-GGUF_FILE = re.compile(r"-(?P<type>[a-z0-9_]+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf$")
 DECIMAL = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\w)")
 NOT_PLAIN = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 FORMS = {
@@ -64,12 +64,13 @@ def head(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, An
     release = manifest["release"]
     inherited = dict(release.get("card") or {})
     kinds = _formats(manifest)
-    tags = [*_texts(inherited.pop("tags", ())), *kinds, *(() if "gguf" in kinds else _bits(manifest)), "qquant"]
+    folders = all(FORMATS[kind].is_folder for kind in kinds)
+    tags = [*_texts(inherited.pop("tags", ())), *kinds, *(_bits(manifest) if folders else ()), "qquant"]
     content = {
         "base_model": release.get("base_model"),
         "base_model_relation": "quantized" if release.get("base_model") else None,
         "quantized_by": release.get("namespace"),
-        "library_name": "gguf" if "gguf" in kinds else "transformers",
+        "library_name": next((FORMATS[kind].library for kind in kinds), None),
         "pipeline_tag": "text-generation",
         **inherited,
         "tags": list(dict.fromkeys(tags)),
@@ -86,7 +87,17 @@ def _texts(value: Any) -> list[str]:
 
 
 def _formats(manifest: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(str(entry["format"]) for entry in manifest["artifacts"].values()))
+    found = list(dict.fromkeys(str(entry["format"]) for entry in manifest["artifacts"].values()))
+    for name in found:
+        if name not in FORMATS:
+            raise InputError(f"{MANIFEST}: names the format {name[:40]!r}; this version knows {', '.join(FORMATS)}")
+    return found
+
+
+def _models(kind: str, manifest: Mapping[str, Any]) -> list[ModelFile]:
+    """The models of format `kind` that a reader can name by a file, in the order of the manifest."""
+    entries = [entry for entry in manifest["artifacts"].values() if entry["format"] == kind]
+    return [model for entry in entries for model in FORMATS[kind].models(list(entry["files"]))]
 
 
 def _specs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -167,10 +178,10 @@ def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         "base": release.get("base_model"),
         "model": report["model"],
         "formats": [_describe(kind, manifest) for kind in kinds],
-        "folder": "gguf" not in kinds,
+        "folder": all(FORMATS[kind].is_folder for kind in kinds),
         "chat": _chats(manifest),
         "parallel": release.get("tensor_parallel"),
-        "files": gguf_files(manifest) if "gguf" in kinds else [],
+        "files": [model for kind in kinds for model in _models(kind, manifest)],
         "rows": [_baseline(report), *(_row(artifact) for artifact in report["artifacts"])],
         "text": {key: text.get(key, "unknown") for key in ("name", "windows", "length")},
         "baseline_bits": f"{report['baseline']['bits_per_weight']:g}",
@@ -197,37 +208,10 @@ def _chats(manifest: Mapping[str, Any]) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class GgufModel:
-    """One model of a GGUF repository: a file, or the first of its parts."""
-
-    first: str
-    type: str
-    parts: int
-    modelfile: str | None  # for Ollama, if there is one
-
-    @property
-    def whole(self) -> str:
-        """Name of the file, or of what its parts are joined to."""
-        return GGUF_FILE.sub(f"-{self.type}.gguf", self.first)
-
-
-def gguf_files(manifest: Mapping[str, Any]) -> list[GgufModel]:
-    """The files a reader can name, in the order of the manifest."""
-    found = []
-    for entry in manifest["artifacts"].values():
-        for name in entry["files"]:
-            match = GGUF_FILE.search(name)
-            if match and match["part"] in (None, "00001"):
-                modelfile = f"Modelfile-{match['type']}"
-                given = modelfile if modelfile in entry["files"] else None
-                found.append(GgufModel(name, match["type"], int(match["parts"] or 1), given))
-    return found
-
-
 def _describe(kind: str, manifest: Mapping[str, Any]) -> str:
-    if kind == "gguf":
-        return f"GGUF ({', '.join(file.type for file in gguf_files(manifest))})"
+    models = _models(kind, manifest)
+    if models:
+        return f"{kind.upper()} ({', '.join(model.type for model in models)})"
     spec = next((spec for spec in _specs(manifest) if spec["format"] == kind), {})
     details = [f"{spec['bits']} bit"] if "bits" in spec else []
     if "group_size" in spec:

@@ -287,8 +287,8 @@ class Solver:
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of this block as an earlier run wrote them, float32."""
-        path = next(self.draft.folder / file.name for file in self.draft.plan.files if file.tensors)
-        source = self.format.read(path if path.suffix == ".gguf" else self.draft.folder)
+        path = self.format.path_of(self.draft.folder, [file.name for file in self.draft.plan.files])
+        source = self.format.read(path)
         shapes = self.checkpoint.family.block_shapes(narrow(self.checkpoint).config, self.layer)
         return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
 

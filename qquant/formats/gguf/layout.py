@@ -13,22 +13,22 @@ import hashlib
 import mmap
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum_of
-from qquant.errors import QQuantError
+from qquant.errors import InputError, QQuantError
 from qquant.families import FAMILIES, ModelConfig
-from qquant.formats.gguf import blocks, mix, quantize, types
-from qquant.formats.gguf.container import header_bytes
+from qquant.formats.gguf import blocks, inside, mix, quantize, types
+from qquant.formats.gguf.container import MAGIC, header_bytes
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
-from qquant.formats.gguf.shards import Shard, split
+from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, read_model, split
 from qquant.formats.gguf.source import GgufSource, nbytes
-from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor, Stored
+from qquant.formats.planned import ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
@@ -59,6 +59,49 @@ def tensor_order(name: str) -> tuple[int, str]:
 
 class Gguf:
     """The `gguf` format of a recipe."""
+
+    is_folder = False
+    library = "gguf"
+
+    def recognises(self, quantization: Mapping[str, Any]) -> bool:
+        """Never: a folder of GGUF files is not a model."""
+        return False
+
+    def begins(self, head: bytes) -> bool:
+        """By its magic."""
+        return head.startswith(MAGIC)
+
+    def kind(self, path: Path) -> str:
+        """The mix by `general.file_type`."""
+        number = read_model(path).value("general.file_type")
+        return next((name for name, known in mix.FILE_TYPES.items() if known == number), "")
+
+    def path_of(self, folder: Path, files: Iterable[str]) -> Path:
+        """The file, or the first of its parts."""
+        first = min((name for name in files if name.endswith(SUFFIX)), default=None)
+        if first is None:
+            raise InputError(f"{folder}: no GGUF file is named among its files")
+        return folder / first
+
+    def weight_files(self, path: Path) -> tuple[Path, ...]:
+        """The file, or its parts."""
+        return parts(path)
+
+    def models(self, files: Sequence[str]) -> list[ModelFile]:
+        """Every file, by the type in its name; of parts the first."""
+        return named(files)
+
+    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """By the metadata."""
+        return inside.differences(path, checkpoint)
+
+    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Nothing: all of it is inside."""
+        return ()
+
+    def describe(self, path: Path) -> dict[str, Any]:
+        """Metadata and tensors."""
+        return inside.describe(path)
 
     def plan(
         self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str, imatrix: Imatrix | None = None

@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qquant.errors import InputError, UsageError
+from qquant.formats.gguf import ollama
 from qquant.formats.gguf.container import Field, Header, StoredTensor, padded, read_header
+from qquant.formats.planned import ModelFile
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+NAMED = re.compile(r"-(?P<type>[a-z0-9_]+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf$")
+SUFFIX = ".gguf"
 NO, TENSORS, COUNT = "split.no", "split.tensors.count", "split.count"
 Entry = tuple[str, tuple[int, ...], int, int]  # name, shape, type id, bytes
 
@@ -65,6 +69,18 @@ def split(stem: str, fields: Sequence[Field], entries: Sequence[Entry], limit: i
         own = [Field(NO, "u16", part), Field(TENSORS, "i32", len(entries)), Field(COUNT, "u16", len(groups))]
         shards.append(Shard(part_name(stem, part, len(groups)), [*fields, *own] if part == 0 else own, group))
     return shards
+
+
+def named(files: Sequence[str]) -> list[ModelFile]:
+    """The models among the files of a repository, in that order, by the type in their names; of parts the first."""
+    found = []
+    for name in files:
+        match = NAMED.search(name)
+        if match and match["part"] in (None, "00001"):
+            whole, modelfile = NAMED.sub(f"-{match['type']}{SUFFIX}", name), ollama.name(match["type"])
+            given = modelfile if modelfile in files else None
+            found.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, given))
+    return found
 
 
 def parts(path: Path) -> tuple[Path, ...]:
