@@ -42,8 +42,8 @@ name: release
 calibration: {sources: [{bundled: books-en}], samples: 2, length: 32, default_system_share: 0}
 checks: {windows: 2, length: 32}
 artifacts:
-  - {name: gptq, format: gptq, bits: 4, group_size: 32, rounding: rtn, gates: {defaults: false}}
-  - {name: awq, format: awq, group_size: 64, ratios: 2, rounding: rtn, gates: {defaults: false}}
+  - {name: gptq, format: gptq, bits: 4, group_size: 32, solver: rtn, gates: {defaults: false}}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, solver: rtn, gates: {defaults: false}}
   - {name: q4_0, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
 """
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

@@ -58,7 +58,7 @@ ARTIFACTS = {
     "gptq-shared": "{name: gptq-shared, format: gptq, bits: 4, group_size: 32, propagate: false, gates: {defaults: false}}",
     "gptq-own": "{name: gptq-own, format: gptq, bits: 4, group_size: 32, propagate: true, gates: {defaults: false}}",
     "gptq-once": "{name: gptq-once, format: gptq, bits: 4, group_size: 32, propagate: false, sweeps: 0, gates: {defaults: false}}",
-    "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, rounding: rtn, scale_search: minmax, gates: {defaults: false}}",
+    "rtn": "{name: rtn, format: gptq, bits: 4, group_size: 32, solver: rtn, scale_search: minmax, gates: {defaults: false}}",
     "awq": "{name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}",
     "awq-unscaled": "{name: awq, format: awq, transform: none, group_size: 64, ratios: 4, gates: {defaults: false}}",
     "gguf-q8_0": "{name: gguf-q8_0, format: gguf, type: q8_0, gates: {defaults: false}}",
@@ -587,7 +587,7 @@ def test_bytes_lost_on_the_way_to_disk_are_found(make_checkpoint, build, monkeyp
 
 def test_gate_fails_with_its_reason(make_checkpoint, build):
     ARTIFACTS["strict"] = (
-        "{name: strict, format: gptq, bits: 4, group_size: 64, rounding: rtn, gates: {kl_divergence: 0.000001, defaults: false}}"
+        "{name: strict, format: gptq, bits: 4, group_size: 64, solver: rtn, gates: {kl_divergence: 0.000001, defaults: false}}"
     )
     report, out = build(make_checkpoint(), "strict")
     assert not report.passed

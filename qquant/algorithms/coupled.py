@@ -16,12 +16,14 @@ A curvature of rows and columns: YAQA (arXiv 2505.22988).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qquant.algorithms.descent import Columns, blocks_of, visit
 from qquant.algorithms.grid import Grid
+from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.product import product
 from qquant.kernels.replay import Replay
@@ -94,6 +96,17 @@ def _swept(
         slope[:, subset] += product(change, columns.factor).view(batch, -1, width)
         codes[:, subset] = found.view(batch, -1, width)
     return codes
+
+
+def step(problem: Problem, found: Solution | None) -> Solution:
+    """As many sweeps over coupled rows as of descent, where the curvature of rows is known; the error in H alone may rise."""
+    assert found is not None
+    if problem.rows is None or not problem.settings.sweeps:
+        return found
+    codes, levels = found.codes, joined(found.params)
+    for count in range(problem.settings.sweeps):
+        codes = sweep(problem.weight, problem.damped, codes, levels, problem.grid, count % 2 == 1, problem.rows)
+    return replace(found, codes=codes)
 
 
 @Replay

@@ -17,12 +17,13 @@ closed-form scales: arXiv 2602.02126. Rows that depend on each other: `qquant.al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qquant.algorithms.grid import Grid, Params, as_scale
+from qquant.algorithms.grid import Grid, Params, as_scale, value_of
+from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.product import Factor, factor, product
@@ -31,15 +32,6 @@ BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's 
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
 FEW = 8
 SYSTEM = 1 << 26  # values of the systems of scales that are solved at a time
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * I, float32 [K, K]."""
-    result = gram.clone()
-    diagonal = result.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal.add_(damping * mean + (diagonal == 0) * mean)
-    return result
 
 
 @dataclass(frozen=True)
@@ -202,6 +194,32 @@ def choose_integers(
             slope.addmm_(unit * change.unsqueeze(1), gram[inside])
         params = params.with_integers(name, values.to(integers.values.dtype))
     return params
+
+
+def step(problem: Problem, found: Solution | None) -> Solution:
+    """`sweeps` of descent over the codes, each followed by a refit of the parameters."""
+    assert found is not None
+    if not problem.settings.sweeps:
+        return found
+    codes, params = found.codes, dict(found.params)
+    for count in range(problem.settings.sweeps):
+        codes = sweep(problem.weight, problem.damped, codes, joined(params), problem.grid, shift=count % 2 == 1)
+        for linear, part in problem.split(codes).items():
+            params[linear] = _refitted(problem, linear, part, params[linear])
+    return replace(found, codes=codes, params=params)
+
+
+def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> Params:
+    """The parameters that suit the codes best: coefficients, integers, and coefficients for these integers."""
+    weight, gram = problem.linears[linear], problem.damped
+
+    def values(given: Params) -> Tensor:
+        return value_of(codes, *given.levels(), problem.grid)
+
+    found = refit(weight, gram, codes, params)
+    if not found.integers(codes):
+        return found
+    return refit(weight, gram, codes, choose_integers(weight, gram, codes, found, values))
 
 
 def _loss(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:

@@ -10,27 +10,25 @@ order of falling diag(H) (activation order), but codes stay where they were, so 
 
     U without an inverse: reverse rows and columns of H, factor L L', reverse back to R R' with R upper; then U = R^-1.
 
-A matrix that is not positive definite climbs a damping ladder; `factorize` returns None when the ladder ends, and the caller
+A matrix that is not positive definite climbs a damping ladder; `factorize` raises when the ladder ends, and the solver
 rounds to nearest and says so. Channels that were never active get an identity row: they are rounded to nearest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qquant.algorithms.gram import Gram
-from qquant.algorithms.grid import Grid
+from qquant.algorithms.gram import Gram, NotPositiveDefiniteError
+from qquant.algorithms.grid import Grid, Params
+from qquant.algorithms.problem import Problem, Solution, joined, stacked
 from qquant.kernels.gptq_block import gptq_block
 
 BLOCK = 128
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
-
-
-class NotPositiveDefiniteError(ArithmeticError):
-    """The Gram matrix could not be factorised at any damping of the ladder."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +112,30 @@ def gptq(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, 
     natural = torch.empty_like(codes)
     natural[:, order] = codes
     return natural
+
+
+def on_searched_scales(
+    linears: Mapping[str, Tensor], gram: Gram, grid: Grid, damping: float
+) -> tuple[Tensor, dict[str, Params]]:
+    """Codes uint8 [N, K] of the stacked linears, and their parameters, searched with the weights of `rounding_weight`.
+
+    Raises:
+        NotPositiveDefiniteError: see `factorize`.
+    """
+    importance = rounding_weight(gram, damping)
+    params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
+    return gptq(stacked(linears), gram, joined(params), grid, damping), params
+
+
+def step(problem: Problem, found: Solution | None) -> Solution:
+    """GPTQ on searched scales; what was found before does not matter.
+
+    Raises:
+        NotPositiveDefiniteError: see `factorize`.
+    """
+    damping = problem.settings.damping
+    codes, params = on_searched_scales(problem.linears, problem.gram, problem.grid, damping)
+    took = factorize(problem.gram, damping).damping
+    if problem.alone:
+        problem.gram.factors.clear()
+    return Solution(codes, params, took, found.steps if found else {})

@@ -24,6 +24,19 @@ class NotFiniteError(ArithmeticError):
     """An activation is NaN or infinite."""
 
 
+class NotPositiveDefiniteError(ArithmeticError):
+    """The Gram matrix could not be factorised at any damping of the ladder."""
+
+
+def with_damping(gram: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) * I, float32 [K, K]."""
+    result = gram.clone()
+    diagonal = result.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal.add_(damping * mean + (diagonal == 0) * mean)
+    return result
+
+
 @dataclass
 class Gram:
     """Second moments of a stage's input; `add` accumulates."""

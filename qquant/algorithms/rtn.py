@@ -1,14 +1,19 @@
-"""Round to nearest: every weight by itself. The fallback, and the yardstick that a solver must beat."""
+"""Round to nearest: every weight by itself, on parameters searched with the mean square of each input. What a solver must beat."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from qquant.algorithms.gram import Gram
-from qquant.algorithms.grid import Grid, nearest
+from qquant.algorithms.grid import nearest
+from qquant.algorithms.problem import Solution, joined
+
+if TYPE_CHECKING:
+    from qquant.algorithms.problem import Problem
 
 
-def rtn(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
-    """Codes uint8 [N, K] of the nearest grid values to weight float32 [N, K]; `gram` and `damping` are not used."""
-    del gram, damping
-    return nearest(weight, *levels, grid)
+def step(problem: Problem, found: Solution | None) -> Solution:
+    """The nearest values of the grid; what was found before does not matter."""
+    del found
+    importance = problem.gram.importance
+    params = {linear: problem.grid.fit(matrix, importance) for linear, matrix in problem.linears.items()}
+    return Solution(nearest(problem.weight, *joined(params), problem.grid), params)

@@ -12,9 +12,11 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from qquant.recipe.fields import AtLeast0, AtLeast1, Conflict, Name, Share, Strict, Text, Truth, Whole
+from qquant.recipe.solvers import SOLVERS
 from qquant.recipe.words import shown
 
 SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
@@ -24,6 +26,44 @@ GgufType = Literal[
     "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
     "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
+
+
+def _known_solver(value: object) -> object:
+    if not isinstance(value, str) or value not in SOLVERS:
+        raise PydanticCustomError("literal_error", "not a solver")
+    return value
+
+
+SolverName = Annotated[str, BeforeValidator(_known_solver), WithJsonSchema({"enum": list(SOLVERS), "type": "string"})]
+SOLVER = (
+    "rtn: to nearest; gptq: each column makes up for the errors before it, polished by `sweeps`; "
+    "ggml: byte-identical to llama-quantize, for GGUF alone"
+)
+Damping = Annotated[
+    float, Field(gt=0, lt=1, description="added to the diagonal of H, as a share of its mean, for `solver: gptq`")
+]
+Sweeps = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=20,
+        description="passes of coordinate descent over the codes after GPTQ, each followed by a scale refit",
+    ),
+]
+Propagate = Annotated[
+    bool,
+    Field(
+        description="make up for the errors before a linear, for `solver: gptq` alone; 8 bits walk in float32 for it"
+    ),
+]
+ScaleSearch = Annotated[
+    Literal["minmax", "importance"],
+    Field(description="minmax: from the extremes; importance: by weighted error, signed where symmetric"),
+]
+Transform = Annotated[
+    Literal["none", "awq"], Field(description="awq: fold scales into the operator before; none: weights as they are")
+]
+Ratios = Annotated[int, Field(ge=1, le=100, description="grid points of the search for folded scales")]
 
 
 class Waiver(Strict):
@@ -84,6 +124,11 @@ class _Artifact(Strict):
     name: Name = Field(description="its folder, and what `--only` takes; unique")
     gates: Gates = Field(default=Gates(), description="what it must hold")
 
+    if TYPE_CHECKING:  # fields of every format, each in its own place, with its own default
+        solver: str
+        damping: float
+        sweeps: int
+
     @property
     @abstractmethod
     def kind(self) -> str:
@@ -95,9 +140,14 @@ class _Artifact(Strict):
         """Columns that share parameters, which no tensor-parallel rank can divide; 1 where a whole row does."""
 
     @property
-    @abstractmethod
+    def steps(self) -> tuple[str, ...]:
+        """The steps that find its codes, in order; none: the format's own quantizer does."""
+        return SOLVERS[self.solver]
+
+    @property
     def feedback(self) -> bool:
         """Whether each column makes up for the errors before it, so a Gram matrix decides the codes."""
+        return len(self.steps) > 1
 
     @property
     @abstractmethod
@@ -131,10 +181,15 @@ class IntegerArtifact(_Artifact):
     if TYPE_CHECKING:  # fields of the layouts, each in its own order, with its own defaults and meanings
         bits: int
         group_size: int
-        rounding: str
         transform: str
         ratios: int
         propagate: bool
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if given["solver"] == "ggml":
+            words = ", ".join(name for name, steps in SOLVERS.items() if steps)
+            yield ("solver",), f'llama-quantize has no such layout, got "ggml"; allowed: {words}'
 
     @property
     def kind(self) -> str:
@@ -145,11 +200,6 @@ class IntegerArtifact(_Artifact):
     def group(self) -> int:
         """A group; 1 for whole rows."""
         return max(self.group_size, 1)
-
-    @property
-    def feedback(self) -> bool:
-        """By `rounding`."""
-        return self.rounding == "gptq"
 
     @property
     def propagates(self) -> bool:
@@ -172,25 +222,13 @@ class GptqArtifact(IntegerArtifact):
     )
     symmetric: Annotated[Literal[True], Truth] = Field(default=True, description="no zero points")
     desc_act: Annotated[Literal[False], Truth] = Field(default=False, description="fast kernels need a trivial `g_idx`")
-    damping: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal of H, as a share of its mean")
-    rounding: Literal["rtn", "gptq"] = Field(
-        default="gptq", description="rtn: to nearest; gptq: each column makes up for the errors before it"
-    )
-    scale_search: Literal["minmax", "importance"] = Field(
-        default="importance", description="minmax: from the extremes; importance: by weighted error, signed"
-    )
-    sweeps: int = Field(
-        default=2,
-        ge=0,
-        le=20,
-        description="passes of coordinate descent over the codes after gptq, each followed by a scale refit",
-    )
-    transform: Literal["none", "awq"] = Field(default="none", description="awq: fold scales into the operator before")
-    ratios: int = Field(default=20, ge=1, le=100, description="grid points of the search for folded scales")
-    propagate: bool = Field(
-        default=True,
-        description="make up for the errors before a linear; not for `rounding: rtn`; 8 bits walk in float32 for it",
-    )
+    damping: Damping = 0.01
+    solver: SolverName = Field(default="gptq", description=SOLVER)
+    scale_search: ScaleSearch = "importance"
+    sweeps: Sweeps = 2
+    transform: Transform = "none"
+    ratios: Ratios = 20
+    propagate: Propagate = True
 
 
 class AwqArtifact(IntegerArtifact):
@@ -202,13 +240,13 @@ class AwqArtifact(IntegerArtifact):
         default=128, description="weights that share a scale and a zero point"
     )
     zero_point: Annotated[Literal[True], Truth] = Field(default=True, description="asymmetric")
-    damping: float = Field(default=0.01, gt=0, lt=1, description="added to the diagonal of H, as a share of its mean")
-    rounding: Literal["rtn", "gptq"] = Field(default="gptq", description="as for gptq, after the scales are folded")
-    scale_search: Literal["minmax", "importance"] = Field(default="importance", description="as for gptq")
-    sweeps: int = Field(default=2, ge=0, le=20, description="as for gptq")
-    transform: Literal["none", "awq"] = Field(default="awq", description="none: the layout only")
-    ratios: int = Field(default=20, ge=1, le=100, description="as for gptq")
-    propagate: bool = Field(default=True, description="as for gptq")
+    damping: Damping = 0.01
+    solver: SolverName = Field(default="gptq", description=SOLVER)
+    scale_search: ScaleSearch = "importance"
+    sweeps: Sweeps = 2
+    transform: Transform = "awq"
+    ratios: Ratios = 20
+    propagate: Propagate = True
 
 
 class GgufArtifact(_Artifact):
@@ -217,12 +255,10 @@ class GgufArtifact(_Artifact):
     format: Literal["gguf"] = Field(description="chooses this table")
     type: GgufType = Field(description="llama.cpp's name of the mix, in lower case")
     imatrix: bool = Field(default=True, description="weigh errors with diag(H), where the type can use it")
-    solver: Literal["ggml", "gptq"] = Field(
-        default="ggml", description="ggml: byte-identical to llama-quantize; gptq: error-compensated codes"
-    )
-    damping: float = Field(default=0.01, gt=0, lt=1, description="as for gptq; solver: ggml has no use for it")
-    sweeps: int = Field(default=3, ge=0, le=20, description="as for gptq; solver: ggml has no use for it")
-    propagate: bool = Field(default=False, description="as for gptq, with solver: gptq")
+    solver: SolverName = Field(default="ggml", description=SOLVER)
+    damping: Damping = 0.01
+    sweeps: Sweeps = 3
+    propagate: Propagate = False
 
     @property
     def kind(self) -> str:
@@ -233,11 +269,6 @@ class GgufArtifact(_Artifact):
     def group(self) -> int:
         """A block of the types that the mix uses."""
         return SUPER_BLOCK if "_k" in self.type or self.type == "iq4_xs" else BLOCK
-
-    @property
-    def feedback(self) -> bool:
-        """By `solver`."""
-        return self.solver == "gptq"
 
     @property
     def propagates(self) -> bool:
@@ -251,10 +282,12 @@ class GgufArtifact(_Artifact):
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given["solver"] == "gptq" and given["type"] in ("f16", "bf16"):
-            yield ("solver",), f'{given["type"]} has no codes to solve for, got "gptq"; allowed: ggml'
-        if given["propagate"] is True and given["solver"] != "gptq":
-            yield ("propagate",), "solver: ggml does not look at the stream, got true; allowed: false"
+        solver = given["solver"]
+        steps = SOLVERS.get(solver) if isinstance(solver, str) else None
+        if steps and given["type"] in ("f16", "bf16"):
+            yield ("solver",), f"{given['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
+        if given["propagate"] is True and steps is not None and len(steps) < 2:
+            yield ("propagate",), f"solver: {solver} does not look at the stream, got true; allowed: false"
 
 
 ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]

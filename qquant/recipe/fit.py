@@ -16,6 +16,8 @@ from qquant.recipe.words import Location, Shape, allowed, choices, hint, nearest
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+FORMER = {"rounding": "solver"}  # words of earlier versions
+
 
 @functools.cache
 def _schema() -> Shape:
@@ -47,9 +49,11 @@ def _mend(page: Page, data: Any, shape: Shape, location: Location, mended: Locat
     known = shape["properties"]
     result: dict[str, Any] = {}
     for key, value in data.items():
-        name = key if key in known else nearest(key, known)
+        former = key in FORMER and FORMER[key] in known
+        name = key if key in known else FORMER[key] if former else nearest(key, known)
         if name != key:
-            text = f"unknown key; allowed: {', '.join(known)}{hint(name)}"
+            what = f"is called {name} now" if former else "unknown key"
+            text = f"{what}; allowed: {', '.join(known)}{hint(name)}"
             page.report((*location, key), text, page.keys[*location, key])
         if name == key or (name and name not in data and name not in result):
             page.renamed[*mended, name] = (*location, key)

@@ -15,13 +15,13 @@ from typing import Any
 
 import jinja2
 
+from qquant.recipe.solvers import title
 from qquant.report.record import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHADES = 8  # steps of the heat map
-STEPS = {"rtn": "to nearest", "gptq": "GPTQ", "sweeps": "descent and scales", "coupled": "coupled rows"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
         place = _place(str(layer.get("name", "")))
         if place and isinstance(layer.get("error"), float | int):
             cells[place] = float(layer["error"])
-            steps = ((STEPS.get(step, step), float(error)) for step, error in layer.get("steps", {}).items())
+            steps = ((title(step), float(error)) for step, error in layer.get("steps", {}).items())
             notes[place] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[place], 3)
     blocks = sorted({block for block, _ in cells})
     linears = list(dict.fromkeys(linear for _, linear in cells))
@@ -215,14 +215,15 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
 
 
 def _steps(artifact: ArtifactReport) -> list[tuple[str, float]]:
-    """The error after each step as a share of that of round to nearest, geometric mean over the linears."""
+    """The error after each step as a share of that after the first, geometric mean over the linears."""
     shares: dict[str, list[float]] = {}
     for layer in artifact.layers:
         errors = {step: float(error) for step, error in layer.get("steps", {}).items()}
-        for step, error in errors.items():
-            if step != "rtn" and 0 < error < math.inf and 0 < errors["rtn"] < math.inf:
-                shares.setdefault(step, []).append(math.log(error / errors["rtn"]))
-    return [(STEPS.get(step, step), math.exp(sum(logs) / len(logs))) for step, logs in shares.items()]
+        first = next(iter(errors.values()), 0.0)
+        for step, error in list(errors.items())[1:]:
+            if 0 < error < math.inf and 0 < first < math.inf:
+                shares.setdefault(step, []).append(math.log(error / first))
+    return [(title(step), math.exp(sum(logs) / len(logs))) for step, logs in shares.items()]
 
 
 def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[ArtifactReport, float, int]]:

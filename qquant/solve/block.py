@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.awq import Transformed, awq
-from qquant.algorithms.gptq import NotPositiveDefiniteError
-from qquant.algorithms.gram import Gram
+from qquant.algorithms.gram import Gram, NotPositiveDefiniteError
 from qquant.algorithms.grid import Grid
 from qquant.artifact.draft import Draft
 from qquant.families.decoder import Block

@@ -1,8 +1,7 @@
-"""One block of one artifact: every stage's linears are fitted, rounded, packed, read back, and the whole block is written.
+"""One block of one artifact: every stage's linears are solved, packed, read back, and the whole block is written.
 
-A linear whose solved error is worse than round-to-nearest's keeps the latter, and its record says so. The record has the error after
-each step, w H w' of what is missing over that of the weights: `rtn` to nearest, `gptq`, `sweeps` of descent with their scale refits,
-`coupled` sweeps (which look at the divergence of the model, so this error may rise). Seconds are kept apart: they are no part of the result.
+The record of a linear has the error after each step of its solver (`qquant.recipe.solvers`), and why it has what the first step found,
+where it does. Seconds are kept apart: they are no part of the result.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.algorithms import coupled, descent
 from qquant.algorithms.awq import Choice, Rounding
 from qquant.algorithms.checksum import checksum
-from qquant.algorithms.gptq import NotPositiveDefiniteError, factorize, gptq, rounding_weight
+from qquant.algorithms.gptq import on_searched_scales, rounding_weight
 from qquant.algorithms.gram import Gram
-from qquant.algorithms.grid import Grid, Params, QuantizedTensor, nearest, value_of
+from qquant.algorithms.grid import Grid, value_of
+from qquant.algorithms.problem import Problem, parts, solve
 from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
@@ -30,38 +29,12 @@ from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow, widened, widened_codes, widens
 
-Steps = dict[str, dict[str, float]]  # linear -> step -> error
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known
 
 
 def unit(layer: int) -> str:
     """The journal's name of a block."""
     return f"block {layer}"
-
-
-def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
-    """Steps and offsets of stacked linears."""
-    levels = [value.levels() for value in params.values()]
-    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
-
-
-def stacked(linears: Mapping[str, Tensor]) -> Tensor:
-    """The matrices as one; not a copy where there is one."""
-    matrices = list(linears.values())
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-
-
-def solved_once(
-    weight: Tensor, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, damping: float
-) -> tuple[Tensor, dict[str, Params]]:
-    """Codes uint8 [N, K] by GPTQ of `weight`, the stacked linears, and their parameters, searched with GPTQ's own weights.
-
-    Raises:
-        NotPositiveDefiniteError: see `factorize`.
-    """
-    importance = rounding_weight(gram, damping)
-    params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
-    return gptq(weight, gram, joined(params), grid, damping), params
 
 
 def rounding_of(damping: float) -> Rounding:
@@ -74,38 +47,12 @@ def rounding_of(damping: float) -> Rounding:
         values = {}
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
-            codes, params = solved_once(stacked(same), same, gram, grid, damping)
-            for linear, part in zip(same, _split(codes, same), strict=True):
+            codes, params = on_searched_scales(same, gram, grid, damping)
+            for linear, part in parts(same, codes).items():
                 values[linear] = value_of(part, *params[linear].levels(), grid)
         return values
 
     return Rounding(cost, solve)
-
-
-def _split(codes: Tensor, linears: Mapping[str, Tensor]) -> list[Tensor]:
-    return [part.contiguous() for part in codes.split([len(matrix) for matrix in linears.values()])]
-
-
-def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> QuantizedTensor:
-    params = grid.fit(weight, importance)
-    return QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
-
-
-def _refitted(weight: Tensor, gram: Tensor, codes: Tensor, params: Params, grid: Grid) -> Params:
-    """The parameters that suit the codes best: coefficients, integers, and coefficients for these integers."""
-
-    def values(given: Params) -> Tensor:
-        return value_of(codes, *given.levels(), grid)
-
-    found = descent.refit(weight, gram, codes, params)
-    if not found.integers(codes):
-        return found
-    return descent.refit(weight, gram, codes, descent.choose_integers(weight, gram, codes, found, values))
-
-
-def _missing(gram: Gram, found: QuantizedTensor, weight: Tensor) -> float:
-    """The output error of a linear, summed over its rows and the calibration tokens."""
-    return float(gram.energy(found.dequantize() - weight).sum())
 
 
 def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -130,8 +77,10 @@ class _Curvatures(Iterable[Tensor]):
             yield from _covering(self.rows[linear], len(matrix))
 
 
-def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor]:
+def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor] | None:
     """Kept on a GPU, which has room for it."""
+    if not rows:
+        return None
     found = _Curvatures(linears, rows)
     return list(found) if next(iter(linears.values())).is_cuda else found
 
@@ -201,72 +150,22 @@ class Solver:
         return values
 
     def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, Tensor]:
-        """Solve linears of one grid as one stacked matrix; a linear that ends worse than round-to-nearest keeps the latter."""
+        """Solve linears of one grid as one stacked matrix, and pack what was found."""
         if not widens(grid, len(gram.absolute)):
             linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
             gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
-        plain = {linear: _nearest(matrix, grid, gram.importance) for linear, matrix in linears.items()}
-        solved, damping, fallback = plain, None, None
-        steps: Steps = {linear: {"rtn": _missing(gram, plain[linear], matrix)} for linear, matrix in linears.items()}
-        if self.draft.plan.spec.feedback:
-            try:
-                damping = factorize(gram, self.draft.plan.spec.damping).damping
-                solved, later = self._solved(linears, gram, grid, rows)
-                steps = {linear: steps[linear] | later[linear] for linear in linears}
-            except NotPositiveDefiniteError as failure:
-                fallback = f"rtn: {failure}"
+        spec = self.draft.plan.spec
+        problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone)
+        found = solve(problem, spec.steps)
         values = {}
-        for linear, matrix in linears.items():
-            total = float(gram.energy(matrix).sum()) or 1.0
-            errors = {step: error / total for step, error in steps[linear].items()}
-            last, first = list(errors.values())[-1], errors["rtn"]
-            chosen, note = solved[linear], fallback
-            if first < last:
-                chosen, note = plain[linear], f"rtn: solved error {last:.3g} was not below {first:.3g}"
-            chosen = widened_codes(chosen, self.shapes[linear])
+        for linear, quantized in found.quantized(problem).items():
+            chosen = widened_codes(quantized, self.shapes[linear])
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
             if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
-            facts = {"error": min(first, last), "steps": errors, "damping": damping, "fallback": note}
-            facts["damping_asked"] = self.draft.plan.spec.damping
-            self._note(linear, value, gram, **facts)
+            self._note(linear, value, gram, **found.facts(linear), damping_asked=spec.damping)
         return values
-
-    def _solved(
-        self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows
-    ) -> tuple[dict[str, QuantizedTensor], Steps]:
-        """GPTQ on scales searched with its own weights, `sweeps` of descent and scale refits, and as many over coupled rows."""
-        spec = self.draft.plan.spec
-        sweeps = spec.sweeps
-        weight = stacked(linears)
-        codes, params = solved_once(weight, linears, gram, grid, spec.damping)
-        if self.alone:
-            gram.factors.clear()
-        steps: Steps = {linear: {} for linear in linears}
-
-        def parts() -> dict[str, QuantizedTensor]:
-            split = zip(linears, _split(codes, linears), strict=True)
-            return {linear: QuantizedTensor(part, params[linear], grid) for linear, part in split}
-
-        def note(step: str) -> None:
-            for linear, part in parts().items():
-                steps[linear][step] = _missing(gram, part, linears[linear])
-
-        note("gptq")
-        damped = descent.damped(gram.matrix, spec.damping)
-        for count in range(sweeps):
-            codes = descent.sweep(weight, damped, codes, joined(params), grid, shift=count % 2 == 1)
-            for (linear, matrix), part in zip(linears.items(), _split(codes, linears), strict=True):
-                params[linear] = _refitted(matrix, damped, part, params[linear], grid)
-        if sweeps:
-            note("sweeps")
-        if rows and sweeps:
-            known = _curvatures(linears, rows)
-            for count in range(sweeps):
-                codes = coupled.sweep(weight, damped, codes, joined(params), grid, count % 2 == 1, known)
-            note("coupled")
-        return parts(), steps
 
     def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
         self.tensors |= {name: value.cpu() for name, value in stored.items()}

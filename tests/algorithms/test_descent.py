@@ -7,6 +7,7 @@ import torch
 
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.gptq import factorize, gptq, rounding_weight
+from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid, UniformParams, value_of
 from qquant.devices import POLICIES
 from qquant.formats.gguf import quantize
@@ -30,7 +31,7 @@ def solved(request):
     grid = UniformGrid(4, 32, request.param, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.levels(), grid, 0.01)
-    return weight, gram, descent.damped(gram.matrix, 0.01), codes, params, grid
+    return weight, gram, with_damping(gram.matrix, 0.01), codes, params, grid
 
 
 def test_a_sweep_lowers_the_loss_of_every_row_it_changes(solved):
@@ -58,7 +59,7 @@ def test_blocks_are_narrower_where_levels_are_few(bits, sizes):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(bits, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes, damped = gptq(weight, gram, params.levels(), grid, 0.01), descent.damped(gram.matrix, 0.01)
+    codes, damped = gptq(weight, gram, params.levels(), grid, 0.01), with_damping(gram.matrix, 0.01)
     stacks = descent.blocks_of(damped, False, grid).blocks[::3]
     assert [len(block) for stack in stacks for block in stack] == sizes
     before = loss(weight, damped, codes, params.levels(), grid)
@@ -214,7 +215,7 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
     grid = quantize.grid(kind)
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.levels(), grid, 0.01)
-    damped = descent.damped(gram.matrix, 0.01)
+    damped = with_damping(gram.matrix, 0.01)
     values = value_of(codes, *params.levels(), grid)
     factors = params.factors(codes)
     made = sum(c.float().repeat_interleave(512 // c.shape[1], 1) * basis for c, basis in factors)
@@ -244,7 +245,7 @@ def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
     grid = UniformGrid(4, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.levels(), grid, 0.01)
-    damped, matrices = descent.damped(gram.matrix, 0.01), curvature(*rows)
+    damped, matrices = with_damping(gram.matrix, 0.01), curvature(*rows)
     ends = []
     for device in ("cpu", "cuda"):
         given = [x.to(device) for x in (weight, damped, codes)]

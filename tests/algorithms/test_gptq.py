@@ -7,8 +7,7 @@ import torch
 
 from qquant.algorithms.gptq import LADDER, NotPositiveDefiniteError, factorize, gptq
 from qquant.algorithms.gram import Gram
-from qquant.algorithms.grid import UniformGrid, value_of
-from qquant.algorithms.rtn import rtn
+from qquant.algorithms.grid import UniformGrid, nearest, value_of
 
 
 def problem(rows, columns, tokens, seed=0, dtype=torch.float32):
@@ -69,10 +68,10 @@ def test_output_error_is_far_below_round_to_nearest(seed):
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).levels()
 
-    def loss(solver):
-        return float(gram.energy(value_of(solver(weight, gram, levels, grid, 0.01), *levels, grid) - weight).sum())
+    def loss(codes):
+        return float(gram.energy(value_of(codes, *levels, grid) - weight).sum())
 
-    assert loss(gptq) < 0.6 * loss(rtn)
+    assert loss(gptq(weight, gram, levels, grid, 0.01)) < 0.6 * loss(nearest(weight, *levels, grid))
 
 
 def test_factor_is_the_upper_cholesky_of_the_inverse():
@@ -113,7 +112,7 @@ def test_dead_channels_are_rounded_to_nearest():
     gram.matrix[7, :] = gram.matrix[:, 7] = 0
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).levels()
-    assert torch.equal(gptq(weight, gram, levels, grid, 0.01)[:, 7], rtn(weight, gram, levels, grid, 0)[:, 7])
+    assert torch.equal(gptq(weight, gram, levels, grid, 0.01)[:, 7], nearest(weight, *levels, grid)[:, 7])
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
@@ -121,7 +120,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     gram.matrix = torch.diag(gram.matrix.diagonal())
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).levels()
-    assert torch.equal(gptq(weight, gram, levels, grid, 0.01), rtn(weight, gram, levels, grid, 0))
+    assert torch.equal(gptq(weight, gram, levels, grid, 0.01), nearest(weight, *levels, grid))
 
 
 def test_gram_is_the_sum_over_tokens_whatever_the_samples():

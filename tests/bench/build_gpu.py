@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qquant import pipeline, recipe
-from qquant.algorithms import coupled, descent
+from qquant.algorithms import coupled, descent, gptq
 from qquant.algorithms.grid import UniformGrid
 from qquant.artifact import draft
 from qquant.checks import review
@@ -130,7 +130,7 @@ def main():
         (walk, "measure", "curvature"),
         (walk.Stream, "advance", "forward and Gram"),
         (walk, "transform", "AWQ search"),
-        (solver, "factorize", "factorise"),
+        (gptq, "factorize", "factorise"),
         (solver.Solver, "_round", "solve"),
         (propagate, "_targets", "own stream: forward, Gram, drift and correction"),
         (descent, "sweep", "sweeps"),

@@ -21,9 +21,9 @@ name: cost
 calibration: {sources: [{bundled: books-en}], samples: 1, length: 32, default_system_share: 0}
 checks: {windows: 1, length: 32}
 artifacts:
-  - {name: gptq-int4, format: gptq, bits: 4, rounding: rtn, scale_search: minmax}
-  - {name: gptq-int8, format: gptq, bits: 8, rounding: rtn, scale_search: minmax}
-  - {name: awq, format: awq, rounding: rtn, ratios: 1, scale_search: minmax}
+  - {name: gptq-int4, format: gptq, bits: 4, solver: rtn, scale_search: minmax}
+  - {name: gptq-int8, format: gptq, bits: 8, solver: rtn, scale_search: minmax}
+  - {name: awq, format: awq, solver: rtn, ratios: 1, scale_search: minmax}
 """
 TYPES = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
 

@@ -54,7 +54,7 @@ def ours(stages, sweeps, search="importance"):
 
     from qquant.algorithms import descent
     from qquant.algorithms.gptq import gptq, rounding_weight
-    from qquant.algorithms.gram import Gram
+    from qquant.algorithms.gram import Gram, with_damping
     from qquant.algorithms.grid import UniformGrid, value_of
 
     grid, loss = UniformGrid(4, 128, symmetric=True, search=search), 0.0
@@ -65,7 +65,7 @@ def ours(stages, sweeps, search="importance"):
         weight = torch.cat(weights)
         params = grid.fit(weight, rounding_weight(gram, 0.01))
         codes = gptq(weight, gram, params.levels(), grid, 0.01)
-        damped = descent.damped(gram.matrix, 0.01)
+        damped = with_damping(gram.matrix, 0.01)
         for count in range(sweeps):
             codes = descent.sweep(weight, damped, codes, params.levels(), grid, shift=count % 2 == 1)
             params = descent.refit(weight, damped, codes, params)

@@ -267,9 +267,7 @@ def test_build_with_speed_says_it_in_the_report(small, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "last_cache", lambda _: 1)
     path = tmp_path / "recipe.yaml"
     head = RECIPE.replace("length: 32}", "length: 32, speed: true}")
-    path.write_text(
-        head + "  - {name: a, format: gptq, bits: 4, group_size: 64, rounding: rtn, scale_search: minmax}\n"
-    )
+    path.write_text(head + "  - {name: a, format: gptq, bits: 4, group_size: 64, solver: rtn, scale_search: minmax}\n")
     loaded, checkpoint = recipe.load(str(path)), Checkpoint.open(small)
     plan = Plan.of(loaded, checkpoint)
     report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, Quiet())

@@ -10,7 +10,7 @@ HEAD = "version: 1\nname: t\ncalibration: {sources: [{bundled: books-en}]}\narti
 SAID = {  # fields -> kind, group, feedback, own_stream, fold_points, eight_bit
     "format: gptq, bits: 4": ("int4", 128, True, True, 0, False),
     "format: gptq, bits: 8, group_size: -1": ("int8", 1, True, True, 0, True),
-    "format: gptq, bits: 4, rounding: rtn": ("int4", 128, False, False, 0, False),
+    "format: gptq, bits: 4, solver: rtn": ("int4", 128, False, False, 0, False),
     "format: gptq, bits: 4, transform: awq, ratios: 7": ("int4", 128, True, True, 7, False),
     "format: gptq, bits: 4, propagate: false": ("int4", 128, True, False, 0, False),
     "format: awq, group_size: 32": ("int4", 32, True, True, 20, False),
@@ -36,13 +36,13 @@ def test_an_entry_says_what_its_artifact_wants(fields):
 
 
 def test_no_memory_is_planned_for_a_stream_that_is_not_walked(demo):
-    """`propagate` is true by default and idle with `rounding: rtn`."""
+    """`propagate` is true by default and idle with `solver: rtn`."""
     checkpoint = Checkpoint.open(demo)
     asked, declined, walked = (
         build_memory(recipe.parse(HEAD % fields), checkpoint)
         for fields in (
-            "format: gptq, bits: 8, rounding: rtn",
-            "format: gptq, bits: 8, rounding: rtn, propagate: false",
+            "format: gptq, bits: 8, solver: rtn",
+            "format: gptq, bits: 8, solver: rtn, propagate: false",
             "format: gptq, bits: 8",
         )
     )

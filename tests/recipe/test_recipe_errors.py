@@ -26,7 +26,7 @@ RECIPE_KEYS = (
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, defaults, waiver"
 CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
 SOURCE_KEYS = "bundled, dataset, path, config, split, revision, field, kind, weight"
-AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, rounding, scale_search, sweeps, transform, ratios, propagate"
+AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,12 @@ AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, rounding
             "{kl_divergence: 0.1}",
             "{kl: 0.1}",
             f"13:13: artifacts[0].gates.kl: unknown key; allowed: {GATES_KEYS}; did you mean 'kl_divergence'?",
+        ),
+        # a key of earlier versions
+        (
+            "format: awq",
+            "format: awq\n    rounding: rtn",
+            f"16:5: artifacts[1].rounding: is called solver now; allowed: {AWQ_KEYS}; did you mean 'solver'?",
         ),
         # a key of another format
         (
@@ -297,7 +303,7 @@ def test_impossible_combinations(old, new, line):
     [
         ("docs-en", '"None"'),
         ("windows: 8", "text: bundled:None"),
-        ("format: awq", "format: awq\n    rounding: rtn\n    damping: 0.5"),
+        ("format: awq", "format: awq\n    solver: rtn\n    damping: 0.5"),
         ("type: q4_k_m", "type: q4_k_m\n    imatrix: false\n    solver: gptq"),
         ("samples: 64", "samples: 2"),
         ("samples: 64", "samples: 65536\n  length: 32768"),

@@ -39,9 +39,9 @@ checks: {text: "bundled:wikitext-2-test", windows: 2, length: 32}
 artifacts:
 """
 FOLDERS = (
-    "{name: gptq-int4, format: gptq, bits: 4, rounding: rtn, scale_search: minmax}",
-    "{name: gptq-int8, format: gptq, bits: 8, rounding: rtn, scale_search: minmax}",
-    "{name: awq, format: awq, ratios: 1, rounding: rtn, scale_search: minmax}",
+    "{name: gptq-int4, format: gptq, bits: 4, solver: rtn, scale_search: minmax}",
+    "{name: gptq-int8, format: gptq, bits: 8, solver: rtn, scale_search: minmax}",
+    "{name: awq, format: awq, ratios: 1, solver: rtn, scale_search: minmax}",
 )
 GGUF = ("q4_0", "q5_0", "q8_0", "q4_k_m", "q2_k", "f16")
 NAMES = ("gptq-int4", "gptq-int8", "awq", *GGUF)

@@ -129,10 +129,10 @@ class Gguf:
         )
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
-        """The grid of linear weight `name` for the `gptq` solver; None: the type's own quantizer decides."""
+        """The grid of matrix `name` for a solver with steps; None: the type's own quantizer decides."""
         del columns
         type_name = planned.stored[name].type
-        if not planned.spec.feedback or not types.TYPES[type_name].levels:
+        if not planned.spec.steps or not types.TYPES[type_name].levels:
             return None
         return quantize.grid(type_name)
 

@@ -1,0 +1,146 @@
+"""A solver: Problem -> Solution, by the steps that a recipe's word stands for (`qquant.recipe.solvers`).
+
+A problem is linears that share an input and a grid, solved as one stacked matrix; a step gets it with what the step before found, and
+gives codes and parameters. After each step the error is noted, w H w' of what is missing over that of the weights. A linear that ends
+worse than after the first step keeps what it had then; where H cannot be factorised, all of them do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, with_damping
+from qquant.algorithms.grid import Grid, Params, QuantizedTensor
+from qquant.recipe.solvers import STEPS
+
+
+class Settings(Protocol):
+    """What a recipe says of an artifact; a step may read more than these."""
+
+    @property
+    def damping(self) -> float:
+        """Added to the diagonal of H, as a share of its mean."""
+        ...
+
+    @property
+    def sweeps(self) -> int:
+        """Passes of coordinate descent."""
+        ...
+
+
+@dataclass
+class Problem:
+    """Linears of one grid that share an input."""
+
+    linears: Mapping[str, Tensor]  # float32 [n, K] each
+    gram: Gram
+    grid: Grid
+    settings: Settings
+    rows: Iterable[Tensor] | None = None  # curvature [n, n] of the stacked rows in turn; None: not known
+    alone: bool = False  # nothing else is solved on the same statistics
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The linears as one matrix, float32 [N, K]."""
+        return stacked(self.linears)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """H with its damping, float32 [K, K], positive definite where GPTQ could factorise it."""
+        return with_damping(self.gram.matrix, self.settings.damping)
+
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        """The rows [n, ...] of every linear."""
+        return parts(self.linears, value)
+
+    @cached_property
+    def energy(self) -> dict[str, float]:
+        """The output of every linear, summed over its rows and the calibration tokens."""
+        return {linear: float(self.gram.energy(matrix).sum()) or 1.0 for linear, matrix in self.linears.items()}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes of the stacked linears, and parameters of each; a step leaves the other fields as they are."""
+
+    codes: Tensor  # uint8 [N, K]
+    params: Mapping[str, Params]
+    damping: float | None = None  # what it took to factorise H, relative to the mean of its diagonal
+    steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # step -> linear -> relative error after it
+    fallbacks: Mapping[str, str] = field(default_factory=dict)  # linear -> why it has what the first step found
+
+    def quantized(self, problem: Problem) -> dict[str, QuantizedTensor]:
+        """Every linear by itself."""
+        codes = problem.split(self.codes)
+        return {linear: QuantizedTensor(codes[linear], self.params[linear], problem.grid) for linear in codes}
+
+    def facts(self, linear: str) -> dict[str, Any]:
+        """What a record says of a linear."""
+        steps = {step: errors[linear] for step, errors in self.steps.items()}
+        ends = list(steps.values())
+        fallback = self.fallbacks.get(linear)
+        error = ends[0] if fallback else ends[-1]
+        return {"error": error, "steps": steps, "damping": self.damping, "fallback": fallback}
+
+
+StepFunction = Callable[[Problem, Solution | None], Solution]  # the same solution where there is nothing to do
+
+
+def stacked(linears: Mapping[str, Tensor]) -> Tensor:
+    """The matrices as one; not a copy where there is one."""
+    matrices = list(linears.values())
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def parts(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+    """The rows of every linear of a stacked value."""
+    return dict(zip(linears, value.split([len(matrix) for matrix in linears.values()]), strict=True))
+
+
+def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
+    """Steps and offsets of stacked linears."""
+    levels = [value.levels() for value in params.values()]
+    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+
+
+def solve(problem: Problem, steps: Sequence[str]) -> Solution:
+    """What the steps found in turn, each linear no worse than after the first."""
+    first = last = _noted(problem, steps[0], None)
+    for name in steps[1:]:
+        try:
+            last = _noted(problem, name, last)
+        except NotPositiveDefiniteError as failure:
+            return replace(first, fallbacks=dict.fromkeys(problem.linears, f"{steps[0]}: {failure}"))
+    return _no_worse(problem, steps[0], first, last)
+
+
+def _noted(problem: Problem, name: str, before: Solution | None) -> Solution:
+    """The solution after step `name`, with the error that it left."""
+    step: StepFunction = importlib.import_module(STEPS[name].module).step
+    after = step(problem, before)
+    return after if after is before else replace(after, steps={**after.steps, name: _errors(problem, after)})
+
+
+def _errors(problem: Problem, found: Solution) -> dict[str, float]:
+    return {
+        linear: float(problem.gram.energy(part.dequantize() - problem.linears[linear]).sum()) / problem.energy[linear]
+        for linear, part in found.quantized(problem).items()
+    }
+
+
+def _no_worse(problem: Problem, name: str, first: Solution, last: Solution) -> Solution:
+    """`last`, but for linears that `first` was better for."""
+    codes, params, fallbacks = problem.split(last.codes), dict(last.params), {}
+    ends = list(last.steps.values())[-1]
+    for linear, error in first.steps[name].items():
+        if error < ends[linear]:
+            codes[linear], params[linear] = problem.split(first.codes)[linear], first.params[linear]
+            fallbacks[linear] = f"{name}: solved error {ends[linear]:.3g} was not below {error:.3g}"
+    return replace(last, codes=stacked(codes), params=params, fallbacks=fallbacks) if fallbacks else last
