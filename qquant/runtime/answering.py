@@ -18,11 +18,12 @@ from torch import Tensor
 
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
-from qquant.errors import InputError, NumericalError, UsageError
+from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.container import Header
 from qquant.formats.gguf.metadata import CONTROL, NORMAL, USER_DEFINED
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime import loading
+from qquant.runtime.generating import require_finite
 from qquant.source.hub import resolve
 
 WORDS = (
@@ -122,7 +123,7 @@ class Answerer:
             given,
             attention_mask=torch.ones_like(given),
             streamer=streamer,
-            logits_processor=[_require_finite],
+            logits_processor=[require_finite],
             max_new_tokens=min(settings.max_new_tokens, positions - len(ids)),
             **self._sampling(settings),
         )
@@ -141,14 +142,6 @@ class Answerer:
         return (
             chosen | stops | {"do_sample": sample, "pad_token_id": pad if pad is not None else (self.stops or [0])[0]}
         )
-
-
-def _require_finite(ids: Tensor, scores: Tensor) -> Tensor:
-    if not bool(torch.isfinite(scores).all()):
-        raise NumericalError(
-            f"logits after {ids.shape[1]} tokens are not finite: activations overflow in this dtype. Try --dtype bfloat16"
-        )
-    return scores
 
 
 class Text:

@@ -1,7 +1,7 @@
 """Artifacts that answer: a transformers model whose linears hold the packed weights.
 
     model = qquant.load("release/Qwen1.5-0.5B-Chat-GPTQ-Int4")        a folder, a .gguf file, or a 16-bit checkpoint
-    model.generate(...)                                               transformers' Qwen2ForCausalLM, nothing else changed
+    model.generate(...)                                               transformers' Qwen2ForCausalLM; see `generating`
 
 A format says what its weights are (`Integers`: codes, scales, zero points), whoever wrote them; they are repacked once, at load,
 and no 16-bit copy is made. q, k, v are one product, gate and up another, where their groups agree. What runs:

@@ -14,6 +14,7 @@ from qquant.errors import UsageError
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
+from qquant.runtime.generating import Quick, answering_class
 from qquant.runtime.linears import CpuQuantLinear, Linear, Part, QuantEmbedding
 from qquant.runtime.parts import Loader, linears
 from qquant.source.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, Qwen2ForCausalLM
 
 
+QUICK = ("cuda", "cpu")  # devices where `generate` takes the quick way
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -53,7 +55,7 @@ def load(
     number = _dtype(dtype, raw)
     config, family = source.config, source.family
     with torch.device("meta"):
-        model = transformers.Qwen2ForCausalLM(_transformers_config(source, raw, number))
+        model = answering_class(transformers.Qwen2ForCausalLM)(_transformers_config(source, raw, number))
     loader = Loader(source, place, number)
     body = model.model
     body.rotary_emb = type(body.rotary_emb)(config=model.config).to(place)
@@ -64,6 +66,7 @@ def load(
     for layer in range(config.layers):
         _fill(model, source, layer, loader)
     model.generation_config = _generation(source, raw)
+    model._quick = Quick(family, config, number, QUICK)
     return model.eval()
 
 

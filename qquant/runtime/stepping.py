@@ -4,8 +4,8 @@
     advance()               logits after one token of every sequence; tokens and positions stay on the device, so a graph can hold it
 
 The order of the steps is the family's, the arithmetic that of `qquant.families.decoder`, with what stands between the products fused
-(`qquant.runtime.fused`). On CUDA `capture` records a step, or a prefill, as one graph: launches from Python take longer than the kernels. Sequences of a batch need not be of one
-length: each fills its row of the cache from the left, so there is no padding.
+(`qquant.runtime.fused`). On CUDA `capture` records a step, or a prefill, as one graph: launches from Python take longer than the
+kernels. Sequences of a batch need not be of one length: each fills its row of the cache from the left, so there is no padding.
 """
 
 from __future__ import annotations
@@ -137,27 +137,32 @@ class Stepper:
         self.token.copy_(logits.argmax(-1))
         return logits
 
-    def extend(self, parts: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-        """Logits [batch, vocab] after every sequence goes on with its part, ids int64 [T > 0], from its start on."""
-        lengths = [len(part) for part in parts]
-        spans = list(zip(lengths, starts, strict=True))
-        places = torch.cat([_counted(start, start + count, self.device) for count, start in spans])
-        rows = torch.cat([torch.full_like(self.rows[:1], row).expand(count) for row, count in enumerate(lengths)])
+    def extend(self, parts: Sequence[Tensor], starts: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
+        """Logits [len(parts), vocab] after sequences go on with their parts, ids int64 [T > 0], from their starts on.
+
+        rows: of the cache, one for each part; by default all in their order.
+        """
+        chosen = range(self.batch) if rows is None else rows
+        spans = [(row, len(part), start) for row, part, start in zip(chosen, parts, starts, strict=True)]
+        places = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
+        owners = torch.cat([self.rows[row : row + 1].expand(count) for row, count, _ in spans])
 
         def mix(layer: int, query: Tensor) -> Tensor:
             if len(spans) == 1:
-                return self._attend_part(layer, 0, query, starts[0])
+                return self._attend_part(layer, spans[0][0], query, spans[0][2])
             mixed, first = torch.empty_like(query), 0
-            for row, (count, start) in enumerate(spans):
+            for row, count, start in spans:
                 here = slice(first, first := first + count)
                 mixed[here] = self._attend_part(layer, row, query[here], start)
             return mixed
 
-        hidden = self._forward(torch.cat(list(parts)), rows, places, mix)
-        for row, (count, start) in enumerate(spans):
+        hidden = self._forward(torch.cat(list(parts)), owners, places, mix)
+        last, ends = -1, []
+        for row, count, start in spans:
             self.position[row].fill_(start + count)
-        last = [sum(lengths[: row + 1]) - 1 for row in range(self.batch)]
-        return self.weights.head(torch.cat([hidden[place : place + 1] for place in last]))
+            last += count
+            ends.append(hidden[last : last + 1])
+        return self.weights.head(torch.cat(ends))
 
     def _attend_part(self, layer: int, row: int, query: Tensor, start: int) -> Tensor:
         """[T, heads * d] of the query [T, heads * d] of tokens from `start` on, each over itself and what stands before it."""
@@ -197,6 +202,13 @@ class Stepper:
         """Go back to `position`, with `token` as the next to read."""
         self.position.fill_(position)
         self.token.fill_(token)
+
+    def grown(self, capacity: int) -> Stepper:
+        """The same with more places in the cache; tokens and positions are the same tensors."""
+        twin = Stepper(self.config, self.weights, capacity, self.device, self.keys.dtype, self.batch)
+        twin.keys[..., : self.capacity, :], twin.values[..., : self.capacity, :] = self.keys, self.values
+        twin.position, twin.token, twin.rows = self.position, self.token, self.rows
+        return twin
 
     def with_copied_weights(self) -> Stepper:
         """The same with weights of its own, so that caches that hold the others' do not help."""
