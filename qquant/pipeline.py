@@ -44,6 +44,7 @@ from qquant.plan.texts import shortfall
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
+from qquant.release.repository import SOURCE, as_json, source_facts
 from qquant.report import html
 from qquant.report.record import Report, SpeedReport
 from qquant.solve import walk
@@ -63,17 +64,21 @@ def build(
     plan.require_room(out)
     with claim(out) as partial:
         restore(out, partial)
+        progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens)
+        progress.advance("read", 1, 3)
         aim = recipe.calibration
         seen = aim.curvature_tokens if aim.objective == "kl" else 0
         inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
         inputs["objective"] = f"{aim.objective} {seen}"
         if plan.imatrix:
             inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
+        progress.advance("read", 2, 3)
         earlier = {spec.name: earlier_release(spec.gates, spec.name, text) for spec in recipe.artifacts}
         drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
+        progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
@@ -118,6 +123,11 @@ def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:
     rows = tuple(replace(row, speed=timed) for row, timed in zip(found.artifacts, speeds, strict=True))
     doubts = tuple(f"{row.name}: {reason}" for row in rows if row.speed for reason in row.speed.reasons)
     return replace(found, artifacts=rows, warnings=(*found.warnings, *doubts))
+
+
+def note_source(checkpoint: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
+    """Keep beside the report what `publish` needs to know of the checkpoint; `reference` is what the user called it."""
+    write_synced(out / SOURCE, as_json(source_facts(checkpoint, reference, plan.parallel)))
 
 
 def check(

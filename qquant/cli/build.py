@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +14,26 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
+from qquant.cli.display import Display, span
 from qquant.cli.options import (
     DEVICE,
     EXITS,
     GITHUB,
     JSON,
     JUNIT,
+    LOG,
     PLANNING,
     asking,
     given_imatrix,
     settle,
 )
-from qquant.cli.terminal import Progress, Stop, show, tell_watchers
+from qquant.cli.terminal import Stop, counted, show, tell_watchers
 
 if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
     from qquant.plan.asked import Asked
     from qquant.plan.plan import Plan
-    from qquant.source.checkpoint import Checkpoint
+    from qquant.report.record import Report
 
 
 @command(epilog=EXITS, example="build Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat --out release")
@@ -45,11 +48,12 @@ if TYPE_CHECKING:
 )
 @JUNIT
 @GITHUB
+@LOG
 @DEVICE
 @JSON
 def build(
     asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, out: Path, allow_pickle: bool,
-    junit: Path | None, github: bool, device: str, as_json: bool,
+    junit: Path | None, github: bool, log: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
 
@@ -69,13 +73,28 @@ def build(
     from qquant import pipeline
 
     began = time.monotonic()
-    with Stop() as stop, Progress(stop) as progress:
+    with Stop() as stop, Display(stop, log) as progress:
         report = pipeline.build(loaded, source, plan, out, devices.named(device), progress)
-    _note_source(source, reference, plan, out)
+    pipeline.note_source(source, reference, plan, out)
     if not as_json:
-        click.echo(f"{len(plan.artifacts)} artifacts in {time.monotonic() - began:.0f} s: {out}", err=True)
+        click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
+        click.echo("\n".join(_next(report, plan, out)), err=True)
     tell_watchers(report, junit, github)
     show(report, as_json)
+
+
+def _next(report: Report, plan: Plan, out: Path) -> Iterator[str]:
+    """What one does with a build: look at it, ask it something, publish it."""
+    yield f"look:    {out / 'report.html'}"
+    from qquant.artifact.finishing import installed
+
+    first = shlex.quote(str(installed(out, plan.artifacts[0])))
+    yield f"ask:     qquant run {first} 'Who are you?'"
+    if report.passed:
+        yield f"publish: qquant publish {shlex.quote(str(out))} --namespace YOUR_NAME"
+    else:
+        yield f"find:    qquant bisect {first} --against CHECKPOINT --max-kl LIMIT"
+    yield f"compare: qquant compare EARLIER {shlex.quote(str(out))}"
 
 
 @command(example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
@@ -148,11 +167,3 @@ def _print_checks(planned: Plan) -> None:
         ]
         click.echo(f"  {artifact.name}: {', '.join(gates) or 'measured, not gated'}")
     click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
-
-
-def _note_source(source: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
-    """Keep what `publish` needs to know of the checkpoint."""
-    from qquant.disk.writes import write_synced
-    from qquant.release import repository
-
-    write_synced(out / repository.SOURCE, repository.as_json(repository.source_facts(source, reference, plan.parallel)))

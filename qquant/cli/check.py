@@ -10,8 +10,21 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, OutputFile, OutputFolder
-from qquant.cli.terminal import Progress, console, show, tell_watchers
+from qquant.cli.display import Display
+from qquant.cli.options import (
+    ADAPTER,
+    DEVICE,
+    EXITS,
+    GITHUB,
+    JSON,
+    JUNIT,
+    LOG,
+    OutputFile,
+    OutputFolder,
+    checks_and_gates,
+    require_there,
+)
+from qquant.cli.terminal import console, show, tell_watchers
 from qquant.errors import GateFailedError, UsageError
 
 
@@ -45,6 +58,7 @@ from qquant.errors import GateFailedError, UsageError
 )
 @click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1); default: by format and size.")
 @click.option("--no-defaults", is_flag=True, help="Only these limits; otherwise the rest is by format and size.")
+@ADAPTER
 @click.option(
     "--out",
     type=OutputFolder(),
@@ -52,35 +66,26 @@ from qquant.errors import GateFailedError, UsageError
 )
 @JUNIT
 @GITHUB
+@LOG
 @DEVICE
 @JSON
 def check(
     artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
     length: int, protocol: Any, max_perplexity_ratio: float | None, max_kl: float | None, min_top1: float | None,
-    no_defaults: bool, out: Path | None, junit: Path | None, github: bool, device: str, as_json: bool,
+    no_defaults: bool, adapter: Path | None, out: Path | None, junit: Path | None, github: bool, log: Path | None,
+    device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
-    from pydantic import ValidationError
-
+    for artifact in artifacts:
+        require_there(artifact)
     from qquant import pipeline
-    from qquant.recipe import Checks, Gates
     from qquant.source.checkpoint import Checkpoint
 
-    try:
-        checks = Checks(
-            text=text, texts=also, windows=windows, max_windows=max_windows, length=length, protocol=protocol
-        )
-        gates = Gates(
-            perplexity_ratio=max_perplexity_ratio,
-            kl_divergence=max_kl,
-            top1_agreement=min_top1,
-            defaults=not no_defaults,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
-    source = Checkpoint.open(against)
-    with Progress() as progress:
+    numbers = {"windows": windows, "max_windows": max_windows, "length": length, "protocol": protocol}
+    limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
+    checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
+    source = Checkpoint.open(against, adapter=adapter)
+    with Display(log=log) as progress:
         report = pipeline.check(artifacts, source, checks, gates, devices.named(device), progress, out)
     tell_watchers(report, junit, github)
     show(report, as_json)
@@ -95,22 +100,25 @@ def check(
 )
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
 @click.option("--length", default=256, show_default=True, help="Tokens per window.")
+@ADAPTER
+@LOG
 @DEVICE
 @JSON
 def bisect(
-    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, device: str, as_json: bool
-) -> None:
+    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, adapter: Path | None,
+    log: Path | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Find which linears carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
 
     Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears.
     """
+    require_there(artifact)
     from qquant import pipeline
-    from qquant.recipe import Checks
     from qquant.source.checkpoint import Checkpoint
 
-    source = Checkpoint.open(against)
-    checks = Checks(text=text, windows=windows, length=length)
-    with Progress() as progress:
+    source = Checkpoint.open(against, adapter=adapter)
+    checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
+    with Display(log=log) as progress:
         found = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
     chosen = [part.name for part in found.chosen]
     if as_json:
@@ -224,7 +232,7 @@ def perplexity(
     if not artifacts and save_logits is None:
         raise UsageError("give an artifact, or --save-logits FILE")
     where = devices.named(device)
-    with Progress() as progress:
+    with Display() as progress:
         if logits is not None:
             found = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:

@@ -6,17 +6,18 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qquant.errors import UsageError
+from qquant.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from qquant.formats.gguf.imatrix import Imatrix
     from qquant.plan.asked import Asked
+    from qquant.recipe import Checks, Gates
     from qquant.source.checkpoint import Checkpoint
 
 
@@ -69,6 +70,14 @@ JUNIT = click.option(
 )
 GITHUB = click.option(
     "--github", is_flag=True, help="Print workflow annotations, and add to the step summary ($GITHUB_STEP_SUMMARY)."
+)
+LOG = click.option(
+    "--log", type=OutputFile(), help="Add every step of the work to this file as JSON lines; default: nowhere."
+)
+ADAPTER = click.option(
+    "--adapter",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The PEFT LoRA folder that was merged when it was built; default: none.",
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 
@@ -182,6 +191,32 @@ def settle(asked: Asked, *, question: bool) -> Asked:
     else:
         click.echo(what, err=True)
     return dataclasses.replace(asked, recipe=found.name)
+
+
+def require_there(artifact: Path) -> None:
+    """Raise InputError where there is nothing at `artifact`: before torch is imported, which takes seconds."""
+    if not artifact.exists():
+        raise InputError(f"{artifact}: not found")
+
+
+def checks_and_gates(checks: Mapping[str, object], gates: Mapping[str, object]) -> tuple[Checks, Gates]:
+    """What `check` measures and holds an artifact to.
+
+    Raises UsageError, which names the option.
+    """
+    from pydantic import ValidationError
+
+    from qquant.recipe import Checks, Gates
+
+    try:
+        return Checks.model_validate(dict(checks)), Gates.model_validate(dict(gates))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "-".join(str(step).replace("_", "-") for step in first["loc"])
+        raise UsageError(f"--{OPTIONS.get(key, key)}: {first['msg']}, got {first['input']!r}") from None
+
+
+OPTIONS = {"kl-divergence": "max-kl", "top1-agreement": "min-top1", "perplexity-ratio": "max-perplexity-ratio"}
 
 
 def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:

@@ -9,8 +9,9 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
+from qquant.cli.display import Display
 from qquant.cli.options import DEVICE, EXITS, JSON
-from qquant.cli.terminal import Progress, console
+from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
 
 
@@ -43,7 +44,7 @@ def tasks(
 
     source = Checkpoint.open(against)
     asked = checks.Questions(names, include, limit, batch, margin)
-    with Progress() as progress:
+    with Display() as progress:
         found = checks.run(source, artifacts, asked, devices.named(device), progress)
     if as_json:
         click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in found]}, indent=2))

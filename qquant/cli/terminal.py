@@ -1,12 +1,10 @@
-"""What a person sees: tables and verdicts on stdout, progress and warnings on stderr."""
+"""What a person sees: tables and verdicts on stdout, warnings on stderr; and the signals by which a person ends the work."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,6 +30,11 @@ def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
         if summary:
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(ci.github(report))
+
+
+def counted(number: int, what: str) -> str:
+    """1 artifact, 2 artifacts."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def console() -> Console:
@@ -93,55 +96,10 @@ class Stop:
         if self.asked:
             raise StoppedError(f"stopped at once by {name}")
         self.asked = name
-        os.write(2, f"{name}: stopping after this block; once more to stop at once\n".encode())
+        clear = "\r\x1b[2K" if os.isatty(2) else ""  # the live line, which is drawn again below
+        os.write(2, f"{clear}{name}: stopping after this block; once more to stop at once\n".encode())
 
     def check(self) -> None:
         """Raise StoppedError if a signal came."""
         if self.asked:
             raise StoppedError(f"stopped by {self.asked}")
-
-
-UNEQUAL = frozenset({"curvature"})  # phases whose steps differ in kind: `done` of `of` is a share of the work
-
-
-class Progress:
-    """A bar with an estimate on a terminal, one line per step otherwise; on stderr."""
-
-    def __init__(self, stop: Stop | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bars
-
-        self.stop = stop
-
-        self.bars = Bars(console=Console(stderr=True)) if sys.stderr.isatty() else None
-        self.tasks: dict[str, Any] = {}
-        self.began: dict[str, float] = {}
-        self.last = time.monotonic()
-
-    def check_stop(self) -> None:
-        """Raise StoppedError if a signal came."""
-        if self.stop is not None:
-            self.stop.check()
-
-    def advance(self, what: str, done: int, of: int) -> None:
-        """Block `done` of `of` of phase `what` is done; 0 says that the phase begins."""
-        now = time.monotonic()
-        began = self.began.setdefault(what, self.last if done else now)
-        self.last = now
-        if self.bars is None:
-            if done:
-                place = f"{done / of:.0%}" if what in UNEQUAL else f"block {done} of {of}"
-                left = (now - began) / done * (of - done)
-                click.echo(f"{what}: {place}, {now - began:.0f} s, about {left:.0f} s left", err=True)
-            return
-        if what not in self.tasks:
-            self.bars.start()
-            self.tasks[what] = self.bars.add_task(what, total=of)
-        self.bars.update(self.tasks[what], completed=done)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bars is not None:
-            self.bars.stop()

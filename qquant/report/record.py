@@ -6,10 +6,18 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qquant.disk.writes import finite
 from qquant.errors import InputError
+from qquant.resources import lazy
+
+if TYPE_CHECKING:
+    import pandas
+
+    from qquant.report import notebook
+else:
+    notebook = lazy("qquant.report.notebook")
 
 SCHEMA = "qquant-report-1"
 FLOAT16 = 65504  # its largest number
@@ -129,7 +137,7 @@ class ArtifactReport:
     speed: SpeedReport | None = None  # null: not measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Everything a reader needs to judge and to repeat the build."""
 
@@ -227,6 +235,16 @@ class Report:
                 f"calibration: {made.get('samples')} samples, {made.get('tokens')} tokens, sha256 {made.get('sha256')}"
             ]
         return lines
+
+    def __repr__(self) -> str:
+        return notebook.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return notebook.as_html(self)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """As `notebook.as_frame`."""
+        return notebook.as_frame(self)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, the 16-bit baseline first."""

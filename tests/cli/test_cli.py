@@ -9,7 +9,6 @@ import pytest
 
 from qquant import __version__
 from qquant.cli import main
-from qquant.cli.terminal import Progress
 from tests.source.test_checkpoint import edit_config
 from tests.test_pipeline import ARTIFACTS, HEAD
 
@@ -120,26 +119,6 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     recipe_file.write_text(recipe_file.read_text().replace(", gates: {defaults: false}", ""))
     code, out, _ = qquant("plan", make_checkpoint("other"), "--recipe", recipe_file)
     assert "gptq-int4: perplexity ratio at most 1.08 (detectable" in out
-
-
-def test_an_estimate_counts_from_the_start_of_its_phase(capsys, monkeypatch):
-    """Reading took 100 s; curvature: two forward passes of 10 s, a head of 50 s, two ways back of 40 s."""
-    now = [0.0]
-    monkeypatch.setattr("qquant.cli.terminal.time.monotonic", lambda: now[0])
-    progress = Progress()
-    for seconds, done in [(100, 0), (10, 1), (10, 2), (50, 7), (40, 11), (40, 15)]:
-        now[0] += seconds
-        progress.advance("curvature", done, 15)
-    now[0] += 30
-    progress.advance("quantize", 1, 2)
-    assert capsys.readouterr().err.splitlines() == [
-        "curvature: 7%, 10 s, about 140 s left",
-        "curvature: 13%, 20 s, about 130 s left",
-        "curvature: 47%, 70 s, about 80 s left",
-        "curvature: 73%, 110 s, about 40 s left",
-        "curvature: 100%, 150 s, about 0 s left",
-        "quantize: block 1 of 2, 30 s, about 30 s left",
-    ]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--recipe", "demo"], ["recipe", "list"]])

@@ -1,0 +1,166 @@
+"""How long work shows that it is alive: on stderr, quietly.
+
+    a terminal or notebook   one live line for the phase at hand: done, rate, time left, peak memory; a finished phase leaves one line
+    a pipe                   one line when a phase ends, and one a minute while it runs
+    --log FILE               every step as a line of JSON: phase, done, of, seconds since the start, peak memory in bytes
+
+The rate is that of the phase; where steps differ in kind (curvature), `done` of `of` is a share of the work and no rate is told. A phase
+that runs again (one check after another) begins again.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+    from qquant.cli.terminal import Stop
+
+MINUTE = 60.0  # seconds between two lines of a phase in a pipe
+UNITS = {
+    "quantize": "block",
+    "check": "block",
+    "speed": "artifact",
+    "ask": "model",
+    "answer": "run",
+    "dequantize": "block",
+}
+
+
+@dataclass
+class _Phase:
+    """The phase at hand."""
+
+    name: str
+    began: float
+    said: float  # when a line of it was last printed
+    done: int = 0
+    of: int = 1
+
+    def line(self, now: float) -> str:
+        """What a person reads of it."""
+        took = now - self.began
+        unit = UNITS.get(self.name)
+        place = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
+        left = took / self.done * (self.of - self.done) if self.done else 0.0
+        rate = f", {took / self.done:.1f} s a {unit}" if unit and self.done and self.of > 1 else ""
+        about = f", about {span(left)} left" if self.done < self.of else ""
+        return f"{self.name}: {place}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most"
+
+
+class Display:
+    """A `qquant.progress.Progress` that people see. Use it in a `with`."""
+
+    def __init__(self, stop: Stop | None = None, log: Path | None = None) -> None:
+        self.stop = stop
+        self.started = self.last = time.monotonic()
+        self.phase: _Phase | None = None
+        self.ended: dict[str, float] = {}  # when a line was last printed of a phase that ended
+        self.log: IO[str] | None = None if log is None else log.open("a", encoding="utf-8")
+        self.console = _live_console()
+        self.bars: Bars | None = None
+        self.task: TaskID | None = None
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if a signal came."""
+        if self.stop is not None:
+            self.stop.check()
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """`done` of `of` of `phase` are done; 0 says that it begins."""
+        now = time.monotonic()
+        current = self.phase
+        if current is None or current.name != phase or done < current.done or done == 0:
+            self._close()
+            began = self.last if done else now
+            current = self.phase = _Phase(phase, began, self.ended.get(phase, began))
+        current.done, current.of, self.last = done, max(of, 1), now
+        self._write(current, now)
+        if self.console is not None:
+            self._draw(self.console, current, now)
+        elif done >= of or now - current.said >= MINUTE:
+            self._say(current, now)
+        if done >= of:
+            self._close()
+
+    def _say(self, phase: _Phase, now: float) -> None:
+        """A line in a pipe; of a phase that runs again and again, one a minute."""
+        again = phase.name in self.ended
+        if not again or now - phase.said >= MINUTE:
+            click.echo(phase.line(now), err=True)
+            phase.said = self.ended[phase.name] = now
+        if phase.done < phase.of:
+            self.ended.pop(phase.name, None)
+
+    def _draw(self, console: Console, phase: _Phase, now: float) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        if phase.done >= phase.of:
+            self._undraw()
+            console.print(phase.line(now), highlight=False, markup=False)
+            return
+        if self.bars is None:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
+            self.bars = Progress(*columns, console=console, transient=True)
+            self.bars.start()
+            self.task = self.bars.add_task("", total=phase.of)
+        if self.task is not None:
+            self.bars.update(self.task, description=phase.line(now), completed=phase.done, total=phase.of)
+
+    def _undraw(self) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars = self.task = None
+
+    def _close(self) -> None:
+        self._undraw()
+        self.phase = None
+
+    def _write(self, phase: _Phase, now: float) -> None:
+        if self.log is not None:
+            facts = {"phase": phase.name, "done": phase.done, "of": phase.of, "seconds": round(now - self.started, 3)}
+            self.log.write(json.dumps(facts | {"peak_bytes": peak_memory()}) + "\n")
+            self.log.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        if self.log is not None:
+            self.log.close()
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: 42 s, 7 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most: on a GPU if it used one, else on the host."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _live_console() -> Console | None:
+    """stderr, where something can be drawn over; None where lines stay."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal or console.is_jupyter else None

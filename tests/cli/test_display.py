@@ -1,0 +1,116 @@
+"""What long work shows: one line a phase and minute in a pipe, one live line on a terminal, every step in a log."""
+
+import io
+import json
+import os
+import signal
+
+import pytest
+from rich.console import Console
+
+from qquant.cli.display import Display, span
+from qquant.cli.terminal import Stop
+from qquant.errors import StoppedError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("qquant.cli.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qquant.cli.display.peak_memory", lambda: 1_500_000_000)
+    return now
+
+
+def work(display, clock, phase, steps, seconds):
+    for step in range(steps):
+        clock[0] += seconds
+        display.advance(phase, step + 1, steps)
+
+
+def test_a_pipe_gets_one_line_a_phase_and_minute(capsys, clock):
+    with Display() as display:
+        work(display, clock, "curvature", 800, 0.125)
+        work(display, clock, "quantize", 24, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "curvature: 60%, 60 s, about 40 s left, 1.5 GB at most",
+        "curvature: 100%, 2 min, 1.5 GB at most",
+        "quantize: block 6 of 24, 60 s, 10.0 s a block, about 3 min left, 1.5 GB at most",
+        "quantize: block 12 of 24, 2 min, 10.0 s a block, about 2 min left, 1.5 GB at most",
+        "quantize: block 18 of 24, 3 min, 10.0 s a block, about 60 s left, 1.5 GB at most",
+        "quantize: block 24 of 24, 4 min, 10.0 s a block, 1.5 GB at most",
+    ]
+
+
+def test_an_estimate_counts_from_the_start_of_its_phase(capsys, clock):
+    """Reading took 1,000 s, and is not part of the phase that follows; a phase that runs again begins again."""
+    with Display() as display:
+        clock[0] += 1000
+        display.advance("read", 0, 1)
+        clock[0] += 1000
+        display.advance("read", 1, 1)
+        work(display, clock, "check", 6, 5)
+        for _ in range(16):
+            work(display, clock, "check", 6, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "read: 100%, 17 min, 1.5 GB at most",
+        "check: block 6 of 6, 30 s, 5.0 s a block, 1.5 GB at most",
+    ]
+    assert len(lines) == 3, "sixteen checks of 6 s are one more line, not ninety-six"
+    assert lines[2] == "check: block 6 of 6, 6 s, 1.0 s a block, 1.5 GB at most"
+
+
+def test_a_terminal_has_one_live_line_and_keeps_what_ended(clock, monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr("qquant.cli.display._live_console", lambda: console)
+    with Display() as display:
+        display.advance("quantize", 0, 2)
+        assert display.bars is not None, "a phase that begins is seen"
+        assert len(display.bars.tasks) == 1
+        clock[0] += 3
+        display.advance("quantize", 1, 2)
+        assert (
+            display.bars.tasks[0].description
+            == "quantize: block 1 of 2, 3 s, 3.0 s a block, about 3 s left, 1.5 GB at most"
+        )
+        clock[0] += 3
+        display.advance("quantize", 2, 2)
+        assert display.bars is None
+    assert "quantize: block 2 of 2, 6 s, 3.0 s a block, 1.5 GB at most\n" in screen.getvalue()
+
+
+def test_every_step_is_logged(tmp_path, clock, capsys):
+    log = tmp_path / "steps.jsonl"
+    for _ in range(2):  # the second run adds
+        with Display(log=log) as display:
+            work(display, clock, "quantize", 3, 1)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == 6
+    assert rows[1] == {"phase": "quantize", "done": 2, "of": 3, "seconds": 2.0, "peak_bytes": 1_500_000_000}
+    assert [row["done"] for row in rows] == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_signal_ends_at_the_next_step(capfd):
+    with Stop() as stop, Display(stop) as display:
+        display.check_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+            display.check_stop()
+    assert "SIGTERM: stopping after this block; once more to stop at once" in capfd.readouterr().err
+
+
+def test_memory_is_that_of_this_process():
+    from qquant.cli.display import peak_memory
+
+    before = peak_memory()
+    held = b"x" * 300_000_000
+    assert peak_memory() >= max(before, len(held))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min"), (7500, "2 h 05 min")]
+)
+def test_spans(seconds, text):
+    assert span(seconds) == text
