@@ -29,7 +29,7 @@ from qquant.checks.review import (
     earlier_release,
     held_out,
     record,
-    require_same_shape,
+    require_same_numbers,
     review,
 )
 from qquant.checks.structure import Remembered
@@ -203,7 +203,7 @@ def bisect(
     """Which linears of an artifact carry its loss, and a small set that would bring its mean KL divergence to `limit`."""
     text = held_out(checks, Tokenizer.open(checkpoint.path))
     source = open_weights(artifact)
-    require_same_shape(artifact, source, checkpoint)
+    require_same_numbers(artifact, source, checkpoint)
     candidates = (
         bisection.whole_blocks(source) if structure.folds(source, Remembered(checkpoint)) else bisection.parts(source)
     )
@@ -238,7 +238,7 @@ def perplexity_from(
 def _opened(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, WeightSource]:
     found = {str(path): open_weights(path) for path in paths}
     for path, source in found.items():
-        require_same_shape(Path(path), source, checkpoint)
+        require_same_numbers(Path(path), source, checkpoint)
     return found
 
 

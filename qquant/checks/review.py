@@ -26,6 +26,7 @@ from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measur
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
+from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
@@ -162,7 +163,8 @@ def review(
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = Watched(source, baseline, structure.folds(source, baseline))
-    faults = {candidate.name: structure.of_files(candidate.path, checkpoint) for candidate in candidates}
+    said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
+    faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
@@ -182,7 +184,7 @@ def review(
         f"{candidate.name}: {warning}"
         for candidate in candidates
         for warning in (
-            *structure.missing(candidate.path, checkpoint),
+            *said[candidate.name].warnings,
             *fallback_note(candidate.fallbacks),
             *warnings_of(candidate.layers),
             *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
@@ -210,6 +212,9 @@ def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]
 
 def _lossy(candidate: Candidate, ratio: float) -> list[str]:
     """A word on a loss that no gate speaks of."""
+    gates = candidate.gates
+    if gates.defaults and gates.perplexity_ratio is gates.kl_divergence is gates.top1_agreement is None:
+        return ["no limits are known for what it is, so nothing limits its loss; give some"]
     ungated = candidate.gates.perplexity_ratio is None and not candidate.eight_bit
     return (
         [f"perplexity is {ratio:.2f} times the checkpoint's, and nothing limits it"]
@@ -261,7 +266,18 @@ def _judge(
 
 
 def require_same_shape(path: Path, source: WeightSource, checkpoint: Checkpoint) -> None:
-    """Raise InputError, with the numbers that differ, unless `source` has the shape of the checkpoint's model."""
+    """Raise InputError, with the numbers that differ, unless `source` has as many weights in the same shapes as the checkpoint's model.
+
+    Another rope, epsilon, number of heads, context, or a head stored twice is measured as it is: a runtime would run it, too.
+    """
+    theirs, ours = source.family.shapes(source.config), checkpoint.family.shapes(checkpoint.config)
+    head = {checkpoint.family.head}
+    if {name: theirs[name] for name in theirs.keys() - head} != {name: ours[name] for name in ours.keys() - head}:
+        raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
+
+
+def require_same_numbers(path: Path, source: WeightSource, checkpoint: Checkpoint) -> None:
+    """Raise InputError unless `source` has the checkpoint's numbers, so that a linear of one is one of the other."""
     if _difference(source, checkpoint):
         raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
 

@@ -10,13 +10,12 @@ Weights are looked at as they pass by, in the same reading that measures fidelit
 
 AWQ folds scales into neighbouring weights, A = r W c by row and column: r and c are fitted first, where scales are folded. Any layout can
 hold folded scales, so the weights themselves tell (`folds`): the outputs of a norm are divided by what the columns after it are multiplied by.
-Files are compared with the checkpoint's, by the format that knows them: vocabulary, template, stop tokens.
+What the files around the weights say is compared apart (`formats.claims_of`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from torch import Tensor
 from qquant.algorithms.grid import finite
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
-from qquant.formats import beside, format_of
-from qquant.source.checkpoint import Checkpoint
 
 FAR = 0.7  # relative error of what cannot be the same weight; two-bit types stay below 0.5
 LEANING = 0.6  # share of an error that is common to a group; 1 / sqrt(32) = 0.18 by chance
@@ -174,19 +171,3 @@ def _reordered(value: Tensor, truth: Tensor) -> bool:
     order = best.indices.unique(dim=0)  # of the rows in each group
     moved = len(order) == 1 and bool((order[0] != torch.arange(PACKED, device=order.device)).any())
     return moved and bool((best.values > ALIKE).float().mean() > 0.9)
-
-
-def of_files(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is wrong with the files around the weights, or with the metadata among them; missing ones are `missing`'s matter.
-
-    Raises:
-        InputError: a file is damaged.
-    """
-    known = format_of(path)
-    return beside.differences(path, checkpoint) if known is None else known.differences(path, checkpoint)
-
-
-def missing(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Files beside the checkpoint's weights that should be beside the artifact's, and are not."""
-    known = format_of(path)
-    return beside.missing(path, checkpoint) if known is None else known.missing(path, checkpoint)

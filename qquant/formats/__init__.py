@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
+from qquant.formats import folder_claims
 from qquant.formats.awq import Awq
+from qquant.formats.claims import Claims
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.layout import Gguf
 from qquant.formats.gptq import Gptq
@@ -87,18 +89,6 @@ class Format(Protocol):
         """The models among the files of a repository that are files of their own, in that order; none where the folder is the model."""
         ...
 
-    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """What the artifact at `path` says of tokens, template and stop tokens that is not what the checkpoint says.
-
-        Raises:
-            InputError: it is damaged.
-        """
-        ...
-
-    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """What lies beside the checkpoint's weights, should lie beside the artifact's, and does not."""
-        ...
-
     def describe(self, path: Path) -> dict[str, Any]:
         """`facts` (name -> value) and `tensors` (name, shape, type, bytes), from headers alone."""
         ...
@@ -127,6 +117,10 @@ class Format(Protocol):
 
     def read(self, path: Path) -> ArtifactSource:
         """The dequantized weights of an artifact made by any tool."""
+        ...
+
+    def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
+        """What an artifact made by any tool says of itself, where `plan` would have said something else of the checkpoint."""
         ...
 
     def comparisons(
@@ -183,6 +177,16 @@ def format_of(path: Path) -> Format | None:
     """
     name = detect(path)
     return None if name is None else FORMATS[name]
+
+
+def claims_of(path: Path, checkpoint: Checkpoint) -> Claims:
+    """What any artifact says of itself that is not true of the checkpoint; a folder of 16-bit weights is one too.
+
+    Raises:
+        InputError: a file of it is damaged.
+    """
+    name = detect(path)
+    return folder_claims.compare(path, checkpoint) if name is None else FORMATS[name].claims(path, checkpoint)
 
 
 def kind_of_file(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
 from qquant.formats.bits import pack_words, unpack_words
-from qquant.formats.folder import ModelFolder, QuantizedLayout
+from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe import AwqArtifact
 from qquant.resources import lazy
 
@@ -109,6 +109,7 @@ class Awq(ModelFolder[AwqArtifact]):
     entry = AwqArtifact
     method = "awq"
     config_copy = None
+    harmless = frozenset(("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "backend", "meta"))
 
     def folder_suffix(self, spec: AwqArtifact) -> str:
         """As in Qwen's repository names."""
@@ -150,3 +151,26 @@ class Awq(ModelFolder[AwqArtifact]):
                 f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group!r}; qquant reads 4-bit GEMM"
             )
         return AwqLayout(group)
+
+    def stated(self, source: FolderSource) -> dict[str, Stated]:
+        """What readers of this layout ask for."""
+        layout = source.layout
+        assert isinstance(layout, AwqLayout)
+        bits, group = "codes are cut otherwise", "columns get the scales of others"
+        order, another = "codes are read in another order", "it is read as another format"
+        return {
+            "quant_method": Stated(("awq",), another, "awq"),
+            "method": Stated(("awq",), another, "awq"),
+            "version": Stated(("gemm", "GEMM"), order, "gemm"),
+            "format": Stated(("gemm", "GEMM"), order, "gemm"),
+            "checkpoint_format": Stated(("gemm", "GEMM"), order, "gemm"),
+            "desc_act": Stated((False,), order, False),
+            "pack_dtype": Stated(("int32",), bits, "int32"),
+            "lm_head": Stated((False, None), "other weights are taken for quantized"),
+            "bits": Stated((4,), bits, 4),
+            "w_bit": Stated((4,), bits, 4),
+            "group_size": Stated((layout.group_size,), group, layout.group_size),
+            "q_group_size": Stated((layout.group_size,), group, layout.group_size),
+            "zero_point": Stated((True,), "the zero points are not read", True),
+            "modules_to_not_convert": Stated((None, [], ["lm_head"]), "quantized weights are taken for plain ones"),
+        }

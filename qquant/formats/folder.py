@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
-from qquant.formats import beside
+from qquant.formats import beside, folder_claims
+from qquant.formats.claims import Claims, claims, shown
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import ModelFile, PlannedArtifact, Stored, copied_file, safetensors_files, small_file
 from qquant.recipe import ArtifactSpec, IntegerArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import FLOATS, Checkpoint, read_config, read_tensors
 from qquant.source.safetensors_file import TensorInfo, read_tensor, torch_dtype
+from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,15 @@ class QuantizedLayout(ABC):
         """What a runtime's operators compute with; None: they have no such scales or groups."""
 
 
+@dataclass(frozen=True)
+class Stated:
+    """A key of quantization_config that runtimes read: the values that are true of the weights, and what follows from others."""
+
+    true: tuple[Any, ...]
+    otherwise: str
+    absent: Any = None  # what a runtime takes without the key
+
+
 class ModelFolder(ABC, Generic[Spec]):
     """A format that is a folder with quantized linears in the decoder blocks; `Spec` is its entry in a recipe."""
 
@@ -103,6 +114,12 @@ class ModelFolder(ABC, Generic[Spec]):
     def quantization_config(self, spec: Spec) -> dict[str, Any]: ...
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
+
+    harmless: frozenset[str] = frozenset()  # keys of quantization_config that tell how it was made, and change nothing
+
+    def stated(self, source: FolderSource) -> Mapping[str, Stated]:
+        """The keys of quantization_config that runtimes read; none: it is not compared."""
+        return {}
 
     def recognises(self, quantization: Mapping[str, Any]) -> bool:
         """By its quant_method."""
@@ -127,14 +144,6 @@ class ModelFolder(ABC, Generic[Spec]):
     def models(self, files: Sequence[str]) -> list[ModelFile]:
         """None: the folder is the model."""
         return []
-
-    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """By the files beside the weights."""
-        return beside.differences(path, checkpoint)
-
-    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """Of the files beside the weights."""
-        return beside.missing(path, checkpoint)
 
     def describe(self, path: Path) -> dict[str, Any]:
         """Config and tensors."""
@@ -213,6 +222,29 @@ class ModelFolder(ABC, Generic[Spec]):
         module = name.removesuffix(".weight")
         layout = self.layout(self._own(planned.spec))
         return layout.dequantize({suffix: stored[f"{module}.{suffix}"] for suffix in layout.suffixes})
+
+    def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
+        """Where config.json and the files beside it are not what `plan` would have written for the checkpoint."""
+        return folder_claims.compare(path, checkpoint) + self._quantization_claims(path)
+
+    def _quantization_claims(self, path: Path) -> Claims:
+        """Of quantization_config, of its copy, and of the names of tensors."""
+        source, copy = self.read(path), self.config_copy
+        contents = {"quantization_config": read_config(path)["quantization_config"]}
+        if copy and (path / copy).is_file():
+            contents[copy] = read_json(path / copy)
+        known, faults, warnings = self.stated(source), [], []
+        for where, content in contents.items() if known else ():
+            for key in sorted({*content, *known} - self.harmless):
+                told = f"{where}: {key} is {shown(content.get(key))}: "
+                if key not in known:
+                    warnings.append(f"{told}qquant does not know whether a runtime reads it")
+                elif content.get(key, known[key].absent) not in known[key].true:
+                    faults.append(told + known[key].otherwise)
+        warnings += [
+            f"tensor {name}: the checkpoint has no such thing; some runtimes refuse it" for name in source.further()
+        ]
+        return claims(faults, warnings)
 
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
@@ -315,11 +347,25 @@ class FolderSource:
             ):
                 raise InputError(f"{self.path}: {name} is not zero, and the model has no such bias")
 
+    def further(self) -> list[str]:
+        """Stored tensors that belong to no weight of the model; biases are zero (`verify`)."""
+        shapes = {*self.family.shapes(self.config), self.family.head}
+        parts = {*self.layout.suffixes, "bias"}
+
+        def known(name: str) -> bool:
+            module, _, last = name.rpartition(".")
+            return name in shapes or (last in parts and f"{module}.weight" in shapes) or last == "inv_freq"
+
+        return sorted(name for name in self.tensors if not known(name))
+
+    def _named(self, name: str) -> str:
+        """A tied head is the embedding, whatever else is stored: so every runtime takes it."""
+        return self.family.embedding if name == self.family.head and self.config.tied else name
+
     def tensor(self, name: str) -> Tensor:
         """float32; a quantized weight is dequantized."""
+        name = self._named(name)
         module = name.removesuffix(".weight")
-        if name not in self.tensors and name == self.family.head:
-            return self.tensor(self.family.embedding)
         if self.layout.holds(module, self.tensors):
             return self.layout.dequantize(self._stored(module))
         return read_tensor(self.tensors[name]).to(self.device).float()
@@ -336,8 +382,7 @@ class FolderSource:
         module = name.removesuffix(".weight")
         if self.layout.holds(module, self.tensors):
             return self.layout.label
-        name = self.family.embedding if name not in self.tensors and name == self.family.head else name
-        return self.tensors[name].dtype.lower()
+        return self.tensors[self._named(name)].dtype.lower()
 
     def _stored(self, module: str) -> dict[str, Tensor]:
         return {
@@ -346,6 +391,4 @@ class FolderSource:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of an unquantized matrix, float32."""
-        if name not in self.tensors and name == self.family.head:
-            name = self.family.embedding
-        return read_tensor(self.tensors[name], slice(start, stop)).to(self.device).float()
+        return read_tensor(self.tensors[self._named(name)], slice(start, stop)).to(self.device).float()

@@ -24,9 +24,10 @@ from qquant import __version__
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
 from qquant.formats.bits import pack_words, unpack_words
-from qquant.formats.folder import ModelFolder, QuantizedLayout
+from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe import GptqArtifact
 from qquant.resources import lazy
+from qquant.source.safetensors_file import read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+HARMLESS = (
+    "damp_percent damp_auto_increment static_groups true_sequential model_name_or_path meta quantizer mse dataset tokenizer "
+    "block_name_to_quantize cache_block_outputs use_exllama exllama_config use_cuda_fp16 max_input_length"
+)  # keys that tell how it was made, or choose a kernel
 Entry = tuple[str, str, tuple[int, ...]]
 
 
@@ -146,6 +151,26 @@ def _require_groups(index: Tensor, groups: int) -> None:
         raise InputError(f"g_idx holds group {int(index.max())}; there are {groups} groups")
 
 
+def _natural(source: FolderSource, layout: GptqLayout) -> bool:
+    """Whether every g_idx is k // g."""
+    for name, info in source.tensors.items():
+        if name.endswith(".g_idx"):
+            index = read_tensor(info)
+            if bool((index != torch.arange(len(index)) // layout.width(len(index))).any()):
+                return False
+    return True
+
+
+def _symmetric(source: FolderSource, layout: GptqLayout) -> bool:
+    """Whether every zero point is 2^(b-1)."""
+    word = pack_words(
+        torch.full((1, layout.slots), (1 << (layout.bits - 1)) - layout.shift, dtype=torch.uint8), layout.bits
+    )
+    return all(
+        bool((read_tensor(info) == word).all()) for name, info in source.tensors.items() if name.endswith(".qzeros")
+    )
+
+
 class Gptq(ModelFolder[GptqArtifact]):
     """The `gptq` format of a recipe."""
 
@@ -186,6 +211,38 @@ class Gptq(ModelFolder[GptqArtifact]):
         }
 
     config_copy = "quantize_config.json"
+    harmless = frozenset(HARMLESS.split())
+
+    def stated(self, source: FolderSource) -> dict[str, Stated]:
+        """Order and zero points as the tensors have them: where a runtime is told there are none, it does not read them."""
+        layout = source.layout
+        assert isinstance(layout, GptqLayout)
+        ordered, symmetric = _natural(source, layout), _symmetric(source, layout)
+        version = "gptq" if layout.shift else "gptq_v2"
+        files = {file.file.stem for file in source.tensors.values()}
+        linears, shift = source.family.linears, "zero points are off by one"
+        quantized = "other weights are taken for quantized"
+        return {
+            "quant_method": Stated(("gptq",), "it is read as another format", "gptq"),
+            "method": Stated(("gptq",), "it is read as another format", "gptq"),
+            "bits": Stated((layout.bits,), "codes are cut otherwise"),
+            "group_size": Stated((layout.group_size,), "columns get the scales of others"),
+            "desc_act": Stated(
+                (False, True) if ordered else (True,), "the order of columns in g_idx is not read", False
+            ),
+            "sym": Stated((True, False) if symmetric else (False,), "the zero points are not read", True),
+            "checkpoint_format": Stated((version,), shift, version),
+            "format": Stated((version,), shift, version),
+            "lm_head": Stated((False, None), quantized),
+            "dynamic": Stated((None, {}), quantized),
+            "modules_to_not_convert": Stated((None, [], ["lm_head"]), quantized),
+            "modules_in_block_to_quantize": Stated(
+                (None, [list(stage.linears) for stage in source.family.stages], [list(linears)]), quantized
+            ),
+            "is_marlin_format": Stated((False, None), "codes are read in another order"),
+            "pack_dtype": Stated(("int32",), "codes are cut otherwise", "int32"),
+            "model_file_base_name": Stated((None, "model", *sorted(files)), "AutoGPTQ looks for a file of that name"),
+        }
 
     def read_layout(self, config: Mapping[str, Any], where: str) -> GptqLayout:
         """The layout of a folder made by any tool, from its quantization_config.

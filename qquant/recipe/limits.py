@@ -45,11 +45,13 @@ _FOUR = Limits(1.08, 0.10, 0.85), Limits(1.04, 0.05, 0.90)
 _FOUR_K = Limits(1.03, 0.06, 0.88), Limits(1.015, 0.04, 0.91)
 _FIVE = Limits(1.015, 0.03, 0.91), Limits(1.015, 0.02, 0.93)
 _THREE = Limits(1.12, 0.20, 0.78), Limits(1.07, 0.12, 0.84)
+_TWO = Limits(None, 1.0, 0.55), Limits(None, 0.5, 0.65)
 _EIGHT = Limits(None, 0.005, 0.97), Limits(None, 0.003, 0.975)
 _SIXTEEN = Limits(None, 0.001, 0.985), Limits(None, 0.001, 0.985)
 LIMITS: dict[str, tuple[Limits, Limits]] = {  # kind -> (below LARGE parameters, from there on)
     "int4": _FOUR,
     "int8": _EIGHT,
+    "f32": _SIXTEEN,
     "f16": _SIXTEEN,
     "bf16": _SIXTEEN,
     "q8_0": _EIGHT,
@@ -67,7 +69,8 @@ LIMITS: dict[str, tuple[Limits, Limits]] = {  # kind -> (below LARGE parameters,
     "q3_k_l": _THREE,
     "q3_k_m": _THREE,
     "q3_k_s": (Limits(1.20, 0.30, 0.72), Limits(1.10, 0.18, 0.80)),
-    "q2_k": (Limits(None, 1.0, 0.55), Limits(None, 0.5, 0.65)),
+    "q2_k": _TWO,
+    "q2_k_s": _TWO,
 }
 
 

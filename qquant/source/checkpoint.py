@@ -56,7 +56,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself only, so that what was read from it can be kept by it
 class Checkpoint:
     """A verified `Qwen2ForCausalLM` checkpoint on disk."""
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qquant import pipeline
 from qquant.calibration import Tokenizer
 from qquant.checks import decoding, sanity, structure
+from qquant.formats import claims_of
 from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
@@ -124,6 +125,26 @@ def test_swapped_shard(damaged, built, kind):
     assert "model.layers.0.mlp.up_proj.weight is not the checkpoint's weight: swapped, or of another model" in found
 
 
+@pytest.mark.parametrize(("key", "value"), [("rope_theta", 10000.0), ("rms_norm_eps", 1e-2)])
+def test_numbers_of_its_own_are_what_is_measured(damaged, built, key, value):
+    """A runtime computes with what config.json says, and so does the check: the loss is there, and the reason."""
+    made, reasons = damaged("gptq")
+    path, before = made / "config.json", fidelity(made, built[0])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert fidelity(made, built[0]) > 1.2 * before
+    assert "config.json: " in reasons()
+
+
+def fidelity(made, folder):
+    """The mean KL divergence that a check finds."""
+    text = Checks(windows=2, length=32)
+    return (
+        pipeline.check([made], Checkpoint.open(folder), text, Gates(defaults=False), CPU, quiet)
+        .artifacts[0]
+        .kl_divergence
+    )
+
+
 def test_another_models_tokenizer(damaged):
     made, reasons = damaged("gptq")
     path = made / "tokenizer.json"
@@ -157,7 +178,7 @@ def test_head_that_is_not_the_tied_one(damaged):
 def test_missing_files_warn(damaged, built):
     made, _ = damaged("gptq")
     (made / "generation_config.json").unlink()
-    assert structure.missing(made, Checkpoint.open(built[0])) == ("generation_config.json: missing",)
+    assert claims_of(made, Checkpoint.open(built[0])).warnings == ("generation_config.json: missing",)
 
 
 def patch(path, before, old, new):
@@ -172,7 +193,7 @@ def test_wrong_eos_of_a_gguf_file(damaged, demo):
     made, reasons = damaged("gguf")
     kind, eos = struct.pack("<I", 4), Tokenizer.open(demo).eos[0]
     patch(made, b"tokenizer.ggml.eos_token_id", kind + struct.pack("<I", eos), kind + struct.pack("<I", 5))
-    assert "tokenizer.ggml.eos_token_id is 5, the checkpoint stops on" in reasons()
+    assert "tokenizer.ggml.eos_token_id is 5, the checkpoint's is" in reasons()
 
 
 def exchange(path, one, other, after, before=None):

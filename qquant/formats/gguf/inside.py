@@ -1,48 +1,16 @@
-"""What a GGUF file holds besides weights: its metadata against the checkpoint's files, and all of it for people."""
+"""What a GGUF file holds, from headers alone."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qquant.formats.gguf import types
 from qquant.formats.gguf.container import Header, nbytes, read_header
 from qquant.formats.gguf.shards import parts, read_model
-from qquant.resources import lazy
-from qquant.source.checkpoint import Checkpoint
-from qquant.source.vocabulary import read
-
-if TYPE_CHECKING:
-    from qquant.calibration import tokenizer
-else:
-    tokenizer = lazy("qquant.calibration.tokenizer")
 
 LONG = 8  # array values shown
-
-
-def differences(path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What of a file's metadata is not the checkpoint's, each with its key.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    ours, theirs = tokenizer.Tokenizer.open(checkpoint.path), read(checkpoint.path)
-    fields: dict[str, Any] = {entry.key: entry.value for entry in read_model(path).fields.values()}
-    found = []
-    eos = fields.get("tokenizer.ggml.eos_token_id")
-    if eos is not None and eos not in ours.eos:
-        found.append(f"tokenizer.ggml.eos_token_id is {eos}, the checkpoint stops on {sorted(ours.eos)}")
-    tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges")
-    known = dict(theirs.tokens) | {token.content: token.id for token in theirs.added}
-    if tokens is not None and any(index >= len(tokens) or tokens[index] != token for token, index in known.items()):
-        found.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary")
-    if merges is not None and list(merges) != [" ".join(pair) for pair in theirs.merges]:
-        found.append("tokenizer.ggml.merges: are not the checkpoint's; the same text gets other tokens")
-    template = fields.get("tokenizer.chat_template")
-    if template is not None and ours.template is not None and template != ours.template:
-        found.append("tokenizer.chat_template: is not the checkpoint's")
-    return tuple(found)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum_of
 from qquant.errors import InputError, QQuantError
-from qquant.families import FAMILIES, ModelConfig
+from qquant.families import FAMILIES
+from qquant.formats.claims import Claims
 from qquant.formats.gguf import blocks, inside, mix, quantize, types
+from qquant.formats.gguf import claims as said
 from qquant.formats.gguf.container import MAGIC, header_bytes
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
-from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, read_model, split
+from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, split
 from qquant.formats.gguf.source import GgufSource, nbytes
 from qquant.formats.planned import ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
@@ -72,9 +74,9 @@ class Gguf:
         return head.startswith(MAGIC)
 
     def kind(self, path: Path) -> str:
-        """The mix by `general.file_type`."""
-        number = read_model(path).value("general.file_type")
-        return next((name for name, known in mix.FILE_TYPES.items() if known == number), "")
+        """The mix that its tensors are."""
+        source = GgufSource.open(path)
+        return said.kind(source.header, source.config)
 
     def path_of(self, folder: Path, files: Iterable[str]) -> Path:
         """The file, or the first of its parts."""
@@ -91,14 +93,6 @@ class Gguf:
         """Every file, by the type in its name; of parts the first."""
         return named(files)
 
-    def differences(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """By the metadata."""
-        return inside.differences(path, checkpoint)
-
-    def missing(self, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """Nothing: all of it is inside."""
-        return ()
-
     def describe(self, path: Path) -> dict[str, Any]:
         """Metadata and tensors."""
         return inside.describe(path)
@@ -111,7 +105,7 @@ class Gguf:
         family, config = checkpoint.family, checkpoint.config
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.type, _mix_shape(config), spec.imatrix)
+        chosen = mix.tensor_types(spec.type, mix.of_config(config), spec.imatrix)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
@@ -160,6 +154,10 @@ class Gguf:
             InputError: malformed, another architecture, an unsupported type, a missing tensor.
         """
         return GgufSource.open(path)
+
+    def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
+        """Where metadata, vocabulary, file type and names of tensors are not what `plan` gives the checkpoint's files."""
+        return said.compare(path, checkpoint)
 
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
@@ -235,16 +233,3 @@ def _decoded(library: Any, tensor: Any) -> Iterator[Tensor]:
 
 def _gguf_name(name: str) -> str:
     return next(iter(FAMILIES.values())).gguf_name(name)
-
-
-def _mix_shape(config: ModelConfig) -> mix.ModelShape:
-    return mix.ModelShape(
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        hidden=config.hidden,
-        intermediate=config.intermediate,
-        vocab=config.vocab,
-        tied=config.tied,
-    )

@@ -68,6 +68,23 @@ def metadata(
     ]
 
 
+def of_checkpoint(checkpoint: Checkpoint) -> list[Field]:
+    """Those fields of any file made of `checkpoint` that say how a runtime must run it: all but names, file type and what made it.
+
+    Raises:
+        InputError: the checkpoint has no tokenizer, or it is malformed.
+    """
+    arch = checkpoint.family.gguf_architecture
+    return [
+        Field("general.architecture", "str", arch),
+        Field("general.type", "str", "model"),
+        *_sampling(checkpoint.path / "generation_config.json"),
+        *_numbers(checkpoint, arch),
+        *_tokenizer(checkpoint),
+        Field("general.quantization_version", "u32", QUANTIZATION_VERSION),
+    ]
+
+
 def _sampling(path: Path) -> Iterator[Field]:
     settings = read_json(path) if path.is_file() else {}
     for key, kind, names in SAMPLING:

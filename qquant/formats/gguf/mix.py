@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qquant.errors import UsageError
+from qquant.families import ModelConfig
 from qquant.formats.gguf.types import TYPES, block_type
 
 FILE_TYPES = {
@@ -69,6 +70,20 @@ class ModelShape:
             lengths |= {f"blk.{layer}.{role}.bias": block[role][0] for role in ("attn_q", "attn_k", "attn_v")}
             lengths |= {f"blk.{layer}.{name}.weight": self.hidden for name in ("attn_norm", "ffn_norm")}
         return lengths
+
+
+def of_config(config: ModelConfig) -> ModelShape:
+    """The sizes of a model."""
+    return ModelShape(
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        hidden=config.hidden,
+        intermediate=config.intermediate,
+        vocab=config.vocab,
+        tied=config.tied,
+    )
 
 
 @dataclass(frozen=True)
