@@ -373,7 +373,8 @@ class Counters:
 
 
 @functools.lru_cache
-def _counters(device: torch.device) -> Counters:
+def counters_of(device: torch.device) -> Counters:
+    """The counters of `device`."""
     return Counters(device)
 
 
@@ -413,7 +414,7 @@ def _wq_mm_cuda(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None,
         raise UsageError(f"wq_mm is made for at most {MAX_ROWS} rows, not {rows}: call quantized_linear")
     with torch.cuda.device_of(x):
         config = config_for(x.device, bits, rows, columns, len(qweight))
-        counters = _counters(x.device).get(blocks(len(qweight), config.rows))
+        counters = counters_of(x.device).get(blocks(len(qweight), config.rows))
         return launch(
             x.contiguous(), qweight.contiguous(), params.contiguous(), bias, bits, group_size, config, counters
         )

@@ -19,14 +19,15 @@ out what it made. Left out: training, other families, several devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant.algorithms.grid import Integers
-from qquant.kernels import cpu_int4, jit
+from qquant.kernels import cpu_int4, direct, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.unpack import repack
 from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
@@ -85,6 +86,7 @@ class QuantLinear(Linear):
         qweight, params = repack(weight.codes, weight.scales, weight.zeros, weight.bits)
         self.qweight, self.params = nn.Buffer(qweight), nn.Buffer(params)
         self.order = None if weight.order is None else nn.Buffer(weight.order)
+        self._calls: dict[tuple[int, torch.dtype], direct.Call] = {}
 
     @property
     def path(self) -> str:
@@ -99,9 +101,34 @@ class QuantLinear(Linear):
         """X [..., K] -> [..., N]."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
+        if not torch.compiler.is_compiling():
+            y = self._called(x)
+            if y is not None:
+                return y
         if jit.path("wq_mm", x.device) == "triton" and x.dtype != torch.float32:
             return quantized_linear(x, self.qweight, self.params, self.bias, self.bits, self.group_size)
         return F.linear(x, dequant(self.qweight, self.params, self.bits, self.group_size, x.dtype), self.bias)
+
+    def _called(self, x: Tensor) -> Tensor | None:
+        """The product by a launch that was prepared for these rows and this type, None if it must go the ordinary way."""
+        key = x.numel(), x.dtype
+        call = self._calls.get(key)
+        if call is not None:
+            held = call.weights
+            if held.qweight is self._buffers["qweight"] and held.bias is self._parameters.get("bias"):
+                return call(x)
+        if not direct.usable(x, x.numel() // self.in_features):
+            return None
+        weights = direct.Weights(self.qweight, self.params, self.bias, self.bits, self.group_size)
+        y, self._calls[key] = direct.Call.first(x, weights)
+        return y
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
+        self._calls.clear()  # the weights move
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_calls": {}}
 
 
 class CpuQuantLinear(Linear):

@@ -257,7 +257,7 @@ def decode(record, options):
     from qquant.checks import speed
 
     lines, device = [], torch.device(DEVICE)
-    wq_mm._counters.cache_clear()
+    wq_mm.counters_of.cache_clear()
     deadline = time.monotonic() + options.share
     for early in (False, True):
         jit.early = early

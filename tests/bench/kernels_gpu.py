@@ -326,7 +326,7 @@ def products(record, bandwidth, deadline):
                 for _ in range(tune.copies_for(size * 2))
             ]
             tiny = torch_int4(columns, outputs, tune.copies_for(size / 2))
-            wq_mm._counters.cache_clear()  # every captured call below takes counters for good
+            wq_mm.counters_of.cache_clear()  # every captured call below takes counters for good
             for rows in (1, 4, 16, 64):
                 x = torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16)
                 contenders = {

@@ -1,0 +1,127 @@
+"""A product called again: `wq_mm` of the same weights for as many rows as before, with nothing worked out twice.
+
+On its way to the GPU an operator of Python costs 60 to 90 us a call, of which the kernel itself needs 10: arguments are sorted by the
+dispatcher, shapes checked, launch choices looked up, and Triton looks at every argument to find the binary that it compiled. For the
+same module, rows and type all of it comes out the same. So the first call goes through Triton's launcher and keeps what it found;
+later ones hand addresses to the compiled kernel: one allocation (the result) and one launch.
+
+    y, call = Call.first(x, weights)   Triton's own launch, and a call that answers later
+    y = call(x)                        None where it is not the same after all: another stream, a capture, an odd address, gradients
+
+Calls on one stream follow each other, so they share counters (`wq_mm.Counters`) and the memory of partial sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qquant.kernels import jit, wq_mm
+from qquant.kernels.jit import blocks, starts_early
+from qquant.kernels.unpack import WORDS
+
+ALIGNED = 16  # bytes; Triton compiles for addresses that are multiples of it
+WITH_CUDA = torch.backends.cuda.is_built()
+current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream if WITH_CUDA else lambda _: 0
+current_device: Callable[[], int] = torch._C._cuda_getDevice if WITH_CUDA else lambda: -1
+capturing: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing if WITH_CUDA else lambda: False
+_sums: dict[tuple[int, int], Tensor] = {}  # partial sums, by device and stream
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a product, as `wq_mm` takes them, contiguous."""
+
+    qweight: Tensor
+    params: Tensor
+    bias: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix."""
+        return len(self.qweight)
+
+
+def usable(x: Tensor, rows: int) -> bool:
+    """Whether `first` may be asked for x of so many rows."""
+    there = jit.AVAILABLE and not jit.INTERPRETED and x.is_cuda and type(x) is Tensor
+    return there and 0 < rows <= wq_mm.MAX_ROWS and x.dtype in (torch.bfloat16, torch.float16) and _plain(x)
+
+
+def _plain(x: Tensor) -> bool:
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    return x.is_contiguous() and x.data_ptr() % ALIGNED == 0 and not wanted and not capturing()
+
+
+class Call:
+    """What a product needs besides x; see the head of this file."""
+
+    __slots__ = ("_arguments", "_device", "_grid", "_keep", "_kernel", "_last", "_outputs", "_run", "_stream", "weights")  # fmt: skip
+
+    def __init__(self, weights: Weights, device: int, stream: int) -> None:
+        self.weights, self._device, self._stream, self._outputs = weights, device, stream, weights.outputs
+
+    @classmethod
+    def first(cls, x: Tensor, weights: Weights) -> tuple[Tensor, Call]:
+        """(y, the call): x [..., K] that is `usable`, launched the ordinary way."""
+        device = x.get_device()
+        made = cls(weights, device, current_stream(device))
+        with torch.cuda.device(device):
+            return made._launch(x), made
+
+    def _launch(self, x: Tensor) -> Tensor:
+        weights, outputs, columns = self.weights, self._outputs, x.shape[-1]
+        rows = x.numel() // columns
+        config = wq_mm.config_for(x.device, weights.bits, rows, columns, outputs)
+        counters = wq_mm.counters_of(x.device).get(blocks(outputs, config.rows))
+        sums = _partial_sums(x.device, self._stream, config.splits * rows * outputs if config.splits > 1 else 0)
+        y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        sizes = (rows, outputs, columns, weights.qweight.shape[1] // WORDS, weights.params.shape[1], config.splits)
+        symmetric, biased = weights.params.dtype == torch.float16, weights.bias is not None
+        early = starts_early(x.device)
+        chosen = wq_mm.constants(rows, columns, weights.bits, weights.group_size, config, symmetric, biased, early)
+        self._grid = blocks(outputs, config.rows), config.splits
+        middle = (weights.qweight, weights.params, y if weights.bias is None else weights.bias)
+        kernel = wq_mm._kernel
+        found = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **chosen)
+        self._kernel = found.result() if hasattr(found, "result") else found
+        self._run = self._kernel.run
+        self._keep = counters, sums
+        bias = None if weights.bias is None else weights.bias.data_ptr()
+        self._arguments = weights.qweight.data_ptr(), weights.params.data_ptr(), bias
+        self._last = (counters.data_ptr(), *sizes, *(chosen[name] for name in kernel.arg_names if name in chosen))
+        return y
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """X [..., K] -> [..., N], or None if the ordinary way must be taken."""
+        device = self._device
+        if (
+            not _plain(x)
+            or x.get_device() != device
+            or current_device() != device
+            or current_stream(device) != self._stream
+        ):
+            return None
+        qweight, params, bias = self._arguments
+        y = x.new_empty((*x.shape[:-1], self._outputs))
+        made, sums, kernel = y.data_ptr(), self._keep[1], self._kernel
+        self._run(
+            self._grid[0], self._grid[1], 1, self._stream, kernel.function, kernel.packed_metadata, None, None, None,
+            x.data_ptr(), qweight, params, made if bias is None else bias, made, made if sums is None else sums.data_ptr(), *self._last,
+        )  # fmt: skip
+        return y
+
+
+def _partial_sums(device: torch.device, stream: int, count: int) -> Tensor | None:
+    """Float32 memory that every product of this stream may use until it is done."""
+    if not count:
+        return None
+    key = device.index or 0, stream
+    if key not in _sums or len(_sums[key]) < count:
+        _sums[key] = torch.empty(count, dtype=torch.float32, device=device)
+    return _sums[key]

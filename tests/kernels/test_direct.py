@@ -1,0 +1,191 @@
+"""A product called again: on a stand-in of the compiled kernel that reads addresses, what is handed over and how little is done."""
+
+import copy
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qquant.algorithms.grid import Integers
+from qquant.kernels import direct, wq_mm
+from qquant.kernels.dequant import dequant
+from qquant.runtime.linears import QuantLinear
+
+SIZES = ("M", "N", "K", "tiles", "groups", "splits")
+POINTERS = ("x_at", "words_at", "params_at", "bias_at", "y_at", "partial_at", "counters_at")
+FLAGS = (
+    "BN",
+    "BM",
+    "SPLIT",
+    "STAGES",
+    "BITS",
+    "PARTS",
+    "TILES_PER_GROUP",
+    "RAGGED",
+    "SYMMETRIC",
+    "BIAS",
+    "INLINE",
+    "WIDE",
+)
+
+
+def at(address, shape, dtype):
+    """The tensor at an address."""
+    count = torch.Size(shape).numel()
+    size = torch.empty(0, dtype=dtype).element_size()
+    raw = (ctypes.c_char * (count * size)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype, count=count).view(shape)
+
+
+class Kernel:
+    """What `triton.jit` gives, as far as `direct` uses it: launched with tensors once, then by addresses."""
+
+    arg_names = (*POINTERS, *SIZES, *FLAGS, "AHEAD", "UNROLL", "EARLY")
+
+    def __init__(self):
+        self.launches, self.calls = 0, []
+
+    def __getitem__(self, grid):
+        def launch(*given, **chosen):
+            self.launches += 1
+            self.fixed = [chosen[name] for name in self.arg_names if name in chosen]
+            self._product(*[value.data_ptr() for value in given[:7]], *given[7:], *self.fixed)
+            return SimpleNamespace(run=self._run, function=7, packed_metadata=(4, 1, 0))
+
+        return launch
+
+    def _run(self, x, y, z, stream, function, metadata, *rest):
+        assert rest[:3] == (None, None, None)
+        assert (z, stream, function, metadata) == (1, 0, 7, (4, 1, 0))
+        self.calls.append((x, y))
+        self._product(*rest[3:])
+
+    def _product(self, x, words, params, bias, y, partial, counters, m, n, k, tiles, groups, splits, *flags):
+        named = dict(zip(self.arg_names[13:], flags, strict=True))
+        assert list(flags) == self.fixed
+        scales = torch.float16 if named["SYMMETRIC"] else torch.int32
+        weight = dequant(
+            at(words, (n, 16 * tiles), torch.int32),
+            at(params, (n, groups), scales),
+            named["BITS"],
+            k // groups,
+            torch.float32,
+        )
+        out = at(x, (m, k), torch.bfloat16).float() @ weight.T
+        if named["BIAS"]:
+            out += at(bias, (n,), torch.bfloat16).float()
+        if named["SPLIT"]:
+            at(partial, (splits, m, n), torch.float32).fill_(7)  # there is so much room
+        assert int(at(counters, (1,), torch.int32)) == 0
+        at(y, (m, n), torch.bfloat16).copy_(out)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The stand-in, and a CPU that passes for a GPU."""
+    found = Kernel()
+    monkeypatch.setattr(wq_mm, "_kernel", found)
+    monkeypatch.setattr(wq_mm, "config_for", lambda *_: wq_mm.Config(64, 3, 4, 4))
+    zeros = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(wq_mm, "counters_of", lambda _: SimpleNamespace(get=lambda _: zeros))
+    monkeypatch.setattr(direct, "usable", lambda x, rows: rows <= 64 and x.dtype == torch.bfloat16 and direct._plain(x))
+    monkeypatch.setattr(direct, "_sums", {})
+    return found
+
+
+def linear(bias=True, bits=4, zeros=False, rows=96, columns=256, group=64):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(rows, columns // group, generator=generator) * 0.01 + 0.001).half()
+    points = torch.randint(0, 1 << bits, scales.shape, generator=generator).float() if zeros else None
+    given = torch.randn(rows, generator=generator).bfloat16() if bias else None
+    return QuantLinear(Integers(codes, scales, points, bits), given, "test")
+
+
+def expected(module, x):
+    weight = dequant(module.qweight, module.params, module.bits, module.group_size, torch.float32)
+    return (x.float() @ weight.T + (0 if module.bias is None else module.bias.float())).bfloat16()
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"bits": 8, "zeros": True}])
+def test_later_calls_hand_over_what_the_first_did(kernel, options):
+    module = linear(**options)
+    for shape in ((1, 1, 256), (1, 256), (4, 1, 256), (1, 1, 256), (2, 2, 256)):
+        x = torch.randn(shape).bfloat16()
+        assert torch.equal(module(x), expected(module, x))
+    assert (kernel.launches, kernel.calls) == (2, [(2, 3)] * 3), "one ordinary launch for one row, one for four"
+
+
+def test_what_is_not_the_same_goes_the_ordinary_way(kernel, monkeypatch):
+    module, x = linear(), torch.randn(1, 256).bfloat16()
+    truth = expected(module, x)
+    module(x)
+    odd = torch.cat([x[0, :1], x[0]])[1:].view(1, 256)
+    assert odd.data_ptr() % 16
+    striped = torch.stack([x, x], -1)[..., 0]
+    for other in (odd, striped, x.clone().requires_grad_()):
+        assert torch.allclose(module(other).float(), truth.float(), atol=0.05)
+    monkeypatch.setattr(direct, "current_stream", lambda _: 5)
+    module(x)
+    monkeypatch.undo()
+    assert kernel.calls == []
+
+
+def test_moved_replaced_and_copied_weights_are_used(kernel):
+    module, x = linear(), torch.randn(1, 256).bfloat16()
+    module(x)
+    twin = copy.deepcopy(module)
+    twin.qweight.copy_(linear(rows=96, bits=4).qweight.flip(0))
+    assert torch.equal(twin(x), expected(twin, x))
+    module.bias = torch.nn.Parameter(torch.ones(96).bfloat16(), requires_grad=False)
+    for _ in range(3):
+        assert torch.equal(module(x), expected(module, x))
+    module.to(torch.device("cpu"))
+    assert module._calls == {}
+
+
+def test_a_call_is_an_allocation_and_a_launch(kernel):
+    """What Python does for one row the second time: counted, since seconds depend on the machine."""
+    module, x = linear(), torch.randn(1, 1, 256).bfloat16()
+    kernel._run = lambda *_: None
+    module(x)
+    seen = []
+
+    def note(frame, event, what):
+        if event == "call":
+            seen.append(frame.f_code.co_name)
+        elif event == "c_call":
+            seen.append(what.__name__)
+
+    module(x)
+    with torch.inference_mode():
+        sys.setprofile(note)
+        module(x)
+        sys.setprofile(None)
+    made = [name for name in seen if name.startswith(("empty", "new_", "zeros", "clone", "contiguous"))]
+    assert made == ["new_empty"]
+    assert not any("dispatch" in name for name in seen)
+    assert len(seen) <= 25, seen
+
+
+@pytest.mark.gpu
+def test_host_microseconds_of_a_call_on_a_gpu():
+    import time
+
+    module = linear(rows=4096, columns=4096, group=128).to("cuda")
+    x = torch.randn(1, 1, 4096, device="cuda").bfloat16()
+    plain = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    assert torch.allclose(module(x).float(), expected(module, x).float(), rtol=2e-2, atol=2e-2)
+    with torch.inference_mode():
+        for call in (module, plain):
+            for _ in range(50):
+                call(x)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(200):
+                call(x)
+            print(f"{type(call).__name__}: {(time.perf_counter() - began) / 200 * 1e6:.1f} us")
+            torch.cuda.synchronize()
+    assert torch.equal(module(x), module(x))
