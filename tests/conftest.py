@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
-from qquant.families import FAMILIES, parse_config
+from qquant.families import FAMILIES
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.resources import data_dir
@@ -19,7 +19,6 @@ from tests.worlds.chats import prose
 from tests.worlds.hub_release import Waits, write_build
 from tests.worlds.hub_server import serve
 
-QWEN2 = FAMILIES["qwen2"]
 SMALL = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -36,6 +35,7 @@ SMALL = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+CONFIGS = {"qwen2": SMALL}  # of a small checkpoint, by model type
 RELEASE = """
 version: 1
 name: release
@@ -103,14 +103,14 @@ def book(tmp_path):
     return path
 
 
-def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, **changes):
+def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, family=FAMILIES["qwen2"], **changes):
     """A random checkpoint with the demo's tokenizer; `changes` go into config.json."""
-    config = SMALL | changes
+    config = CONFIGS[family.model_type] | changes
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in QWEN2.shapes(parse_config(config, "test")).items():
+    for name, shape in family.shapes(family.parse(config, "test")).items():
         value = torch.randn(shape, generator=generator) * (0.5 if name.endswith("bias") else shape[-1] ** -0.5)
-        tensors[name] = (1 + 0.1 * value if len(shape) == 1 and "norm" in name else value).to(dtype)
+        tensors[name] = (value if len(shape) > 1 or name.endswith("bias") else 1 + 0.1 * value).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     source = data_dir("recipes") / "demo" / "tiny-qwen1.5"
@@ -129,6 +129,13 @@ def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, **changes):
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(params=[*FAMILIES.values()], ids=lambda family: family.model_type)
+def family(request, monkeypatch):
+    """Every family, registered."""
+    monkeypatch.setitem(FAMILIES, request.param.model_type, request.param)
+    return request.param
 
 
 @pytest.fixture

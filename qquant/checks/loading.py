@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 
 from qquant import background
 from qquant.errors import InputError
+from qquant.families import family_of
 from qquant.formats.gguf.container import read_header
+from qquant.source.checkpoint import read_config
 
 SECONDS = 60  # that a child may take to start, and for each part besides
 LOOK = 0.2  # seconds between looks at whether a child is still wanted
@@ -158,6 +160,8 @@ def metadata(path: Path) -> dict[str, Any]:
     """What transformers reads besides the weights; whatever goes wrong is raised. What was read, for people."""
     import transformers
 
+    if path.is_dir() and family_of(read_config(path), str(path / "config.json")).transformers is None:
+        return {"tokens": 0}  # no program but ours reads it
     folder, where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **where)
     ids: list[int] = []

@@ -286,11 +286,16 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
     """The numbers of the config that differ; a head may be stored twice, and contexts may be shortened."""
     theirs, ours = vars(source.config), vars(checkpoint.config)
     differing = [
-        key
-        for key in ours
-        if key not in ("tied", "positions") and not math.isclose(theirs[key], ours[key], rel_tol=1e-6)
+        key for key in ours if key not in ("tied", "positions") and not _alike(theirs.get(key, math.nan), ours[key])
     ]
-    return ", ".join(f"{key} is {theirs[key]}, not {ours[key]}" for key in differing)
+    return ", ".join(f"{key} is {theirs.get(key)}, not {ours[key]}" for key in differing)
+
+
+def _alike(theirs: Any, ours: Any) -> bool:
+    """The same; a float may have been through float32."""
+    if isinstance(ours, float) and isinstance(theirs, float | int):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return bool(theirs == ours)
 
 
 def _row(candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut) -> ArtifactReport:

@@ -48,7 +48,7 @@ class Remembered:
     def tensor(self, name: str) -> Tensor:
         """As the source's."""
         if name not in self.kept:
-            if _block(name) != _block(next(iter(self.kept), name)):
+            if self._block(name) != self._block(next(iter(self.kept), name)):
                 self.kept.clear()
             self.kept[name] = self.source.tensor(name).to(self.device)
         return self.kept[name]
@@ -57,9 +57,9 @@ class Remembered:
         """As the source's."""
         return self.source.rows(name, start, stop).to(self.device)
 
-
-def _block(name: str) -> str:
-    return ".".join(name.split(".")[:3])
+    def _block(self, name: str) -> int | str:
+        layer = self.family.layer_of(name)
+        return name if layer is None else layer
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,16 @@ class ScalePair:
 
 
 @dataclass(frozen=True)
+class Transformers:
+    """What a family is in transformers: names of classes, and the settings of its config class."""
+
+    model: str
+    config: str
+    settings: Callable[[ModelConfig], Mapping[str, Any]]  # without dtype, tokens and tie
+    computed: tuple[str, ...] = ()  # modules that hold no weights, made from the config
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of a decoder family; `{}` in `block` is the layer number."""
 
@@ -86,8 +96,11 @@ class Family:
     block: str
     stages: tuple[Stage, ...]
     scale_pairs: tuple[ScalePair, ...]
-    gguf_architecture: str
-    gguf_names: Mapping[str, str]
+    ignored: tuple[str, ...] = ()  # how names end of tensors in old files that are computed from the config
+    padded_by: str = ""  # the key of config.json with the width that may be padded with zeros; none: it may not
+    transformers: Transformers | None = None
+    gguf_architecture: str = ""
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qquant.errors import InputError
 from qquant.families.config import ModelConfig, number, require_bounds, rope_theta
-from qquant.families.family import Family, Linear, ScalePair, Stage
+from qquant.families.family import Family, Linear, ScalePair, Stage, Transformers
 from qquant.families.forward import Operators, Passage, StageInput, Stream
 
 
@@ -72,6 +72,23 @@ def forward(ops: Operators[Stream], x: Stream) -> Passage[Stream]:
     return ops.add(x, y)
 
 
+def settings(config: ModelConfig) -> dict[str, Any]:
+    """Of `Qwen2Config`."""
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.intermediate,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,  # read by the model and not declared by its config
+        "max_position_embeddings": config.positions,
+        "rms_norm_eps": config.epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "use_sliding_window": False,
+    }
+
+
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -108,6 +125,9 @@ QWEN2 = Family(
         ScalePair("post_attention_layernorm", "gate_up"),
         ScalePair("mlp.up_proj", "down"),
     ),
+    ignored=("rotary_emb.inv_freq",),
+    padded_by="intermediate_size",
+    transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",)),
     gguf_architecture="qwen2",
     gguf_names={
         "model.embed_tokens": "token_embd",

@@ -183,7 +183,7 @@ def _marks(axis: Axis) -> list[tuple[float, float]]:
 
 def _place(name: str) -> tuple[int, str] | None:
     """(block, linear) of a weight's name, such as (3, "mlp.up_proj")."""
-    found = re.search(r"layers\.(\d+)\.(.+?)\.weight$", name)
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)\.weight$", name)
     return (int(found[1]), found[2]) if found else None
 
 

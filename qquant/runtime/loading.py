@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -11,17 +11,17 @@ from torch import nn
 from qquant import devices
 from qquant.artifact.opening import open_weights
 from qquant.errors import UsageError
-from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
-from qquant.runtime.generating import Quick, answering_class
+from qquant.runtime.generating import Quick
 from qquant.runtime.linears import CpuQuantLinear, Linear, Part, QuantEmbedding
 from qquant.runtime.parts import Loader, linears
+from qquant.runtime.skeleton import TOKENS, skeleton
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, Qwen2ForCausalLM
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 QUICK = ("cuda", "cpu")  # devices where `generate` takes the quick way
@@ -35,8 +35,8 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def load(
     path: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
-) -> Qwen2ForCausalLM:
-    """A causal language model that computes with the packed weights of an artifact, made by any tool.
+) -> PreTrainedModel:
+    """A causal language model (transformers' class, if it has one for the family) that computes with the packed weights of an artifact, made by any tool.
 
     path: a GPTQ or AWQ folder, a GGUF file, or a 16-bit checkpoint (which also may be a hub id).
     device: cpu, cuda, cuda:1; auto is CUDA if there is one.
@@ -47,35 +47,34 @@ def load(
         UsageError: another dtype.
         EnvironmentMissingError: the device is not there.
     """
-    import transformers  # the door to transformers; costs seconds
-
     place = devices.named(device, "device")
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype, raw)
     config, family = source.config, source.family
-    with torch.device("meta"):
-        model = answering_class(transformers.Qwen2ForCausalLM)(_transformers_config(source, raw, number))
+    model = skeleton(family, config, raw, number, place)
     loader = Loader(source, place, number)
-    body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config=model.config).to(place)
     embedding = loader.embedding()
-    body.embed_tokens = embedding
-    body.norm.weight = nn.Parameter(loader.vector(family.final_norm), requires_grad=False)
-    model.lm_head = loader.head(embedding)
+    _place(model, family.embedding.removesuffix(".weight"), embedding)
+    _place(model, family.head.removesuffix(".weight"), loader.head(embedding))
+    _give(model, family.final_norm, loader)
     for layer in range(config.layers):
         _fill(model, source, layer, loader)
     model.generation_config = _generation(source, raw)
     model._quick = Quick(family, config, number, QUICK)
-    return model.eval()
+    return cast("PreTrainedModel", model.eval())
+
+
+def _give(model: nn.Module, name: str, loader: Loader) -> None:
+    """The norm of that name its weight."""
+    model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(loader.vector(name), requires_grad=False)
 
 
 def _fill(model: nn.Module, source: WeightSource, layer: int, loader: Loader) -> None:
     family, prefix = source.family, source.family.block.format(layer)
     shapes = family.linear_shapes(source.config, layer)
     for name in family.vectors:
-        module = model.get_submodule(prefix + name.removesuffix(".weight"))
-        module.weight = nn.Parameter(loader.vector(prefix + name), requires_grad=False)
+        _give(model, prefix + name, loader)
     found = linears(source, layer, loader.device, loader.dtype)
     for stage in family.stages:
         modules = found[stage.name]
@@ -108,29 +107,6 @@ def _raw_config(source: Any) -> dict[str, Any]:
     return read_json(source.path / "config.json")
 
 
-def _transformers_config(source: WeightSource, raw: dict[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import Qwen2Config
-
-    config: ModelConfig = source.config
-    stops = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
-    return Qwen2Config(  # type: ignore[call-arg] # head_dim is read by the model and not declared by its config
-        vocab_size=config.vocab,
-        hidden_size=config.hidden,
-        intermediate_size=config.intermediate,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.positions,
-        rms_norm_eps=config.epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=False,  # shared or not, the head is a module of its own here
-        use_sliding_window=False,
-        dtype=dtype,
-        **stops,
-    )
-
-
 def _generation(source: WeightSource, raw: dict[str, Any]) -> GenerationConfig:
     from transformers import GenerationConfig
 
@@ -144,8 +120,7 @@ def _generation(source: WeightSource, raw: dict[str, Any]) -> GenerationConfig:
     folder = source.path  # type: ignore[attr-defined] # every source of a folder has it
     if (folder / "generation_config.json").is_file():
         return GenerationConfig(**read_json(folder / "generation_config.json"))
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{key: raw[key] for key in keys if key in raw})
+    return GenerationConfig(**{key: raw[key] for key in TOKENS if key in raw})
 
 
 SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}

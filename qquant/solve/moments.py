@@ -58,8 +58,13 @@ class Moments:
         return given.to(gram.matrix)
 
     def collect(self, checkpoint: Checkpoint, dataset: str) -> Imatrix | None:
-        """The importance matrix of the whole model; None if a block was not measured (everything was built before)."""
+        """The importance matrix of the whole model; None if a block was not measured (everything was built before).
+
+        None, too, for a family that llama.cpp has no names for.
+        """
         family, sums, counts = checkpoint.family, {}, {}
+        if not family.gguf_architecture:
+            return None
         for layer in range(checkpoint.config.layers):
             stored = self.load(layer)
             if stored is None:

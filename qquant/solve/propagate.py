@@ -125,9 +125,9 @@ def _targets(
     inputs: Iterable[Inputs],
 ) -> tuple[Gram, dict[str, Tensor]]:
     """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
-    columns = weights[f"{stage.linears[0]}.weight"].shape[1]
-    gram, cross, missing = _drift(view, stage.name, columns, inputs)
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
+    columns = next(iter(targets.values())).shape[1]
+    gram, cross, missing = _drift(view, stage.name, columns, inputs)
     with tensor_cores():
         lacking = {
             name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()

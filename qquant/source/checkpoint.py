@@ -58,7 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @dataclass(eq=False)  # one is itself only, so that what was read from it can be kept by it
 class Checkpoint:
-    """A verified `Qwen2ForCausalLM` checkpoint on disk."""
+    """A verified checkpoint on disk, of a family that qquant knows."""
 
     path: Path
     name: str  # of the model: the folder's, or the hub repository's
@@ -100,7 +100,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Safetensors name of the dtype of the linear weights: BF16, F16 or F32."""
-        return self.tensors[f"{self.family.block.format(0)}{self.family.linears[0]}.weight"].dtype
+        linear = next(iter(self.family.linear_shapes(self.config, 0)))
+        return self.tensors[f"{self.family.block.format(0)}{linear}.weight"].dtype
 
     @property
     def side_files(self) -> list[Path]:
@@ -260,7 +261,7 @@ def _verify(
             problems.append(
                 f"{name} in {found[name].file.name} is {found[name].dtype}; expected one of {', '.join(FLOATS)}"
             )
-    extra = sorted(name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    extra = sorted(name for name in found if name not in expected and not name.endswith(family.ignored))
     tied_copy = [
         name
         for name in extra
@@ -268,7 +269,7 @@ def _verify(
     ]
     unknown = [name for name in extra if name not in tied_copy]
     problems += [f"{name} in {found[name].file.name} is not a tensor of this model" for name in unknown]
-    dtypes = {found[name].dtype for name in expected if name in found and name.endswith("proj.weight")}
+    dtypes = {found[name].dtype for name in family.matrices(config) if name in found}
     if len(dtypes & set(FLOATS)) > 1:
         problems.append(f"linear weights have several dtypes: {', '.join(sorted(dtypes))}")
     if problems:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams
+from qquant.errors import InputError
 from qquant.families import ModelConfig
 from qquant.recipe import ArtifactSpec, Recipe
 from qquant.resources import lazy
@@ -69,11 +70,17 @@ def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     size = padded_size(checkpoint.config.intermediate, recipe.pad_intermediate, recipe.artifacts)
     if size == checkpoint.config.intermediate:
         return checkpoint
+    key = checkpoint.family.padded_by
+    if not key:
+        raise InputError(
+            f"recipe {recipe.name}: pad_intermediate is {recipe.pad_intermediate}, but the MLPs of {checkpoint.family.model_type!r} "
+            "have widths that config.json does not give in one number. Remove pad_intermediate"
+        )
     given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     mark = f"{checkpoint.fingerprint} padded to {size}"
     given |= {
         "config": replace(checkpoint.config, intermediate=size),
-        "raw_config": dict(checkpoint.raw_config) | {"intermediate_size": size},
+        "raw_config": dict(checkpoint.raw_config) | {key: size},
         "fingerprint": hashlib.sha256(mark.encode()).hexdigest(),
     }
     return PaddedCheckpoint(**given, unpadded=checkpoint.config.intermediate)

@@ -25,6 +25,7 @@ from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.runtime import linears, loading, parts
 from qquant.runtime.answering import Answerer, Settings, Text, gguf_tokenizer
+from qquant.runtime.skeleton import transformers_config
 from qquant.solve import walk
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
@@ -79,7 +80,7 @@ def release(demo, tmp_path_factory):
 def reference(path, dtype=torch.float32):
     """transformers' own model with the dequantized weights."""
     source = open_weights(path)
-    config = loading._transformers_config(source, {}, dtype)
+    config = transformers_config(source.family.transformers, source.config, {}, dtype)
     model = transformers.Qwen2ForCausalLM(config)
     names = source.family.shapes(source.config)
     state = {name: source.tensor(name).to(dtype) for name in names}

@@ -9,7 +9,7 @@ from qquant import pipeline, recipe
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, nearest
 from qquant.artifact.opening import open_weights
 from qquant.errors import UsageError
-from qquant.families import parse_config
+from qquant.families import FAMILIES, parse_config
 from qquant.families.decoder import Block, embed
 from qquant.plan.parallel import parallel_sizes
 from qquant.plan.plan import Plan
@@ -19,6 +19,7 @@ from qquant.source.padding import padded, padded_size, widened_codes
 from tests.conftest import SMALL
 from tests.test_pipeline import CPU, HEAD, quiet
 
+QWEN2 = FAMILIES["qwen2"]
 ARTIFACTS = {
     "GPTQ-Int4": "{name: a, format: gptq, bits: 4, group_size: 32}",
     "GPTQ-Int8": "{name: b, format: gptq, bits: 8, group_size: -1}",
@@ -149,14 +150,18 @@ def config(**changes):
 def test_parallel_sizes_of_qwen():
     seven = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
     fourteen = {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 40}
-    assert parallel_sizes(config(**seven, intermediate_size=11008), 128) == (1, 2)
-    assert parallel_sizes(config(**fourteen, intermediate_size=13696), 128) == (1,)
-    assert parallel_sizes(config(**fourteen, intermediate_size=14336), 128) == (1, 2, 4, 8)
+    assert parallel_sizes(QWEN2, config(**seven, intermediate_size=11008), 128) == (1, 2)
+    assert parallel_sizes(QWEN2, config(**fourteen, intermediate_size=13696), 128) == (1,)
+    assert parallel_sizes(QWEN2, config(**fourteen, intermediate_size=14336), 128) == (1, 2, 4, 8)
     four = {"hidden_size": 2560, "num_attention_heads": 20, "num_key_value_heads": 20}
-    assert parallel_sizes(config(**four, intermediate_size=7168), 128) == (1, 2, 4)  # 20 heads do not divide by 8
+    assert parallel_sizes(QWEN2, config(**four, intermediate_size=7168), 128) == (
+        1,
+        2,
+        4,
+    )  # 20 heads do not divide by 8
     shared = fourteen | {"num_key_value_heads": 8}
-    assert parallel_sizes(config(**shared, intermediate_size=27392), 128) == (1, 2)
-    assert parallel_sizes(config(**shared, intermediate_size=27648), 128) == (1, 2, 4, 8)
+    assert parallel_sizes(QWEN2, config(**shared, intermediate_size=27392), 128) == (1, 2)
+    assert parallel_sizes(QWEN2, config(**shared, intermediate_size=27648), 128) == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

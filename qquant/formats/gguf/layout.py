@@ -103,6 +103,11 @@ class Gguf:
         """The file, or its parts, to the byte, and a Modelfile for Ollama."""
         assert isinstance(spec, GgufArtifact)
         family, config = checkpoint.family, checkpoint.config
+        if not family.gguf_architecture:
+            raise InputError(
+                f"artifact {spec.name}: llama.cpp has no architecture for {family.model_type!r}, so a GGUF file of it could not be read. "
+                "Remove the artifact, or give it format: gptq or awq"
+            )
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
         chosen = mix.tensor_types(spec.type, mix.of_config(config), spec.imatrix)
