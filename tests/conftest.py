@@ -15,6 +15,7 @@ from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds import toy_family
 from tests.worlds.chats import prose
 from tests.worlds.hub_release import Waits, write_build
 from tests.worlds.hub_server import serve
@@ -35,7 +36,7 @@ SMALL = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-CONFIGS = {"qwen2": SMALL}  # of a small checkpoint, by model type
+CONFIGS = {"qwen2": SMALL, "toy": toy_family.CONFIG}  # of a small checkpoint, by model type
 RELEASE = """
 version: 1
 name: release
@@ -131,9 +132,9 @@ def write_checkpoint(folder, dtype=torch.bfloat16, shards=1, seed=0, family=FAMI
     return folder
 
 
-@pytest.fixture(params=[*FAMILIES.values()], ids=lambda family: family.model_type)
+@pytest.fixture(params=[*FAMILIES.values(), toy_family.TOY], ids=lambda family: family.model_type)
 def family(request, monkeypatch):
-    """Every family, registered."""
+    """Every family, and one that only the tests know, registered."""
     monkeypatch.setitem(FAMILIES, request.param.model_type, request.param)
     return request.param
 
