@@ -105,6 +105,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the host that may be taken, as its kernel says."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():

@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 import click
 
 from qquant import __version__
-from qquant.cli.build import build, plan
+from qquant.cli.build import build
 from qquant.cli.check import bisect, check, compare, perplexity, show_report
 from qquant.cli.command import COMPLETION, Journey
 from qquant.cli.look import doctor, inspect, verify
 from qquant.cli.options import EXITS
+from qquant.cli.plan import plan
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
 from qquant.cli.run import run

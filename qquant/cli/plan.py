@@ -1,0 +1,147 @@
+"""`qquant plan`: what a build will write, take and tell, on one screen; files, tensors and gates where they are asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qquant.cli.command import command
+from qquant.cli.options import DEVICE, EXITS, JSON, PLANNING, asking, given_imatrix, settle
+from qquant.cli.terminal import console, counted
+
+if TYPE_CHECKING:
+    from qquant.formats.planned import PlannedArtifact
+    from qquant.plan.asked import Asked
+    from qquant.plan.plan import Plan
+
+SIGNS = {"top-1 agreement": "at least"}
+
+
+@command(epilog=EXITS, example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
+@asking(*PLANNING)
+@click.option("--files", is_flag=True, help="Also print every file with its size in bytes.")
+@click.option("--tensors", is_flag=True, help="Also print what every tensor is stored as.")
+@click.option("--gates", is_flag=True, help="Also print every limit, and what distance from it the text can prove.")
+@click.option(
+    "--time/--no-time",
+    "timed",
+    default=None,
+    help="Say how long the phases take here, from a probe of a second (imports torch); default: on a terminal.",
+)
+@DEVICE
+@JSON
+def plan(
+    asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, files: bool, tensors: bool, gates: bool,
+    timed: bool | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Print what a build will write to the byte, the memory, disk and time it takes, and what does not fit.
+
+    Needs no torch and no GPU but for --time.
+    """
+    from qquant.plan.plan import Plan
+
+    loaded, source = settle(asked, question=False).open()
+    planned = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
+    phases = {}
+    if sys.stdout.isatty() if timed is None else timed:
+        from qquant import devices
+        from qquant.plan import seconds
+
+        place = devices.named(device)
+        phases = seconds.seconds(loaded, source, planned, seconds.probe(source, place), place)
+    if as_json:
+        content = planned.to_dict() | ({"seconds": phases} if phases else {})
+        click.echo(json.dumps(content, indent=2))
+        return
+    _print_artifacts(planned)
+    if files:
+        _print_files(planned)
+    if tensors:
+        _print_tensors(planned)
+    _print_checks(planned, gates)
+    _print_needs(planned, phases)
+    for warning in planned.warnings:
+        click.echo(f"warning: {warning}")
+
+
+def _print_artifacts(planned: Plan) -> None:
+    """One row an artifact."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(planned.model), box=box.SIMPLE_HEAD)
+    for column in ("artifact", "bytes", "bits per weight", "fallbacks", "tensor parallel"):
+        table.add_column(column, justify="left" if column == "artifact" else "right", overflow="fold")
+    for artifact in planned.artifacts:
+        sizes = planned.parallel.get(artifact.name)
+        ranks = ",".join(map(str, sizes["vllm"])) or "none" if sizes else ""
+        if sizes and sizes["without_padding"] != sizes["vllm"]:
+            ranks += f" (unpadded {','.join(map(str, sizes['without_padding'])) or 'none'})"
+        fallbacks = str(len(artifact.fallbacks) or "")
+        numbers = f"{artifact.size:,}", f"{artifact.bits_per_weight:.2f}"
+        table.add_row(Text(artifact.name), *numbers, fallbacks, ranks)
+    console().print(table)
+    for artifact in planned.artifacts:
+        if artifact.fallbacks:
+            which = counted(len(artifact.fallbacks), "tensor")
+            click.echo(f"{artifact.name}: {which} cannot have the type of the mix, e.g. {artifact.fallbacks[0]}")
+
+
+def _print_files(planned: Plan) -> None:
+    for artifact in planned.artifacts:
+        for file in artifact.files:
+            click.echo(f"{file.size:>16,}  {artifact.folder}/{file.name}")
+
+
+def _print_tensors(planned: Plan) -> None:
+    for artifact in planned.artifacts:
+        for label, members in _by_type(artifact).items():
+            click.echo(f"{artifact.name}: {label}: {counted(len(members), 'tensor')}")
+            for tensor in members:
+                click.echo(f"    {tensor}")
+
+
+def _by_type(artifact: PlannedArtifact) -> dict[str, list[str]]:
+    """Tensors of the checkpoint by what they are stored as."""
+    types: dict[str, list[str]] = {}
+    for tensor, stored in artifact.stored.items():
+        types.setdefault(stored.label, []).append(tensor)
+    return types
+
+
+def _print_checks(planned: Plan, gates: bool) -> None:
+    """What will be read, and with `gates` what is asked of each artifact and what the text can tell."""
+    checks = planned.checks
+    more = f", up to {planned.looks[-1]} where a gate is undecided" if len(planned.looks) > 1 else ""
+    windows = planned.looks[0]
+    read = f"{windows} windows of {checks.length} tokens ({windows * checks.scored:,} scored){more}"
+    click.echo(f"check:  {checks.text}, {read}")
+    if not gates:
+        return
+    for artifact in planned.artifacts:
+        told = [
+            f"{gate.gate} {SIGNS.get(gate.gate, 'at most')} {gate.limit:g} (detectable {gate.detectable:.2g})"
+            for gate in planned.reach(artifact.name)
+        ]
+        click.echo(f"  {artifact.name}: {', '.join(told) or 'measured, not gated'}")
+    click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
+
+
+def _print_needs(planned: Plan, phases: dict[str, float]) -> None:
+    """Time, memory and disk, each beside what is there."""
+    from qquant.cli.display import span
+    from qquant.devices import host_memory
+
+    if phases:
+        each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
+        click.echo(f"time:   about {span(sum(phases.values()))} here ({each}), within a factor of two or three")
+    free = f"; {host_memory() / 1e9:.1f} GB are free on the host"
+    click.echo(f"memory: about {planned.memory / 1e9:.1f} GB at the peak{free}")
+    room = shutil.disk_usage(Path.cwd()).free
+    click.echo(f"disk:   {planned.disk:,} bytes while it is built; {room:,} are free here")

@@ -1,0 +1,114 @@
+"""How long a build takes, by phase: arithmetic counted from shapes, over rates that this machine shows in a second.
+
+    curvature   (1 + BACKWARD) forward passes of the tokens that curvature is measured on, and the head's gradient
+    quantize    one forward pass with Gram matrices; for an artifact with a stream of its own, another, and PAIRED Gram matrices;
+                for each linear [N, K]: COLUMN small operations a column, SEARCH elementwise ones a weight, and products of N K K
+    check       a forward pass and the head for checkpoint and artifacts, window by window
+    answer      ANSWERS of checkpoint and artifacts in two dtypes, DECODE times as slow a token as reading
+
+The counts of operations are fitted to builds of the demo checkpoint on one core, and hold within a factor of about two there; on a GPU,
+whose kernels take whole columns, within about three. Reading, writing and hashing are left out: a disk is not probed. Needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qquant.plan.plan import Plan
+from qquant.recipe import Recipe
+from qquant.resources import lazy
+from qquant.source.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+BACKWARD = 4  # forward passes that a backward pass with its factors costs
+PAIRED = 1.5  # Gram matrices' worth of the pairs that an own stream adds
+COLUMN = 62  # small operations for each column of a linear; a GPU's kernels take columns at once
+SEARCH = 500  # elementwise operations a weight: scales and their refits
+SWEEP = 2  # products of N K K that a sweep costs
+ANSWERS = 33  # to the bundled prompts, in each of two dtypes
+DECODE = 16  # a token that is decoded in a batch, over one that is read
+ENOUGH = 0.15  # seconds of each probe
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second."""
+
+    forward: float  # multiplications and additions, in the dtype of the checkpoint
+    exact: float  # the same in float32
+    elements: float  # elementwise operations on large tensors
+    small: float  # operations on small tensors: what a call costs
+
+
+def probe(checkpoint: Checkpoint, device: torch.device) -> Rates:
+    """Rates of products of the checkpoint's own shapes on `device`, measured in about a second."""
+    shapes = checkpoint.family.matrices(checkpoint.config)
+    rows, columns = max(
+        (shape for name, shape in shapes.items() if name != checkpoint.family.embedding), key=lambda s: min(s)
+    )
+    dtype: torch.dtype = getattr(torch, DTYPES[checkpoint.dtype])
+    flops = 2 * 512 * rows * columns
+    rates = []
+    for kind in (dtype, torch.float32):
+        x = torch.randn(512, columns, device=device).to(kind)
+        weight = torch.randn(rows, columns, device=device).to(kind)
+        rates.append(flops * _a_second(lambda x=x, weight=weight: x @ weight.T, device))  # type: ignore[misc]
+    large, few = torch.ones(1 << 18, device=device), torch.ones(64, device=device)
+    elements = large.numel() * _a_second(lambda: large * 1.0, device)
+    return Rates(rates[0], rates[1], elements, _a_second(lambda: few * 1.0, device))
+
+
+def _a_second(step: Callable[[], object], device: torch.device) -> float:
+    """How often `step` is done in a second."""
+    step()
+    count, began = 0, time.perf_counter()
+    while (took := time.perf_counter() - began) < ENOUGH:
+        for _ in range(8):
+            step()
+        count += 8
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return count / took
+
+
+def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, device: torch.device) -> dict[str, float]:
+    """Seconds by phase, as `build` shows them."""
+    family, config = checkpoint.family, checkpoint.config
+    layers = range(config.layers)
+    aim, checks = recipe.calibration, recipe.checks
+    linears = [shape for layer in layers for shape in family.linear_shapes(config, layer).values()]
+    forward = 2 * sum(map(math.prod, linears)) / rates.forward  # a token through all blocks
+    gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
+    head = 2 * config.vocab * config.hidden / rates.exact
+    tokens = plan.tokens
+    seen = min(tokens, aim.curvature_tokens) if aim.objective == "kl" else 0
+    specs = [artifact.spec for artifact in plan.artifacts]
+    own = sum(spec.own_stream for spec in specs)
+    solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
+    texts, models = 1 + len(checks.texts), 1 + len(specs)
+    read = plan.looks[0] * checks.length * texts
+    found = {
+        "curvature": seen * ((1 + BACKWARD) * forward + 3 * head) if any(spec.feedback for spec in specs) else 0.0,
+        "quantize": tokens * (forward + gram) + own * (seen or tokens) * (forward + PAIRED * gram) + solved,
+        "check": models * read * (forward + head),
+        "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
+    }
+    return {phase: took for phase, took in found.items() if took}
+
+
+def _solving(linears: list[tuple[int, int]], sweeps: int, rates: Rates, device: torch.device) -> float:
+    found = 0.0
+    for rows, columns in linears:
+        products = 2 * rows * columns * columns * (1 + SWEEP * sweeps) + columns**3
+        calls = columns * (COLUMN if device.type == "cpu" else 1)
+        found += products / rates.exact + calls / rates.small + SEARCH * rows * columns / rates.elements
+    return found
