@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from qquant import __version__, background, calibration, devices
 from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import finished, installed, restore
-from qquant.artifact.manifest import read_manifest
+from qquant.artifact.manifest import RecipeCopy, read_manifest
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
@@ -44,8 +44,9 @@ from qquant.plan.texts import shortfall
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
-from qquant.release.repository import SOURCE, as_json, source_facts
+from qquant.release.repository import SOURCE, SourceFacts
 from qquant.report import html
+from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report, SpeedReport
 from qquant.solve import walk
 from qquant.solve.moments import Moments
@@ -83,7 +84,7 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         write_timings(drafts, out)
-        _finish(drafts, out, {"recipe": published(recipe), "inputs": inputs}, device)
+        _finish(drafts, out, recipe, inputs, device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
@@ -98,8 +99,8 @@ def build(
             model=plan.model,
             recipe=recipe.name,
             baseline_bits=8 * SIZES[checkpoint.dtype],
-            conditions={"text": text.facts, "detectable": _detectable(candidates, recipe.checks, text)} | inputs,
-            calibration=tokens.provenance(),
+            conditions=Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs),
+            calibration=cast(CalibrationFacts, tokens.provenance()),
             **vars(found) | {"warnings": (*remarks, *found.warnings)},
         )
         record(out, measured, text, checkpoint)
@@ -113,7 +114,7 @@ def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) ->
     asked, read = recipe.checks.windows, text.looks[0]
     if read < asked:
         found.append(
-            f"{text.facts['name']}: {read} of {asked} windows of {recipe.checks.length} tokens: the text has no more"
+            f"{text.facts.name}: {read} of {asked} windows of {recipe.checks.length} tokens: the text has no more"
         )
     return found
 
@@ -127,7 +128,7 @@ def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:
 
 def note_source(checkpoint: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
     """Keep beside the report what `publish` needs to know of the checkpoint; `reference` is what the user called it."""
-    write_synced(out / SOURCE, as_json(source_facts(checkpoint, reference, plan.parallel)))
+    write_synced(out / SOURCE, SourceFacts.of(checkpoint, reference, plan.parallel).to_json())
 
 
 def check(
@@ -155,7 +156,7 @@ def check(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
-        conditions={"text": text.facts, "detectable": _detectable(candidates, checks, text)} | versions(device),
+        conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
         **vars(found),
     )
     if out is not None:
@@ -264,12 +265,14 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
     return draft
 
 
-def _finish(drafts: Sequence[Draft], out: Path, provenance: Mapping[str, Any], device: torch.device) -> None:
+def _finish(
+    drafts: Sequence[Draft], out: Path, recipe: Recipe, inputs: Mapping[str, str], device: torch.device
+) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
     with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
         for draft, read in zip(drafts, found, strict=True):
-            draft.finish(out, provenance, read)
+            draft.finish(out, cast(RecipeCopy, published(recipe)), inputs, read)
 
 
 def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evidence | None) -> Candidate:
@@ -280,7 +283,7 @@ def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evid
         bits_per_weight=artifact.bits_per_weight,
         gates=gates,
         fallbacks=artifact.fallbacks,
-        layers=tuple(read_manifest(out / artifact.folder)["artifacts"][artifact.name]["layers"]),
+        layers=read_manifest(out / artifact.folder).artifacts[artifact.name].layers,
         eight_bit=artifact.spec.eight_bit,
         earlier=earlier,
     )

@@ -11,6 +11,7 @@ import qquant
 from qquant import api
 from qquant.cli import cli
 from qquant.errors import InputError, UsageError
+from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import Report
 
 CHANGES = {
@@ -81,6 +82,6 @@ def test_what_is_wrong_is_raised_as_the_command_line_says_it(make_checkpoint, tm
 
 
 def test_marks_in_a_report_are_text():
-    report = Report("<b>m</b>", "r", 16, {}, 100.0, (), ("<script>",))
+    report = Report("<b>m</b>", "r", 16, Conditions(TextFacts("t", 1, 1)), 100.0, (), ("<script>",))
     assert "<b>" not in report._repr_html_()
     assert "<script>" not in report._repr_html_()

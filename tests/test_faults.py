@@ -22,7 +22,7 @@ from qquant.disk.output import MANIFEST, claim
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
-from qquant.report.record import warnings_of
+from qquant.report.solved import LinearRecord, warnings_of
 from qquant.solve import propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -242,7 +242,7 @@ def test_too_few_tokens_are_told_by_the_plan(make_checkpoint, tmp_path):
     ],
 )
 def test_what_the_solver_met_is_a_warning(layer, told):
-    assert warnings_of([{"name": "w"} | layer]) == ([told] if told else [])
+    assert warnings_of([LinearRecord("w", 0.0, **layer)]) == ([told] if told else [])
 
 
 # --- F25: locks -----------------------------------------------------------------------------------------------------------

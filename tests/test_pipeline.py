@@ -208,8 +208,8 @@ def test_gptq_beats_round_to_nearest(make_checkpoint, build):
     plain, _ = build(folder, "rtn", out="rtn")
     assert report.artifacts[0].kl_divergence < 0.8 * plain.artifacts[0].kl_divergence
     for layer in report.artifacts[0].layers:
-        assert layer["error"] <= layer["steps"]["rtn"]
-    assert all(set(layer["steps"]) == {"rtn"} for layer in plain.artifacts[0].layers)
+        assert layer.error <= layer.steps["rtn"]
+    assert all(set(layer.steps) == {"rtn"} for layer in plain.artifacts[0].layers)
 
 
 def test_error_after_each_step_is_recorded(make_checkpoint, build, monkeypatch):
@@ -227,17 +227,17 @@ def test_error_after_each_step_is_recorded(make_checkpoint, build, monkeypatch):
     once, out = build(folder, "gptq-once")
     stored = open_weights(out / "model-GPTQ-Int4")
     for layer in once.artifacts[0].layers:
-        weight, gram = asked[layer["name"]]
-        missing = stored.tensor(layer["name"]).double() - weight
+        weight, gram = asked[layer.name]
+        missing = stored.tensor(layer.name).double() - weight
         error = torch.trace(missing @ gram @ missing.T) / torch.trace(weight @ gram @ weight.T)
-        assert set(layer["steps"]) == {"rtn", "gptq"}
-        assert layer["error"] == layer["steps"]["gptq"] == pytest.approx(float(error), rel=1e-4)
+        assert set(layer.steps) == {"rtn", "gptq"}
+        assert layer.error == layer.steps["gptq"] == pytest.approx(float(error), rel=1e-4)
     swept, _ = build(folder, "gptq-shared", out="swept")
     for layer, first in zip(swept.artifacts[0].layers, once.artifacts[0].layers, strict=True):
-        assert list(layer["steps"]) == ["rtn", "gptq", "sweeps", "coupled"]
-        assert layer["steps"]["gptq"] == pytest.approx(first["steps"]["gptq"], rel=1e-6)
-        assert layer["error"] == layer["steps"]["coupled"]
-    errors = [layer["steps"] for layer in swept.artifacts[0].layers]
+        assert list(layer.steps) == ["rtn", "gptq", "sweeps", "coupled"]
+        assert layer.steps["gptq"] == pytest.approx(first.steps["gptq"], rel=1e-6)
+        assert layer.error == layer.steps["coupled"]
+    errors = [layer.steps for layer in swept.artifacts[0].layers]
     assert sum(one["sweeps"] for one in errors) < 0.99 * sum(one["gptq"] for one in errors)
 
 

@@ -33,12 +33,14 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
-from qquant.artifact.manifest import read_manifest, sha256_file
+from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, RecipeCopy, read_manifest, sha256_of
 from qquant.disk.output import MANIFEST
-from qquant.disk.writes import copy, create, finite, make_folder, put, reached, rename, sync, write_synced
-from qquant.errors import QQuantError
+from qquant.disk.records import to_plain, typed
+from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
+from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
+from qquant.report.solved import Solved, checksums
 
 CHUNK = 1 << 24
 REPLACED = "replaced"
@@ -46,19 +48,20 @@ REPLACED = "replaced"
 
 @dataclass
 class Unit:
-    """One journalled piece of an artifact."""
+    """One journalled piece of an artifact; a line of the journal."""
 
-    name: str  # "block 3" or "rest"
+    unit: str  # "block 3" or "rest"
     checksums: dict[str, str]  # stored tensor -> sha256 of its bytes
-    record: list[dict[str, Any]]  # per linear: errors, damping, fallback
-    seconds: dict[str, float] = field(
-        default_factory=dict
-    )  # by stage and block; in the journal only, so not in any artifact
+    record: tuple[Solved, ...]  # what the solver says of it
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage and block; in no artifact
 
 
-def _line(unit: Unit) -> dict[str, Any]:
-    """What the journal says of a unit."""
-    return {"unit": unit.name, "checksums": unit.checksums, "record": unit.record, "seconds": unit.seconds}
+@dataclass(frozen=True)
+class _Head:
+    """The first line of a journal."""
+
+    key: str
+    plan: str
 
 
 def in_place(work: Callable[[], None]) -> None:
@@ -116,7 +119,7 @@ class Draft:
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Add lines to the journal; where it is new, all of them at once."""
-        text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
+        text = b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
         if not self.journal.exists():
             write_synced(self.journal, text)
         else:
@@ -131,10 +134,10 @@ class Draft:
         if not all(self._intact(file) for file in self.plan.files):
             return False
         for line in lines[1:]:
-            unit = Unit(line["unit"], line["checksums"], line["record"], line["seconds"])
+            unit = typed(Unit, line, str(self.journal))
             if all(self._stored_sha256(name) == value for name, value in unit.checksums.items()):
-                self.units[unit.name] = unit
-        kept = [_line(unit) for unit in self.units.values()]
+                self.units[unit.unit] = unit
+        kept = [to_plain(unit) for unit in self.units.values()]
         if [*lines[:1], *kept] != lines or not self.journal.read_bytes().endswith(b"\n"):
             self.journal.unlink()
             reached("while a journal is written again")
@@ -149,10 +152,8 @@ class Draft:
         for line in self.journal.read_bytes().split(b"\n")[:-1]:
             try:
                 content = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            keys = {"unit", "checksums", "record", "seconds"} if lines else {"key", "plan"}
-            if not isinstance(content, dict) or set(content) != keys:
+                typed(Unit if lines else _Head, content, str(self.journal))
+            except (ValueError, RecursionError, InputError):
                 break
             lines.append(content)
         return lines
@@ -163,7 +164,7 @@ class Draft:
         if not path.is_file() or path.stat().st_size != file.size:
             return False
         if file.copy_of:
-            return sha256_file(path) == sha256_file(file.copy_of)
+            return sha256_of(path) == sha256_of(file.copy_of)
         with path.open("rb") as content:
             return content.read(len(file.head)) == file.head
 
@@ -197,7 +198,7 @@ class Draft:
         self,
         unit: str,
         pieces: Iterable[tuple[str, int, Tensor]],
-        record: list[dict[str, Any]],
+        record: Sequence[Solved],
         seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Write (stored name, byte offset inside the tensor, piece) and journal the unit, with what took how long.
@@ -213,8 +214,8 @@ class Draft:
     def journalled(self, unit: Unit) -> None:
         """Note that the bytes of a unit are there, after they were synced."""
         reached("before a unit is journalled")
-        self._append([_line(unit)])
-        self.units[unit.name] = unit
+        self._append([to_plain(unit)])
+        self.units[unit.unit] = unit
         reached("after a unit is journalled")
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
@@ -229,12 +230,7 @@ class Draft:
         missing = self.places.keys() - written.keys()
         if missing:
             raise QQuantError(f"{self.plan.name}: {len(missing)} tensors were never written, first {min(missing)}")
-        values = {
-            entry["name"]: entry["checksum"]
-            for unit in self.units.values()
-            for entry in unit.record
-            if "checksum" in entry
-        }
+        values = checksums(entry for unit in self.units.values() for entry in unit.record)
         for file in self.plan.files:
             yield partial(self._hashed, file.name)
         paths = [self.folder / file.name for file in self.plan.files if file.tensors]
@@ -246,7 +242,7 @@ class Draft:
     def _hashed(self, name: str) -> tuple[str, str]:
         """The sha256 of a file; that it is not there is told by what reads it."""
         path = self.folder / name
-        return name, sha256_file(path) if path.is_file() else ""
+        return name, sha256_of(path) if path.is_file() else ""
 
     def _settle(self, file: PlannedFile) -> None:
         if not self._intact(file):
@@ -254,24 +250,25 @@ class Draft:
         sync(self.folder / file.name)
 
     def finish(
-        self, target: Path, provenance: Mapping[str, Any], read: Iterable[tuple[str, str]] | None = None
+        self,
+        target: Path,
+        recipe: RecipeCopy,
+        inputs: Mapping[str, str],
+        read: Iterable[tuple[str, str]] | None = None,
     ) -> Path:
-        """Make the artifact visible in `target` with its manifest; the final folder.
+        """Make the artifact visible in `target` with its manifest, which says `recipe` and `inputs`; the final folder.
 
         `read`: what the `readings` gave; None: they are done now, on the CPU.
         """
         if read is None:
             read = [work() for work in self.readings(torch.device("cpu"))]
         hashed = {name: sha256 for name, sha256 in read if name}
-        files = {file.name: {"bytes": file.size, "sha256": hashed[file.name]} for file in self.plan.files}
-        layers = [entry for unit in self.units.values() for entry in unit.record]
-        entry = {"key": self.key, "format": self.plan.format, **provenance, "files": files, "layers": layers}
+        files = {file.name: FileFacts(file.size, hashed[file.name]) for file in self.plan.files}
+        layers = tuple(entry for unit in self.units.values() for entry in unit.record)
+        entry = ArtifactEntry(self.key, self.plan.format, files, recipe, dict(inputs), layers)
         final = target / self.plan.folder
-        manifest: dict[str, Any] = (
-            read_manifest(final) if final.exists() else {"schema": "qquant-manifest-1", "artifacts": {}}
-        )
-        manifest["artifacts"][self.plan.name] = entry
-        content = (json.dumps(finite(manifest), indent=2, allow_nan=False) + "\n").encode()
+        manifest = read_manifest(final) if final.exists() else Manifest()
+        content = manifest.with_artifact(self.plan.name, entry).to_json()
         if final.exists():
             joined = self._joined(final)
             write_synced(joined / MANIFEST, content)
@@ -336,7 +333,7 @@ class Filling:
         self.touched.add(path)
         put(path, tensor.offset + offset, data)
 
-    def close(self, record: list[dict[str, Any]], seconds: Mapping[str, float] | None = None) -> None:
+    def close(self, record: Sequence[Solved], seconds: Mapping[str, float] | None = None) -> None:
         """Sync what was written and journal the unit."""
         short = [name for name, count in self.filled.items() if count != self.places[name][1].nbytes]
         if short:
@@ -347,7 +344,7 @@ class Filling:
         for path in sorted(self.touched):
             sync(path)
         checksums = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        self.draft.journalled(Unit(self.unit, checksums, record, dict(seconds or {})))
+        self.draft.journalled(Unit(self.unit, checksums, tuple(record), dict(seconds or {})))
 
 
 def _nameless(work: Callable[[], None]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from qquant.artifact.draft import REPLACED
-from qquant.artifact.manifest import read_manifest, sha256_file
+from qquant.artifact.manifest import matches, read_manifest
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import rename
 from qquant.errors import InputError, UsageError
@@ -33,7 +33,7 @@ def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
     final = target / plan.folder
     if not final.exists():
         return False
-    entry = read_manifest(final)["artifacts"].get(plan.name)
+    entry = read_manifest(final).artifacts.get(plan.name)
     if entry is None:
         taken = [file.name for file in plan.files if (final / file.name).exists()]
         if taken:
@@ -41,14 +41,14 @@ def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
                 f"{final / taken[0]}: exists and is not in {MANIFEST}. Choose another --out, or move it away"
             )
         return False
-    if entry["key"] != key:
+    if entry.key != key:
         raise UsageError(
-            f"{final}: holds {plan.name} built from another recipe, checkpoint or version (key {entry['key'][:12]}, now {key[:12]}). "
+            f"{final}: holds {plan.name} built from another recipe, checkpoint or version (key {entry.key[:12]}, now {key[:12]}). "
             "Choose another --out, or remove the folder"
         )
-    for name, facts in entry["files"].items():
+    for name, facts in entry.files.items():
         path = final / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+        if not matches(path, facts):
             raise InputError(
                 f"{path}: does not match {MANIFEST}; the file was changed or damaged. Remove the folder and build again"
             )

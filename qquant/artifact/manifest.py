@@ -1,17 +1,31 @@
-"""What a finished folder says of itself: its manifest, and its files held against it."""
+"""What a finished folder says of itself: its manifest, and its files held against it.
+
+    qquant-manifest.json   {"schema", "artifacts": {name: `ArtifactEntry`}, "release": `ReleaseEntry`, "patches": [`Patch`]}
+    report.json            read here too, for everybody above: see `qquant.report.record`
+
+A build writes `artifacts`, `publish` adds `release`, `patch` adds `patches`. Entries of earlier versions are read as well.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
+
 from qquant.disk.output import MANIFEST
+from qquant.disk.records import Count, to_plain, typed
 from qquant.errors import InputError, UsageError
+from qquant.report.record import Report
+from qquant.report.solved import Solved
 from qquant.source.untrusted import read_json, require_regular
 
+SCHEMA = "qquant-manifest-1"
 REPORT = "report.json"
 BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -45,25 +59,153 @@ class Payload:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and hash of one file."""
+
+    bytes: Count
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class SpecCopy(TypedDict, total=False):
+    """An artifact's entry in the recipe of a build; the file holds more of it."""
+
+    name: str
+    format: str
+    bits: Count
+    group_size: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class CalibrationSourceCopy(TypedDict, total=False):
+    """A calibration source in the recipe of a build; the file holds more of it."""
+
+    dataset: str | None
+    kind: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class CalibrationCopy(TypedDict, total=False):
+    """How a recipe asked for calibration; the file holds more of it."""
+
+    sources: list[CalibrationSourceCopy]
+
+
+@with_config(ConfigDict(extra="allow"))
+class RecipeCopy(TypedDict, total=False):
+    """The recipe of a build, with every default; the file holds more of it."""
+
+    name: str
+    artifacts: list[SpecCopy]
+    calibration: CalibrationCopy
+
+
+@dataclass(frozen=True)
+class ArtifactEntry:
+    """One artifact: what it was made from, its files, and how its linears were solved."""
+
+    key: str  # binds it to recipe entry, checkpoint bytes, calibration tokens and versions
+    format: str
+    files: Mapping[str, FileFacts]
+    recipe: RecipeCopy = field(default_factory=RecipeCopy)
+    inputs: Mapping[str, str] = field(default_factory=dict)  # hashes, versions, device
+    layers: tuple[Solved, ...] = ()
+
+    def spec(self, name: str) -> SpecCopy | None:
+        """The recipe's entry of artifact `name`."""
+        return next((spec for spec in self.recipe.get("artifacts", ()) if spec.get("name") == name), None)
+
+
+@dataclass(frozen=True)
+class ReleaseEntry:
+    """What a release folder says besides: who publishes it as what, and what it was made from."""
+
+    repository: str
+    base_model: str | None = None
+    revision: str | None = None
+    chat: bool | None = None  # by its template; None: not known
+    card: Mapping[str, str | tuple[str, ...]] | None = None  # licence, language, tags of the base model's card
+    tensor_parallel: Mapping[str, tuple[Count, ...]] | None = None  # sizes by server
+    tag: str | None = None
+    namespace: str | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One setting that was changed after the release, and the file since."""
+
+    file: str
+    key: str
+    value: Any
+    bytes: Count
+    sha256: str
+    before: str = ""  # sha256 of the file as it was
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a folder."""
+
+    artifacts: Mapping[str, ArtifactEntry] = field(default_factory=dict)
+    release: ReleaseEntry | None = None
+    patches: tuple[Patch, ...] = ()
+
+    def with_artifact(self, name: str, entry: ArtifactEntry) -> Manifest:
+        """The same with one artifact more, or another."""
+        return replace(self, artifacts={**self.artifacts, name: entry})
+
+    @property
+    def files(self) -> dict[str, FileFacts]:
+        """Every file of every artifact."""
+        return {name: facts for entry in self.artifacts.values() for name, facts in entry.files.items()}
+
+    def to_json(self) -> bytes:
+        """The file."""
+        content = {"schema": SCHEMA, **to_plain(self)}
+        for optional in ("release", "patches"):
+            if not content[optional]:
+                del content[optional]
+        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> Manifest:
+        """The manifest of a record; `where` is the file, for messages.
+
+        Raises:
+            InputError: it is of another kind, or a field is not what it should be.
+        """
+        if content.get("schema") != SCHEMA:
+            raise InputError(f"{where}: not a manifest that this version of qquant understands")
+        return typed(cls, dict(content), where)
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verified(place: Path, name: str, facts: Mapping[str, Any]) -> Payload:
+def verified(place: Path, name: str, facts: FileFacts) -> Payload:
+    """A file that a manifest names, after it was hashed and compared.
+
+    Raises:
+        InputError: it is missing, differs, or lies elsewhere.
+    """
     path = place / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
         raise InputError(f"{place / MANIFEST}: {name!r} is not a file of this folder")
-    if (
-        not path.is_file()
-        or require_regular(path).stat().st_size != facts["bytes"]
-        or sha256_of(path) != facts["sha256"]
-    ):
+    if not matches(path, facts):
         raise InputError(
             f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
         )
-    return Payload(facts["bytes"], facts["sha256"], path)
+    return Payload(facts.bytes, facts.sha256, path)
+
+
+def matches(path: Path, facts: FileFacts) -> bool:
+    """Whether a file is there, of its size, with its hash. Raises InputError if it is no regular file of its folder."""
+    there = path.is_file() and require_regular(path).stat().st_size == facts.bytes
+    return there and sha256_of(path) == facts.sha256
 
 
 def verify_files(folder: Path) -> int:
@@ -72,36 +214,41 @@ def verify_files(folder: Path) -> int:
     Raises:
         InputError: a file is missing or differs, or there is no manifest.
     """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("schema") != "qquant-manifest-1":
-        raise InputError(f"{folder / MANIFEST}: not a manifest that this version of qquant understands")
-    facts = [item for entry in manifest["artifacts"].values() for item in entry["files"].items()]
-    return sum(verified(folder, name, expected).size for name, expected in facts)
+    return sum(verified(folder, name, facts).size for name, facts in manifest_of(folder).files.items())
 
 
-def named_files(manifests: Iterable[Mapping[str, Any]]) -> set[str]:
+def named_files(manifests: Iterable[Manifest]) -> set[str]:
     """Every file that manifests name."""
-    return {name for manifest in manifests for entry in manifest["artifacts"].values() for name in entry["files"]}
+    return {name for manifest in manifests for name in manifest.files}
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> Manifest:
     """The manifest of a finished folder.
 
     Raises:
-        UsageError: there is none, so the folder is not ours.
+        InputError: there is none, or it is malformed.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    return Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder in which a build would write.
+
+    Raises:
+        UsageError: there is none, so the folder is not ours.
+        InputError: it is malformed.
+    """
+    if not (folder / MANIFEST).is_file():
         raise UsageError(
             f"{folder}: already exists and was not made by qquant (no {MANIFEST}). Choose another --out, or move it away"
         )
-    manifest = read_json(path)
-    if manifest.get("schema") != "qquant-manifest-1" or not isinstance(manifest.get("artifacts"), dict):
-        raise InputError(f"{path}: not a manifest that this version of qquant understands")
-    return manifest
+    return manifest_of(folder)
+
+
+def read_report(path: Path) -> Report:
+    """The record in a report.json.
+
+    Raises:
+        InputError: there is none, or it is malformed.
+    """
+    return Report.from_json(read_json(path), str(path))

@@ -14,14 +14,15 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qquant.algorithms.checksum import checksum
 from qquant.algorithms.grid import finite
-from qquant.artifact.manifest import ADDED, named_files, read_manifest, verify_files
+from qquant.artifact.manifest import ADDED, ArtifactEntry, named_files, read_manifest, verify_files
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
+from qquant.report.solved import checksums
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def unlisted(folder: Path) -> tuple[str, ...]:
     """Files below `folder` that its manifest does not name; what `publish` adds to a release is known."""
     manifest = read_manifest(folder)
     named = named_files([manifest]) | {MANIFEST}
-    if "release" in manifest:
+    if manifest.release:
         named |= ADDED
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     return tuple(sorted(found - named))
@@ -70,14 +71,10 @@ def verify(folder: Path, deep: bool = False) -> Found:
         )
     size = hashes(folder)
     scanned = compared = 0
-    for name, entry in read_manifest(folder)["artifacts"].items():
-        recorded = {
-            layer["name"]: layer["checksum"]
-            for layer in entry.get("layers", ())
-            if isinstance(layer, dict) and "checksum" in layer
-        }
+    for name, entry in read_manifest(folder).artifacts.items():
+        recorded = checksums(entry.layers)
         known = FORMATS[_format(folder, name, entry)]
-        source = known.read(known.path_of(folder, entry["files"]))
+        source = known.read(known.path_of(folder, entry.files))
         for tensor in source.family.shapes(source.config) if deep else _sample(recorded):
             value = source.tensor(tensor)
             if not finite(value):
@@ -94,10 +91,10 @@ def _compare(where: str, value: torch.Tensor, recorded: str) -> None:
         raise InputError(f"{where}: dequantizes to other values than the build recorded; the manifest was changed")
 
 
-def _format(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
-    if entry.get("format") not in FORMATS:
-        raise InputError(f"{folder / MANIFEST}: {name} has format {str(entry.get('format'))[:40]!r}")
-    return str(entry["format"])
+def _format(folder: Path, name: str, entry: ArtifactEntry) -> str:
+    if entry.format not in FORMATS:
+        raise InputError(f"{folder / MANIFEST}: {name} has format {entry.format[:40]!r}")
+    return entry.format
 
 
 def _sample(names: Mapping[str, str]) -> Iterator[str]:

@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from qquant.artifact.manifest import read_report
 from qquant.checks.fidelity import Fidelity
+from qquant.disk.records import Count, to_plain, typed
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError, UsageError
-from qquant.source.untrusted import read_json
+from qquant.report.conditions import TextFacts
+from qquant.source.untrusted import parse_json
 
 FOLDER = "evidence"
 SCHEMA = "qquant-evidence-1"
@@ -39,10 +42,34 @@ TEXT = ("name", "sha256", "length", "protocol", "tokens_sha256")  # what two mea
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What was read, how, and against which checkpoint."""
+
+    name: str  # of the text
+    sha256: str
+    length: Count
+    protocol: str
+    tokens_sha256: str
+    checkpoint: str
+
+    @classmethod
+    def of(cls, text: TextFacts, checkpoint: str) -> Facts:
+        """For a text, and the fingerprint of a checkpoint."""
+        return cls(text.name, text.sha256, text.length, text.protocol, text.tokens_sha256, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Head:
+    schema: str
+    tokens: Count  # scored in each window
+    facts: Facts
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Per token and per window, of one artifact."""
 
-    facts: Mapping[str, Any]  # text, protocol, checkpoint
+    facts: Facts
     nll: NDArray[np.float64]  # [W, S], NLL of the artifact minus the checkpoint's
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
@@ -65,8 +92,8 @@ def expand(code: NDArray[Any], scale: float, codes: int) -> NDArray[np.float64]:
     return np.sinh(code.astype(np.float64) * np.arcsinh(LARGEST / scale) / codes) * scale
 
 
-def write(path: Path, measured: Fidelity, facts: Mapping[str, Any]) -> None:
-    """Store what was measured on a text; `facts` are JSON values and must have the keys `TEXT` and "checkpoint"."""
+def write(path: Path, measured: Fidelity, facts: Facts) -> None:
+    """Store what was measured on a text."""
     means = measured.window_means()
     content: dict[str, NDArray[Any]] = {
         "nll": compress((measured.nll - measured.nll_baseline).numpy(), *NLL).astype(np.int8),
@@ -74,7 +101,7 @@ def write(path: Path, measured: Fidelity, facts: Mapping[str, Any]) -> None:
         "top1": np.packbits(measured.same_top.numpy(), axis=1),
         "means": np.stack([means[name] for name in LOSSES]),
     }
-    head = {"schema": SCHEMA, "tokens": measured.nll.shape[1], "facts": dict(facts)}
+    head = to_plain(_Head(SCHEMA, measured.nll.shape[1], facts))
     make_folder(path.parent)
     # One key: the library writes several in random order.
     write_synced(path, save(content, {"evidence": json.dumps(head, sort_keys=True)}))
@@ -88,15 +115,30 @@ def read(path: Path) -> Evidence:
     """
     try:
         with safe_open(path, "np") as file:
-            head = json.loads((file.metadata() or {})["evidence"])
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if head["schema"] != SCHEMA:
-            raise InputError(f"{path}: is not evidence of this version of qquant")
-        same = np.unpackbits(content["top1"], axis=1, count=int(head["tokens"])).astype(bool)
-        means = dict(zip(LOSSES, content["means"], strict=True))
-        return Evidence(head["facts"], expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
+            text = (file.metadata() or {})["evidence"]
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("nll", "kl", "top1", "means")}
+            content = {name: file.get_tensor(name) for name in shapes}
+        head = typed(_Head, parse_json(text.encode()), str(path))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path}: damaged evidence: {error}. Check the artifact again") from None
+    if head.schema != SCHEMA:
+        raise InputError(f"{path}: is not evidence of this version of qquant")
+    rows = shapes["means"][-1] if shapes["means"] else 0
+    wanted = {
+        "nll": ((rows, head.tokens), "int8"),
+        "kl": ((rows, head.tokens), "uint8"),
+        "top1": ((rows, -(-head.tokens // 8)), "uint8"),
+        "means": ((len(LOSSES), rows), "float64"),
+    }
+    for name, (shape, kind) in wanted.items():
+        if shapes[name] != shape or str(content[name].dtype) != kind or 0 in shape:
+            have = f"{content[name].dtype} {list(shapes[name])}"
+            raise InputError(
+                f"{path}: damaged evidence: {name} is {have}, not {kind} {list(shape)}. Check the artifact again"
+            )
+    same = np.unpackbits(content["top1"], axis=1, count=head.tokens).astype(bool)
+    means = dict(zip(LOSSES, content["means"], strict=True))
+    return Evidence(head.facts, expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
 
 
 def of_report(place: Path) -> dict[str, Evidence]:
@@ -108,7 +150,7 @@ def of_report(place: Path) -> dict[str, Evidence]:
     report = place / "report.json" if place.is_dir() else place
     if not report.is_file():
         raise UsageError(f"{place}: no report.json; give the output folder of a build, or its report.json")
-    names = [str(entry["name"]) for entry in read_json(report).get("artifacts", ())]
+    names = [row.name for row in read_report(report).artifacts]
     found = {name: report.parent / FOLDER / f"{file_name(name)}.safetensors" for name in names}
     missing = [path for path in found.values() if not path.is_file()]
     if missing or not found:
@@ -123,12 +165,12 @@ def file_name(artifact: str) -> str:
     return artifact.strip("/").replace("/", "~").replace("\\", "~")
 
 
-def require_comparable(now: Mapping[str, Any], then: Mapping[str, Any], where: str) -> None:
+def require_comparable(now: Facts | TextFacts, then: Facts, where: str) -> None:
     """Raise InputError unless both were measured on the same tokens in the same way."""
     for key in TEXT[1:]:  # a text of another name is the same text
-        if now.get(key) != then.get(key):
-            names = f" of {then.get('name')!r}, here {now.get('name')!r}"
+        ours, theirs = getattr(now, key), getattr(then, key)
+        if ours != theirs:
             raise InputError(
-                f"{where}: measured with {key} {then.get(key)!r}, not {now.get(key)!r}{names}; the two cannot be paired. "
+                f"{where}: measured with {key} {theirs!r}, not {ours!r} of {then.name!r}, here {now.name!r}; the two cannot be paired. "
                 "`qquant check --out` measures the earlier artifact again on this text"
             )

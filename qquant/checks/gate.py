@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qquant.checks import statistics
 from qquant.checks.statistics import Loss, Vector
 from qquant.recipe import Gates
-from qquant.report.record import GateReport, Verdict
+from qquant.report.record import GateReport, Proof, Verdict
 
 MOST = 65536  # windows that a recipe may ask for
 
@@ -82,7 +82,7 @@ def judge(
     return Verdict(outcome, tuple(reason for reason in reasons if reason), reports)
 
 
-def _report(gate: _Gate, loss: Loss, outcome: str) -> GateReport:
+def _report(gate: _Gate, loss: Loss, outcome: Proof) -> GateReport:
     low, high = sorted(gate.shown(bound) for bound in statistics.interval(gate.windows))
     reach = abs(gate.shown(gate.limit + loss.detectable) - gate.shown(gate.limit))
     value, limit = gate.shown(loss.mean), gate.shown(gate.limit)
@@ -130,4 +130,4 @@ def also(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
     """The verdict with findings that are no matter of degree (structure, answers): any of them fails."""
     if not problems:
         return verdict
-    return replace(verdict, outcome="fail", reasons=(*problems, *verdict.reasons))
+    return replace(verdict, outcome="fail", reasons=(*problems, *verdict.reasons), faults=(*problems, *verdict.faults))

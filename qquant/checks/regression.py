@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qquant.checks import evidence, statistics
 from qquant.checks.evidence import Evidence
 from qquant.errors import InputError
 from qquant.recipe.limits import ASKED
 
+Move = Literal["worse", "better", "equal", "inconclusive"]  # equal: to the bit
 LOSSES = {"kl": "mean KL divergence", "top1": "top-1 disagreement", "nll": "mean NLL difference"}
 
 
@@ -28,7 +30,7 @@ class Change:
     now: float
     low: float  # 95 % interval of now - before
     high: float
-    outcome: str  # worse, better, equal (to the bit), undecided
+    outcome: Move
     windows: int
 
 
@@ -66,9 +68,9 @@ def _changes(name: str, then: Evidence, fresh: Evidence) -> list[Change]:
     changes = []
     for (loss, move), above, below in zip(moves.items(), worse, better, strict=True):
         if not move.any():
-            outcome = "equal"
+            outcome: Move = "equal"
         else:
-            outcome = "worse" if above <= ASKED else "better" if below <= ASKED else "undecided"
+            outcome = "worse" if above <= ASKED else "better" if below <= ASKED else "inconclusive"
         low, high = statistics.interval(move)
         means = float(then.means[loss][:count].mean()), float(fresh.means[loss][:count].mean())
         changes.append(Change(name, LOSSES[loss], *means, low, high, outcome, count))

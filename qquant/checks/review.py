@@ -30,7 +30,17 @@ from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
-from qquant.report.record import KL_BINS, ArtifactReport, TextReport, Verdict, WorstToken, fallback_note, warnings_of
+from qquant.report.conditions import TextFacts
+from qquant.report.record import (
+    KL_BINS,
+    Answers,
+    ArtifactReport,
+    TextReport,
+    Verdict,
+    WorstToken,
+    fallback_note,
+)
+from qquant.report.solved import Solved, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
 WORST = 12  # tokens shown
@@ -51,7 +61,7 @@ class Candidate:
     bits_per_weight: float
     gates: Gates
     fallbacks: tuple[str, ...] = ()
-    layers: tuple[Mapping[str, Any], ...] = ()
+    layers: tuple[Solved, ...] = ()
     eight_bit: bool = False  # or more: perplexity resolves nothing
     earlier: Evidence | None = None  # of the release before
 
@@ -65,7 +75,7 @@ class HeldOut:
     further: Mapping[str, torch.Tensor]
     first: int  # position from which the next token is scored
     tokenizer: Tokenizer
-    facts: Mapping[str, Any]
+    facts: TextFacts
     answers: int = 0  # tokens per answer to the bundled prompts
 
     def scored(self, windows: torch.Tensor) -> Scored:
@@ -107,10 +117,8 @@ def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None =
         further[name if name not in further else f"{name} ({len(further) + 1})"] = rows
     looks = checks.looks(len(windows))
     digest = hashlib.sha256(windows[0].numpy().tobytes()).hexdigest()
-    text = {"name": facts["name"], "windows": looks[0], "length": checks.length, "protocol": checks.protocol}
-    text |= {"sha256": facts["sha256"], "tokens_sha256": digest}
-    if further:
-        text["further"] = {name: len(rows) for name, rows in further.items()}
+    counts = {name: len(rows) for name, rows in further.items()}
+    text = TextFacts(facts["name"], looks[0], checks.length, checks.protocol, facts["sha256"], digest, counts)
     first = first_scored(checks.protocol, checks.length)
     return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length)
 
@@ -179,7 +187,7 @@ def review(
     for name, watched in sources.items():
         faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
     for name, answered in answers.items():
-        faults[name] += sanity.problems(answered["runs"])
+        faults[name] += sanity.problems(answered.runs)
     warnings = tuple(
         f"{candidate.name}: {warning}"
         for candidate in candidates
@@ -187,7 +195,7 @@ def review(
             *said[candidate.name].warnings,
             *fallback_note(candidate.fallbacks),
             *warnings_of(candidate.layers),
-            *sanity.warnings(answers.get(candidate.name, {"runs": []})["runs"]),
+            *sanity.warnings(answers.get(candidate.name, Answers()).runs),
             *_loud(found.headroom[candidate.name], found.headroom[""]),
             *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
         )
@@ -195,7 +203,7 @@ def review(
     if text.answers and not answers:
         warnings += ("no answers were generated: the model in 16 bits does not fit in memory",)
     rows = tuple(
-        replace(_row(candidate, found, faults[candidate.name], text), answers=answers.get(candidate.name, {}))
+        replace(_row(candidate, found, faults[candidate.name], text), answers=answers.get(candidate.name, Answers()))
         for candidate in candidates
     )
     return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
@@ -382,6 +390,6 @@ def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
 
 def record(out: Path, found: Measured, text: HeldOut, checkpoint: Checkpoint) -> None:
     """Write the evidence of every artifact below `out`."""
-    facts = {key: text.facts[key] for key in evidence.TEXT} | {"checkpoint": checkpoint.fingerprint}
+    facts = evidence.Facts.of(text.facts, checkpoint.fingerprint)
     for name, measured in found.main.items():
         evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", measured, facts)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -38,6 +37,8 @@ from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
 from qquant.progress import Progress
 from qquant.recipe.limits import ASKED
+from qquant.report import record as report
+from qquant.report.record import AnswerCounts, AnswerRun
 from qquant.source.checkpoint import Checkpoint
 
 RUN = 12
@@ -102,11 +103,11 @@ class Answers:
         self.script.append(wrong_script(text, script))
         self.nan.append(not finite)
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> AnswerCounts:
         """How many of the answers; of those that stopped, the share."""
         number = len(self.stopped)
-        counted: dict[str, float] = {name: sum(which) for name, which in vars(self).items()}
-        return {"answers": number} | counted | {"stopped": counted["stopped"] / max(1, number)}
+        counted = {name: sum(which) for name, which in vars(self).items() if name != "stopped"}
+        return AnswerCounts(number, sum(self.stopped) / max(1, number), **counted)
 
     def proven_worse(self, baseline: Answers) -> list[str]:
         """Names of what is worse beyond chance, `FAILING` at `ASKED` for one dtype, `WARNING` at `ASKED` for all dtypes."""
@@ -157,11 +158,11 @@ def answer(
     length: int,
     device: torch.device,
     progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    """Per artifact {"runs": [counts by dtype, with the checkpoint's as "baseline"]}; empty if the model does not fit in memory."""
+) -> dict[str, report.Answers]:
+    """Per artifact its counts by dtype beside the checkpoint's; empty if the model does not fit in memory."""
     if not _fits(checkpoint, device):
         return {}
-    found: dict[str, dict[str, Any]] = {name: {"runs": []} for name in artifacts}
+    found: dict[str, list[AnswerRun]] = {name: [] for name in artifacts}
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
     done = 0
     for name_of_dtype, dtype in DTYPES.items():
@@ -169,14 +170,16 @@ def answer(
         for name, source in sources.items():
             answers = _run(Decoder(source, dtype, device), tokenizer, length)
             if name:
-                more = {"dtype": name_of_dtype, "worse": answers.proven_worse(baseline), "baseline": baseline.counts()}
-                found[name]["runs"].append(answers.counts() | more)
+                worse = tuple(answers.proven_worse(baseline))
+                found[name].append(
+                    AnswerRun(**vars(answers.counts()), dtype=name_of_dtype, worse=worse, baseline=baseline.counts())
+                )
             else:
                 baseline = answers
             done += 1
             progress.advance("answer", done, len(DTYPES) * len(sources))
             progress.check_stop()
-    return found
+    return {name: report.Answers(tuple(runs)) for name, runs in found.items()}
 
 
 WORDS = {
@@ -186,32 +189,32 @@ WORDS = {
 }
 
 
-def problems(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def problems(runs: Sequence[AnswerRun]) -> tuple[str, ...]:
     """What fails an artifact."""
     found = []
     for run in runs:
-        where, number, theirs = f"answers in {run['dtype']}", run["answers"], run["baseline"]
-        if run["nan"] > theirs["nan"]:
-            found.append(f"{where}: {run['nan']} of {number} have logits that are not finite")
-        if "runs" in run["worse"]:
-            found.append(f"{where}: {run['runs']} of {number} repeat one token, {theirs['runs']} of the checkpoint's")
-        if "stopped" in run["worse"]:
-            found.append(f"{where}: {run['stopped']:.0%} stop, {theirs['stopped']:.0%} of the checkpoint's")
+        where, number, theirs = f"answers in {run.dtype}", run.answers, run.baseline
+        if run.nan > theirs.nan:
+            found.append(f"{where}: {run.nan} of {number} have logits that are not finite")
+        if "runs" in run.worse:
+            found.append(f"{where}: {run.runs} of {number} repeat one token, {theirs.runs} of the checkpoint's")
+        if "stopped" in run.worse:
+            found.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
     return tuple(found)
 
 
-def warnings(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def warnings(runs: Sequence[AnswerRun]) -> tuple[str, ...]:
     """What a person should look at: an artifact that is proven to do something more often than its checkpoint."""
     found = []
     for run in runs:
-        where, theirs = f"answers in {run['dtype']}", run["baseline"]
+        where, theirs = f"answers in {run.dtype}", run.baseline
         found += [
-            f"{where}: {run[key]} of {run['answers']} {text}, {theirs[key]} of the checkpoint's"
+            f"{where}: {getattr(run, key)} of {run.answers} {text}, {getattr(theirs, key)} of the checkpoint's"
             for key, text in WORDS.items()
-            if key in run["worse"]
+            if key in run.worse
         ]
-        if "stopping" in run["worse"]:
-            found.append(f"{where}: {run['stopped']:.0%} stop, {theirs['stopped']:.0%} of the checkpoint's")
+        if "stopping" in run.worse:
+            found.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
     return tuple(found)
 
 

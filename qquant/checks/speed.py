@@ -45,7 +45,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats.gguf.shards import parts
 from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Progress
-from qquant.report.record import Pace, SpeedReport
+from qquant.report.record import Pace, Proof, SpeedReport
 from qquant.runtime import linears
 from qquant.runtime.stepping import Stepper, Weights, capture, read_weights
 from qquant.source.checkpoint import Checkpoint
@@ -316,7 +316,7 @@ def _pace(phase: str, settings: Settings, baseline: Contender, other: Contender)
     )
 
 
-def judge(paces: Sequence[Pace], settings: Settings) -> tuple[str, tuple[str, ...]]:
+def judge(paces: Sequence[Pace], settings: Settings) -> tuple[Proof, tuple[str, ...]]:
     """(pass, fail or inconclusive; why), by the least ratios that are asked for and the noise of the machine."""
     failed, unclear = [], []
     for pace in paces:
@@ -336,8 +336,7 @@ def judge(paces: Sequence[Pace], settings: Settings) -> tuple[str, tuple[str, ..
             unclear.append(
                 f"{pace.phase}: {pace.low:.3f} to {pace.high:.3f} times as fast, on both sides of {least:g}; take more --pairs"
             )
-    outcome = "fail" if failed else "inconclusive" if unclear else "pass"
-    return outcome, (*failed, *unclear)
+    return "fail" if failed else "inconclusive" if unclear else "pass", (*failed, *unclear)
 
 
 def compare(baseline: Contender, other: Contender, settings: Settings, device: torch.device) -> SpeedReport:

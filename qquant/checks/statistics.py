@@ -21,7 +21,7 @@ Hesterberg, What Teachers Should Know About the Bootstrap (2015); Holm (1979); B
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qquant.recipe.limits import ASKED, POWER, normal_quantile
+from qquant.report.record import Proof
 
 Vector = NDArray[np.float64]
 
@@ -135,16 +136,20 @@ def flips(to_wrong: int, to_right: int, count: int, limit: float) -> tuple[Loss,
     return Loss((to_wrong - to_right) / count, limit, error, within, 1 - within, count), (-loss - reach, -loss + reach)
 
 
-def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[str, dict[str, str]]:
+def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[Proof, dict[str, Proof]]:
     """(outcome, outcome of each loss), each "pass", "fail" or "inconclusive", at `gates.LEVEL` over all losses and `looks`."""
     level = ASKED / looks
     beyond = dict(zip(losses, holm([loss.p_beyond for loss in losses.values()]), strict=True))
-    each = {
+    each: dict[str, Proof] = {
         name: "fail" if beyond[name] <= level else "pass" if loss.p_within <= level else "inconclusive"
         for name, loss in losses.items()
     }
-    worst = [outcome for outcome in ("fail", "inconclusive") if outcome in each.values()]
-    return (worst[0] if worst else "pass"), each
+    return worst(each.values()), each
+
+
+def worst(outcomes: Collection[Proof]) -> Proof:
+    """Fail before inconclusive before pass."""
+    return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
 
 
 def student(t: float, degrees: int) -> float:

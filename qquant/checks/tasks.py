@@ -26,6 +26,7 @@ import torch
 from qquant.checks import statistics
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.progress import Progress
+from qquant.report.record import Proof
 from qquant.runtime import loading
 from qquant.source.checkpoint import Checkpoint
 
@@ -59,7 +60,7 @@ class TaskResult:
     low: float  # 95 % interval of the score minus the checkpoint's
     high: float
     margin: float
-    outcome: str  # pass, fail, inconclusive
+    outcome: Proof
 
 
 def run(

@@ -149,11 +149,10 @@ def bisect(
 @JSON
 def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
     """Show the report of an earlier build or check again: an output folder, or its report.json."""
+    from qquant.artifact.manifest import REPORT, read_report
     from qquant.report.html import render
-    from qquant.report.record import Report
-    from qquant.source.untrusted import read_json
 
-    report = Report.from_json(read_json(place / "report.json" if place.is_dir() else place))
+    report = read_report(place / REPORT if place.is_dir() else place)
     if html is not None:
         html.write_text(render(report), "utf-8")
     tell_watchers(report, junit, github)

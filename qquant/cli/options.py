@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXITS = """\b
 Exit status:
   0 every gate passed   2 usage or recipe      3 a gate failed
-  4 gate undecided      5 input rejected       6 environment (disk, memory, hub)
+  4 gate inconclusive   5 input rejected       6 environment (disk, memory, hub)
   7 numerical           8 not published        9 output locked
   75 stopped safely     1 a bug
 """

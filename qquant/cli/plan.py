@@ -118,7 +118,7 @@ def _by_type(artifact: PlannedArtifact) -> dict[str, list[str]]:
 def _print_checks(planned: Plan, gates: bool) -> None:
     """What will be read, and with `gates` what is asked of each artifact and what the text can tell."""
     checks = planned.checks
-    more = f", up to {planned.looks[-1]} where a gate is undecided" if len(planned.looks) > 1 else ""
+    more = f", up to {planned.looks[-1]} where a gate is inconclusive" if len(planned.looks) > 1 else ""
     windows = planned.looks[0]
     read = f"{windows} windows of {checks.length} tokens ({windows * checks.scored:,} scored){more}"
     click.echo(f"check:  {checks.text}, {read}")

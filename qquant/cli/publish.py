@@ -93,9 +93,9 @@ def publish(
     release = read_release(folder, only)
     for name, reason in release.refused.items():
         click.echo(f"not published: {name}: {reason}", err=True)
-    facts = {"tag": tag, "namespace": namespace or None, "base_model": base_model}
     repositories = [
-        statements.with_statements(card.with_card(complete(repository, facts))) for repository in release.repositories
+        statements.with_statements(card.with_card(complete(repository, tag, namespace, base_model)))
+        for repository in release.repositories
     ]
     if signed:
         repositories = [signing.with_signature(repository, signed) for repository in repositories]

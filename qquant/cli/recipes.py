@@ -88,6 +88,6 @@ def validate_recipes(files: tuple[str, ...]) -> None:
 def recipe_schema(of_report: bool) -> None:
     """The JSON schema of recipes, for editors."""
     from qquant import recipe
-    from qquant.report import record
+    from qquant.report import schema
 
-    click.echo(json.dumps(record.schema() if of_report else recipe.schema(), indent=2))
+    click.echo(json.dumps(schema.schema() if of_report else recipe.schema(), indent=2))

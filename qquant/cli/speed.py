@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in a window.")
 @click.option("--pairs", default=10, show_default=True, help="Pairs of windows.")
 @click.option(
-    "--margin", default=0.05, show_default=True, help="Undecided if the baseline differs from itself by more."
+    "--margin", default=0.05, show_default=True, help="Inconclusive if the baseline differs from itself by more."
 )
 @click.option(
     "--min-decode", type=float, help="Fail below this ratio to the 16-bit model's tokens per second; default: no gate."

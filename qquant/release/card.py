@@ -11,21 +11,29 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qquant.artifact.manifest import REPORT
+from qquant.artifact.manifest import (
+    REPORT,
+    CalibrationSourceCopy,
+    Manifest,
+    ReleaseEntry,
+    SpecCopy,
+    manifest_of,
+    read_report,
+)
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
 from qquant.formats import FORMATS
 from qquant.formats.planned import ModelFile
-from qquant.release.repository import Repository, read_report
-from qquant.report.record import fallback_note
-from qquant.source.untrusted import read_json
+from qquant.release.repository import Repository
+from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
 
 CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"
@@ -41,9 +49,9 @@ FORMS = {
 }
 
 
-def shown(key: str, value: float | None) -> str:
-    """A measurement as every card prints it; a dash where there is none (report.json writes NaN as null)."""
-    return "-" if value is None else FORMS[key].format(value).replace("%", " %")
+def shown(key: str, value: float) -> str:
+    """A measurement as every card prints it; a dash where there is none."""
+    return "-" if math.isnan(value) else FORMS[key].format(value).replace("%", " %")
 
 
 def with_card(repository: Repository) -> Repository:
@@ -51,7 +59,7 @@ def with_card(repository: Repository) -> Repository:
     return repository.with_files({CARD: render(repository.manifest, repository.report).encode()})
 
 
-def render(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def render(manifest: Manifest, report: Report) -> str:
     """The whole card."""
     return f"---\n{yaml(head(manifest, report))}---\n\n{BEGIN}\n{body(manifest, report)}\n{END}\n"
 
@@ -59,69 +67,74 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 # The head.
 
 
-def head(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+def head(manifest: Manifest, report: Report) -> dict[str, Any]:
     """The metadata of the card; licence and language are those of the base card."""
-    release = manifest["release"]
-    inherited = dict(release.get("card") or {})
+    release = _release(manifest)
+    inherited: dict[str, Any] = {
+        key: list(_texts(value)) if isinstance(value, tuple) else value for key, value in (release.card or {}).items()
+    }
     kinds = _formats(manifest)
     folders = all(FORMATS[kind].is_folder for kind in kinds)
     tags = [*_texts(inherited.pop("tags", ())), *kinds, *(_bits(manifest) if folders else ()), "qquant"]
     content = {
-        "base_model": release.get("base_model"),
-        "base_model_relation": "quantized" if release.get("base_model") else None,
-        "quantized_by": release.get("namespace"),
+        "base_model": release.base_model,
+        "base_model_relation": "quantized" if release.base_model else None,
+        "quantized_by": release.namespace,
         "library_name": next((FORMATS[kind].library for kind in kinds), None),
         "pipeline_tag": "text-generation",
         **inherited,
         "tags": list(dict.fromkeys(tags)),
         "datasets": _datasets(manifest),
-        "model-index": [
-            {"name": release["repository"], "results": [_result(row, report) for row in report["artifacts"]]}
-        ],
+        "model-index": [{"name": release.repository, "results": [_result(row, report) for row in report.artifacts]}],
     }
     return {key: value for key, value in content.items() if value not in (None, [], "")}
+
+
+def _release(manifest: Manifest) -> ReleaseEntry:
+    if manifest.release is None:
+        raise AssertionError("a card is of a release")
+    return manifest.release
 
 
 def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(item) for item in value or ()]
 
 
-def _formats(manifest: Mapping[str, Any]) -> list[str]:
-    found = list(dict.fromkeys(str(entry["format"]) for entry in manifest["artifacts"].values()))
+def _formats(manifest: Manifest) -> list[str]:
+    found = list(dict.fromkeys(entry.format for entry in manifest.artifacts.values()))
     for name in found:
         if name not in FORMATS:
             raise InputError(f"{MANIFEST}: names the format {name[:40]!r}; this version knows {', '.join(FORMATS)}")
     return found
 
 
-def _models(kind: str, manifest: Mapping[str, Any]) -> list[ModelFile]:
+def _models(kind: str, manifest: Manifest) -> list[ModelFile]:
     """The models of format `kind` that a reader can name by a file, in the order of the manifest."""
-    entries = [entry for entry in manifest["artifacts"].values() if entry["format"] == kind]
-    return [model for entry in entries for model in FORMATS[kind].models(list(entry["files"]))]
+    entries = [entry for entry in manifest.artifacts.values() if entry.format == kind]
+    return [model for entry in entries for model in FORMATS[kind].models(list(entry.files))]
 
 
-def _specs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _specs(manifest: Manifest) -> Iterator[SpecCopy]:
     """The recipe's entry of every artifact."""
-    for name, entry in manifest["artifacts"].items():
-        yield from (spec for spec in entry["recipe"].get("artifacts", ()) if spec["name"] == name)
+    specs = (entry.spec(name) for name, entry in manifest.artifacts.items())
+    yield from (spec for spec in specs if spec)
 
 
-def _bits(manifest: Mapping[str, Any]) -> list[str]:
+def _bits(manifest: Manifest) -> list[str]:
     return [f"{spec['bits']}-bit" for spec in _specs(manifest) if "bits" in spec]
 
 
-def _datasets(manifest: Mapping[str, Any]) -> list[str]:
-    entries = manifest["artifacts"].values()
-    sources = (s for entry in entries for s in entry["recipe"].get("calibration", {}).get("sources", ()))
-    return list(dict.fromkeys(source["dataset"] for source in sources if source.get("dataset")))
+def _datasets(manifest: Manifest) -> list[str]:
+    return list(dict.fromkeys(name for source in _sources(manifest) if (name := source.get("dataset"))))
 
 
-def _result(row: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    text = str(report["conditions"].get("text", {}).get("name", "held-out text"))
+def _result(row: ArtifactReport, report: Report) -> dict[str, Any]:
+    text = report.conditions.text.name
+    value = row.perplexity if math.isfinite(row.perplexity) else str(row.perplexity)
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": text, "type": text},
-        "metrics": [{"type": "perplexity", "name": f"perplexity ({row['name']})", "value": row["perplexity"]}],
+        "metrics": [{"type": "perplexity", "name": f"perplexity ({row.name})", "value": value}],
     }
 
 
@@ -166,28 +179,27 @@ def _template() -> Any:
     return environment.from_string((files("qquant.release") / "card.md.jinja").read_text("utf-8"))
 
 
-def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def body(manifest: Manifest, report: Report) -> str:
     """The generated text."""
-    release = manifest["release"]
+    release = _release(manifest)
     kinds = _formats(manifest)
-    owner = release.get("namespace")
-    text = report["conditions"].get("text", {})
+    owner, text = release.namespace, report.conditions.text
     content = {
-        "repository": release["repository"],
-        "id": f"{owner}/{release['repository']}" if owner else release["repository"],
-        "base": release.get("base_model"),
-        "model": report["model"],
+        "repository": release.repository,
+        "id": f"{owner}/{release.repository}" if owner else release.repository,
+        "base": release.base_model,
+        "model": report.model,
         "formats": [_describe(kind, manifest) for kind in kinds],
         "folder": all(FORMATS[kind].is_folder for kind in kinds),
         "chat": _chats(manifest),
-        "parallel": release.get("tensor_parallel"),
+        "parallel": release.tensor_parallel,
         "files": [model for kind in kinds for model in _models(kind, manifest)],
-        "rows": [_baseline(report), *(_row(artifact) for artifact in report["artifacts"])],
-        "text": {key: text.get(key, "unknown") for key in ("name", "windows", "length")},
-        "baseline_bits": f"{report['baseline']['bits_per_weight']:g}",
-        "fallbacks": [(a["name"], note) for a in report["artifacts"] for note in fallback_note(a.get("fallbacks", ()))],
-        "gates": [_gate(artifact, gate) for artifact in report["artifacts"] for gate in _gates(artifact)],
-        "waivers": [(a["name"], a["verdict"]["waiver"]) for a in report["artifacts"] if a["verdict"].get("waiver")],
+        "rows": [_baseline(report), *(_row(row) for row in report.artifacts)],
+        "text": text,
+        "baseline_bits": f"{report.baseline_bits:g}",
+        "fallbacks": [(row.name, note) for row in report.artifacts for note in fallback_note(row.fallbacks)],
+        "gates": [_gate(row, gate) for row in report.artifacts for gate in row.verdict.gates],
+        "waivers": [(row.name, row.verdict.waiver) for row in report.artifacts if row.verdict.waiver],
         "made": list(_made(manifest, report)),
         "manifest": MANIFEST,
         "report": REPORT,
@@ -195,72 +207,54 @@ def body(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return str(_template().render(content)).strip("\n")
 
 
-def _chats(manifest: Mapping[str, Any]) -> bool:
+def _chats(manifest: Manifest) -> bool:
     """Whether readers should chat with it: by its template, as the build noted; of an older build, by what it was calibrated on."""
-    known = manifest["release"].get("chat")
-    if isinstance(known, bool):
-        return known
-    recipes = [entry.get("recipe") or {} for entry in manifest["artifacts"].values()]
-    return any(
-        source.get("kind") == "chat"
-        for recipe in recipes
-        for source in (recipe.get("calibration") or {}).get("sources", ())
-    )
+    known = _release(manifest).chat
+    return any(source.get("kind") == "chat" for source in _sources(manifest)) if known is None else known
 
 
-def _describe(kind: str, manifest: Mapping[str, Any]) -> str:
+def _sources(manifest: Manifest) -> Iterator[CalibrationSourceCopy]:
+    """Every calibration source of the recipes."""
+    for entry in manifest.artifacts.values():
+        yield from entry.recipe.get("calibration", {}).get("sources", ())
+
+
+def _describe(kind: str, manifest: Manifest) -> str:
     models = _models(kind, manifest)
     if models:
         return f"{kind.upper()} ({', '.join(model.type for model in models)})"
-    spec = next((spec for spec in _specs(manifest) if spec["format"] == kind), {})
+    spec = next((spec for spec in _specs(manifest) if spec.get("format") == kind), SpecCopy())
     details = [f"{spec['bits']} bit"] if "bits" in spec else []
     if "group_size" in spec:
         details.append(f"groups of {spec['group_size']}" if spec["group_size"] > 0 else "one group per row")
     return f"{kind.upper()} ({', '.join(details)})" if details else kind.upper()
 
 
-def _baseline(report: Mapping[str, Any]) -> tuple[str, ...]:
-    baseline = report["baseline"]
-    return (
-        "16-bit checkpoint",
-        "",
-        shown("bits_per_weight", baseline["bits_per_weight"]),
-        shown("perplexity", baseline["perplexity"]),
-        *[""] * 4,
-    )
+def _baseline(report: Report) -> tuple[str, ...]:
+    bits, perplexity = shown("bits_per_weight", report.baseline_bits), shown("perplexity", report.baseline_perplexity)
+    return "16-bit checkpoint", "", bits, perplexity, *[""] * 4
 
 
-def _row(artifact: Mapping[str, Any]) -> tuple[str, ...]:
-    return (artifact["name"], *(shown(key, artifact[key]) for key in FORMS), artifact["verdict"]["outcome"])
+def _row(row: ArtifactReport) -> tuple[str, ...]:
+    return row.name, *(shown(key, getattr(row, key)) for key in FORMS), row.verdict.outcome
 
 
-def _gates(artifact: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return [gate for gate in artifact["verdict"].get("gates", ()) if {"name", "value", "limit"} <= gate.keys()]
+def _gate(row: ArtifactReport, gate: GateReport) -> tuple[str, ...]:
+    interval = f"{gate.low:.5g} to {gate.high:.5g}"
+    return row.name, gate.name, f"{gate.value:.5g}", interval, f"{gate.limit:.5g}", gate.outcome
 
 
-def _gate(artifact: Mapping[str, Any], gate: Mapping[str, Any]) -> tuple[str, ...]:
-    def number(key: str) -> str:
-        value = gate.get(key)
-        return "-" if value is None else f"{value:.5g}"
-
-    interval = f"{number('low')} to {number('high')}"
-    return artifact["name"], gate["name"], number("value"), interval, number("limit"), str(gate.get("outcome", ""))
-
-
-def _made(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    release = manifest["release"]
-    entry = next(iter(manifest["artifacts"].values()))
-    inputs, calibration = entry.get("inputs", {}), report.get("calibration", {})
-    yield "recipe", f"`{report['recipe']}`"
-    if release.get("revision"):
-        yield "checkpoint", f"`{release['base_model']}` at `{release['revision']}`"
+def _made(manifest: Manifest, report: Report) -> Iterator[tuple[str, str]]:
+    release = _release(manifest)
+    inputs, calibration = next(iter(manifest.artifacts.values())).inputs, report.calibration
+    yield "recipe", f"`{report.recipe}`"
+    if release.revision:
+        yield "checkpoint", f"`{release.base_model}` at `{release.revision}`"
     if "checkpoint" in inputs:
         yield "sha256 of the checkpoint's config and weights", f"`{inputs['checkpoint']}`"
     if calibration:
-        yield (
-            "calibration",
-            f"{calibration['samples']} samples, {calibration['tokens']} tokens, `{calibration['sha256']}`",
-        )
+        counts = f"{calibration.get('samples')} samples, {calibration.get('tokens')} tokens"
+        yield "calibration", f"{counts}, `{calibration.get('sha256')}`"
     for source in calibration.get("sources", ()):
         yield "calibration text", f"{source.get('name')} ({source.get('licence') or 'licence unknown'})"
     versions = [f"{key} {inputs[key]}" for key in ("qquant", "torch", "device", "machine") if key in inputs]
@@ -279,8 +273,8 @@ def problems(folder: Path) -> list[str]:
     path = folder / CARD
     if not path.is_file():
         raise InputError(f"{path}: not found")
-    manifest, report = read_json(folder / MANIFEST), read_report(folder / REPORT)
-    if "release" not in manifest:
+    manifest, report = manifest_of(folder), read_report(folder / REPORT)
+    if manifest.release is None or not manifest.artifacts:
         raise InputError(f"{folder / MANIFEST}: has no release entry; check a folder that `qquant publish` made")
     text = path.read_text("utf-8")
     generated = body(manifest, report)

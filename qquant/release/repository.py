@@ -20,19 +20,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qquant.artifact.manifest import REPORT, Payload, verified
+from qquant.artifact.manifest import (
+    LICENCES,
+    REPORT,
+    ArtifactEntry,
+    Manifest,
+    Payload,
+    ReleaseEntry,
+    manifest_of,
+    read_report,
+    verified,
+)
 from qquant.disk.output import MANIFEST
+from qquant.disk.records import Count, shortened, to_plain, typed
 from qquant.errors import GateFailedError, InputError, UsageError
 from qquant.plan.asked import CHAT, proposed
+from qquant.report.record import ArtifactReport, Report
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head
 from qquant.source.untrusted import read_json
 
-SOURCE = "source.json"
+SOURCE, SOURCE_SCHEMA = "source.json", "qquant-source-1"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 PASSED = ("pass", "waived")
 
@@ -43,8 +55,18 @@ class Repository:
 
     name: str
     files: Mapping[str, Payload]
-    manifest: Mapping[str, Any]
-    report: Mapping[str, Any]
+    manifest: Manifest
+    report: Report
+
+    @property
+    def release(self) -> ReleaseEntry:
+        """What it will be published as."""
+        return self.manifest.release or ReleaseEntry(self.name)
+
+    @property
+    def first(self) -> ArtifactEntry:
+        """Its first artifact: what is the same for all of them is said there."""
+        return next(iter(self.manifest.artifacts.values()))
 
     @property
     def digest(self) -> str:
@@ -60,7 +82,7 @@ class Repository:
     def with_files(self, added: Mapping[str, bytes]) -> Repository:
         """The same with more files."""
         files = dict(self.files) | {name: Payload.of(content) for name, content in added.items()}
-        return Repository(self.name, files, self.manifest, self.report)
+        return replace(self, files=files)
 
 
 @dataclass(frozen=True)
@@ -76,27 +98,72 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def source_facts(
-    checkpoint: Checkpoint, reference: str, parallel: Mapping[str, Mapping[str, list[int]]]
-) -> dict[str, Any]:
-    """What later steps need to know of a checkpoint when it is no longer at hand; `parallel` as in `Plan`."""
-    licence = next((path for path in checkpoint.side_files if path.name.startswith("LICENSE")), None)
-    return {
-        "schema": "qquant-source-1",
-        "model": checkpoint.name,
-        "base_model": reference if checkpoint.revision else None,
-        "revision": checkpoint.revision,
-        "chat": proposed(checkpoint.path).name == CHAT,
-        "card": card_facts(checkpoint.path / "README.md"),
-        "tensor_parallel": dict(parallel),
-        "licence_file": {"name": licence.name, "text": licence.read_text("utf-8", "replace")} if licence else None,
-    }
+@dataclass(frozen=True)
+class LicenceFile:
+    """The licence beside the checkpoint, word by word."""
+
+    name: str
+    text: str
 
 
-def card_facts(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SourceFacts:
+    """source.json: what later steps need to know of a checkpoint when it is no longer at hand."""
+
+    model: str = ""
+    base_model: str | None = None  # hub id
+    revision: str | None = None
+    chat: bool | None = None  # by its template; None: not known
+    card: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)  # licence, language, tags
+    tensor_parallel: Mapping[str, Mapping[str, tuple[Count, ...]]] = field(default_factory=dict)  # as in `Plan`
+    licence_file: LicenceFile | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, reference: str, parallel: Mapping[str, Mapping[str, list[int]]]) -> SourceFacts:
+        """Of a checkpoint that was opened as `reference`."""
+        licence = next((path for path in checkpoint.side_files if path.name in LICENCES), None)
+        return cls(
+            model=checkpoint.name,
+            base_model=reference if checkpoint.revision else None,
+            revision=checkpoint.revision,
+            chat=proposed(checkpoint.path).name == CHAT,
+            card=card_facts(checkpoint.path / "README.md"),
+            tensor_parallel={name: {key: tuple(sizes) for key, sizes in by.items()} for name, by in parallel.items()},
+            licence_file=LicenceFile(licence.name, licence.read_text("utf-8", "replace")) if licence else None,
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> SourceFacts:
+        """Of a record; `where` is the file, for messages.
+
+        Raises:
+            InputError: it is of another kind, or a field is not what it should be.
+        """
+        if content.get("schema") != SOURCE_SCHEMA:
+            raise InputError(f"{where}: is not a record that this version of qquant understands")
+        found = typed(cls, dict(content), where)
+        if found.licence_file and found.licence_file.name not in LICENCES:
+            raise InputError(
+                f"{where}: licence_file.name: {shortened(found.licence_file.name)} is not one of {', '.join(LICENCES)}"
+            )
+        return found
+
+    def to_json(self) -> bytes:
+        """The file."""
+        return as_json({"schema": SOURCE_SCHEMA, **to_plain(self)})
+
+
+def card_facts(path: Path) -> dict[str, str | tuple[str, ...]]:
     """Licence, language and tags of a card's YAML head; empty where there is no card, or no readable head."""
     head = card_head(path)
-    return {key: head[key] for key in CARD_KEYS if key in head}
+    found: dict[str, str | tuple[str, ...]] = {}
+    for key in CARD_KEYS:
+        value = head.get(key)
+        if isinstance(value, str):
+            found[key] = value
+        elif isinstance(value, list | tuple):
+            found[key] = tuple(str(item) for item in value if isinstance(item, str | int | float))
+    return found
 
 
 def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
@@ -107,11 +174,14 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
         InputError: a file differs from its manifest, or the report belongs to another build.
         GateFailedError: no artifact may be published.
     """
+    if not (folder / REPORT).is_file():
+        raise UsageError(f"{folder / REPORT}: not found. Publish the output folder of a finished `qquant build`")
     report = read_report(folder / REPORT)
-    source = read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {}
-    verdicts = {artifact["name"]: artifact for artifact in report["artifacts"]}
-    manifests = {path.parent: read_json(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
-    known = [name for manifest in manifests.values() for name in manifest["artifacts"]]
+    place = folder / SOURCE
+    source = SourceFacts.from_json(read_json(place), str(place)) if place.is_file() else SourceFacts()
+    rows = {row.name: row for row in report.artifacts}
+    manifests = {path.parent: manifest_of(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
+    known = [name for manifest in manifests.values() for name in manifest.artifacts]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise UsageError(f"--only {unknown[0]}: {folder} holds {', '.join(known) or 'no artifacts'}")
@@ -119,77 +189,60 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     repositories = []
     for place, manifest in manifests.items():
         allowed = {}
-        for name, entry in manifest["artifacts"].items():
+        for name, entry in manifest.artifacts.items():
             if only and name not in only:
                 continue
-            reason = _refusal(entry, verdicts.get(name), report)
+            reason = _refusal(entry, rows.get(name), report)
             if reason:
                 refused[name] = reason
             else:
                 allowed[name] = entry
         if allowed:
-            repositories.append(_repository(place, {**manifest, "artifacts": allowed}, report, source))
+            repositories.append(_repository(place, replace(manifest, artifacts=allowed), report, source))
     if not repositories:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
         raise GateFailedError(f"{folder}: nothing may be published{reasons}")
     return Release(tuple(repositories), refused)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report.json.
-
-    Raises:
-        UsageError: there is none.
-        InputError: it is not one.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: not found. Publish the output folder of a finished `qquant build`")
-    report = read_json(path)
-    if report.get("schema") != "qquant-report-1" or not isinstance(report.get("artifacts"), list):
-        raise InputError(f"{path}: schema is {report.get('schema')!r}; this version publishes qquant-report-1")
-    return report
-
-
-def _refusal(entry: Mapping[str, Any], verdict: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str | None:
-    if verdict is None:
+def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report) -> str | None:
+    if row is None:
         return f"{REPORT} has no verdict on it; run the same `qquant build` again"
-    checkpoint = report.get("conditions", {}).get("checkpoint")
-    built_from = entry.get("inputs", {}).get("checkpoint")
+    checkpoint, built_from = report.conditions.inputs.get("checkpoint"), entry.inputs.get("checkpoint")
     if checkpoint and built_from and checkpoint != built_from:
         return f"{REPORT} judged another checkpoint ({checkpoint[:12]}) than it was built from ({built_from[:12]})"
-    outcome = verdict["verdict"]["outcome"]
-    if outcome in PASSED:
+    if row.verdict.outcome in PASSED:
         return None
-    return "; ".join([f"verdict {outcome}", *map(str, verdict["verdict"].get("reasons", ()))])
+    return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])
 
 
-def _repository(
-    place: Path, manifest: Mapping[str, Any], report: Mapping[str, Any], source: Mapping[str, Any]
-) -> Repository:
-    files = {}
-    for entry in manifest["artifacts"].values():
-        for name, facts in entry["files"].items():
-            files[name] = verified(place, name, facts)
-    licence = source.get("licence_file")
-    if licence and licence["name"] not in files:
-        files[licence["name"]] = Payload.of(licence["text"].encode())
-    facts = {key: source.get(key) for key in ("base_model", "revision", "chat", "card")}
-    parallel = [sizes for name, sizes in (source.get("tensor_parallel") or {}).items() if name in manifest["artifacts"]]
-    if parallel:  # a folder holds one such artifact
-        facts["tensor_parallel"] = parallel[0]
-    rows = [
-        {**artifact, "path": place.name}  # not where it lay on the machine that built it
-        for artifact in report["artifacts"]
-        if artifact["name"] in manifest["artifacts"]
-    ]
-    return Repository(
-        place.name, files, {**manifest, "release": {"repository": place.name, **facts}}, {**report, "artifacts": rows}
+def _repository(place: Path, manifest: Manifest, report: Report, source: SourceFacts) -> Repository:
+    files = {name: verified(place, name, facts) for name, facts in manifest.files.items()}
+    licence = source.licence_file
+    if licence and licence.name not in files:
+        files[licence.name] = Payload.of(licence.text.encode())
+    parallel = next((by for name, by in source.tensor_parallel.items() if name in manifest.artifacts), None)
+    release = ReleaseEntry(
+        place.name, source.base_model, source.revision, chat=source.chat, card=source.card, tensor_parallel=parallel
     )
+    rows = tuple(
+        replace(row, path=place.name)  # not where it lay on the machine that built it
+        for row in report.artifacts
+        if row.name in manifest.artifacts
+    )
+    return Repository(place.name, files, replace(manifest, release=release), replace(report, artifacts=rows))
 
 
-def complete(repository: Repository, facts: Mapping[str, Any]) -> Repository:
-    """The repository with its manifest and report as files; `facts` (tag, owner, base model) join the manifest's release entry."""
-    known = {key: value for key, value in facts.items() if value is not None}
-    manifest = {**repository.manifest, "release": {**repository.manifest["release"], **known}}
-    finished = Repository(repository.name, repository.files, manifest, repository.report)
-    return finished.with_files({MANIFEST: as_json(manifest), REPORT: as_json(repository.report)})
+def complete(
+    repository: Repository, tag: str | None = None, namespace: str | None = None, base_model: str | None = None
+) -> Repository:
+    """The repository with its manifest and report as files; what is given joins the manifest's release entry."""
+    release = repository.release
+    release = replace(
+        release,
+        tag=tag or release.tag,
+        namespace=namespace or release.namespace,
+        base_model=base_model or release.base_model,
+    )
+    finished = replace(repository, manifest=replace(repository.manifest, release=release))
+    return finished.with_files({MANIFEST: finished.manifest.to_json(), REPORT: finished.report.to_json().encode()})

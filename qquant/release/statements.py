@@ -12,6 +12,7 @@ from typing import Any
 
 from qquant.artifact.manifest import BOM, STATEMENT
 from qquant.release.repository import Repository, as_json
+from qquant.report.record import Report
 
 BUILD_TYPE = "urn:qquant:build:1"
 
@@ -24,44 +25,42 @@ def with_statements(repository: Repository) -> Repository:
 
 def bill_of_materials(repository: Repository) -> dict[str, Any]:
     """CycloneDX 1.6: the model, what it is made from, and what made it."""
-    release, report = repository.manifest["release"], repository.report
-    reference = f"{release.get('namespace') or 'local'}/{repository.name}"
-    base = release.get("base_model") or report["model"]
-    sources = report.get("calibration", {}).get("sources", ())
+    release, report, inputs = repository.release, repository.report, repository.first.inputs
+    reference = f"{release.namespace or 'local'}/{repository.name}"
+    base = release.base_model or report.model
+    sources = report.calibration.get("sources", ())
     model = {
         "type": "machine-learning-model",
         "bom-ref": reference,
         "name": repository.name,
-        "version": release.get("tag") or "0",
-        "licenses": _licences(release.get("card") or {}),
+        "version": release.tag or "0",
+        "licenses": _licences(release.card or {}),
         "modelCard": {"quantitativeAnalysis": {"performanceMetrics": list(_metrics(report))}},
         "components": [
             {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": payload.sha256}]}
             for name, payload in sorted(repository.files.items())
         ],
     }
-    used = [
+    used: list[dict[str, Any]] = [
         {
             "type": "machine-learning-model",
             "bom-ref": f"base:{base}",
             "name": base,
-            "version": release.get("revision") or "",
+            "version": release.revision or "",
         },
         *(
             {
                 "type": "data",
-                "bom-ref": f"data:{source['name']}",
-                "name": source["name"],
+                "bom-ref": f"data:{source.get('name')}",
+                "name": source.get("name"),
                 "version": str(source.get("revision") or ""),
-                "licenses": _licences({"license": source.get("licence")}),
+                "licenses": _licences({"license": source.get("licence") or ""}),
             }
             for source in sources
         ),
     ]
     tools = [
-        {"type": "application", "name": name, "version": str(_inputs(repository)[name])}
-        for name in ("qquant", "torch")
-        if name in _inputs(repository)
+        {"type": "application", "name": name, "version": inputs[name]} for name in ("qquant", "torch") if name in inputs
     ]
     return {
         "bomFormat": "CycloneDX",
@@ -76,12 +75,13 @@ def bill_of_materials(repository: Repository) -> dict[str, Any]:
 
 def statement(repository: Repository) -> dict[str, Any]:
     """in-toto statement v1 with a SLSA provenance v1 predicate."""
-    release, inputs = repository.manifest["release"], _inputs(repository)
-    entries = repository.manifest["artifacts"]
-    base = release.get("base_model") or repository.report["model"]
-    materials = [{"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}]
-    if release.get("revision"):
-        materials[0]["uri"] += f"@{release['revision']}"
+    release, inputs = repository.release, repository.first.inputs
+    base = release.base_model or repository.report.model
+    materials: list[dict[str, Any]] = [
+        {"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}
+    ]
+    if release.revision:
+        materials[0]["uri"] = f"pkg:huggingface/{base}@{release.revision}"
     if "calibration" in inputs:
         materials.append({"name": "calibration tokens", "digest": {"sha256": inputs["calibration"]}})
     return {
@@ -93,19 +93,18 @@ def statement(repository: Repository) -> dict[str, Any]:
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"recipe": next(iter(entries.values()))["recipe"], "artifacts": list(entries)},
+                "externalParameters": {
+                    "recipe": repository.first.recipe,
+                    "artifacts": list(repository.manifest.artifacts),
+                },
                 "internalParameters": {
                     key: value for key, value in inputs.items() if key not in ("checkpoint", "calibration")
                 },
                 "resolvedDependencies": materials,
             },
-            "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": str(inputs.get("qquant", ""))}}},
+            "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": inputs.get("qquant", "")}}},
         },
     }
-
-
-def _inputs(repository: Repository) -> Mapping[str, Any]:
-    return next(iter(repository.manifest["artifacts"].values())).get("inputs", {})
 
 
 def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +112,7 @@ def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"license": {"name": str(name)}}] if name else []
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    for artifact in report["artifacts"]:
+def _metrics(report: Report) -> Iterable[dict[str, str]]:
+    for row in report.artifacts:
         for kind in ("perplexity", "kl_divergence", "top1_agreement"):
-            yield {"type": kind, "value": str(artifact[kind]), "slice": artifact["name"]}
+            yield {"type": kind, "value": str(getattr(row, kind)), "slice": row.name}

@@ -1,6 +1,6 @@
 """Reports for machines that watch builds: JUnit XML, and a summary for GitHub's step page.
 
-One test case per gate, named artifact.gate: a fail is a failure, an undecided gate an error, a waived fail is skipped with the waiver as
+One test case per gate, named artifact.gate: a fail is a failure, an inconclusive gate an error, a waived fail is skipped with the waiver as
 its message, so that it shows and does not block. Findings of structure and answers stand in a case of their own.
 """
 
@@ -32,12 +32,9 @@ def junit(report: Report) -> str:
 
 def _whole(suite: ElementTree.Element, artifact: ArtifactReport) -> None:
     """What is no matter of degree: findings that belong to no gate."""
-    gates = tuple(gate.name for gate in artifact.verdict.gates)
-    faults = (
-        [reason for reason in artifact.verdict.reasons if not reason.startswith(gates)]
-        if gates
-        else artifact.verdict.reasons
-    )
+    verdict = artifact.verdict
+    gated = any(gate.outcome != "pass" for gate in verdict.gates)
+    faults = verdict.faults or (() if gated else verdict.reasons)  # a record of an earlier version has no faults apart
     case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name="structure and answers")
     _result(case, "fail" if faults else "pass", "\n".join(faults), artifact.verdict.waiver)
 
@@ -72,8 +69,7 @@ def commands(report: Report) -> str:
         f"::{kinds[artifact.verdict.outcome]} title={_escaped(artifact.name)}::{_escaped(reason)}"
         for artifact in report.artifacts
         if artifact.verdict.outcome in kinds
-        for reason in (artifact.verdict.waiver, *artifact.verdict.reasons)
-        if reason
+        for reason in artifact.verdict.lines
     ]
     return "".join(f"{line}\n" for line in lines)
 

@@ -17,6 +17,7 @@ import jinja2
 
 from qquant.recipe.solvers import title
 from qquant.report.record import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
+from qquant.report.solved import linears
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
@@ -191,14 +192,14 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
     """Relative squared error of each linear by block: the stronger the more, on a logarithmic scale of this artifact."""
     cells: dict[tuple[int, str], float] = {}
     notes: dict[tuple[int, str], str] = {}
-    for layer in artifact.layers:
-        place = _place(str(layer.get("name", "")))
-        if place and isinstance(layer.get("error"), float | int):
-            cells[place] = float(layer["error"])
-            steps = ((title(step), float(error)) for step, error in layer.get("steps", {}).items())
+    for linear in linears(artifact.layers):
+        place = _place(linear.name)
+        if place:
+            cells[place] = linear.error
+            steps = ((title(step), error) for step, error in linear.steps.items())
             notes[place] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[place], 3)
     blocks = sorted({block for block, _ in cells})
-    linears = list(dict.fromkeys(linear for _, linear in cells))
+    rows_of = list(dict.fromkeys(row for _, row in cells))
     positive = [value for value in cells.values() if value > 0]
     low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 0.0)
 
@@ -207,8 +208,8 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
         return min(SHADES - 1, int(share * SHADES))
 
     rows = [
-        (linear, [(block, notes.get((block, linear)), shade(cells.get((block, linear)) or 0.0)) for block in blocks])
-        for linear in linears
+        (row, [(block, notes.get((block, row)), shade(cells.get((block, row)) or 0.0)) for block in blocks])
+        for row in rows_of
     ]
     ends = {"low": math.exp(low), "high": math.exp(high)}
     return {"artifact": artifact, "rows": rows, "blocks": blocks, "steps": _steps(artifact)} | ends
@@ -217,12 +218,11 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
 def _steps(artifact: ArtifactReport) -> list[tuple[str, float]]:
     """The error after each step as a share of that after the first, geometric mean over the linears."""
     shares: dict[str, list[float]] = {}
-    for layer in artifact.layers:
-        errors = {step: float(error) for step, error in layer.get("steps", {}).items()}
-        first = next(iter(errors.values()), 0.0)
-        for step, error in list(errors.items())[1:]:
+    for linear in linears(artifact.layers):
+        first = next(iter(linear.steps.values()), 0.0)
+        for step, error in list(linear.steps.items())[1:]:
             if 0 < error < math.inf and 0 < first < math.inf:
-                shares.setdefault(step, []).append(math.log(error / first))
+                shares.setdefault(step, []).append(math.log(error) - math.log(first))
     return [(title(step), math.exp(sum(logs) / len(logs))) for step, logs in shares.items()]
 
 

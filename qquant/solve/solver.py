@@ -25,6 +25,7 @@ from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
 from qquant.formats import FORMATS
+from qquant.report.solved import BlockRecord, LinearRecord, ScaleChoice, Solved
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow, widened, widened_codes, widens
@@ -113,7 +114,7 @@ class Solver:
         self.prefix = checkpoint.family.block.format(layer)
         self.shapes = checkpoint.family.linear_shapes(checkpoint.config, layer)  # as stored; solved without padding
         self.tensors: dict[str, Tensor] = {}
-        self.record: list[dict[str, Any]] = []
+        self.record: list[Solved] = []
         self.seconds: dict[str, float] = {}  # by stage; of the whole block when it is written
         self.began = time.perf_counter()
 
@@ -173,15 +174,15 @@ class Solver:
 
     def _note(self, linear: str, value: Tensor, gram: Gram, **facts: Any) -> None:
         self.record.append(
-            {
-                "name": self._name(linear),
-                "checksum": checksum(value),
-                "tokens": gram.tokens,
-                "inputs": len(gram.absolute),
-                "dead": gram.dead,
-                "largest": gram.largest,
+            LinearRecord(
+                name=self._name(linear),
+                checksum=checksum(value),
+                tokens=gram.tokens,
+                inputs=len(gram.absolute),
+                dead=gram.dead,
+                largest=gram.largest,
                 **facts,
-            }
+            )
         )
 
     def stored(self) -> dict[str, Tensor]:
@@ -197,8 +198,8 @@ class Solver:
         Into the record go `choices` of a transform, and how many samples were computed in float32 (`wide`).
         """
         if wide:
-            self.record.append({"name": self.prefix.rstrip("."), "float32_samples": len(wide)})
-        self.record += [{"name": self.prefix + choice.stage, "awq": vars(choice)} for choice in choices]
+            self.record.append(BlockRecord(self.prefix.rstrip("."), len(wide)))
+        self.record += [BlockRecord(self.prefix + one.stage, awq=ScaleChoice(**vars(one))) for one in choices]
         self.seconds[self.prefix.rstrip(".")] = round(time.perf_counter() - self.began, 4)
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
         for name, value in weights.items():

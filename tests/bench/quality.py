@@ -253,7 +253,7 @@ def main():
         "calibration": samples.sha256,
         "group_size": options.group_size,
     }
-    conditions |= {"windows": options.windows, "tokens_sha256": text.facts["tokens_sha256"]}
+    conditions |= {"windows": options.windows, "tokens_sha256": text.facts.tokens_sha256}
     peers = stored(options.against, conditions) if options.against else {}
     built, facts = build(base, checkpoint, options)
     if not built:

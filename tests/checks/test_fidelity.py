@@ -176,9 +176,13 @@ def test_comparison_of_two_reports(built, tmp_path):
     assert {change.outcome for change in regression.compare(tmp_path / "a", tmp_path / "b")} == {"equal"}
     path = next((tmp_path / "b" / "evidence").iterdir())
     worse = evidence.read(path)
-    tensors = {"nll": torch.zeros(16, 15), "kl": torch.zeros(16, 15), "top1": torch.zeros(16, 2, dtype=torch.uint8)}
+    tensors = {
+        "nll": torch.zeros(16, 15, dtype=torch.int8),
+        "kl": torch.zeros(16, 15, dtype=torch.uint8),
+        "top1": torch.zeros(16, 2, dtype=torch.uint8),
+    }
     means = torch.from_numpy(np.stack([worse.means[name] * (1.5 if name == "kl" else 1) for name in evidence.LOSSES]))
-    head = {"schema": evidence.SCHEMA, "tokens": 15, "facts": dict(worse.facts)}
+    head = {"schema": evidence.SCHEMA, "tokens": 15, "facts": vars(worse.facts)}
     save_file(tensors | {"means": means}, path, metadata={"evidence": json.dumps(head)})
     outcomes = {change.loss: change.outcome for change in regression.compare(tmp_path / "a", tmp_path / "b")}
     assert outcomes == {"mean KL divergence": "worse", "top-1 disagreement": "equal", "mean NLL difference": "equal"}

@@ -252,8 +252,8 @@ def test_rules_that_judge_an_answer(demo):
     counts.add([*tokenizer.encode("It is blue."), tokenizer.eos[0]], True, "en", tokenizer)
     counts.add([7], False, "", tokenizer)
     counted = counts.counts()
-    assert [counted[key] for key in ("answers", "runs", "repetitive", "nan")] == [3, 1, 1, 1]
-    assert counted["stopped"] == pytest.approx(1 / 3)
+    assert [getattr(counted, key) for key in ("answers", "runs", "repetitive", "nan")] == [3, 1, 1, 1]
+    assert counted.stopped == pytest.approx(1 / 3)
 
 
 def test_prompts_are_those_that_break_models():
@@ -411,8 +411,8 @@ def test_overflow_in_fp16_fails_by_name(built, tmp_path):
         def rows(self, name, start, stop):
             return checkpoint.rows(name, start, stop)
 
-    found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, quiet)["loud"]["runs"]
-    assert [run["dtype"] for run in found] == ["bf16", "fp16"]
-    assert found[0]["nan"] == 0
-    assert found[1]["nan"] == found[1]["answers"] == sum(len(group.prompts) for group in sanity.GROUPS) == 33
+    found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, quiet)["loud"].runs
+    assert [run.dtype for run in found] == ["bf16", "fp16"]
+    assert found[0].nan == 0
+    assert found[1].nan == found[1].answers == sum(len(group.prompts) for group in sanity.GROUPS) == 33
     assert sanity.problems(found)[0] == "answers in fp16: 33 of 33 have logits that are not finite"

@@ -1,5 +1,6 @@
 """Verdicts: exactness, levels by simulation, order of gates, waivers, and evidence that says the same later."""
 
+import dataclasses
 import datetime
 import math
 
@@ -11,6 +12,7 @@ from qquant.checks import evidence, gate, statistics
 from qquant.checks.fidelity import Fidelity
 from qquant.errors import InputError, UsageError
 from qquant.recipe import Gates, Waiver
+from tests.worlds.hub_release import write_build
 
 
 def skewed(rng, mean, count=40):
@@ -200,7 +202,7 @@ def test_waiver():
 
 # --- evidence -----------------------------------------------------------------------------------------------------------
 
-FACTS = {"name": "t", "sha256": "a", "tokens_sha256": "b", "length": 9, "protocol": "sliding", "checkpoint": "c"}
+FACTS = evidence.Facts(name="t", sha256="a", tokens_sha256="b", length=9, protocol="sliding", checkpoint="c")
 
 
 def measured(seed=0, shape=(5, 13)):
@@ -223,7 +225,7 @@ def test_evidence_says_the_same_later(tmp_path):
     assert np.allclose(back.nll, (found.nll - found.nll_baseline).numpy(), rtol=0.06, atol=1e-5)
     assert back.facts == FACTS
     first = path.read_bytes()
-    evidence.write(path, found, dict(reversed(FACTS.items())))
+    evidence.write(path, found, FACTS)
     assert path.read_bytes() == first
 
 
@@ -255,11 +257,10 @@ def test_damaged_evidence_is_refused(tmp_path):
 def test_report_without_evidence(tmp_path):
     with pytest.raises(UsageError, match=r"no report\.json"):
         evidence.of_report(tmp_path)
-    (tmp_path / "report.json").write_text('{"artifacts": [{"name": "a"}]}')
     with pytest.raises(UsageError, match="no evidence beside the report"):
-        evidence.of_report(tmp_path)
+        evidence.of_report(write_build(tmp_path / "build"))
 
 
 def test_only_equal_texts_are_compared():
     with pytest.raises(InputError, match="protocol"):
-        evidence.require_comparable(FACTS, FACTS | {"protocol": "llama.cpp"}, "x")
+        evidence.require_comparable(FACTS, dataclasses.replace(FACTS, protocol="llama.cpp"), "x")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qquant import recipe
+from qquant.artifact.manifest import ArtifactEntry, Manifest, ReleaseEntry
 from qquant.checks.gate import judge
 from qquant.cli import cli, main
 from qquant.cli.tables import table_of
@@ -23,7 +24,9 @@ from qquant.recipe import Gates
 from qquant.recipe.changes import Flags, changed
 from qquant.release.card import _chats
 from qquant.release.hub.failures import require_name
-from qquant.report.record import ArtifactReport, Report, Verdict, warnings_of
+from qquant.report.conditions import Conditions, TextFacts
+from qquant.report.record import ArtifactReport, Report, Verdict
+from qquant.report.solved import LinearRecord, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
 BASE = recipe.parse(
@@ -90,7 +93,9 @@ def test_outputs_are_looked_at_before_the_work(arguments, tmp_path):
 def test_every_number_is_whole_at_any_width(width):
     names = ("gptq-int4", "a-name-that-is-much-longer", "[bold]x[/]")
     row = ArtifactReport("", "", 14_266_280, 5.1, 102.4, 1.0016, 0.00151, 0.1, 0.972, Verdict("inconclusive"))
-    report = Report("model", "recipe", 16, {}, 100.0, tuple(replace(row, name=name) for name in names))
+    report = Report(
+        "model", "recipe", 16, Conditions(TextFacts("t", 1, 1)), 100.0, tuple(replace(row, name=name) for name in names)
+    )
     screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     screen.print(table_of(report, width))
     text = screen.export_text()
@@ -113,7 +118,7 @@ def test_calibration_that_runs_out_is_one_line(make_checkpoint, tmp_path):
     assert "of 500 samples" in line
     assert "of 16,000 tokens" in line
     assert shortfall(500, 16_000, asked.calibration) == ()
-    many = [{"name": f"w{i}", "inputs": 64 + i, "tokens": 31} for i in range(42)]
+    many = [LinearRecord(f"w{i}", 0.0, inputs=64 + i, tokens=31) for i in range(42)]
     assert warnings_of(many) == ["42 linears, w0 first: 31 calibration tokens for 105 inputs; give more samples"]
 
 
@@ -221,8 +226,8 @@ def test_folders_of_this_machine_stay_on_it(tmp_path):
 
 def test_a_card_chats_by_the_template_and_not_by_the_name():
     def manifest(repository, chat=None, kind="text"):
-        entry = {"recipe": {"calibration": {"sources": [{"kind": kind}]}}}
-        return {"release": {"repository": repository, "chat": chat}, "artifacts": {"a": entry}}
+        entry = ArtifactEntry("0", "gptq", {}, recipe={"calibration": {"sources": [{"kind": kind}]}})
+        return Manifest({"a": entry}, ReleaseEntry(repository, chat=chat))
 
     assert _chats(manifest("support-assistant", chat=True))
     assert not _chats(manifest("Tiny-Chat-base", chat=False))

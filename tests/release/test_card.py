@@ -13,7 +13,7 @@ from qquant.artifact import verification
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.release import card, signing
 from qquant.release.hub import Folder, Request
-from qquant.release.repository import as_json, card_facts, complete, read_release, source_facts
+from qquant.release.repository import SourceFacts, as_json, card_facts, complete, read_release
 from qquant.release.statements import with_statements
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -38,7 +38,7 @@ secret: not copied
 
 def releases(build, **facts):
     return {
-        repository.name: card.with_card(complete(repository, FACTS | facts))
+        repository.name: card.with_card(complete(repository, **FACTS | facts))
         for repository in read_release(build).repositories
     }
 
@@ -147,7 +147,8 @@ def test_table_conditions_and_origin(build):
 
 
 def test_gates_and_waivers_are_on_the_card(tmp_path):
-    gate = {"name": "mean KL divergence", "outcome": "fail", "value": 0.25, "low": 0.21, "high": 0.28, "limit": 0.1}
+    gate = {"name": "mean KL divergence", "outcome": "fail", "value": 0.25, "low": 0.21, "high": 0.28, "limit": 0.1,
+            "p_within": 1.0, "p_beyond": 0.001, "detectable": 0.02, "windows": 40}  # fmt: skip
     waived = {"outcome": "waived", "reasons": [], "gates": [gate], "waiver": "waived by me until 2099-01-01: known"}
     text = text_of(releases(write_build(tmp_path / "b", outcomes={"gptq-int4": waived}))[GPTQ])
     assert "| gptq-int4 | mean KL divergence | 0.25 | 0.21 to 0.28 | 0.1 | fail |" in text
@@ -243,7 +244,7 @@ def test_source_facts_of_a_checkpoint(tmp_path):
     folder = write_checkpoint(tmp_path / "Qwen1.5-Test-Chat")
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("the terms\n")
-    facts = source_facts(Checkpoint.open(folder), str(folder), {"gptq": {"vllm": [1]}})
+    facts = json.loads(SourceFacts.of(Checkpoint.open(folder), str(folder), {"gptq": {"vllm": [1]}}).to_json())
     assert facts["tensor_parallel"] == {"gptq": {"vllm": [1]}}
     assert facts["card"]["license_name"] == "tongyi-qianwen"
     assert "secret" not in facts["card"]

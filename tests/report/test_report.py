@@ -9,7 +9,11 @@ import pytest
 
 from qquant.errors import InputError
 from qquant.report import ci, html
+from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import (
+    AnswerCounts,
+    AnswerRun,
+    Answers,
     ArtifactReport,
     GateReport,
     Pace,
@@ -18,20 +22,21 @@ from qquant.report.record import (
     TextReport,
     Verdict,
     WorstToken,
-    schema,
 )
+from qquant.report.schema import schema
+from qquant.report.solved import BlockRecord, LinearRecord, ScaleChoice
 
 GATE = GateReport("mean KL divergence", "fail", 0.06, 0.05, 0.055, 0.066, 1.0, 0.0002, 0.004, 40)
 LAYERS = tuple(
-    {
-        "name": f"model.layers.{block}.{linear}.weight",
-        "error": 0.001 * (block + 1),
-        "steps": {"rtn": 0.004 * (block + 1), "gptq": 0.002 * (block + 1), "sweeps": 0.001 * (block + 1)},
-        "largest": 10.0 * 100**block,
-    }
+    LinearRecord(
+        f"model.layers.{block}.{linear}.weight",
+        0.001 * (block + 1),
+        steps={"rtn": 0.004 * (block + 1), "gptq": 0.002 * (block + 1), "sweeps": 0.001 * (block + 1)},
+        largest=10.0 * 100**block,
+    )
     for block in range(3)
     for linear in ("self_attn.q_proj", "mlp.down_proj")
-)
+) + (BlockRecord("model.layers.0", 2), BlockRecord("model.layers.0.q_k_v", awq=ScaleChoice("q_k_v", None, 0.1, 0.2)))
 
 
 PACES = (
@@ -39,6 +44,8 @@ PACES = (
     Pace("decode", 1, 512, 210.0, 100.0, 2.1, 2.0, 2.2, 0.01, 3.4),
 )
 SPEED = SpeedReport("pass", "cpu", "int4, bf16", "new tokens", PACES, 10**6, 3 * 10**6, 10**5, 2 * 10**6, 4 * 10**6)
+COUNTS = AnswerCounts(33, 0.5, 0, 1, 0, 0, 0)
+ANSWERS = Answers((AnswerRun(33, 0.4, 1, 1, 0, 0, 0, "bf16", ("stopped",), COUNTS),))
 
 
 def artifact(name="a", size=10**6, kl=0.01, outcome="pass", **more):
@@ -58,7 +65,7 @@ def artifact(name="a", size=10**6, kl=0.01, outcome="pass", **more):
 
 
 def report(*artifacts, **more):
-    conditions = {"text": {"name": "t", "windows": 4, "length": 64, "protocol": "llama.cpp"}, "torch": "2"}
+    conditions = Conditions(TextFacts("t", 4, 64, "llama.cpp"), {"a": {"mean KL divergence": 0.004}}, {"torch": "2"})
     return Report("m", "r", 16.0, conditions, 10.0, artifacts or (artifact(),), **more)
 
 
@@ -210,11 +217,11 @@ def everything():
     waived = Verdict("waived", ("mean KL divergence 0.06 is above",), (GATE,), "waived by A until 2030-01-01: known")
     return report(
         artifact("good", verdict=Verdict("pass", (), (dataclasses.replace(GATE, outcome="pass"),))),
-        artifact("bad", kl=math.inf, verdict=Verdict("fail", ("tokenizer: is not the checkpoint's", "mean KL divergence 0.06 is above the limit: 5 %\n2"), (GATE,))),
+        artifact("bad", kl=math.inf, verdict=Verdict("fail", ("tokenizer: is not the checkpoint's", "mean KL divergence 0.06 is above the limit: 5 %\n2"), (GATE,), faults=("tokenizer: is not the checkpoint's",))),
         artifact("open", verdict=Verdict("inconclusive", ("mean KL divergence",), (dataclasses.replace(GATE, outcome="inconclusive", high=math.inf),))),
         artifact("late", verdict=waived, texts=(TextReport("zh", 9, 2.0, 2.0, 1.0, 0.1, 0.9),), worst=(WorstToken("a", "b", 1.0, 2.0, math.nan),)),
-        artifact("fast", speed=SPEED),
-        warnings=("w",),
+        artifact("fast", speed=SPEED, answers=ANSWERS),
+        warnings=("w",), calibration={"samples": 2, "tokens": 9, "sha256": "ab", "seed": 3, "sources": [{"name": "s", "licence": "MIT", "kept": 2}]},
     )  # fmt: skip
 
 
@@ -239,7 +246,8 @@ def test_record_fits_its_published_schema():
 def test_record_is_read_back_whole():
     made = everything()
     back = Report.from_json(json.loads(made.to_json()))
-    assert back.to_json() == made.to_json()
+    assert json.loads(back.to_json()) == json.loads(made.to_json())
+    assert Report.from_json(json.loads(back.to_json())).to_json() == back.to_json()
     assert html.render(back) == html.render(made)
     assert math.isinf(back.artifacts[1].kl_divergence)
 

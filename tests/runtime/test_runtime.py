@@ -62,7 +62,7 @@ def built(checkpoint, folder, entries):
     walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, torch.device("cpu"), Quiet())
     (folder / "out").mkdir()
     for draft in drafts:
-        draft.finish(folder / "out", {})
+        draft.finish(folder / "out", {}, {})
     return {artifact.name: installed(folder / "out", artifact) for artifact in plan.artifacts}
 
 

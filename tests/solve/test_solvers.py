@@ -123,7 +123,7 @@ def test_a_new_solver_runs_through_plan_build_check_and_report(make_checkpoint, 
     plan = Plan.of(loaded, checkpoint)
     report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", torch.device("cpu"), Quiet())
     manifest = json.loads((tmp_path / "out" / "Toy-GPTQ-Int4" / "qquant-manifest.json").read_text())
-    records = [entry for entry in manifest["artifacts"]["a"]["layers"] if "steps" in entry]
+    records = [entry for entry in manifest["artifacts"]["a"]["layers"] if entry.get("steps")]
     assert len(records) == 14
     for record in records:
         assert list(record["steps"]) == ["rtn", "gptq", "sweeps", "coupled", "flips"]

@@ -37,7 +37,7 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
             rows.append(
                 {
                     "name": name, "path": str(folder / repo), "size": sum(fact["bytes"] for fact in facts.values()),
-                    "bits_per_weight": 4.5, "perplexity": 10.25 + seed, "perplexity_ratio": 1.0123, "kl_divergence": 0.0213,
+                    "bits_per_weight": 4.5, "perplexity": 10.25 + seed, "perplexity_ratio": 1.0123, "kl_divergence": 0.0213, "kl_99": 0.2,
                     "top1_agreement": 0.95125, "verdict": dict(outcomes).get(name, {"outcome": "pass", "reasons": []}),
                 }
             )  # fmt: skip
@@ -62,7 +62,7 @@ class Waits(list):
 
 
 def repositories(folder, **facts):
-    return [complete(repository, facts) for repository in read_release(folder).repositories]
+    return [complete(repository, **facts) for repository in read_release(folder).repositories]
 
 
 def publish(hub, folder, waits=None, said=None, **request):

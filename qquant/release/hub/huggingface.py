@@ -13,7 +13,6 @@ the server says (RateLimit, Retry-After), else 1, 2, 4 ... 60 s.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import time
@@ -22,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qquant.artifact.manifest import named_files, sha256_of
+from qquant.artifact.manifest import Manifest, named_files, sha256_of
 from qquant.disk.output import MANIFEST
-from qquant.errors import PublishError
+from qquant.errors import InputError, PublishError
 from qquant.release.hub.failures import Result, repeated, reported, require_name
 from qquant.release.hub.request import Published, Request, Say
 from qquant.release.hub.trees import lacking, operations
 from qquant.release.repository import Repository
+from qquant.source.untrusted import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -114,6 +114,15 @@ class HuggingFace:
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
         return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
+    def manifest(self, name: str, revision: str) -> Manifest:
+        """The manifest of a repository. Raises InputError if it is malformed."""
+        where = f"{name}/{MANIFEST}"
+        try:
+            content = parse_json(self.download(name, revision, MANIFEST))
+        except ValueError as error:
+            raise InputError(f"{where}: not valid JSON: {error}") from None
+        return Manifest.from_json(content if isinstance(content, dict) else {}, where)
+
     def _stale(self, name: str, remote: Remote, repository: Repository) -> tuple[str, ...]:
         """Files of the release that main shows now which the new one does not have.
 
@@ -121,7 +130,7 @@ class HuggingFace:
         """
         ours: set[str] = set()
         if MANIFEST in remote.files and remote.head:
-            ours = named_files([json.loads(self.download(name, remote.head, MANIFEST))])
+            ours = named_files([self.manifest(name, remote.head)])
         foreign = [
             file
             for file in remote.files

@@ -12,11 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, Payload
+from qquant.artifact.manifest import BOM, REPORT, SIGNATURE, STATEMENT, FileFacts, Manifest, Patch, Payload
 from qquant.disk.output import MANIFEST
 from qquant.errors import PublishError, UsageError
 from qquant.release.hub.failures import CHANGED, reported
@@ -140,7 +140,9 @@ def _patched(client: HuggingFace, name: str, setting: Setting) -> _Patch:
     if new == old:
         return _Patch(name, head, {})
     files = {setting.file: new}
-    for file, patched in ((MANIFEST, _manifest), (BOM, _bill), (STATEMENT, _statement)):
+    if MANIFEST in there:
+        files[MANIFEST] = _manifest(client.manifest(name, head), setting, new, old).to_json()
+    for file, patched in ((BOM, _bill), (STATEMENT, _statement)):
         if file in there:
             files[file] = as_json(patched(json.loads(client.download(name, head, file)), setting, files))
     removed = (SIGNATURE,) if SIGNATURE in there else ()
@@ -154,16 +156,14 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _manifest(manifest: dict[str, Any], setting: Setting, files: Mapping[str, bytes]) -> dict[str, Any]:
-    content = files[setting.file]
-    facts = {"bytes": len(content), "sha256": _sha256(content)}
-    for entry in manifest["artifacts"].values():
-        if setting.file in entry["files"]:
-            entry["files"][setting.file] = facts
-    manifest.setdefault("patches", []).append(
-        {"file": setting.file, "key": ".".join(setting.keys), "value": setting.value, **facts}
-    )
-    return manifest
+def _manifest(manifest: Manifest, setting: Setting, new: bytes, old: bytes) -> Manifest:
+    facts = FileFacts(len(new), _sha256(new))
+    entries = {
+        name: replace(entry, files={**entry.files, setting.file: facts}) if setting.file in entry.files else entry
+        for name, entry in manifest.artifacts.items()
+    }
+    made = Patch(setting.file, ".".join(setting.keys), setting.value, facts.bytes, facts.sha256, _sha256(old))
+    return replace(manifest, artifacts=entries, patches=(*manifest.patches, made))
 
 
 def _bill(bill: dict[str, Any], _: Setting, files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""What the numbers of a report depend on: the text that judged, hashes and versions of what was built, the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
+
+from qquant.disk.records import Count, Number
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The held-out text that judged, and how much of it was read at first."""
+
+    name: str
+    windows: Count
+    length: Count
+    protocol: str = ""
+    sha256: str = ""  # of the text
+    tokens_sha256: str = ""  # of the first window
+    further: Mapping[str, Count] = field(default_factory=dict)  # windows of texts that are measured, and judge nothing
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the numbers depend on."""
+
+    text: TextFacts
+    detectable: Mapping[str, Mapping[str, Number]] = field(
+        default_factory=dict
+    )  # by artifact and gate, before it was read
+    inputs: Mapping[str, str] = field(default_factory=dict)  # hashes, versions, device; beside `text` in the file
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Fields that the file has beside the inputs."""
+        return tuple(item.name for item in fields(cls) if item.name != "inputs")
+
+
+@with_config(ConfigDict(extra="allow"))
+class SourceFacts(TypedDict, total=False):
+    """A source of calibration text; the file holds more of it."""
+
+    name: str
+    licence: str | None
+    revision: str | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class CalibrationFacts(TypedDict, total=False):
+    """The calibration set; the file holds more of it."""
+
+    samples: Count
+    tokens: Count
+    sha256: str
+    sources: list[SourceFacts]
