@@ -150,6 +150,10 @@ class Tokenizer:
         self._backend.encode_special_tokens = not special
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def to_json(self) -> str:
+        """The whole of it as a tokenizer.json."""
+        return str(self._backend.to_str(pretty=True))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -18,6 +18,7 @@ from qquant import __version__
 from qquant.cli.build import build
 from qquant.cli.check import bisect, check, compare, perplexity, show_report
 from qquant.cli.command import COMPLETION, Journey
+from qquant.cli.dequantize import dequantize
 from qquant.cli.look import doctor, inspect, verify
 from qquant.cli.options import EXITS
 from qquant.cli.plan import plan
@@ -45,7 +46,7 @@ def cli(context: click.Context) -> None:
 
 cli.journey(
     {
-        "Make": (build, plan, recipes, doctor),
+        "Make": (build, plan, recipes, dequantize, doctor),
         "Judge": (check, compare, bisect, speed, perplexity, tasks),
         "Use": (run,),
         "Publish": (publish, matrix, verify, sign, patch),

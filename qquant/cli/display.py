@@ -34,7 +34,7 @@ UNITS = {
     "speed": "artifact",
     "ask": "model",
     "answer": "run",
-    "dequantize": "block",
+    "dequantize": "tensor",
 }
 
 
