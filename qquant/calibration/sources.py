@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -98,7 +99,14 @@ def _json_rows(lines: Iterable[bytes]) -> Iterator[Row]:
             yield f"line {number}", row if isinstance(row, (dict, _Unusable)) else _Unusable("not a JSON object")
 
 
+def require_installed(library: str, what: str) -> None:
+    """Raise EnvironmentMissingError where a library of the extra `datasets` is missing; `what` needs it."""
+    if importlib.util.find_spec(library) is None:
+        raise EnvironmentMissingError(f'{what}: needs the extra: pip install "qquant[datasets]"')
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    require_installed("pyarrow", str(path))
     try:
         table = parquet.ParquetFile(path)
         number = 0
@@ -173,6 +181,7 @@ def _hub_errors(source: recipe.Source) -> Iterator[None]:
 
 def _hub_rows(source: recipe.Source) -> tuple[str, Iterator[Row]]:
     """(commit, rows) of a hub dataset, streamed in its own order."""
+    require_installed("datasets", str(source.dataset))
     with _hub_errors(source):
         commit = hub.HfApi().dataset_info(source.dataset, revision=source.revision).sha
         stream = datasets.load_dataset(

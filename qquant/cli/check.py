@@ -210,11 +210,12 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
 @click.option(
     "--exact-inputs", is_flag=True, help="Do not round the inputs of GGUF products to 8 bits as llama.cpp does."
 )
+@ADAPTER
 @DEVICE
 @JSON
 def perplexity(
     artifacts: tuple[Path, ...], against: str | None, logits: Path | None, save_logits: Path | None, text: str, chunks: int,
-    context: int, exact_inputs: bool, device: str, as_json: bool,
+    context: int, exact_inputs: bool, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """The numbers of `llama-perplexity --kl-divergence`, in its arithmetic, to compare with those that people publish.
 
@@ -235,7 +236,10 @@ def perplexity(
         if logits is not None:
             found = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:
-            source, checks = Checkpoint.open(str(against)), Checks(text=text, windows=chunks, length=context)
+            source, checks = (
+                Checkpoint.open(str(against), adapter=adapter),
+                Checks(text=text, windows=chunks, length=context),
+            )
             found = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
         click.echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": found}, indent=2))

@@ -11,7 +11,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, require_there
 from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -35,16 +35,18 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16"]), help="Of the activations of both; default: the checkpoint's."
 )
+@ADAPTER
 @DEVICE
 @JSON
 def speed(
     artifact: Path, against: str, prompt: int, steps: int, pairs: int, margin: float, min_decode: float | None,
-    min_prefill: float | None, dtype: str | None, device: str, as_json: bool,
+    min_prefill: float | None, dtype: str | None, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Time ARTIFACT and its 16-bit model in turns: decode and prefill, memory, and what bytes allow at best.
 
     A GGUF file runs in llama.cpp if llama-cpp-python is installed; give the 16-bit GGUF file as --against to compare within it.
     """
+    require_there(artifact)
     import torch
 
     from qquant.checks import speed as check
@@ -53,7 +55,7 @@ def speed(
 
     settings = check.Settings(prompt, steps, pairs, margin, min_decode, min_prefill)
     path = Path(against) if against.endswith(".gguf") else None
-    baseline = GgufSource.open(path) if path else Checkpoint.open(against)
+    baseline = GgufSource.open(path) if path else Checkpoint.open(against, adapter=adapter)
     number = getattr(torch, dtype) if dtype else None
     report = check.measure(artifact, baseline, settings, devices.named(device), number, path)
     if as_json:

@@ -10,7 +10,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON
 from qquant.cli.terminal import console
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -29,11 +29,12 @@ from qquant.errors import GateFailedError, InconclusiveError
 @click.option(
     "--margin", default=0.02, show_default=True, type=click.FloatRange(0, 1), help="Loss of score that is accepted."
 )
+@ADAPTER
 @DEVICE
 @JSON
 def tasks(
     artifacts: tuple[Path, ...], against: str, names: tuple[str, ...], include: Path | None, limit: int | None,
-    batch: int, margin: float, device: str, as_json: bool,
+    batch: int, margin: float, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask artifacts and their checkpoint the questions of lm-eval tasks, and count the answers that changed.
 
@@ -42,7 +43,7 @@ def tasks(
     from qquant.checks import tasks as checks
     from qquant.source.checkpoint import Checkpoint
 
-    source = Checkpoint.open(against)
+    source = Checkpoint.open(against, adapter=adapter)
     asked = checks.Questions(names, include, limit, batch, margin)
     with Display() as progress:
         found = checks.run(source, artifacts, asked, devices.named(device), progress)
