@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,20 @@ class Transformers:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """What a family is in llama.cpp: its architecture, how it cuts text into words, names of modules in and outside the blocks.
+
+    `numbers`: what its files say besides what all architectures have, as (key, kind of the value, attribute of `config`).
+    """
+
+    architecture: str
+    pre: str
+    names: Mapping[str, str]
+    numbers: tuple[tuple[str, str, str], ...] = ()
+    config: type[ModelConfig] = ModelConfig
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of a decoder family; `{}` in `block` is the layer number."""
 
@@ -99,8 +113,7 @@ class Family:
     ignored: tuple[str, ...] = ()  # how names end of tensors in old files that are computed from the config
     padded_by: str = ""  # the key of config.json with the width that may be padded with zeros; none: it may not
     transformers: Transformers | None = None
-    gguf_architecture: str = ""
-    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf: Gguf | None = None
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
@@ -186,8 +199,14 @@ class Family:
         layer = self.layer_of(name)
         return name if layer is None else name.removeprefix(self.block.format(layer))
 
+    @property
+    def llama_cpp(self) -> Gguf:
+        """What llama.cpp calls it; only asked of a family that llama.cpp knows, since no other has GGUF files."""
+        assert self.gguf is not None
+        return self.gguf
+
     def gguf_name(self, name: str) -> str:
         """The GGUF name of checkpoint tensor `name`, e.g. `blk.3.attn_q.weight`."""
         module, kind = self.inside(name).rsplit(".", 1)
         layer = self.layer_of(name)
-        return f"{'' if layer is None else f'blk.{layer}.'}{self.gguf_names[module]}.{kind}"
+        return f"{'' if layer is None else f'blk.{layer}.'}{self.llama_cpp.names[module]}.{kind}"

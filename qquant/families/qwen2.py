@@ -14,7 +14,7 @@ from typing import Any
 
 from qquant.errors import InputError
 from qquant.families.config import ModelConfig, number, require_bounds, rope_theta
-from qquant.families.family import Family, Linear, ScalePair, Stage, Transformers
+from qquant.families.family import Family, Gguf, Linear, ScalePair, Stage, Transformers
 from qquant.families.forward import Operators, Passage, StageInput, Stream
 
 
@@ -128,19 +128,22 @@ QWEN2 = Family(
     ignored=("rotary_emb.inv_freq",),
     padded_by="intermediate_size",
     transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",)),
-    gguf_architecture="qwen2",
-    gguf_names={
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    },
+    gguf=Gguf(
+        architecture="qwen2",
+        pre="qwen2",
+        names={
+            "model.embed_tokens": "token_embd",
+            "model.norm": "output_norm",
+            "lm_head": "output",
+            "input_layernorm": "attn_norm",
+            "self_attn.q_proj": "attn_q",
+            "self_attn.k_proj": "attn_k",
+            "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output",
+            "post_attention_layernorm": "ffn_norm",
+            "mlp.gate_proj": "ffn_gate",
+            "mlp.up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
+        },
+    ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class PlannedArtifact:
     files: tuple[PlannedFile, ...]
     parameters: int
     stored: Mapping[str, Stored]  # by tensor of the checkpoint
+    file_names: Mapping[str, str] = field(default_factory=dict)  # by tensor, in a format that has names of its own
     fallbacks: tuple[str, ...] = ()  # tensors that could not have the type the mix wanted
 
     @property

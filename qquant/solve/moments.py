@@ -63,7 +63,7 @@ class Moments:
         None, too, for a family that llama.cpp has no names for.
         """
         family, sums, counts = checkpoint.family, {}, {}
-        if not family.gguf_architecture:
+        if family.gguf is None:
             return None
         for layer in range(checkpoint.config.layers):
             stored = self.load(layer)

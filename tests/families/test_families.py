@@ -1,6 +1,7 @@
 """Whatever a family is, its passes agree, and its checkpoints are planned, built, checked, continued and loaded."""
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from qquant.artifact.opening import open_weights
 from qquant.checks.decoding import Chooser
 from qquant.checks.decoding import Decoder as CheckDecoder
 from qquant.errors import InputError, StoppedError
-from qquant.families import decoder
+from qquant.families import FAMILIES, ModelConfig, decoder
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.runtime.stepping import Stepper, read_weights
 from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import padded
 
 CPU = torch.device("cpu")
 RECIPE = """
@@ -147,7 +149,7 @@ class Interrupted(Quiet):
 
 
 def test_gguf_is_refused_where_llama_cpp_has_no_architecture(family, checkpoint, tmp_path):
-    if family.gguf_architecture:
+    if family.gguf:
         assert planned(checkpoint, tmp_path, RECIPE + GGUF)[2].artifacts[2].size
         return
     with pytest.raises(InputError, match=rf"artifact q8_0: llama\.cpp has no architecture for '{family.model_type}'"):
@@ -157,11 +159,41 @@ def test_gguf_is_refused_where_llama_cpp_has_no_architecture(family, checkpoint,
 def test_padding_is_refused_where_one_number_does_not_say_the_width(family, checkpoint, tmp_path):
     text = RECIPE.replace("artifacts:", "pad_intermediate: 256\nartifacts:").replace("group_size: 64", "group_size: 32")
     (tmp_path / "test.yaml").write_text(text)
-    from qquant.source.padding import padded
-
     loaded = recipe.load(str(tmp_path / "test.yaml"))
     if family.padded_by:
         assert json.dumps(padded(checkpoint, loaded).raw_config[family.padded_by]) == "256"
         return
     with pytest.raises(InputError, match="Remove pad_intermediate"):
         padded(checkpoint, loaded)
+
+
+@dataclass(frozen=True)
+class SiblingConfig(ModelConfig):
+    """With one number more."""
+
+    mixers: int = 3
+
+
+def sibling():
+    """Qwen2 with other names and a number of its own in GGUF files."""
+    qwen2 = FAMILIES["qwen2"]
+    names = dict(qwen2.gguf.names) | {"mlp.down_proj": "ffn_out", "input_layernorm": "first_norm"}
+    numbers = (("mixer_count", "u32", "mixers"),)
+    return replace(
+        qwen2,
+        model_type="sibling",
+        parse=lambda raw, where: SiblingConfig(**vars(qwen2.parse(raw, where))),
+        gguf=replace(qwen2.gguf, architecture="sibling", names=names, numbers=numbers, config=SiblingConfig),
+    )
+
+
+def test_a_gguf_file_has_the_names_and_numbers_of_its_own_family(make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "sibling", sibling())
+    checkpoint = Checkpoint.open(make_checkpoint(model_type="sibling"))
+    given = planned(checkpoint, tmp_path, RECIPE.split("  - {")[0] + GGUF)
+    assert pipeline.build(*given, tmp_path / "out", CPU, Quiet()).passed
+    source = open_weights(next((tmp_path / "out" / "model-GGUF").glob("*.gguf")))
+    assert replace(source.config, epsilon=checkpoint.config.epsilon) == checkpoint.config  # a float32 in the file
+    assert source.header.value("sibling.mixer_count") == 3
+    assert "blk.1.ffn_out.weight" in source.header.tensors
+    assert "blk.0.first_norm.weight" in source.header.tensors

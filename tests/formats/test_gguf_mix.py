@@ -6,6 +6,7 @@ import gguf
 import pytest
 
 from qquant.errors import UsageError
+from qquant.families import FAMILIES, ModelConfig
 from qquant.formats.gguf.mix import FILE_TYPES, MIXES, ModelShape, fitting, tensor_types
 from qquant.formats.gguf.types import TYPES
 from qquant.recipe import GgufArtifact
@@ -18,16 +19,10 @@ VOCAB = {"0.5B": 151936, "1.8B": 151936, "4B": 151936, "7B": 151936}  # the larg
 
 def shape_of(size, **changes):
     entry = SIZES[size]
-    values = {
-        "layers": entry["layers"],
-        "heads": entry["heads"],
-        "kv_heads": entry["kv_heads"],
-        "hidden": HIDDEN[size],
-        "intermediate": entry["intermediate"],
-        "vocab": VOCAB.get(size, 152064),
-        "tied": entry["tied"],
-    }
-    return ModelShape(**{**values, **changes})
+    values = {name: entry[name] for name in ("layers", "heads", "kv_heads", "intermediate", "tied")}
+    values |= {"hidden": HIDDEN[size], "vocab": VOCAB.get(size, 152064)} | changes
+    values |= {"head_dim": values["hidden"] // values["heads"], "epsilon": 1e-6, "rope_theta": 1e6, "positions": 32768}
+    return ModelShape(FAMILIES["qwen2"], ModelConfig(**values))
 
 
 def expected_types(roles):

@@ -108,7 +108,7 @@ def _short(key: str, arch: str) -> str:
 
 def _expected(header: Header, expected: Mapping[str, Field], checkpoint: Checkpoint) -> Claims:
     """Every key that we write and that holds one value."""
-    arch = checkpoint.family.gguf_architecture
+    arch = checkpoint.family.llama_cpp.architecture
     faults: list[str] = []
     warnings: list[str] = []
     absent = ABSENT | {"attention.head_count_kv": checkpoint.config.heads} | _neutral(checkpoint.config)
@@ -173,7 +173,7 @@ def _neutral(config: ModelConfig) -> dict[str, Any]:
 
 def _further(header: Header, expected: Mapping[str, Field], checkpoint: Checkpoint) -> Claims:
     """Every key that we would not have written."""
-    arch, neutral = checkpoint.family.gguf_architecture, _neutral(checkpoint.config)
+    arch, neutral = checkpoint.family.llama_cpp.architecture, _neutral(checkpoint.config)
     tokenizer = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
     tokenizer |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.remove_extra_whitespaces": False}
     faults, warnings = [], []
@@ -237,12 +237,12 @@ def matrix_types(header: Header) -> dict[str, str]:
     }
 
 
-def kind(header: Header, config: ModelConfig) -> str:
+def kind(header: Header, family: Family, config: ModelConfig) -> str:
     """The file type whose limits hold for a file: the one whose mix its matrices are; else the largest that is not larger than it.
 
     What the file says of itself is not asked, so that it cannot choose wider limits.
     """
-    types, shape = matrix_types(header), mix.of_config(config)
+    types, shape = matrix_types(header), mix.ModelShape(family, config)
     exact = next(iter(_mixes_of(types, shape)), "")
     if exact:
         return exact
@@ -253,11 +253,12 @@ def kind(header: Header, config: ModelConfig) -> str:
 
 
 def _mixes(shape: mix.ModelShape) -> Iterator[tuple[str, dict[str, str]]]:
+    vectors = shape.vectors()
     for name in STRICT_ORDER.split():
         for imatrix in (False, True):
             if imatrix or name not in mix.NEEDS_IMATRIX:
                 chosen = mix.tensor_types(name, shape, imatrix).types
-                yield name, {tensor: chosen[tensor] for tensor in chosen if tensor not in shape.vectors()}
+                yield name, {tensor: chosen[tensor] for tensor in chosen if tensor not in vectors}
 
 
 def _mixes_of(types: Mapping[str, str], shape: mix.ModelShape) -> Iterator[str]:
@@ -269,11 +270,11 @@ def _mixes_of(types: Mapping[str, str], shape: mix.ModelShape) -> Iterator[str]:
 
 def _size(shape: mix.ModelShape, types: Mapping[str, str]) -> int:
     """Bytes of the matrices of the model in these types."""
-    matrices = shape.matrices()
-    sizes = {f"{name}.weight": size for name, size in matrices[""].items()}
-    for layer in range(shape.layers):
-        sizes |= {f"blk.{layer}.{role}.weight": size for role, size in matrices["blk"].items()}
-    return sum(rows * TYPES[types[name]].row_bytes(columns) for name, (rows, columns) in sizes.items() if name in types)
+    return sum(
+        rows * TYPES[types[name]].row_bytes(columns)
+        for name, (rows, columns) in shape.matrices().items()
+        if name in types
+    )
 
 
 def _tensors(header: Header, family: Family, config: ModelConfig) -> Claims:
@@ -282,7 +283,7 @@ def _tensors(header: Header, family: Family, config: ModelConfig) -> Claims:
         f"tensor {name}: {NO_SUCH}; llama.cpp does not load it" for name in header.tensors if name not in expected
     ]
     warnings: list[str] = []
-    shape = mix.of_config(config)
+    shape = mix.ModelShape(family, config)
     stated = next((name for name, number in mix.FILE_TYPES.items() if number == header.value("general.file_type")), "")
     fitting = list(dict.fromkeys(_mixes_of(matrix_types(header), shape)))
     if fitting and stated not in fitting:
@@ -293,6 +294,6 @@ def _tensors(header: Header, family: Family, config: ModelConfig) -> Claims:
     elif not fitting:
         warnings.append(
             f"general.file_type is {stated or shown(header.value('general.file_type'))}, and the types of its tensors are no mix of "
-            f"llama-quantize's; by its size it is held to the limits of {kind(header, config)}"
+            f"llama-quantize's; by its size it is held to the limits of {kind(header, family, config)}"
         )
     return claims(faults, warnings)

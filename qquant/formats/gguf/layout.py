@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum_of
 from qquant.errors import InputError, QQuantError
-from qquant.families import FAMILIES
 from qquant.formats.claims import Claims
 from qquant.formats.gguf import blocks, inside, mix, quantize, types
 from qquant.formats.gguf import claims as said
@@ -29,7 +28,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
 from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, split
-from qquant.formats.gguf.source import GgufSource, nbytes
+from qquant.formats.gguf.source import GgufSource, nbytes, of_architecture
 from qquant.formats.planned import ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
@@ -76,7 +75,7 @@ class Gguf:
     def kind(self, path: Path) -> str:
         """The mix that its tensors are."""
         source = GgufSource.open(path)
-        return said.kind(source.header, source.config)
+        return said.kind(source.header, source.family, source.config)
 
     def path_of(self, folder: Path, files: Iterable[str]) -> Path:
         """The file, or the first of its parts."""
@@ -103,14 +102,14 @@ class Gguf:
         """The file, or its parts, to the byte, and a Modelfile for Ollama."""
         assert isinstance(spec, GgufArtifact)
         family, config = checkpoint.family, checkpoint.config
-        if not family.gguf_architecture:
+        if family.gguf is None:
             raise InputError(
                 f"artifact {spec.name}: llama.cpp has no architecture for {family.model_type!r}, so a GGUF file of it could not be read. "
                 "Remove the artifact, or give it format: gptq or awq"
             )
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.type, mix.of_config(config), spec.imatrix)
+        chosen = mix.tensor_types(spec.type, mix.ModelShape(family, config), spec.imatrix)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
@@ -123,6 +122,7 @@ class Gguf:
             folder=f"{name}-GGUF",
             files=(*(_planned(shard, kinds) for shard in shards), model),
             parameters=family.parameters(config),
+            file_names={tensor: name for name, tensor in names.items()},
             stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
             fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in chosen.fallbacks),
         )
@@ -138,7 +138,7 @@ class Gguf:
     def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """The blocks that hold linear weight `name`."""
         assert isinstance(quantized.params, blocks.BlockParams)
-        return {_gguf_name(name): quantize.pack(quantized.codes, quantized.params)}
+        return {planned.file_names[name]: quantize.pack(quantized.codes, quantized.params)}
 
     def store(self, planned: PlannedArtifact, name: str, value: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """The blocks of `name` (or of some of its rows) by the type's own quantizer."""
@@ -146,11 +146,11 @@ class Gguf:
         type_name = planned.stored[name].type
         matrix = value.float().reshape(-1, value.shape[-1])
         weights = importance if planned.spec.imatrix else None
-        return {_gguf_name(name): quantize.quantize(matrix, type_name, weights)}
+        return {planned.file_names[name]: quantize.quantize(matrix, type_name, weights)}
 
     def restore(self, planned: PlannedArtifact, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """float32 of what `store` or `pack` gave."""
-        return quantize.dequantize(stored[_gguf_name(name)], planned.stored[name].type)
+        return quantize.dequantize(stored[planned.file_names[name]], planned.stored[name].type)
 
     def read(self, path: Path) -> GgufSource:
         """The dequantized weights of a GGUF file made by any tool.
@@ -170,9 +170,12 @@ class Gguf:
         """Of each tensor its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
         import gguf  # the independent reader; costs a quarter of a second
 
-        names = {_gguf_name(name): value for name, value in values.items()}
+        names: dict[str, str] = {}
         for path in files:
             reader = _reader(gguf, path)
+            if not names:
+                family = of_architecture(reader.fields["general.architecture"].contents(), path)
+                names = {family.gguf_name(name): value for name, value in values.items()}
             for tensor in reader.tensors:
                 yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
 
@@ -234,7 +237,3 @@ def _decoded(library: Any, tensor: Any) -> Iterator[Tensor]:
     for start in range(0, len(data), step):
         values = library.quants.dequantize(data[None, start : start + step], tensor.tensor_type)
         yield torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _gguf_name(name: str) -> str:
-    return next(iter(FAMILIES.values())).gguf_name(name)

@@ -53,7 +53,7 @@ def metadata(
     checkpoint: Checkpoint, spec: GgufArtifact, recipe: Recipe, name: str, imatrix: Imatrix | None = None
 ) -> list[Field]:
     """Every field of the file of model `name`, in order; `imatrix` is the user's, if any."""
-    arch = checkpoint.family.gguf_architecture
+    arch = checkpoint.family.llama_cpp.architecture
     return [
         Field("general.architecture", "str", arch),
         Field("general.type", "str", "model"),
@@ -74,7 +74,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> list[Field]:
     Raises:
         InputError: the checkpoint has no tokenizer, or it is malformed.
     """
-    arch = checkpoint.family.gguf_architecture
+    arch = checkpoint.family.llama_cpp.architecture
     return [
         Field("general.architecture", "str", arch),
         Field("general.type", "str", "model"),
@@ -221,6 +221,8 @@ def _numbers(checkpoint: Checkpoint, arch: str) -> Iterator[Field]:
     yield Field(f"{arch}.attention.head_count_kv", "u32", config.kv_heads)
     yield Field(f"{arch}.rope.freq_base", "f32", config.rope_theta)
     yield Field(f"{arch}.attention.layer_norm_rms_epsilon", "f32", config.epsilon)
+    for key, kind, attribute in checkpoint.family.llama_cpp.numbers:
+        yield Field(f"{arch}.{key}", kind, getattr(config, attribute))
     if checkpoint.raw_config.get("head_dim") is not None:
         yield Field(f"{arch}.attention.key_length", "u32", config.head_dim)
         yield Field(f"{arch}.attention.value_length", "u32", config.head_dim)
@@ -232,7 +234,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Field]:
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     tokens, kinds, merges, added = _vocabulary(checkpoint)
     yield Field("tokenizer.ggml.model", "str", "gpt2")
-    yield Field("tokenizer.ggml.pre", "str", "qwen2")
+    yield Field("tokenizer.ggml.pre", "str", checkpoint.family.llama_cpp.pre)
     yield Field("tokenizer.ggml.tokens", "[str]", tokens)
     yield Field("tokenizer.ggml.token_type", "[i32]", kinds)
     yield Field("tokenizer.ggml.merges", "[str]", merges)

@@ -1,9 +1,9 @@
-"""Which block type each tensor of a GGUF file gets: llama-quantize's type mixes for dense Qwen2 models, as a table.
+"""Which block type each tensor of a GGUF file gets: llama-quantize's type mixes for dense models, as a table.
 
 A file type such as q4_k_m names a default block type and exceptions by role and layer. For one matrix, in this order:
 
 1. `MIXES[file type]`: the first entry of the role whose condition holds, else the default. With 80 layers, attn_v of type
-   q3_k or q4_k becomes q5_k (`ROOMY_LAYERS`; llama.cpp takes any Qwen2 model of 80 layers for a 70B).
+   q3_k or q4_k becomes q5_k (`ROOMY_LAYERS`; llama.cpp takes any such model of 80 layers for a 70B).
 2. The head (`output.weight`, or `token_embd.weight` where it is tied) is q6_k whatever the default; q8_0 if that is the
    default or does not divide the row. An untied `token_embd.weight` has the default type.
 3. A row that the block does not divide falls back to `FALLBACK`, and to f16 if that does not help. This hits ffn_down of
@@ -16,11 +16,12 @@ Left out: IQ1, IQ2, IQ3, TQ and expert models.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qquant.errors import UsageError
-from qquant.families import ModelConfig
+from qquant.families import Family, ModelConfig, Shape
 from qquant.formats.gguf.types import TYPES, block_type
 
 FILE_TYPES = {
@@ -29,61 +30,28 @@ FILE_TYPES = {
     "iq4_xs": 30, "bf16": 32,
 }  # fmt: skip
 """general.file_type of each file type."""
+INSIDE = re.compile(r"blk\.(\d+)\.(.+)\.weight$")
+"""Block and role of a matrix."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that a type map depends on."""
+    """The tensors of a model by their names in a GGUF file, as its family's table and its config give them."""
 
-    layers: int
-    heads: int
-    kv_heads: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    tied: bool  # the head is the token embedding
-    head_dim: int = 0  # 0: hidden / heads
+    family: Family
+    config: ModelConfig
 
-    def matrices(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """(rows, columns) of every matrix: by role in a block, and "" for those outside the blocks by name."""
-        width = self.head_dim or self.hidden // self.heads
-        queries, keys = self.heads * width, self.kv_heads * width
-        outside = {"token_embd": (self.vocab, self.hidden)}
-        if not self.tied:
-            outside["output"] = (self.vocab, self.hidden)
-        block = {
-            "attn_q": (queries, self.hidden),
-            "attn_k": (keys, self.hidden),
-            "attn_v": (keys, self.hidden),
-            "attn_output": (self.hidden, queries),
-            "ffn_gate": (self.intermediate, self.hidden),
-            "ffn_up": (self.intermediate, self.hidden),
-            "ffn_down": (self.hidden, self.intermediate),
-        }
-        return {"": outside, "blk": block}
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of every matrix by tensor name; those outside the blocks first."""
+        found = {name: (shape[0], shape[1]) for name, shape in self._shapes().items() if len(shape) == 2}
+        return dict(sorted(found.items(), key=lambda item: bool(INSIDE.match(item[0]))))
 
     def vectors(self) -> dict[str, int]:
         """Length of every norm and bias, by tensor name."""
-        block = self.matrices()["blk"]
-        lengths = {"output_norm.weight": self.hidden}
-        for layer in range(self.layers):
-            lengths |= {f"blk.{layer}.{role}.bias": block[role][0] for role in ("attn_q", "attn_k", "attn_v")}
-            lengths |= {f"blk.{layer}.{name}.weight": self.hidden for name in ("attn_norm", "ffn_norm")}
-        return lengths
+        return {name: shape[0] for name, shape in self._shapes().items() if len(shape) == 1}
 
-
-def of_config(config: ModelConfig) -> ModelShape:
-    """The sizes of a model."""
-    return ModelShape(
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        hidden=config.hidden,
-        intermediate=config.intermediate,
-        vocab=config.vocab,
-        tied=config.tied,
-    )
+    def _shapes(self) -> dict[str, Shape]:
+        return {self.family.gguf_name(name): shape for name, shape in self.family.shapes(self.config).items()}
 
 
 @dataclass(frozen=True)
@@ -180,7 +148,7 @@ class TypeMap:
 
 
 def tensor_types(file_type: str, shape: ModelShape, imatrix: bool) -> TypeMap:
-    """The types that llama-quantize gives the tensors of a Qwen2 model; `imatrix`: it is given an importance matrix.
+    """The types that llama-quantize gives the tensors of a model; `imatrix`: it is given an importance matrix.
 
     Raises:
         UsageError: unknown file type, or one that needs an importance matrix.
@@ -192,13 +160,7 @@ def tensor_types(file_type: str, shape: ModelShape, imatrix: bool) -> TypeMap:
             f"GGUF file type {file_type} needs an importance matrix: its 2-bit blocks are unusable without one"
         )
     mix = MIXES[file_type]
-    matrices = shape.matrices()
-    wanted = {f"{name}.weight": (_outside(name, mix, shape), size) for name, size in matrices[""].items()}
-    for layer in range(shape.layers):
-        place = _Place(layer, shape.layers, shape.heads // shape.kv_heads, imatrix)
-        wanted |= {
-            f"blk.{layer}.{role}.weight": (_inside(role, mix, place), size) for role, size in matrices["blk"].items()
-        }
+    wanted = {name: (_wanted(name, mix, shape.config, imatrix), size) for name, size in shape.matrices().items()}
     types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}
     nbytes = {name: size[0] * TYPES[types[name]].row_bytes(size[1]) for name, (_, size) in wanted.items()}
     fallbacks = tuple((name, wish, types[name]) for name, (wish, _) in wanted.items() if types[name] != wish)
@@ -221,6 +183,13 @@ def fitting(type_name: str, columns: int) -> str:
     return fallback if columns % TYPES[fallback].block == 0 else "f16"
 
 
+def _wanted(name: str, mix: _Mix, config: ModelConfig, imatrix: bool) -> str:
+    inside = INSIDE.match(name)
+    if not inside:
+        return _outside(name, mix, config)
+    return _inside(inside[2], mix, _Place(int(inside[1]), config.layers, config.heads // config.kv_heads, imatrix))
+
+
 def _inside(role: str, mix: _Mix, place: _Place) -> str:
     entries = mix.roles.get(role, ())
     chosen = next((type_name for condition, type_name in entries if CONDITIONS[condition](place)), mix.default)
@@ -229,9 +198,9 @@ def _inside(role: str, mix: _Mix, place: _Place) -> str:
     return chosen
 
 
-def _outside(name: str, mix: _Mix, shape: ModelShape) -> str:
-    if name == "token_embd" and not shape.tied:
+def _outside(name: str, mix: _Mix, config: ModelConfig) -> str:
+    if name == "token_embd.weight" and not config.tied:
         return mix.default
-    if shape.hidden % TYPES[mix.default].block:
+    if config.hidden % TYPES[mix.default].block:
         return "q8_0"
     return HEAD.get(mix.default, "q6_k")

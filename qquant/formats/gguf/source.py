@@ -36,6 +36,14 @@ def nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
 
 
+def of_architecture(name: Any, path: Path) -> Family:
+    """The family that llama.cpp calls so. Raises InputError if there is none."""
+    known = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"{path}: architecture {name!r}; qquant reads {', '.join(map(repr, known))}")
+    return known[name]
+
+
 @dataclass
 class GgufSource:
     """Weights of a GGUF model by their checkpoint names, dequantized one tensor at a time."""
@@ -55,12 +63,8 @@ class GgufSource:
         """Read and verify the header; see `Gguf.read`."""
         header = read_model(path)
         arch = header.value("general.architecture")
-        family = next((family for family in FAMILIES.values() if family.gguf_architecture == arch), None)
-        if family is None:
-            raise InputError(
-                f"{path}: architecture {arch!r}; qquant reads {', '.join(repr(f.gguf_architecture) for f in FAMILIES.values())}"
-            )
-        source = cls(path, family, _config(path, header), header)
+        family = of_architecture(arch, path)
+        source = cls(path, family, _config(path, header, family), header)
         source.verify()
         return source
 
@@ -122,7 +126,7 @@ class GgufSource:
         return read_bytes(info, start * row, stop * row).view(stop - start, row)
 
 
-def _config(path: Path, header: Header) -> ModelConfig:
+def _config(path: Path, header: Header, family: Family) -> ModelConfig:
     arch = header.value("general.architecture")
 
     def number(key: str, default: Any = None) -> Any:
@@ -135,7 +139,8 @@ def _config(path: Path, header: Header) -> ModelConfig:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise InputError(f"{path}: tensor token_embd.weight is missing")
-    config = ModelConfig(
+    more = {attribute: number(key) for key, _, attribute in family.llama_cpp.numbers}
+    config = family.llama_cpp.config(
         hidden=hidden,
         intermediate=number("feed_forward_length"),
         layers=number("block_count"),
@@ -147,5 +152,6 @@ def _config(path: Path, header: Header) -> ModelConfig:
         epsilon=number("attention.layer_norm_rms_epsilon"),
         rope_theta=number("rope.freq_base", 10000.0),
         positions=number("context_length"),
+        **more,
     )
     return require_bounds(config, str(path))
