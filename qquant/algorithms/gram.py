@@ -61,20 +61,13 @@ class Gram:
         Raises:
             NotFiniteError: `x` holds NaN or infinity.
         """
-        self._add(x, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
-
-    def watch(self, x: Tensor) -> None:
-        """Add the rows of x [T, K] to everything but the matrix; otherwise like `add`."""
-        self._add(x, None)
-
-    def _add(self, x: Tensor, weighted: Tensor | None) -> None:
+        weighted = x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1)
         absolute, squares, top = column_sums(x)
         if self.unseen is None:
             self._look(top)
         else:
             self.unseen.append(top)
-        if weighted is not None:
-            gram(self.matrix, weighted)
+        gram(self.matrix, weighted)
         self.absolute += absolute
         self.squares += squares
         self.tokens += len(x)

@@ -98,7 +98,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     read = plan.looks[0] * checks.length * texts
     found = {
         "curvature": seen * ((1 + BACKWARD) * forward + 3 * head) if any(spec.feedback for spec in specs) else 0.0,
-        "quantize": tokens * (forward + gram) + own * (seen or tokens) * (forward + PAIRED * gram) + solved,
+        "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
         "check": models * read * (forward + head),
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }

@@ -119,7 +119,10 @@ class Calibration(Strict):
         description="what solvers minimise; kl: the KL divergence of the model, to second order; output: each linear's output error",
     )
     curvature_tokens: int = Field(
-        default=65536, ge=256, le=2**30, description="of the samples, for `objective: kl`; they are all the solvers see"
+        default=65536,
+        ge=256,
+        le=2**30,
+        description="of the samples, on which gradients are measured for `objective: kl`; the solvers see all samples",
     )
 
     @staticmethod

@@ -36,13 +36,16 @@ class View:
         return Block(source.family, source.config, weights or self.weights, self.dtype)
 
     def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
-        """Add the input of a stage for sample `index` to its Gram matrix, weighted where a curvature was measured."""
-        if self.curvature is None:
-            gram.add(x)
-        elif index in self.curvature.weights[stage]:
-            gram.add(x, self.curvature.weights[stage][index])
-        else:
-            gram.watch(x)
+        """Add the input of a stage for sample `index` to its Gram matrix, weighted as `token_weights` says."""
+        gram.add(x, self.token_weights(stage, index))
+
+    def token_weights(self, stage: str, index: int) -> Tensor | None:
+        """What an error at each token of sample `index` costs, float32 [T]; None, which is 1, where no gradient was measured.
+
+        Measured weights have mean 1, so that samples of both kinds count alike. Means of the measured ones by position
+        predict no better (tests/bench/LOG.md).
+        """
+        return None if self.curvature is None else self.curvature.weights[stage].get(index)
 
     def grams(self, device: torch.device) -> dict[str, Gram]:
         """Empty accumulators, by stage."""

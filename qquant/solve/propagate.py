@@ -148,7 +148,8 @@ def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tu
     for place, (_, x, r), (_, y, q) in inputs:
         view.add(gram, stage, y, place)
         wide = y.float()
-        weighted = wide if view.curvature is None else wide * view.curvature.weights[stage][place].unsqueeze(1)
+        weights = view.token_weights(stage, place)
+        weighted = wide if weights is None else wide * weights.unsqueeze(1)
         with tensor_cores():
             cross.addmm_((x.float() - wide).T, weighted)
             if r is not None and q is not None:

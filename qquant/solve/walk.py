@@ -9,7 +9,8 @@ On a GPU a thread of each artifact does the last step, one block behind. Activat
 checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
 Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
-With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model.
+With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model. Samples on
+which no gradient was measured count with weight 1, which is the mean of the measured ones.
 """
 
 from __future__ import annotations
@@ -97,28 +98,23 @@ def _walk(
     dtype, device = STREAM_DTYPES[checkpoint.dtype], blocks.device
     layers = checkpoint.config.layers
     start = Stream.start(checkpoint, samples, dtype, device)
-    places = list(curvature.lengths) if curvature else list(range(len(samples)))  # what a stream of its own runs on
     shared = [draft for draft in waiting if not draft.plan.spec.own_stream]
     apart = [draft for draft in waiting if draft.plan.spec.own_stream]
     # 8 bits stray less from the checkpoint than activations of a 16-bit dtype are rounded: float32 then shows by how much.
     near = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
     close = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
-    wide = (
-        Stream.start(checkpoint, [samples[place] for place in places], torch.float32, device)
-        if close
-        else Stream([], device)
-    )
-    own = [(Stream([start.hidden[place] for place in places], device), draft) for draft in near]
+    wide = Stream.start(checkpoint, samples, torch.float32, device) if close else Stream([], device)
+    own = [(Stream(list(start.hidden), device), draft) for draft in near]
     own += [(Stream(list(wide.hidden), device), draft) for draft in close]
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)
-            before = {place: start.hidden[place] for place in places if near}
+            before = dict(enumerate(start.hidden if near else ()))
             grams = _shared(view, start, shared, near + close, moments)
             if not any(draft.plan.spec.transforms for draft in near + close):
                 grams.clear()
             exact = view, before, start.wide
-            exact_wide = replace(view, dtype=torch.float32), dict(zip(places, wide.hidden, strict=False)), ()
+            exact_wide = replace(view, dtype=torch.float32), dict(enumerate(wide.hidden)), ()
             for stream, draft in own:
                 given, before, overflowed = exact_wide if draft in close else exact
                 stream.spare(layer, partial(own_block, given, grams, before, stream, (draft, moments), overflowed))

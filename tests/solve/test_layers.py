@@ -5,15 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qquant import devices
+from qquant import devices, pipeline
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.families.decoder import Block
+from qquant.plan.plan import Plan
+from qquant.progress import Quiet
 from qquant.solve import layers, stream
+from qquant.solve.block import View
+from qquant.solve.curvature import BlockCurvature
 from qquant.solve.layers import Layers
+from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
 from tests.test_pipeline import (
     build,  # noqa: F401  a fixture
     contents,
+    load_recipe,
 )
 
 CPU = torch.device("cpu")
@@ -75,11 +81,11 @@ def test_a_sample_that_is_not_finite_is_found_at_the_end_of_the_block(make_check
     monkeypatch.setattr(stream.Stream, "_through", lambda self, *rest: looked.append(rest[2]) or through(self, *rest))
     with Layers.of(source, CPU).walk([0]) as found:
         block = Block(source.family, source.config, next(found), torch.bfloat16)
-    shapes = source.family.linear_shapes(source.config)
+    inputs = source.family.inputs(source.config, 0)
 
     def advanced(lengths):
         run = stream.Stream([torch.randn(length, 64).bfloat16() for length in lengths], CPU)
-        grams = {stage.name: Gram.zeros(shapes[stage.linears[0]][1]) for stage in source.family.stages}
+        grams = {stage: Gram.zeros(columns) for stage, columns in inputs.items()}
         run.advance(0, block, grams)
         assert all(gram.tokens == sum(lengths) and gram.largest > 0 for gram in grams.values())
         return run
@@ -104,3 +110,36 @@ def test_sums_that_were_not_looked_at_are_settled():
         gram.settle()
     gram.clear()
     assert (gram.tokens, gram.largest, float(gram.matrix.abs().max())) == (0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("own_stream", [True, False])
+def test_samples_without_a_gradient_count_with_weight_one(make_checkpoint, tmp_path, monkeypatch, own_stream):
+    """Of 8 samples one is measured; every Gram matrix that is solved with holds the tokens of all eight."""
+    source = Checkpoint.open(make_checkpoint())
+    seen = []
+    solve = Solver.solve
+
+    def solving(self, stage, weights, gram, rows):
+        seen.append((gram.tokens, gram))
+        return solve(self, stage, weights, gram, rows)
+
+    monkeypatch.setattr(Solver, "solve", solving)
+    loaded = load_recipe(tmp_path, ["gptq-own" if own_stream else "gptq-shared"])
+    calibration = loaded.calibration.model_copy(update={"curvature_tokens": 256, "objective": "kl"})
+    loaded = loaded.model_copy(update={"calibration": calibration})
+    pipeline.build(loaded, source, Plan.of(loaded, source), tmp_path / "out", CPU, Quiet())
+    expected = calibration.samples * calibration.length
+    assert expected > 256
+    assert seen
+    assert {tokens for tokens, _ in seen} == {expected}
+
+
+def test_weights_of_a_view_are_those_that_were_measured():
+    weights = torch.tensor([0.5, 1.5])
+    view = View(None, 0, {}, torch.float32, BlockCurvature({"qkv": {3: weights}}, None))
+    assert view.token_weights("qkv", 3) is weights
+    assert view.token_weights("qkv", 2) is None
+    gram, x = Gram.zeros(3), torch.randn(2, 3)
+    view.add(gram, "qkv", x, 3)
+    view.add(gram, "qkv", x, 2)
+    assert torch.allclose(gram.matrix, x.T @ (weights[:, None] * x) + x.T @ x, atol=1e-5)
