@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,25 +71,27 @@ def run(
 
 def _answer(answerer: Answerer, ids: list[int], settings: Settings, as_json: bool) -> str:
     """Stream the answer (or print it as JSON), and return it."""
-    moments = [time.perf_counter()]
 
     def write(piece: str) -> None:
-        moments.append(time.perf_counter())
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
 
     answer = answerer.answer(ids, settings, write)
-    to_first, rest = moments[min(1, len(moments) - 1)] - moments[0], moments[-1] - moments[min(1, len(moments) - 1)]
     if as_json:
         content: dict[str, Any] = {"schema": "qquant-answer-1", "answer": answer.text, "stopped": answer.stopped}
-        content |= {"prompt_tokens": len(ids), "tokens": answer.tokens}
-        content |= {"seconds_to_first": round(to_first, 3), "seconds": round(moments[-1] - moments[0], 3)}
+        content |= {"prompt_tokens": len(ids), "tokens": answer.tokens, "load_seconds": round(answerer.load_seconds, 3)}
+        content |= {"seconds_to_first": round(answer.to_first, 3), "seconds": round(answer.seconds, 3)}
+        content |= {"tokens_per_second": answer.rate and round(answer.rate, 2)}
         click.echo(json.dumps(content, ensure_ascii=False, indent=2))
     else:
         click.echo()
-        rate = f", then {(answer.tokens - 1) / rest:.1f} tokens/s" if rest > 0 else ""
-        click.echo(f"{len(ids)} tokens read, {to_first:.2f} s to the first of {answer.tokens}{rate}", err=True)
+        rate = f", then {answer.rate:.1f} tokens/s" if answer.rate else ""
+        click.echo(
+            f"loaded in {answerer.load_seconds:.1f} s; {len(ids)} tokens read, {answer.to_first:.2f} s to the first "
+            f"of {answer.tokens}{rate}",
+            err=True,
+        )
     return answer.text
 
 

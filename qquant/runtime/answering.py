@@ -6,6 +6,7 @@ into words before it is the one that llama.cpp calls `qwen2`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,15 +50,24 @@ class Answer:
     """What came back."""
 
     text: str
-    tokens: int  # with the one it stopped on
+    tokens: int  # with the one it stopped on, and those that are no text
     stopped: bool  # by a stop token; else the budget ran out
+    to_first: float  # seconds to the first token, visible or not
+    seconds: float  # to the last one
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first one; None if it is the only one."""
+        after = self.seconds - self.to_first
+        return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else None
 
 
 class Answerer:
     """A loaded artifact and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, name: str) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(self, model: Any, tokenizer: Tokenizer, name: str, load_seconds: float = 0.0) -> None:
+        self.model, self.tokenizer, self.name, self.load_seconds = model, tokenizer, name, load_seconds
+        self.model.keeps_history = True
         self.stops = self._stops()
 
     @classmethod
@@ -66,8 +76,11 @@ class Answerer:
         path = Path(artifact)
         if not path.exists():
             path, _ = resolve(str(artifact))
+        began = time.perf_counter()
         model = loading.load(path, device, dtype)
-        return cls(model, _tokenizer(path), str(artifact))
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return cls(model, _tokenizer(path), str(artifact), time.perf_counter() - began)
 
     def _stops(self) -> list[int]:
         settings = self.model.generation_config.eos_token_id
@@ -119,6 +132,7 @@ class Answerer:
             torch.manual_seed(settings.seed)
         streamer = Text(self.tokenizer, self.stops, len(ids), write)
         given = torch.tensor([list(ids)], device=self.model.device)
+        began = time.perf_counter()
         out = self.model.generate(
             given,
             attention_mask=torch.ones_like(given),
@@ -128,7 +142,8 @@ class Answerer:
             **self._sampling(settings),
         )
         made = out[0, len(ids) :].tolist()
-        return Answer(streamer.text, len(made), bool(made) and made[-1] in self.stops)
+        stopped = bool(made) and made[-1] in self.stops
+        return Answer(streamer.text, len(made), stopped, streamer.first - began, streamer.last - began)
 
     def _sampling(self, settings: Settings) -> dict[str, Any]:
         given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
@@ -152,6 +167,7 @@ class Text:
         self.prompt = prompt  # tokens that come first and are not the answer's
         self.waiting: list[int] = []
         self.text = ""
+        self.first = self.last = 0.0  # when the first and the last token came
 
     def put(self, value: Tensor) -> None:
         """Take in the prompt, later one token at a time."""
@@ -159,6 +175,8 @@ class Text:
         if self.prompt:
             self.prompt -= len(ids)
             return
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
         self.waiting += [token for token in ids if token not in self.stops]
         self._tell(whole=True)
 

@@ -399,6 +399,18 @@ def test_run_without_a_template_or_with_nan(release, ask, tmp_path):
         answerer.answer([1, 2, 3], Settings(), print)
 
 
+def test_tokens_without_text_count(release, demo, monkeypatch):
+    """The rate and the time to the first token are of tokens, whatever they say."""
+    answerer = Answerer.open(release["q8_0"], "cpu")
+    moments = iter(range(100))
+    monkeypatch.setattr("qquant.runtime.answering.time.perf_counter", lambda: float(next(moments)))
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: "")
+    said = []
+    answer = answerer.answer([1, 2, 3], Settings(max_new_tokens=6, greedy=True), said.append)
+    assert said == []
+    assert (answer.tokens, answer.to_first, answer.seconds, answer.rate) == (6, 1.0, 6.0, 1.0)
+
+
 def test_text_waits_for_whole_characters(demo):
     tokenizer = Tokenizer.open(demo)
     said = []
