@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qquant import devices
 from qquant.artifact.opening import open_weights
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
+READERS = 8
 QUICK = ("cuda", "cpu")  # devices where `generate` takes the quick way
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,31 +55,64 @@ def load(
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype, raw)
+    with ThreadPoolExecutor(_readers(place)) as pool:
+        try:
+            return cast("PreTrainedModel", _assembled(source, raw, Loader(source, place, number), pool))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: Executor) -> Any:
+    """The model, of parts that are read and repacked in `pool` while transformers is imported."""
     config, family = source.config, source.family
-    model = skeleton(family, config, raw, number, place)
-    loader = Loader(source, place, number)
-    embedding = loader.embedding()
-    _place(model, family.embedding.removesuffix(".weight"), embedding)
-    _place(model, family.head.removesuffix(".weight"), loader.head(embedding))
-    _give(model, family.final_norm, loader)
-    for layer in range(config.layers):
-        _fill(model, source, layer, loader)
+    ends = pool.submit(_ends, loader)
+    blocks = [pool.submit(_block, source, layer, loader) for layer in range(config.layers)]
+    model = skeleton(family, config, raw, loader.dtype, loader.device)
+    for layer, block in enumerate(blocks):
+        _fill(model, source, layer, *block.result())
+    for name, module in zip((family.embedding, family.head), ends.result(), strict=True):
+        _place(model, name.removesuffix(".weight"), module)
+    _give(model, family.final_norm, loader.vector(family.final_norm))
     model.generation_config = _generation(source, raw)
-    model._quick = Quick(family, config, number, QUICK)
-    return cast("PreTrainedModel", model.eval())
+    model._quick = Quick(family, config, loader.dtype, QUICK)
+    return model.eval()
 
 
-def _give(model: nn.Module, name: str, loader: Loader) -> None:
+def _readers(device: torch.device) -> int:
+    """Threads that read: one of them fills 1.2 GB of new memory a second. On a CPU they would only share its cores."""
+    return min(READERS, os.cpu_count() or 1) if devices.threads_help(device) else 1
+
+
+def _ends(loader: Loader) -> tuple[nn.Module, nn.Module]:
+    embedding = loader.embedding()
+    return embedding, loader.head(embedding)
+
+
+def _block(
+    source: WeightSource, layer: int, loader: Loader
+) -> tuple[dict[str, Tensor], Mapping[str, Sequence[nn.Module]]]:
+    """Norms and other vectors of a block by name, and its linears by stage."""
+    prefix = source.family.block.format(layer)
+    vectors = {name: loader.vector(prefix + name) for name in source.family.vectors}
+    return vectors, linears(source, layer, loader.device, loader.dtype)
+
+
+def _give(model: nn.Module, name: str, weight: Tensor) -> None:
     """The norm of that name its weight."""
-    model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(loader.vector(name), requires_grad=False)
+    model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _fill(model: nn.Module, source: WeightSource, layer: int, loader: Loader) -> None:
+def _fill(
+    model: nn.Module,
+    source: WeightSource,
+    layer: int,
+    vectors: Mapping[str, Tensor],
+    found: Mapping[str, Sequence[nn.Module]],
+) -> None:
     family, prefix = source.family, source.family.block.format(layer)
     shapes = family.linear_shapes(source.config, layer)
-    for name in family.vectors:
-        _give(model, prefix + name, loader)
-    found = linears(source, layer, loader.device, loader.dtype)
+    for name, vector in vectors.items():
+        _give(model, prefix + name, vector)
     for stage in family.stages:
         modules = found[stage.name]
         if len(modules) == len(stage.linears):
@@ -83,7 +120,7 @@ def _fill(model: nn.Module, source: WeightSource, layer: int, loader: Loader) ->
                 _place(model, prefix + linear, module)
             continue
         sizes = [shapes[linear][0] for linear in stage.linears]
-        parts = [Part(modules[0], sizes, index) for index in range(len(sizes))]
+        parts = [Part(cast(Linear, modules[0]), sizes, index) for index in range(len(sizes))]
         for linear, part in zip(stage.linears, parts, strict=True):
             part.first = [parts[0]] if part.index else []
             _place(model, prefix + linear, part)

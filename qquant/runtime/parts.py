@@ -65,8 +65,10 @@ class Loader:
     """Reads one artifact tensor by tensor into modules on a device."""
 
     def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
         self.artifact = None if isinstance(source, Checkpoint) else cast(ArtifactSource, source)  # there is no third
+        if self.artifact is not None and device.type != "cpu":
+            self.artifact = source = self.artifact.on(device)  # unpacked where it is needed
+        self.source, self.device, self.dtype = source, device, dtype
         self.biases = set(source.family.shapes(source.config))
 
     def vector(self, name: str) -> Tensor:
