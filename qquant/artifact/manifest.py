@@ -118,6 +118,15 @@ class ArtifactEntry:
 
 
 @dataclass(frozen=True)
+class ParallelSizes:
+    """Tensor-parallel sizes that servers accept."""
+
+    vllm: tuple[Count, ...] = ()
+    sglang: tuple[Count, ...] = ()
+    without_padding: tuple[Count, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReleaseEntry:
     """What a release folder says besides: who publishes it as what, and what it was made from."""
 
@@ -126,7 +135,7 @@ class ReleaseEntry:
     revision: str | None = None
     chat: bool | None = None  # by its template; None: not known
     card: Mapping[str, str | tuple[str, ...]] | None = None  # licence, language, tags of the base model's card
-    tensor_parallel: Mapping[str, tuple[Count, ...]] | None = None  # sizes by server
+    tensor_parallel: ParallelSizes | None = None
     tag: str | None = None
     namespace: str | None = None
 

@@ -28,6 +28,7 @@ from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks
 from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError
+from qquant.report.escape import in_lines
 
 
 @click.group(
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         command = shlex.join(["qquant", *(sys.argv[1:] if arguments is None else arguments)])
         click.echo(f"{str(error) or 'stopped'}\ncontinue with: {command}", err=True)
     except QQuantError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {in_lines(str(error))}", err=True)
         status = error.exit_code
     except BrokenPipeError:
         status = 0

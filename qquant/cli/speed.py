@@ -82,7 +82,7 @@ def _show(report: SpeedReport) -> None:
             f"{pace.low:.3f} to {pace.high:.3f}",
             f"{pace.noise:.1%}",
             f"{pace.ceiling:.2f}",
-            f"{pace.ratio / pace.ceiling:.0%}",
+            f"{pace.share:.0%}",
         )
     console().print(table)
     for what, here, there in (

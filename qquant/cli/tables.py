@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from qquant.report.escape import in_line
 from qquant.report.record import COLUMNS
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ COLOURS = {"pass": "green", "waived": "yellow", "inconclusive": "bold yellow", "
 def table_of(report: Report, width: int) -> Table:
     """One row per artifact below the 16-bit model; texts of the report are text, whatever marks they hold."""
     wide = width >= WIDE
-    table = Table(title=Text(f"{report.model} · {report.recipe}"), box=box.HEAVY_HEAD if wide else box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(in_line(f"{report.model} · {report.recipe}")), box=box.HEAVY_HEAD if wide else box.SIMPLE_HEAD
+    )
     for column in COLUMNS if wide else SHORT:
         left = column in ("artifact", "verdict")
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "artifact", overflow="fold")
     for row in report.rows() if wide else _short(report):
-        table.add_row(*map(Text, row[:-1]), Text(row[-1], COLOURS.get(row[-1], "")))
+        table.add_row(*map(Text, map(in_line, row[:-1])), Text(row[-1], COLOURS.get(row[-1], "")))
     return table
 
 

@@ -46,6 +46,8 @@ def console() -> Console:
 
 def show(report: Report, as_json: bool) -> None:
     """Print the result, and raise GateFailedError if something failed."""
+    from qquant.report.escape import in_line
+
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
@@ -54,14 +56,14 @@ def show(report: Report, as_json: bool) -> None:
         screen = console()
         screen.print(table_of(report, screen.width))
         for warning in report.warnings:
-            click.echo(f"warning: {warning}", err=True)
+            click.echo(f"warning: {in_line(warning)}", err=True)
         for artifact in report.artifacts:
             if artifact.verdict.waiver:
-                click.echo(f"warning: {artifact.name}: {artifact.verdict.waiver}", err=True)
+                click.echo(f"warning: {in_line(artifact.name)}: {in_line(artifact.verdict.waiver)}", err=True)
     errors = {"fail": GateFailedError, "inconclusive": InconclusiveError}
     if report.outcome in errors:
         lines = [
-            f"{artifact.name}: {reason}"
+            f"{in_line(artifact.name)}: {in_line(reason)}"
             for artifact in report.artifacts
             if artifact.verdict.outcome in errors
             for reason in artifact.verdict.reasons

@@ -13,11 +13,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from qquant.artifact.manifest import (
     REPORT,
@@ -33,6 +35,7 @@ from qquant.errors import InputError
 from qquant.formats import FORMATS
 from qquant.formats.planned import ModelFile
 from qquant.release.repository import Repository
+from qquant.report.escape import in_line, markdown
 from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
 
 CARD = "README.md"
@@ -175,6 +178,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
+        finalize=lambda value: markdown(value) if type(value) is str else value,
     )
     return environment.from_string((files("qquant.release") / "card.md.jinja").read_text("utf-8"))
 
@@ -194,11 +198,11 @@ def body(manifest: Manifest, report: Report) -> str:
         "chat": _chats(manifest),
         "parallel": release.tensor_parallel,
         "files": [model for kind in kinds for model in _models(kind, manifest)],
-        "rows": [_baseline(report), *(_row(row) for row in report.artifacts)],
+        "rows": [_cells(_baseline(report)), *(_cells(_row(row)) for row in report.artifacts)],
         "text": text,
         "baseline_bits": f"{report.baseline_bits:g}",
         "fallbacks": [(row.name, note) for row in report.artifacts for note in fallback_note(row.fallbacks)],
-        "gates": [_gate(row, gate) for row in report.artifacts for gate in row.verdict.gates],
+        "gates": [_cells(_gate(row, gate)) for row in report.artifacts for gate in row.verdict.gates],
         "waivers": [(row.name, row.verdict.waiver) for row in report.artifacts if row.verdict.waiver],
         "made": list(_made(manifest, report)),
         "manifest": MANIFEST,
@@ -230,6 +234,14 @@ def _describe(kind: str, manifest: Manifest) -> str:
     return f"{kind.upper()} ({', '.join(details)})" if details else kind.upper()
 
 
+def _cells(row: Sequence[str]) -> Markup:
+    return Markup(f"| {' | '.join(map(markdown, row))} |")
+
+
+def _code(text: object) -> Markup:
+    return Markup(f"`{in_line(str(text)).replace('`', '')}`")
+
+
 def _baseline(report: Report) -> tuple[str, ...]:
     bits, perplexity = shown("bits_per_weight", report.baseline_bits), shown("perplexity", report.baseline_perplexity)
     return "16-bit checkpoint", "", bits, perplexity, *[""] * 4
@@ -244,17 +256,17 @@ def _gate(row: ArtifactReport, gate: GateReport) -> tuple[str, ...]:
     return row.name, gate.name, f"{gate.value:.5g}", interval, f"{gate.limit:.5g}", gate.outcome
 
 
-def _made(manifest: Manifest, report: Report) -> Iterator[tuple[str, str]]:
+def _made(manifest: Manifest, report: Report) -> Iterator[tuple[str, str | Markup]]:
     release = _release(manifest)
     inputs, calibration = next(iter(manifest.artifacts.values())).inputs, report.calibration
-    yield "recipe", f"`{report.recipe}`"
+    yield "recipe", _code(report.recipe)
     if release.revision:
-        yield "checkpoint", f"`{release.base_model}` at `{release.revision}`"
+        yield "checkpoint", _code(release.base_model) + Markup(" at ") + _code(release.revision)
     if "checkpoint" in inputs:
-        yield "sha256 of the checkpoint's config and weights", f"`{inputs['checkpoint']}`"
+        yield "sha256 of the checkpoint's config and weights", _code(inputs["checkpoint"])
     if calibration:
         counts = f"{calibration.get('samples')} samples, {calibration.get('tokens')} tokens"
-        yield "calibration", f"{counts}, `{calibration.get('sha256')}`"
+        yield "calibration", Markup(f"{counts}, ") + _code(calibration.get("sha256"))
     for source in calibration.get("sources", ()):
         yield "calibration text", f"{source.get('name')} ({source.get('licence') or 'licence unknown'})"
     versions = [f"{key} {inputs[key]}" for key in ("qquant", "torch", "device", "machine") if key in inputs]

@@ -29,6 +29,7 @@ from qquant.artifact.manifest import (
     REPORT,
     ArtifactEntry,
     Manifest,
+    ParallelSizes,
     Payload,
     ReleaseEntry,
     manifest_of,
@@ -36,7 +37,7 @@ from qquant.artifact.manifest import (
     verified,
 )
 from qquant.disk.output import MANIFEST
-from qquant.disk.records import Count, shortened, to_plain, typed
+from qquant.disk.records import shortened, to_plain, typed
 from qquant.errors import GateFailedError, InputError, UsageError
 from qquant.plan.asked import CHAT, proposed
 from qquant.report.record import ArtifactReport, Report
@@ -115,7 +116,7 @@ class SourceFacts:
     revision: str | None = None
     chat: bool | None = None  # by its template; None: not known
     card: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)  # licence, language, tags
-    tensor_parallel: Mapping[str, Mapping[str, tuple[Count, ...]]] = field(default_factory=dict)  # as in `Plan`
+    tensor_parallel: Mapping[str, ParallelSizes] = field(default_factory=dict)  # as in `Plan`
     licence_file: LicenceFile | None = None
 
     @classmethod
@@ -128,7 +129,9 @@ class SourceFacts:
             revision=checkpoint.revision,
             chat=proposed(checkpoint.path).name == CHAT,
             card=card_facts(checkpoint.path / "README.md"),
-            tensor_parallel={name: {key: tuple(sizes) for key, sizes in by.items()} for name, by in parallel.items()},
+            tensor_parallel={
+                name: ParallelSizes(**{key: tuple(sizes) for key, sizes in by.items()}) for name, by in parallel.items()
+            },
             licence_file=LicenceFile(licence.name, licence.read_text("utf-8", "replace")) if licence else None,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from qquant.report.escape import command, markdown, xml
 from qquant.report.record import TITLES, ArtifactReport, Report
 
 MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "waived": "⚠️"}
@@ -26,6 +27,10 @@ def junit(report: Report) -> str:
             _result(case, gate.outcome, numbers, artifact.verdict.waiver)
         _count(suite)
     _count(suites)
+    for element in suites.iter():
+        element.text = xml(element.text) if element.text else element.text
+        for key, value in element.items():
+            element.set(key, xml(value))
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, "unicode", xml_declaration=True) + "\n"
 
@@ -58,7 +63,7 @@ def _count(element: ElementTree.Element) -> None:
 def github(report: Report) -> str:
     """The report as Markdown for the summary page of a step, which GitHub names in GITHUB_STEP_SUMMARY."""
     text = report.to_markdown()
-    lines = [f"{MARKS[report.outcome]} **{report.model}**: {TITLES[report.outcome]}", ""]
+    lines = [f"{MARKS[report.outcome]} **{markdown(report.model)}**: {TITLES[report.outcome]}", ""]
     return "\n".join(lines) + text.partition("\n")[2].lstrip("\n")
 
 
@@ -66,13 +71,9 @@ def commands(report: Report) -> str:
     """Workflow commands that GitHub shows beside the run, one line per reason."""
     kinds = {"fail": "error", "inconclusive": "error", "waived": "warning"}
     lines = [
-        f"::{kinds[artifact.verdict.outcome]} title={_escaped(artifact.name)}::{_escaped(reason)}"
+        f"::{kinds[artifact.verdict.outcome]} title={command(artifact.name)}::{command(reason)}"
         for artifact in report.artifacts
         if artifact.verdict.outcome in kinds
         for reason in artifact.verdict.lines
     ]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A").replace(":", "%3A").replace(",", "%2C")

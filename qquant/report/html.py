@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from qquant.recipe.solvers import title
+from qquant.report.escape import visible
 from qquant.report.record import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
 from qquant.report.solved import linears
 
@@ -73,21 +74,30 @@ def render(report: Report) -> str:
         pareto=_pareto(artifacts),
         heat=[_heat(artifact) for artifact in report.artifacts if len(artifact.layers) > 1],
         headroom=_headroom(report.artifacts),
-        histograms=[(artifact, _histogram(artifact)) for artifact in artifacts if artifact.kl_histogram],
+        histograms=[(artifact, _histogram(artifact)) for artifact in artifacts if _has_histogram(artifact)],
         anchors={artifact.name: f"a{index}" for index, artifact in enumerate(report.artifacts)},
     )
 
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"size": _size, "visible": _visible, "digits": _digits}
+    environment.filters |= {"size": _size, "visible": _visible, "probability": _probability, "digits": _digits}
     return environment
 
 
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value
+
+
 def _usable(artifact: ArtifactReport) -> bool:
-    return math.isfinite(artifact.kl_divergence) and artifact.size > 0
+    return abs(artifact.kl_divergence) < 1e100 and artifact.size > 0
+
+
+def _has_histogram(artifact: ArtifactReport) -> bool:
+    told = {"50", "90", "99", "99.9"} <= artifact.kl_percentiles.keys() and {"mean", "rms"} <= artifact.delta_p.keys()
+    return told and len(artifact.kl_histogram) == len(KL_BINS) + 1
 
 
 def _size(count: float) -> str:
@@ -108,6 +118,11 @@ def _digits(value: float, count: int = 4) -> str:
         digits, _, power = f"{value:.{max(0, count - 2)}e}".partition("e")
         return f"{digits}·10{str(int(power)).translate(SUPERSCRIPT)}"
     return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _probability(nll: float) -> float:
+    """Of a token with this NLL in nats."""
+    return math.exp(-nll) if nll > -700 else math.inf
 
 
 def _visible(text: str) -> str:
@@ -184,7 +199,7 @@ def _marks(axis: Axis) -> list[tuple[float, float]]:
 
 def _place(name: str) -> tuple[int, str] | None:
     """(block, linear) of a weight's name, such as (3, "mlp.up_proj")."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)\.weight$", name)
+    found = re.search(r"(?:^|\.)(\d{1,4})\.(.{1,80})\.weight$", name)
     return (int(found[1]), found[2]) if found else None
 
 
@@ -194,7 +209,7 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
     notes: dict[tuple[int, str], str] = {}
     for linear in linears(artifact.layers):
         place = _place(linear.name)
-        if place:
+        if place and math.isfinite(linear.error):
             cells[place] = linear.error
             steps = ((title(step), error) for step, error in linear.steps.items())
             notes[place] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[place], 3)

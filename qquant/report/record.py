@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from qquant.disk.records import Count, Number, shortened, to_plain, typed
 from qquant.disk.writes import finite
 from qquant.errors import InputError
 from qquant.report.conditions import CalibrationFacts, Conditions
+from qquant.report.escape import markdown
 from qquant.report.solved import Solved
 from qquant.resources import lazy
 
@@ -96,6 +98,11 @@ class Pace:
     high: Number
     noise: Number  # half the width of that interval for the baseline against itself
     ceiling: Number  # the ratio that bytes and arithmetic allow
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling that was reached."""
+        return self.ratio / self.ceiling if self.ceiling else math.nan
 
 
 @dataclass(frozen=True)
@@ -258,20 +265,20 @@ class Report:
 
     def to_markdown(self) -> str:
         """For people and model cards."""
-        lines = [f"# {self.model}: {TITLES[self.outcome]}", ""]
+        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows()]
+        lines += [f"| {' | '.join(map(markdown, row))} |" for row in self.rows()]
         for title, outcome in HEADINGS.items():
             entries = [
-                f"- **{artifact.name}**: {reason}"
+                f"- **{markdown(artifact.name)}**: {markdown(reason)}"
                 for artifact in self.artifacts
                 if artifact.verdict.outcome == outcome
                 for reason in artifact.verdict.lines
             ]
             lines += ["", f"## {title}", "", *entries] if entries else []
-        if self.warnings:
-            lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
-        lines += ["", "## Conditions", "", *(f"- {line}" for line in self.condition_lines())]
+        for title, found in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
+            if found:
+                lines += ["", f"## {title}", "", *(f"- {markdown(line)}" for line in found)]
         return "\n".join(lines) + "\n"
 
     def condition_lines(self) -> list[str]:

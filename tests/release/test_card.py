@@ -245,7 +245,7 @@ def test_source_facts_of_a_checkpoint(tmp_path):
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("the terms\n")
     facts = json.loads(SourceFacts.of(Checkpoint.open(folder), str(folder), {"gptq": {"vllm": [1]}}).to_json())
-    assert facts["tensor_parallel"] == {"gptq": {"vllm": [1]}}
+    assert facts["tensor_parallel"] == {"gptq": {"vllm": [1], "sglang": [], "without_padding": []}}
     assert facts["card"]["license_name"] == "tongyi-qianwen"
     assert "secret" not in facts["card"]
     assert facts["licence_file"] == {"name": "LICENSE", "text": "the terms\n"}

@@ -51,6 +51,11 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
         "calibration": {"samples": 8, "tokens": 384, "sha256": "ab" * 32, "sources": []},
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
+    source = {
+        "schema": "qquant-source-1", "model": "Qwen1.5-Test-Chat", "base_model": None, "revision": None, "chat": True,
+        "card": {"license": "mit", "tags": ["chat"]}, "tensor_parallel": {"gptq-int4": {"vllm": [1, 2], "sglang": [1]}}, "licence_file": None,
+    }  # fmt: skip
+    (folder / "source.json").write_text(json.dumps(source))
     return folder
 
 

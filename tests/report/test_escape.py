@@ -1,0 +1,78 @@
+"""Texts of strangers in every place where they are shown: HTML, Markdown, a terminal, XML, the log of a workflow."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from qquant.cli import main
+from qquant.cli.tables import table_of
+from qquant.cli.terminal import console
+from qquant.report import ci, escape, html
+from qquant.report.record import Report, Verdict
+from tests.report.test_report import Page, artifact, report
+
+HOSTILE = (
+    "<script>alert(1)</script>", '<img src=x onerror="alert(1)">', "x[/red][bold]", "\x1b]0;owned\x07\x1b[2J", "a\x00b\x0b",
+    "too far\n::error::x\n  ::stop-commands::y", "| a | b |", "`code` ![x](http://x/y.png)", "\u202egnp.exe", "\ud83d\ude00 \ufffe",
+)  # fmt: skip
+
+
+def hostile(text) -> Report:
+    verdict = Verdict("fail", (text, f"mean KL divergence {text}"), (), text, (text,))
+    return report(artifact(text, verdict=verdict), artifact("b"), warnings=(text,))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_html_shows_it_as_text(text):
+    page = html.render(hostile(text))
+    found = Page(page)
+    assert not {"script", "img"} & set(found.tags)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_has_no_marks_of_it(text):
+    for shown in (hostile(text).to_markdown(), ci.github(hostile(text))):
+        assert "<" not in shown
+        assert not re.search(r"(?<!\\)(?:!\[|\]\(|`)", shown)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", shown)
+        (row,) = [line for line in shown.split("\n") if "4.50" in line and "| b |" not in line[:6]]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 9
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_xml_is_well_formed(text):
+    suites = ElementTree.fromstring(ci.junit(hostile(text)).encode("utf-8", "surrogatepass"))
+    assert suites.get("failures") != "0" or suites.get("skipped") != "0"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_one_workflow_command_a_reason(text):
+    lines = ci.commands(hostile(text)).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("::error title=") for line in lines)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_neither_terminal_nor_log_is_steered(text, tmp_path, capsys):
+    (tmp_path / "report.json").write_text(hostile(text).to_json(), "utf-8", "surrogatepass")
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(tmp_path)])
+    assert caught.value.code in (3, 5)  # 5: half a pair of surrogates
+    shown = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", shown)
+    assert not re.search(r"(?m)^\s*::", shown)
+
+
+def test_a_table_shows_marks_of_rich(capsys):
+    console().print(table_of(hostile("x[/red]"), 140))
+    assert "x[/red]" in capsys.readouterr().out
+
+
+def test_what_is_said_stays_readable():
+    plain = "mean KL divergence 0.06 is above the limit 0.05 (95 % interval 0.055 to 0.066, 40 windows): gguf-q4_0"
+    for sink in (escape.visible, escape.in_line, escape.in_lines, escape.markdown, escape.xml):
+        assert sink(plain) == plain
+    assert escape.in_lines("a\nb") == "a\nb"
+    assert escape.in_line("a\nb\x1b") == r"a\nb\x1b"
