@@ -36,7 +36,7 @@ from qquant.checks.structure import Remembered
 from qquant.disk.output import TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.families.weights import WeightSource
-from qquant.formats import kind_of_file, weight_files
+from qquant.formats import beside, format_of, kind_of_file, weight_files
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
@@ -94,7 +94,11 @@ def build(
         if recipe.checks.speed:
             speeds = speed.measure_all([candidate.path for candidate in candidates], checkpoint, device, progress)
             found = with_speed(found, speeds)
-        remarks = [*(plan.imatrix.remarks() if plan.imatrix else ()), *_short(recipe, tokens, text)]
+        remarks = [
+            *(plan.imatrix.remarks() if plan.imatrix else ()),
+            *_short(recipe, tokens, text),
+            *beyond(recipe.checks.length, checkpoint),
+        ]
         report = Report(
             model=plan.model,
             recipe=recipe.name,
@@ -106,6 +110,14 @@ def build(
         record(out, measured, text, checkpoint)
         _write(report, out)
     return report
+
+
+def beyond(length: int, checkpoint: Checkpoint) -> list[str]:
+    """A warning where windows are longer than what the model was made for."""
+    most = checkpoint.config.positions
+    if length <= most:
+        return []
+    return [f"windows of {length:,} tokens, and the model has {most:,} positions: what lies beyond says little of it"]
 
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
@@ -149,7 +161,15 @@ def check(
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
         candidates.append(
-            Candidate(str(path), path, size, 8 * size / parameters, held, eight_bit=eight_bits(kind), earlier=earlier)
+            Candidate(
+                str(path),
+                path,
+                size,
+                8 * _tensor_bytes(path) / parameters,
+                held,
+                eight_bit=eight_bits(kind),
+                earlier=earlier,
+            )
         )
     found, measured = review(checkpoint, candidates, text, device, progress)
     report = Report(
@@ -157,13 +177,19 @@ def check(
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
         conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
-        **vars(found),
+        **vars(found) | {"warnings": (*beyond(checks.length, checkpoint), *found.warnings)},
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         record(out, measured, text, checkpoint)
         _write(report, out)
     return report
+
+
+def _tensor_bytes(path: Path) -> int:
+    """Bytes of tensor data, without headers and metadata: what a build calls bits per weight."""
+    known = format_of(path)
+    return sum(tensor["bytes"] for tensor in (known.describe(path) if known else beside.describe(path))["tensors"])
 
 
 def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:

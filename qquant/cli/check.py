@@ -85,6 +85,8 @@ def check(
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
     source = Checkpoint.open(against, adapter=adapter)
+    for warning in pipeline.beyond(length, source):
+        click.echo(f"warning: {warning}", err=True)
     with Display(log=log) as progress:
         report = pipeline.check(artifacts, source, checks, gates, devices.named(device), progress, out)
     tell_watchers(report, junit, github)

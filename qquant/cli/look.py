@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -10,12 +11,16 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.terminal import counted
+
+WIDTH = 200  # characters of a value that are shown
 
 
 @command(example="inspect model-q4_k_m.gguf")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="Also print every tensor with its type, shape and bytes.")
 @JSON
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint, an artifact folder or a GGUF file holds; reads headers only."""
     from qquant.inspection import describe
 
@@ -24,8 +29,13 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
         return
     for key, value in content["facts"].items():
-        click.echo(f"{key}: {value}")
-    for tensor in content["tensors"]:
+        text = " ".join(str(value).split())
+        click.echo(f"{key}: {text if len(text) <= WIDTH else text[:WIDTH] + ' ...'}")
+    kinds = Counter(tensor["type"] for tensor in content["tensors"])
+    for kind, count in kinds.most_common():
+        size = sum(tensor["bytes"] for tensor in content["tensors"] if tensor["type"] == kind)
+        click.echo(f"{size:>14,}  {kind:<6} {counted(count, 'tensor')}")
+    for tensor in content["tensors"] if tensors else ():
         click.echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
 
 
@@ -38,28 +48,44 @@ def inspect(path: Path, as_json: bool) -> None:
     help="Scan every tensor for NaN, and compare every digest; without it, some of each artifact.",
 )
 @click.option("--bytes", "only_bytes", is_flag=True, help="Only compare sizes and hashes; needs no torch.")
-def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool) -> None:
+@JSON
+def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool, as_json: bool) -> None:
     """Verify artifact or release FOLDERS: every file's hash, the structure, and values dequantized again."""
-    from qquant.artifact import verification
-    from qquant.artifact.manifest import verify_files
     from qquant.errors import InputError
-    from qquant.release import card
 
-    problems = []
+    problems, rows = [], []
     for folder in folders:
-        if only_bytes:
-            click.echo(f"{folder}: {verify_files(folder):,} bytes as the manifest says")
-        else:
-            found = verification.verify(folder, deep)
-            values = f"{found.tensors} tensors are finite, {found.digests} dequantize as recorded"
-            click.echo(f"{folder}: {found.size:,} bytes as the manifest says; {values}")
-            for name in found.unlisted:
-                click.echo(f"{folder}: {name} is not in the manifest", err=True)
-        problems += card.problems(folder) if with_card else []
+        row, text, unlisted = _verified(folder, deep, only_bytes)
+        rows.append(row)
+        if not as_json:
+            click.echo(f"{folder}: {text}")
+        for name in unlisted:
+            click.echo(f"{folder}: {name} is not in the manifest", err=True)
+        if with_card:
+            from qquant.release import card
+
+            problems += card.problems(folder)
+    if as_json:
+        click.echo(json.dumps({"schema": "qquant-verified-1", "folders": rows, "problems": problems}, indent=2))
     if problems:
         raise InputError("\n".join(problems))
-    if with_card:
-        click.echo(f"{len(folders)} cards agree with their reports")
+    if with_card and not as_json:
+        click.echo(f"{counted(len(folders), 'card')} {'agrees' if len(folders) == 1 else 'agree'} with their reports")
+
+
+def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, object], str, tuple[str, ...]]:
+    """(for --json, for people, files that no manifest lists) of one folder."""
+    from qquant.artifact.manifest import verify_files
+
+    if only_bytes:
+        size = verify_files(folder)
+        return {"folder": str(folder), "bytes": size}, f"{size:,} bytes as the manifest says", ()
+    from qquant.artifact import verification
+
+    found = verification.verify(folder, deep)
+    row = {"folder": str(folder), "bytes": found.size, "tensors": found.tensors, "digests": found.digests}
+    values = f"{found.tensors} tensors are finite, {found.digests} dequantize as recorded"
+    return row, f"{found.size:,} bytes as the manifest says; {values}", tuple(found.unlisted)
 
 
 @command(epilog=EXITS, example="doctor --out release")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,19 @@ from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
 from qquant.errors import UsageError
 
+NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
-@command(example="matrix release.yaml")
+
+MATRIX = """\b
+A MATRIX file (revision and model may be left out):
+  version: 1
+  name: qwen1.5-chat
+  cells:
+    - {checkpoint: Qwen/Qwen1.5-7B-Chat, recipe: qwen1.5-chat, revision: main, model: Qwen1.5-7B-Chat}
+"""
+
+
+@command(epilog=MATRIX, example="matrix release.yaml")
 @click.argument("matrix", type=click.Path(path_type=Path))
 @click.option("--shard", metavar="I/N", help="Only part I of N of the cells; default: all.")
 @click.option("--github-matrix", is_flag=True, help="Print the jobs as `strategy.matrix` of GitHub Actions takes them.")
@@ -88,6 +100,8 @@ def publish(
 
     if to == "dir" and out is None:
         raise UsageError("--to dir needs --out FOLDER")
+    if namespace and not NAMESPACE.fullmatch(namespace):
+        raise UsageError(f"--namespace {namespace!r}: a user or organisation has letters, digits and . _ - only")
     if to != "dir" and not namespace:
         raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
     release = read_release(folder, only)

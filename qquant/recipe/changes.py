@@ -56,6 +56,7 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
         data["artifacts"] = list(_artifacts(recipe, flags))
     if flags.sources:
         data["calibration"]["sources"] = [dict(source) for source in flags.sources]
+        data["calibration"]["default_system_share"] = 1.0  # no system turns are invented for a user's own chats
     for setting in flags.settings:
         _set(data, setting)
     return _validated(data)

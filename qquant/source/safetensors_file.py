@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+LFS = b"version "  # of https://git-lfs.github.com/spec/v1: what stands in a checkout without its large files
 HEADER_LIMIT = 25_000_000  # bytes; the hub's own limit
 TENSOR_LIMIT = 200_000
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -60,7 +61,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     with require_regular(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        begin = file.read(8)
+        if begin == LFS:
+            raise InputError(f"{path}: is a pointer of Git LFS, not the file. Fetch it: git lfs pull")
+        length = int.from_bytes(begin, "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise InputError(
                 f"{path}: header of {length:,} bytes in a file of {size:,} (limit {HEADER_LIMIT:,}): truncated or not safetensors"

@@ -64,7 +64,9 @@ def test_check_bisect_and_perplexity_take_the_adapter(merged):
 
     near = kl("--adapter", str(adapter))
     assert near < kl() / 5, "without it another model is meant"
-    done = CliRunner().invoke(cli, ["bisect", str(artifact), *small, "--max-kl", str(2 * near), "--adapter", str(adapter)])
+    done = CliRunner().invoke(
+        cli, ["bisect", str(artifact), *small, "--max-kl", str(2 * near), "--adapter", str(adapter)]
+    )
     assert json.loads(done.stdout)["restored"] == []
     again = ["--against", str(folder), "--context", "32", "--chunks", "2", "--device", "cpu", "--json"]
     done = CliRunner().invoke(cli, ["perplexity", str(artifact), *again, "--adapter", str(adapter)])

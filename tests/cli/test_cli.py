@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, start-up cost."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -182,6 +183,10 @@ def test_inspect(qquant, make_checkpoint, recipe_file, tmp_path, what):
     }[what]
     code, out, _ = qquant("inspect", path)
     assert code == 0
+    assert re.search(r"^ +[\d,]+  \w+ +\d+ tensors?$", out, re.MULTILINE), "a summary by type"
+    assert "layers.1" not in out
+    assert "blk.1" not in out
+    code, out, _ = qquant("inspect", path, "--tensors")
     expected = {
         "checkpoint": "num_hidden_layers: 2",
         "folder": "up_proj.qweight",

@@ -1,5 +1,6 @@
 """What people meet first: no network, a missing folder, a narrow terminal, too little text, the wrong folder. One line each, before the work."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from qquant import recipe
+from qquant import pipeline, recipe
 from qquant.artifact.manifest import ArtifactEntry, Manifest, ReleaseEntry
 from qquant.checks.gate import judge
 from qquant.cli import cli, main
@@ -239,3 +240,50 @@ def test_no_torch_is_needed_to_be_told():
     code = "import sys; from qquant.cli import main\ntry: main(['plan', '--recipe', 'demo', '--set', 'calibration.samples=4'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_pointer_of_git_lfs_is_named(make_checkpoint):
+    folder = make_checkpoint()
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match="is a pointer of Git LFS, not the file. Fetch it: git lfs pull"):
+        Checkpoint.open(folder)
+
+
+def test_windows_beyond_the_models_positions_are_told(make_checkpoint):
+    checkpoint = Checkpoint.open(make_checkpoint())
+    (told,) = pipeline.beyond(4096, checkpoint)
+    assert told.startswith("windows of 4,096 tokens, and the model has 512 positions")
+    assert pipeline.beyond(512, checkpoint) == []
+
+
+def test_a_namespace_that_no_hub_takes_is_refused(tmp_path):
+    done = run("publish", tmp_path, "--to", "dir", "--out", tmp_path / "o", "--namespace", "my org")
+    assert "letters, digits and . _ - only" in str(done.exception)
+
+
+def test_verify_speaks_json_and_reads_bytes_without_torch(built):
+    folder = built[1] / "model-AWQ"
+    code = "import sys; from qquant.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "verify", folder, "--bytes", "--json"], capture_output=True, text=True, check=True
+    )
+    (row,) = json.loads(done.stdout)["folders"]
+    assert row == {"folder": str(folder), "bytes": row["bytes"]}
+    assert done.stderr.strip() == "False"
+    assert json.loads(run("verify", folder, "--json").stdout)["folders"][0]["tensors"] > 0
+
+
+def test_a_check_counts_bits_as_the_build_does(built):
+    folder, out = built
+    report = json.loads((out / "report.json").read_text())
+    paths = {"gptq": out / "model-GPTQ-Int4", "q4_0": out / "model-GGUF" / "model-q4_0.gguf"}
+    checkpoint = Checkpoint.open(folder)
+    parameters = checkpoint.family.parameters(checkpoint.config)
+    found = {row["name"]: row["bits_per_weight"] for row in report["artifacts"]}
+    for name, path in paths.items():
+        assert 8 * pipeline._tensor_bytes(path) / parameters == pytest.approx(found[name])
+
+
+def test_a_users_own_chats_get_no_invented_system_turns():
+    own = changed(BASE, Flags(sources=({"path": "chats.jsonl", "kind": "chat"},)))
+    assert own.calibration.default_system_share == 1

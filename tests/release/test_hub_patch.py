@@ -87,9 +87,18 @@ def test_what_vouched_for_the_old_bytes_goes_with_a_change(hub, family):
 def test_nothing_changes_without_consent_or_when_one_cannot(hub, family):
     _, shown = change(hub, "config.json:a=1", "org/*", accept=False)
     assert len(shown) == 2
-    with pytest.raises(PublishError, match=r"has no generation_config\.json"):
+    with pytest.raises(PublishError, match=r"none has a generation_config\.json"):
         change(hub, "generation_config.json:a=1", "org/*")
     assert all(len(hub.history[name]) == 2 for name in family)
+
+
+def test_a_sibling_without_the_file_is_left_as_it_is(hub, family, tmp_path):
+    contents = {"Qwen1.5-7B-Chat-GGUF": {"q8_0": ["qwen1_5-7b-chat-q8_0.gguf"]}}
+    publish(hub, write_build(tmp_path / "gguf", contents=contents))
+    changes, shown = change(hub, "config.json:a=1", "org/Qwen1.5-*")
+    assert [found.repository for found in changes] == sorted(family)
+    assert all(shown)
+    assert len(hub.history["org/Qwen1.5-7B-Chat-GGUF"]) == 2
 
 
 def test_a_patch_survives_a_lost_answer_and_stops_at_somebody_elses_commit(hub, family):

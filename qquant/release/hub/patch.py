@@ -97,14 +97,16 @@ def patch(
     file changes in the same commit, so that `qquant verify` still holds. What already has the value is left alone.
 
     Raises:
-        PublishError: a repository lacks the file or cannot be changed; the message says which ones were.
+        PublishError: no repository has the file, or one cannot be changed; the message says which ones were.
     """
     done: list[str] = []
     with reported(done, CHANGED):
         names = _matching(client, patterns)
         if not names:
             raise UsageError(f"{', '.join(patterns)}: matches no repository")
-        planned = [_patched(client, name, setting) for name in names]
+        planned = [one for name in names if (one := _patched(client, name, setting))]
+        if not planned:
+            raise PublishError(f"{', '.join(names)}: none has a {setting.file}")
         changes = []
         for one in planned:
             change = Change(one.name, one.diff)
@@ -130,11 +132,13 @@ def _models(client: HuggingFace, owner: str) -> list[Any]:
     return list(client.api.list_models(author=owner))
 
 
-def _patched(client: HuggingFace, name: str, setting: Setting) -> _Patch:
+def _patched(client: HuggingFace, name: str, setting: Setting) -> _Patch | None:
+    """None, which is said, for a repository without the file: a GGUF sibling has no configs."""
     head = client.refs(name)["main"]
     there = client.tree(name, head)
     if setting.file not in there:
-        raise PublishError(f"{name}: has no {setting.file}")
+        client.say(f"{name}: has no {setting.file}; left as it is")
+        return None
     old = client.download(name, head, setting.file)
     new = setting.apply(old, name)
     if new == old:
