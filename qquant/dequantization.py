@@ -29,10 +29,10 @@ from qquant.disk.lock import hold
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.formats import FORMATS, ArtifactSource, detect
 from qquant.formats.gguf.source import GgufSource
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.formats.planned import PlannedFile, safetensors_files
 from qquant.progress import Progress
 from qquant.release.card import yaml
-from qquant.runtime.answering import gguf_tokenizer
 from qquant.runtime.skeleton import TOKENS, transformers_config
 from qquant.source.checkpoint import SIDE_FILES
 from qquant.source.hub import card_head

@@ -27,11 +27,11 @@ from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.formats import FORMATS
 from qquant.formats.gguf.container import read_header
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.pipeline import check
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates, GgufArtifact
 from qquant.resources import data_dir
-from qquant.runtime.answering import gguf_tokenizer
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds import GOLDEN, ROOT

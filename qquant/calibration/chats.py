@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qquant.calibration.draw import shuffled
@@ -17,6 +18,7 @@ from qquant.calibration.tokenizer import Tokenizer
 from qquant.errors import InputError
 from qquant.resources import data_dir
 
+TOGETHER = 64  # chats that are rendered and tokenized in one go
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that mean nothing by themselves
 
 
@@ -78,17 +80,34 @@ def _is_chinese(chat: Messages) -> bool:
     return sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 10
 
 
-def chat_tokens(tokenizer: Tokenizer, chat: Messages, where: str) -> list[int]:
-    """Ids of a rendered chat, untruncated, without a generation prompt.
+def chat_tokens(tokenizer: Tokenizer, chats: Sequence[tuple[str, Messages]]) -> Iterator[list[int]]:
+    """Ids of each rendered chat, given with its place, untruncated, without a generation prompt.
 
-    Raises InputError, naming `where`, unless the id after the content of every assistant turn is the end-of-turn token.
+    Raises InputError, naming the place, unless the id after the content of every assistant turn is the end-of-turn token.
     """
-    text = tokenizer.render(chat)
-    ids = tokenizer.encode(text)
-    ends = _answer_ends(tokenizer, chat, text, where)
-    for turn, end in enumerate(ends, start=1):
-        before = tokenizer.encode(text[:end])
-        if ids[: len(before)] == before and ids[len(before) : len(before) + 1] == [tokenizer.end_of_turn]:
+    for start in range(0, len(chats), TOGETHER):
+        some = chats[start : start + TOGETHER]
+        marks = [_marks(chat) for _, chat in some]
+        marked = [_marked(chat, mark) for (_, chat), mark in zip(some, marks, strict=True)]
+        texts = tokenizer.render_all([*(chat for _, chat in some), *marked])
+        texts, frames = texts[: len(some)], texts[len(some) :]
+        ends = [
+            _answer_ends(tokenizer, chat, text, frame, mark, where)
+            for (where, chat), text, frame, mark in zip(some, texts, frames, marks, strict=True)
+        ]
+        pieces = [text[:end] for text, stops in zip(texts, ends, strict=True) for end in (*stops, None)]
+        ids = iter(tokenizer.encode_all(pieces))
+        for (where, _), text, stops in zip(some, texts, ends, strict=True):
+            before = [next(ids) for _ in stops]
+            yield _closed(tokenizer, text, next(ids), before, stops, where)
+
+
+def _closed(
+    tokenizer: Tokenizer, text: str, ids: list[int], before: list[list[int]], ends: list[int], where: str
+) -> list[int]:
+    """`ids` of `text`, if the end-of-turn token follows what stands `before` each of its `ends`."""
+    for turn, (start, end) in enumerate(zip(before, ends, strict=True), start=1):
+        if ids[: len(start)] == start and ids[len(start) : len(start) + 1] == [tokenizer.end_of_turn]:
             continue
         token = tokenizer.decode([tokenizer.end_of_turn])
         follows = repr(text[end : end + 20]) if text[end:] else "nothing"
@@ -102,17 +121,27 @@ def chat_tokens(tokenizer: Tokenizer, chat: Messages, where: str) -> list[int]:
     return ids
 
 
-def _answer_ends(tokenizer: Tokenizer, chat: Messages, text: str, where: str) -> list[int]:
+def _marks(chat: Messages) -> list[str]:
+    """A character for each answer that stands nowhere in the chat."""
+    used = {character for message in chat for character in message["content"]}
+    answers = sum(message["role"] == "assistant" for message in chat)
+    return list(itertools.islice((mark for mark in map(chr, PRIVATE_USE) if mark not in used), answers))
+
+
+def _marked(chat: Messages, marks: list[str]) -> Messages:
+    """The chat with a mark in place of each answer."""
+    left = iter(marks)
+    return [{**message, "content": next(left)} if message["role"] == "assistant" else message for message in chat]
+
+
+def _answer_ends(
+    tokenizer: Tokenizer, chat: Messages, text: str, frame: str, marks: list[str], where: str
+) -> list[int]:
     """Where in the rendered `text` each assistant message ends.
 
-    The chat is rendered again with a mark in place of each answer; what stands between the marks is the template's own.
+    `frame` is the chat rendered with a mark in place of each answer; what stands between the marks is the template's own.
     """
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
-    used = {character for message in chat for character in message["content"]}
-    marks = list(itertools.islice((mark for mark in map(chr, PRIVATE_USE) if mark not in used), len(answers)))
-    left = iter(marks)
-    marked = [{**message, "content": next(left)} if message["role"] == "assistant" else message for message in chat]
-    frame = tokenizer.render(marked)
     position, ends = 0, list[int]()
     for answer, mark in zip(answers, marks, strict=True):
         between, mark, frame = frame.partition(mark)

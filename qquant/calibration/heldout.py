@@ -51,7 +51,8 @@ def heldout(name_or_path: str, tokenizer: Tokenizer) -> tuple[NDArray[np.int32],
     if kind == "chat":
         corpus = Corpus(SourceRecord(path.name, kind, licence), name_or_path)
         collect(corpus, file_rows(path, content), Reading(frozenset(tokenizer.special)))
-        ids = [i for place, chat in corpus.chats for i in chat_tokens(tokenizer, chat, f"{name_or_path}, {place}")]
+        placed = [(f"{name_or_path}, {place}", chat) for place, chat in corpus.chats]
+        ids = [i for chat in chat_tokens(tokenizer, placed) for i in chat]
     else:
         ids = tokenizer.encode(decoded(content, path), special=False)
     if not ids:

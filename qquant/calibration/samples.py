@@ -183,8 +183,8 @@ def _draw(
     if not talks:
         return samples, None
     rendered, chats = give_systems([chat for _, _, chat in talks], tokenizer, spec.default_system_share, spec.seed)
-    for (record, where, _), chat in zip(talks, rendered, strict=True):
-        ids = chat_tokens(tokenizer, chat, where)
+    placed = [(where, chat) for (_, where, _), chat in zip(talks, rendered, strict=True)]
+    for (record, _, _), ids in zip(talks, chat_tokens(tokenizer, placed), strict=True):
         record.truncated += len(ids) > spec.length
         samples.append(ids[: spec.length])
         record.tokens += len(samples[-1])

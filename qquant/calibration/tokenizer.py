@@ -1,7 +1,7 @@
 """A checkpoint's own tokenizer and chat template, read from its folder without transformers.
 
-`tokenizer.json` holds the whole tokenizer; `vocab.json` with `merges.txt` need the code of Qwen's tokenizer, which transformers has.
-All of it comes from strangers: `vocabulary` and `untrusted` read the files, `template` runs the chat template in a sandbox.
+`tokenizer.json` holds the whole tokenizer; `vocab.json` with `merges.txt`, and the metadata of GGUF files, hold the tokens of Qwen's.
+All of it comes from strangers: `vocabulary` and `untrusted` read the files, `source.confined` runs tokenizers and templates.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
+import struct
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qquant.errors import InputError, QQuantError
-from qquant.resources import lazy
+from qquant.calibration.template import Template
+from qquant.errors import InputError
 from qquant.source import vocabulary
+from qquant.source.confined import Confined, Refused
 from qquant.source.untrusted import read_json, read_text
+from qquant.source.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    import tokenizers
-
-    from qquant.calibration import template
-else:
-    tokenizers, template = lazy("tokenizers"), lazy("qquant.calibration.template")
-
-SETTINGS = ("added_tokens_decoder", "additional_special_tokens", "bos_token", "eos_token", "pad_token", "unk_token")
+SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token")
+DEFAULT_END = "<|endoftext|>"  # of Qwen's tokenizer, whatever its settings say
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -34,46 +34,96 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a checkpoint folder, from tokenizer.json, else from vocab.json and merges.txt."""
-    vocabulary.read(path)
-    file = path / "tokenizer.json"
-    try:
-        backend = tokenizers.Tokenizer.from_str(read_text(file)) if file.is_file() else _from_parts(path)
-    except (QQuantError, KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # noqa: BLE001  tokenizers raises bare Exception, and a panic of it is not even that
-        raise InputError(f"{file}: no tokenizer ({error}). Copy the file again from the original checkpoint") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+class Backend:
+    """The text of a tokenizer.json, read and run in a process of its own; `added`: token -> (id, special)."""
 
-
-def _from_parts(path: Path) -> tokenizers.Tokenizer:
-    """Qwen's tokenizer from vocab.json and merges.txt, through transformers.
-
-    These two do not say the ids of the special tokens, and transformers would number them in an order of its own. It reads copies
-    with nothing in their settings but the names of tokens.
-    """
-    import transformers  # costs seconds, and most checkpoints have tokenizer.json
-
-    config = _json(path / "tokenizer_config.json")
-    stated = _json(path / "vocab.json") | _json(path / "added_tokens.json")
-    stated |= {token.content: token.id for token in vocabulary.read(path).added}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
-            if os.path.lexists(path / name):
-                (Path(folder) / name).write_text(read_text(path / name), "utf-8")
-        kept = {key: config[key] for key in SETTINGS if key in config}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(kept))
-        backend: tokenizers.Tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer
-    for i, token in backend.get_added_tokens_decoder().items():
-        if stated.get(token.content) != i:
+    def __init__(self, text: str, where: str) -> None:
+        """`where` it stands. Raises InputError if it is no tokenizer."""
+        self.where, self.confined = where, Confined("tokenizer", text)
+        try:
+            found, _ = self.confined.ask("describe")
+        except Refused as error:
             raise InputError(
-                f"{path}: no file says the id of {token.content}, and vocab.json with merges.txt do not tell. Copy tokenizer.json from the "
-                "base model, or its tokenizer_config.json with `added_tokens_decoder`"
-            )
+                f"{where}: no tokenizer ({error}). Copy the file again from the original checkpoint"
+            ) from None
+        self.size: int = found["size"]
+        self.added: dict[str, tuple[int, bool]] = {
+            token: (number, special) for number, token, special in found["added"]
+        }
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Ids of each text."""
+        contents = [text.encode("utf-8", "surrogatepass") for text in texts]
+        said, data = self._ask("encode", b"".join(contents), special=special, sizes=list(map(len, contents)))
+        ids = iter(struct.unpack(f"<{len(data) // 4}I", data))
+        return [list(islice(ids, count)) for count in said["counts"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return self._ask("decode", struct.pack(f"<{len(ids)}I", *ids))[1].decode("utf-8", "surrogatepass")
+
+    def _ask(self, work: str, content: bytes, **arguments: Any) -> tuple[dict[str, Any], bytes]:
+        try:
+            return self.confined.ask(work, content, **arguments)
+        except Refused as error:
+            raise InputError(f"{self.where}: the tokenizer does not {work} {len(content):,} bytes: {error}") from None
+
+
+def _backend(path: Path) -> Backend:
+    """The tokenizer of a checkpoint folder, from tokenizer.json, else from vocab.json and merges.txt."""
+    known = vocabulary.read(path)
+    file = path / "tokenizer.json"
+    if file.is_file():
+        return Backend(read_text(file), str(file))
+    return _from_parts(path, known)
+
+
+def _from_parts(path: Path, known: Vocabulary) -> Backend:
+    """Qwen's tokenizer from vocab.json and merges.txt.
+
+    These two do not say the ids of the special tokens: added_tokens.json or tokenizer_config.json must.
+    """
+    config = _json(path / "tokenizer_config.json")
+    stated = {token.content for token in known.added} | known.tokens.keys()
+    names = [config.get(key) for key in SETTINGS] + list(config.get("additional_special_tokens") or ())
+    wanted = [token.get("content") if isinstance(token, dict) else token for token in names]
+    absent = [token for token in (*wanted, DEFAULT_END) if isinstance(token, str) and token not in stated]
+    if absent:
+        raise InputError(
+            f"{path}: no file says the id of {absent[0]}, and vocab.json with merges.txt do not tell. Copy tokenizer.json from the "
+            "base model, or its tokenizer_config.json with `added_tokens_decoder`"
+        )
+    backend = Backend(qwen(known), str(path / "vocab.json"))
+    require_ids(backend, known)
     return backend
+
+
+def qwen(known: Vocabulary) -> str:
+    """The tokenizer.json of Qwen's byte-level BPE with these tokens: what transformers makes of vocab.json and merges.txt."""
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    in_order = sorted(known.added, key=lambda token: token.id)
+    added = [{"id": token.id, "content": token.content, "special": token.special, **flags} for token in in_order]
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
+        "byte_fallback": False, "ignore_merges": False, "vocab": dict(known.tokens), "merges": [list(pair) for pair in known.merges],
+    }  # fmt: skip
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": level, "decoder": level, "model": model,
+    }  # fmt: skip
+    return json.dumps(content)
+
+
+def require_ids(backend: Backend, known: Vocabulary) -> None:
+    """Raise InputError unless every added token has got its own id: the library numbers them in a row after the others."""
+    for token in known.added:
+        if backend.added.get(token.content, (token.id, False))[0] != token.id:
+            raise InputError(
+                f"{backend.where}: token {token.id} ({token.content!r}) does not follow the tokens before it"
+            )
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -98,7 +148,7 @@ def _template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
 class Tokenizer:
     """A checkpoint's own tokenizer and chat template."""
 
-    def __init__(self, path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, backend: Backend, config: Mapping[str, Any] | None = None) -> None:
         """Read what surrounds `backend` in the checkpoint folder `path`; `config` stands for its tokenizer_config.json.
 
         Raises:
@@ -108,9 +158,8 @@ class Tokenizer:
         self._backend = backend
         config = _json(path / "tokenizer_config.json") if config is None else config
         self.template, self.template_origin = _template(path, config)
-        added = backend.get_added_tokens_decoder()
-        self.added: dict[str, int] = {token.content: i for i, token in added.items()}
-        self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self.added: dict[str, int] = {token: number for token, (number, _) in backend.added.items()}
+        self.special: dict[str, int] = {token: number for token, (number, special) in backend.added.items() if special}
         names = {key: config.get(f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
         named = {key: token.get("content") if isinstance(token, dict) else token for key, token in names.items()}
         self._variables = {f"{key}_token": token for key, token in named.items() if isinstance(token, str)}
@@ -128,48 +177,56 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             given = _json(self.path / name).get("eos_token_id")
             found += [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
-        token = self._backend.token_to_id(self._variables.get("eos_token", ""))
+        name = self._variables.get("eos_token", "")
+        token = self.added.get(name)
+        if token is None and name:
+            ids = self.encode(name)
+            token = ids[0] if len(ids) == 1 else None
         return tuple(dict.fromkeys(found + ([token] if token is not None else [])))
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """Number of token ids, special ones included; a model's embedding may be padded beyond it."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return self._backend.size
 
     @functools.cached_property
-    def _compiled(self) -> template.Template:
+    def _compiled(self) -> Template:
         if self.template is None:
             raise InputError(
                 f"{self.path}: no chat template, looked for chat_template.jinja and for chat_template in tokenizer_config.json. "
                 "Calibrate a base model with sources of `kind: text`; for a chat model copy its template back"
             )
-        return template.Template(self.template, f"{self.path / self.template_origin}")
+        return Template(self.template, f"{self.path / self.template_origin}")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`. `special`: the name of a special token, such as <|im_end|>, is that token; else it is ordinary text."""
-        self._backend.encode_special_tokens = not special
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode([text], special)[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, all in one go."""
+        return self._backend.encode(texts, True)
 
     def to_json(self) -> str:
         """The whole of it as a tokenizer.json."""
-        return str(self._backend.to_str(pretty=True))
+        return json.dumps(json.loads(self._backend.confined.source), indent=2, ensure_ascii=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self._backend.decode([int(i) for i in ids])
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         """A chat as the template writes it. Raises InputError if there is no template or if it refuses the chat."""
-        variables = {
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
-        }
+        return self.render_all([messages], add_generation_prompt)[0]
+
+    def render_all(
+        self, chats: Sequence[Sequence[Mapping[str, str]]], add_generation_prompt: bool = False
+    ) -> list[str]:
+        """`render` of each chat, all in one go."""
+        shared = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            return self._compiled.render(variables | self._variables)
-        except template.FAILURES as error:
-            roles = ", ".join(message["role"] for message in messages)
+            return self._compiled.render([{"messages": chat} for chat in chats], shared | self._variables)
+        except Refused as error:
+            roles = ", ".join(message["role"] for message in chats[error.at])
             raise InputError(
                 f"{self.path / self.template_origin}: the chat template refuses a chat of ({roles}): {error}. "
                 "Leave such chats out of the calibration sources"

@@ -1,8 +1,4 @@
-"""Answers of an artifact: its own tokenizer, chat template, sampling settings and stop tokens, text as it comes.
-
-A GGUF file carries its tokenizer: tokens, merges and kinds of tokens are the whole of a byte-level BPE, and Qwen's way to cut text
-into words before it is the one that llama.cpp calls `qwen2`.
-"""
+"""Answers of an artifact: its own tokenizer, chat template, sampling settings and stop tokens, text as it comes."""
 
 from __future__ import annotations
 
@@ -12,24 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
-from qquant.errors import InputError, UsageError
-from qquant.formats.gguf.container import Header
-from qquant.formats.gguf.metadata import CONTROL, NORMAL, USER_DEFINED
+from qquant.errors import UsageError
 from qquant.formats.gguf.source import GgufSource
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.runtime import loading
 from qquant.runtime.generating import require_finite
 from qquant.source.hub import resolve
-
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -199,37 +188,3 @@ def _tokenizer(path: Path) -> Tokenizer:
     source = open_weights(path)
     assert isinstance(source, GgufSource)
     return gguf_tokenizer(path, source.header)
-
-
-def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
-    """The tokenizer in the metadata of a GGUF file.
-
-    Raises:
-        InputError: it has none, or another kind than Qwen's.
-    """
-    tokens, merges, kinds = (header.value(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
-    kind = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.pre")
-    if kind != ("gpt2", "qwen2") or not tokens or not merges or not kinds:
-        raise InputError(f"{path}: its tokenizer is {kind[0]!r}/{kind[1]!r}; qquant runs 'gpt2'/'qwen2', Qwen1.5's")
-    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] == NORMAL}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, byte_fallback=False))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    for number, token in enumerate(tokens):
-        if kinds[number] in (CONTROL, USER_DEFINED):
-            special = kinds[number] == CONTROL
-            backend.add_tokens([AddedToken(token, special=special, normalized=False)])
-            if backend.token_to_id(token) != number:
-                raise InputError(f"{path}: token {number} ({token!r}) does not follow the tokens before it")
-    eos = header.value("tokenizer.ggml.eos_token_id")
-    config = {"chat_template": header.value("tokenizer.chat_template")}
-    if isinstance(eos, int) and eos < len(tokens):
-        config["eos_token"] = tokens[eos]
-    return Tokenizer(path, backend, config)

@@ -4,7 +4,7 @@
                                                        sha256 of every source and of every file; checked before it is used again
 
 Before anything is loaded, each file must be a zip as torch.save writes it (stored, not compressed), and its pickle may name no other
-globals than those of tensors (an allow-list, read without running anything). Then `pickle_child` loads it, in a process without a
+globals than those of tensors (an allow-list, read without running anything). Then `confined_child` loads it, in a process without a
 network and with limits. The inputs are not changed.
 """
 
@@ -16,12 +16,12 @@ import os
 import pickletools
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 from qquant.disk.writes import make_folder, rename, sync, write_synced
 from qquant.errors import InputError
+from qquant.source import confined
 from qquant.source.checkpoint import CONFIGS, SIDE_FILES, read_config
 from qquant.source.safetensors_file import read_header
 from qquant.source.untrusted import PLAIN_NAME, read_json, require_regular
@@ -144,12 +144,12 @@ def require_state_dict(file: Path) -> None:
 
 
 def _convert(file: Path, target: Path) -> None:
-    child = Path(__file__).with_name("pickle_child.py")
     limit = SECONDS + file.stat().st_size / BYTES_A_SECOND
-    environment = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(child), str(file.absolute()), str(target.absolute())]
+    command = confined.command("pickle", str(file.absolute()), str(target.absolute()))
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=limit, check=False, cwd="/")
+        done = subprocess.run(
+            command, env=confined.environment(), capture_output=True, timeout=limit, check=False, cwd="/"
+        )
     except subprocess.TimeoutExpired:
         raise InputError(f"{file}: is not converted after {limit:.0f} s") from None
     if done.returncode or not target.is_file():

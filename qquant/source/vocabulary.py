@@ -3,8 +3,7 @@
     tokenizer.json                     {"model": {"vocab": {token: id}, "merges": ["a b" or ["a", "b"]]}, "added_tokens": [{...}]}
     vocab.json, merges.txt             {token: id}; one merge a line; added tokens from tokenizer_config.json or added_tokens.json
 
-Ids are whole, not negative, below ID_LIMIT and used once; merges are of two tokens of the vocabulary; the regular expressions of the
-splitter repeat no group and refer to none, since those are what makes matching exponential.
+Ids are whole, not negative, below ID_LIMIT and used once; merges are of two tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from qquant.errors import InputError
 from qquant.source.untrusted import read_json, read_text
 
 ID_LIMIT = 1 << 22
-PATTERN_LIMIT = 1000  # characters of a regular expression
-SLOW_PATTERN = re.compile(r"\)\s*[*+{]|\\[1-9kg]|\(\?[RP&]")  # a repeated group, a back-reference, recursion
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,15 @@ def _whole(file: Path) -> Vocabulary:
         raise InputError(
             f"{file}: no `model` with `vocab` and `merges`. Copy the file again from the original checkpoint"
         )
-    _require_quick(file, [content.get("normalizer"), content.get("pre_tokenizer"), content.get("decoder")])
+    dropout = content["model"].get("dropout")
+    if dropout:
+        raise InputError(
+            f"{file}: BPE dropout {str(dropout)[:20]} gives the same text other tokens every time. Remove it"
+        )
     added = content.get("added_tokens") or []
     if not isinstance(added, list):
         raise InputError(f"{file}: added_tokens is a {type(added).__name__}, expected a list")
-    return _checked(file, tokens, merges, [_added(file, entry) for entry in added])
+    return checked(file, tokens, merges, [_added(file, entry) for entry in added])
 
 
 def _parts(path: Path) -> Vocabulary:
@@ -94,7 +95,7 @@ def _parts(path: Path) -> Vocabulary:
             _added(stated, {"content": text, "id": number, "special": None})
             for text, number in read_json(stated).items()
         ]
-    return _checked(path / "vocab.json", tokens, merges, added)
+    return checked(path / "vocab.json", tokens, merges, added)
 
 
 def _added(file: Path, entry: Any) -> AddedToken:
@@ -108,7 +109,12 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < ID_LIMIT
 
 
-def _checked(file: Path, tokens: Mapping[str, Any], merges: Sequence[Any], added: Sequence[AddedToken]) -> Vocabulary:
+def checked(file: Path, tokens: Mapping[str, Any], merges: Sequence[Any], added: Sequence[AddedToken]) -> Vocabulary:
+    """A vocabulary of these tokens, of merges ("a b" or ["a", "b"]) and of added tokens.
+
+    Raises:
+        InputError: an id is none or used twice, or a merge is not of two tokens.
+    """
     bad = next((text for text, number in tokens.items() if not _is_id(number)), None)
     if bad is not None:
         raise InputError(f"{file}: token {bad[:80]!r} has the id {tokens[bad]!r}; expected 0 to {ID_LIMIT - 1:,}")
@@ -131,19 +137,3 @@ def _checked(file: Path, tokens: Mapping[str, Any], merges: Sequence[Any], added
             )
         pairs.append((parts[0], parts[1]))
     return Vocabulary(tokens, pairs, added)
-
-
-def _require_quick(file: Path, rest: list[Any]) -> None:
-    """Raise InputError for a regular expression that can take exponential time."""
-    while rest:
-        value = rest.pop()
-        if isinstance(value, list):
-            rest += value
-        elif isinstance(value, dict):
-            rest += value.values()
-            pattern = value.get("Regex", "")
-            if not isinstance(pattern, str) or len(pattern) > PATTERN_LIMIT or SLOW_PATTERN.search(pattern):
-                raise InputError(
-                    f"{file}: the pattern {str(pattern)[:80]!r} repeats a group or refers to one, which can take forever. "
-                    "Copy the file from the base model"
-                )

@@ -22,7 +22,7 @@ from qquant.artifact import verification
 from qquant.artifact.manifest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
-from qquant.source import pickles
+from qquant.source import confined, pickles
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_faults import build, load_recipe, make_checkpoint
@@ -30,7 +30,7 @@ from tests.torture import digests
 from tests.worlds import ROOT
 
 assert build, make_checkpoint
-CHILD = Path(pickles.__file__).with_name("pickle_child.py")
+CHILD = confined.CHILD
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 1024, 3 << 10, (1 << 20) + 1025])

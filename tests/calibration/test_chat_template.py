@@ -125,7 +125,7 @@ def test_the_template_file_comes_before_the_configuration_and_default_before_oth
     [
         ("{% for m in messages %}\n{{ m.role }", r"chat_template\.jinja, line 2: the chat template does not parse"),
         ("{{ raise_exception('no system turns') }}", r"refuses a chat of \(user\): no system turns"),
-        ("{{ messages.append(1) }}", r"refuses a chat of \(user\): .*unsafe"),
+        ("{{ messages.append(1) }}", r"refuses a chat of \(user\): .*(unsafe|undefined)"),
         ("{{ ''.__class__.__mro__ }}{{ x.y }}", r"refuses a chat of \(user\)"),
         ("{{ messages[0]['content'] + 1 }}", r"refuses a chat of \(user\): can only concatenate"),
     ],
@@ -170,6 +170,12 @@ def test_an_end_of_turn_that_does_not_stop_is_refused(tokenizer_folder, files, m
 # ---- chats and their stop tokens
 
 
+def chat_tokens(tokenizer, chat, where):
+    """Of one chat."""
+    (ids,) = chats_module.chat_tokens(tokenizer, [(where, chat)])
+    return ids
+
+
 def answers_are_closed(ids, tokenizer):
     """Whether the part after every `<|im_start|>assistant` ends with `<|im_end|>`; independent of the code under test."""
     text = tokenizer.decode(ids)
@@ -178,7 +184,7 @@ def answers_are_closed(ids, tokenizer):
 
 
 def test_every_assistant_turn_ends_with_the_stop_token(tiny):
-    ids = calibration.samples.chat_tokens(tiny, talk("a", "b ", "c", "d\n\n", "e", "f"), "here")
+    ids = chat_tokens(tiny, talk("a", "b ", "c", "d\n\n", "e", "f"), "here")
     assert answers_are_closed(ids, tiny)
     assert ids.count(tiny.end_of_turn) == 7  # with the default system turn
 
@@ -186,9 +192,9 @@ def test_every_assistant_turn_ends_with_the_stop_token(tiny):
 def test_the_template_of_february_is_refused(tokenizer_folder):
     tokenizer = Tokenizer.open(tokenizer_folder(FEBRUARY))
     closed = talk("a", "b", "c")  # the answer is not the last turn
-    assert answers_are_closed(chats_module.chat_tokens(tokenizer, closed, "x"), tokenizer)
+    assert answers_are_closed(chat_tokens(tokenizer, closed, "x"), tokenizer)
     with pytest.raises(InputError) as caught:
-        chats_module.chat_tokens(tokenizer, talk("a", "b", "c", "the last words"), "chats.jsonl, line 7")
+        chat_tokens(tokenizer, talk("a", "b", "c", "the last words"), "chats.jsonl, line 7")
     message = str(caught.value)
     assert "chats.jsonl, line 7: assistant turn 2 of 2 does not end with <|im_end|> (id 8191)" in message
     assert "the last words" in message
@@ -206,17 +212,17 @@ def test_the_end_is_checked_on_ids_not_on_text(tokenizer_folder):
     """After an answer stands the *name* of the token, made of ordinary letters: no stop token."""
     fake = PLAIN.replace("+ '<|im_end|>\n'", "+ ('<|im_end|>' if not loop.last else '<|im_end' + '|') + '\n'")
     with pytest.raises(InputError, match=r"assistant turn 2 of 2 .* renders '<\|im_end\|\\n'"):
-        chats_module.chat_tokens(Tokenizer.open(tokenizer_folder(fake)), talk("a", "b", "c", "d"), "x")
+        chat_tokens(Tokenizer.open(tokenizer_folder(fake)), talk("a", "b", "c", "d"), "x")
 
 
 def test_a_template_may_strip_answers_but_not_change_them(tokenizer_folder):
     stripping = PLAIN.replace("m['content']", "m['content'] | trim")
     tokenizer = Tokenizer.open(tokenizer_folder(stripping))
-    assert answers_are_closed(chats_module.chat_tokens(tokenizer, talk("a", " b ", "c", "\nd"), "x"), tokenizer)
+    assert answers_are_closed(chat_tokens(tokenizer, talk("a", " b ", "c", "\nd"), "x"), tokenizer)
     for change in ("m['content'] | upper", "(m['content'] if m['role'] != 'assistant' else '')"):
         changing = Tokenizer.open(tokenizer_folder(PLAIN.replace("m['content']", change)))
         with pytest.raises(InputError, match="changes or leaves out assistant turn 1"):
-            chats_module.chat_tokens(changing, talk("a", "b"), "x")
+            chat_tokens(changing, talk("a", "b"), "x")
 
 
 def test_answers_that_look_like_other_parts_of_the_chat_are_found(tiny):
@@ -226,4 +232,4 @@ def test_answers_that_look_like_other_parts_of_the_chat_are_found(tiny):
         ("user\nb", "assistant\n", "system", "\n"),
         (private, private, private, private),
     ):
-        assert answers_are_closed(chats_module.chat_tokens(tiny, talk(*turns), "x"), tiny)
+        assert answers_are_closed(chat_tokens(tiny, talk(*turns), "x"), tiny)

@@ -17,8 +17,8 @@ from qquant.formats import FORMATS
 from qquant.formats.gguf import imatrix, metadata
 from qquant.formats.gguf.container import Field, header_bytes, read_header
 from qquant.formats.gguf.layout import _reader
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.recipe import GgufArtifact, load
-from qquant.runtime.answering import gguf_tokenizer
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
 

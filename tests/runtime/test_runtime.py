@@ -19,12 +19,13 @@ from qquant.cli import main
 from qquant.errors import EnvironmentMissingError, InputError, NumericalError, UsageError
 from qquant.formats.awq import AwqLayout
 from qquant.formats.gguf.container import read_header
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.formats.gptq import GptqLayout
 from qquant.kernels import cpu_int4
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.runtime import linears, loading, parts
-from qquant.runtime.answering import Answerer, Settings, Text, gguf_tokenizer
+from qquant.runtime.answering import Answerer, Settings, Text
 from qquant.runtime.skeleton import transformers_config
 from qquant.solve import walk
 from qquant.solve.moments import Moments

@@ -11,20 +11,16 @@ Ollama reads no models in parts, so the Modelfile of one names the file that lla
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from qquant.calibration.template import Template
 from qquant.errors import InputError
 from qquant.formats.gguf.metadata import chat_template
 from qquant.formats.planned import PlannedFile
-from qquant.resources import lazy
+from qquant.source.confined import Refused
 from qquant.source.untrusted import read_json
-
-if TYPE_CHECKING:
-    from qquant.calibration import template
-else:
-    template = lazy("qquant.calibration.template")
 
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 PLAIN = "{{ .Prompt }}"
@@ -76,17 +72,14 @@ def _lines(checkpoint: Path, stem: str, type_name: str, files: Sequence[str]) ->
     yield ""
 
 
+@functools.cache  # every file of a checkpoint asks
 def chatml_system(text: str) -> str | None:
     """The system message that chat template `text` adds by itself, "" if none; None if it does not write ChatML."""
-
-    def rendered(messages: Sequence[Mapping[str, str]]) -> str:
-        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": True, "tools": None}
-        return template.Template(text, "chat template").render(variables)
-
     talk = [{"role": role, "content": f"a {role}"} for role in ("system", "user", "assistant", "user")]
     try:
-        written, alone = rendered(talk), rendered(talk[1:2])
-    except (InputError, *template.FAILURES):
+        chats = [{"messages": messages} for messages in (talk, talk[1:2])]
+        written, alone = Template(text, "chat template").render(chats, {"add_generation_prompt": True, "tools": None})
+    except (InputError, Refused):
         return None
     rest = chatml(talk[1:2])
     opening, closing = "<|im_start|>system\n", "<|im_end|>\n"
