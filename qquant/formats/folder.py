@@ -390,5 +390,7 @@ class FolderSource:
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of an unquantized matrix, float32."""
+        """Rows start:stop of a matrix, float32; a quantized one is dequantized as a whole for them."""
+        if self.layout.holds(name.removesuffix(".weight"), self.tensors):
+            return self.tensor(name)[start:stop]
         return read_tensor(self.tensors[self._named(name)], slice(start, stop)).to(self.device).float()

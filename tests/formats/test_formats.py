@@ -128,10 +128,13 @@ def test_gptq_v2_zeros_are_not_shifted():
     assert torch.equal(GptqLayout(4, 32, shift=0).dequantize(as_v2), GptqLayout(4, 32).dequantize(packed))
 
 
-@pytest.mark.parametrize(("shape", "word"), [((32, 64), None), ((32, 48), "32"), ((33, 64), "32"), ((32, 96), None)])
-def test_shapes_that_do_not_fit_are_refused(shape, word):
-    problem = GptqLayout(4, 32).problems(shape)
-    assert (problem is None) == (word is None)
+@pytest.mark.parametrize("shape", [(32, 64), (32, 48), (33, 64), (32, 96)])
+def test_shapes_that_do_not_fit_are_refused(shape):
+    rows, columns = shape
+    said = f"[{rows}, {columns}] needs rows and columns divisible by 32 and columns by the group size 32"
+    assert GptqLayout(4, 32).problems(shape) == (None if rows % 32 == columns % 32 == 0 else said)
+    said = f"[{rows}, {columns}] needs rows divisible by 8 and columns by the group size 32"
+    assert AwqLayout(32).problems(shape) == (None if rows % 8 == columns % 32 == 0 else said)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
