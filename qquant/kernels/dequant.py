@@ -88,24 +88,27 @@ def launch(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: t
     columns = groups * group_size
     out = torch.empty((rows, columns), dtype=dtype, device=qweight.device)
     tiles = qweight.shape[1] // WORDS
-    _kernel[(tiles, blocks(rows, ROWS))](
-        qweight,
-        params,
-        out,
-        rows,
-        columns,
-        tiles,
-        groups,
-        group_size,
-        BN=ROWS,
-        BITS=bits,
-        RAGGED=columns % tile(bits) != 0,
-        SYMMETRIC=params.dtype == torch.float16,
-        INLINE=not INTERPRETED and torch.version.hip is None,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    chosen = constants(columns, bits, params.dtype == torch.float16)
+    _kernel[grid(rows, tiles)](qweight, params, out, rows, columns, tiles, groups, group_size, **chosen)
     return out
+
+
+def grid(rows: int, tiles: int) -> tuple[int, int]:
+    """Programs of a launch."""
+    return tiles, blocks(rows, ROWS)
+
+
+def constants(columns: int, bits: int, symmetric: bool) -> dict[str, int | bool]:
+    """What the kernel is compiled for, besides the types and alignments of its arguments."""
+    return {
+        "BN": ROWS,
+        "BITS": bits,
+        "RAGGED": columns % tile(bits) != 0,
+        "SYMMETRIC": symmetric,
+        "INLINE": not INTERPRETED and torch.version.hip is None,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
 
 
 def _dequant_cuda(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ later ones hand addresses to the compiled kernel: one allocation (the result) an
     y, call = Call.first(x, weights)   Triton's own launch, and a call that answers later
     y = call(x)                        None where it is not the same after all: another stream, a capture, an odd address, gradients
 
+`Unpacking` does the same for `dequant`, whose result is multiplied with where there are more rows than `wq_mm` is made for.
+
 Calls on one stream follow each other, so they share counters (`wq_mm.Counters`) and the memory of partial sums.
 """
 
@@ -19,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qquant.kernels import jit, wq_mm
+from qquant.kernels import dequant, jit, wq_mm
 from qquant.kernels.jit import blocks, starts_early
-from qquant.kernels.unpack import WORDS
+from qquant.kernels.unpack import WORDS, check_group
 
 ALIGNED = 16  # bytes; Triton compiles for addresses that are multiples of it
 WITH_CUDA = torch.backends.cuda.is_built()
@@ -47,10 +49,10 @@ class Weights:
         return len(self.qweight)
 
 
-def usable(x: Tensor, rows: int) -> bool:
-    """Whether `first` may be asked for x of so many rows."""
+def usable(x: Tensor) -> bool:
+    """Whether `first` may be asked, of `Call` for up to `wq_mm.MAX_ROWS` rows, of `Unpacking` for more."""
     there = jit.AVAILABLE and not jit.INTERPRETED and x.is_cuda and type(x) is Tensor
-    return there and 0 < rows <= wq_mm.MAX_ROWS and x.dtype in (torch.bfloat16, torch.float16) and _plain(x)
+    return there and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float16) and _plain(x)
 
 
 def _plain(x: Tensor) -> bool:
@@ -115,6 +117,53 @@ class Call:
             x.data_ptr(), qweight, params, made if bias is None else bias, made, made if sums is None else sums.data_ptr(), *self._last,
         )  # fmt: skip
         return y
+
+
+class Unpacking:
+    """`dequant` of the same weights again; `first` and the call as of `Call`."""
+
+    __slots__ = ("_device", "_dtype", "_head", "_kernel", "_last", "_shape", "_stream", "weights")
+
+    def __init__(self, weights: Weights, x: Tensor) -> None:
+        device = x.get_device()
+        self.weights, self._dtype, self._device, self._stream = weights, x.dtype, device, current_stream(device)
+
+    @classmethod
+    def first(cls, x: Tensor, weights: Weights) -> tuple[Tensor, Unpacking]:
+        """(the matrix [N, K] in x's dtype, the call)."""
+        made = cls(weights, x)
+        with torch.cuda.device(x.get_device()):
+            return made._launch(x), made
+
+    def _launch(self, x: Tensor) -> Tensor:
+        weights, rows, columns = self.weights, self.weights.outputs, x.shape[-1]
+        check_group(columns, weights.group_size, weights.bits)
+        tiles, groups = weights.qweight.shape[1] // WORDS, weights.params.shape[1]
+        sizes = (rows, columns, tiles, groups, weights.group_size)
+        chosen = dequant.constants(columns, weights.bits, weights.params.dtype == torch.float16)
+        grid, kernel = dequant.grid(rows, tiles), dequant._kernel
+        out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+        found = kernel[grid](weights.qweight, weights.params, out, *sizes, **chosen)
+        self._kernel = found.result() if hasattr(found, "result") else found
+        self._shape = rows, columns
+        launch = (*grid, 1, self._stream, self._kernel.function, self._kernel.packed_metadata, None, None, None)
+        self._head = (*launch, weights.qweight.data_ptr(), weights.params.data_ptr())
+        self._last = (*sizes, *(chosen[name] for name in kernel.arg_names if name in chosen))
+        return out
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The matrix [N, K], or None if the ordinary way must be taken."""
+        device = self._device
+        if (
+            capturing()
+            or x.get_device() != device
+            or current_device() != device
+            or current_stream(device) != self._stream
+        ):
+            return None
+        out = x.new_empty(self._shape)
+        self._kernel.run(*self._head, out.data_ptr(), *self._last)
+        return out
 
 
 def _partial_sums(device: torch.device, stream: int, count: int) -> Tensor | None:

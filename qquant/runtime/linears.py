@@ -86,7 +86,9 @@ class QuantLinear(Linear):
         qweight, params = repack(weight.codes, weight.scales, weight.zeros, weight.bits)
         self.qweight, self.params = nn.Buffer(qweight), nn.Buffer(params)
         self.order = None if weight.order is None else nn.Buffer(weight.order)
-        self._calls: dict[tuple[int, torch.dtype], direct.Call] = {}
+        self._calls: dict[
+            tuple[int, torch.dtype], direct.Call | direct.Unpacking
+        ] = {}  # by rows; 0: more than MAX_ROWS
 
     @property
     def path(self) -> str:
@@ -111,17 +113,21 @@ class QuantLinear(Linear):
 
     def _called(self, x: Tensor) -> Tensor | None:
         """The product by a launch that was prepared for these rows and this type, None if it must go the ordinary way."""
-        key = x.numel(), x.dtype
+        rows = x.numel() // self.in_features
+        few = rows <= MAX_ROWS
+        key = rows if few else 0, x.dtype
         call = self._calls.get(key)
-        if call is not None:
-            held = call.weights
-            if held.qweight is self._buffers["qweight"] and held.bias is self._parameters.get("bias"):
-                return call(x)
-        if not direct.usable(x, x.numel() // self.in_features):
+        if call is not None and self._holds(call.weights):
+            y = call(x)
+        elif direct.usable(x):
+            weights = direct.Weights(self.qweight, self.params, self.bias, self.bits, self.group_size)
+            y, self._calls[key] = (direct.Call if few else direct.Unpacking).first(x, weights)
+        else:
             return None
-        weights = direct.Weights(self.qweight, self.params, self.bias, self.bits, self.group_size)
-        y, self._calls[key] = direct.Call.first(x, weights)
-        return y
+        return y if few or y is None else F.linear(x, y, self.bias)
+
+    def _holds(self, weights: direct.Weights) -> bool:
+        return weights.qweight is self._buffers["qweight"] and weights.bias is self._parameters.get("bias")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
         self._calls.clear()  # the weights move

@@ -168,16 +168,28 @@ def ours(options):
     linear = model.model.layers[0].self_attn.o_proj
     host_cost("our int4 linear", linear, linear.in_features)
     host_cost("nn.Linear", torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16), 4096)
+    ids = torch.randint(1, 30000, (1, 40), device="cuda")
+    made = model.generate(ids, max_new_tokens=64, **GREEDY)
     quick, model._quick = model._quick, None
+    other = model.generate(ids, max_new_tokens=64, **GREEDY)
+    tell("tokens of 64 before both loops part", int((made == other)[0, 40:].long().cumprod(0).sum()), "")
     rates("transformers' loop over our linears", model.generate, 1, GREEDY, runs=2)
     for rows in (512, 2048, 4096):
         tell(f"prefill of {rows}, transformers' forward over our linears", prefill(model, rows), "ms")
     model._quick = quick
-    for rows in (512, 2048, 4096):
+    for rows in (128, 512, 1024, 2048, 4096):
         ids = torch.randint(1, 30000, (1, rows), device="cuda")
         run = lambda ids=ids: model.generate(ids, max_new_tokens=1, **GREEDY)
         run()
         tell(f"first token of {rows}, our generate", min(timed(run) for _ in range(4)) * 1e3, "ms")
+    long = torch.randint(1, 30000, (1, 8000), device="cuda")
+    for run in range(2):
+        tell(
+            f"1,000 tokens after 8,000, answer {run + 1}",
+            1000 / timed(lambda: model.generate(long, max_new_tokens=1000, **GREEDY)),
+            "tokens/s",
+        )
+    rates("ours", model.generate, 16, GREEDY, runs=2)
 
 
 def bf16(options):
@@ -198,8 +210,12 @@ def bf16(options):
     torch.backends.cuda.enable_cudnn_sdp(False)
     rates("bf16 eager without cuDNN attention", model.generate, 1, GREEDY, runs=3)
     rates("bf16 eager without cuDNN attention", model.generate, 8, GREEDY, runs=2)
-    for rows in (512, 2048, 4096):
+    for rows in (128, 512, 1024, 2048, 4096):
         tell(f"prefill of {rows}, bf16", prefill(model, rows), "ms")
+        ids = torch.randint(1, 30000, (1, rows), device="cuda")
+        run = lambda ids=ids: model.generate(ids, max_new_tokens=1, **GREEDY)
+        run()
+        tell(f"first token of {rows}, bf16", min(timed(run) for _ in range(4)) * 1e3, "ms")
     if "compiled" not in options.skip:
         static = GREEDY | {"cache_implementation": "static"}
 

@@ -90,7 +90,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(wq_mm, "config_for", lambda *_: wq_mm.Config(64, 3, 4, 4))
     zeros = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(wq_mm, "counters_of", lambda _: SimpleNamespace(get=lambda _: zeros))
-    monkeypatch.setattr(direct, "usable", lambda x, rows: rows <= 64 and x.dtype == torch.bfloat16 and direct._plain(x))
+    monkeypatch.setattr(direct, "usable", lambda x: x.dtype == torch.bfloat16 and direct._plain(x))
     monkeypatch.setattr(direct, "_sums", {})
     return found
 
@@ -170,6 +170,52 @@ def test_a_call_is_an_allocation_and_a_launch(kernel):
     assert len(seen) <= 25, seen
 
 
+class Unpacks:
+    """The same of `dequant`'s kernel."""
+
+    arg_names = (
+        "words_at",
+        "params_at",
+        "out_at",
+        *["N", "K", "tiles", "groups", "group_size", "BN", "BITS", "RAGGED", "SYMMETRIC", "INLINE"],
+    )
+
+    def __init__(self):
+        self.launches = self.calls = 0
+
+    def __getitem__(self, grid):
+        def launch(*given, **chosen):
+            self.launches += 1
+            self.grid, self.fixed = grid, [chosen[name] for name in self.arg_names if name in chosen]
+            self._unpack(*[value.data_ptr() for value in given[:3]], *given[3:], *self.fixed)
+            return SimpleNamespace(run=self._run, function=7, packed_metadata=(4, 1, 0))
+
+        return launch
+
+    def _run(self, x, y, z, stream, function, metadata, *rest):
+        self.calls += 1
+        assert ((x, y), z, stream, function, metadata, rest[:3]) == (self.grid, 1, 0, 7, (4, 1, 0), (None,) * 3)
+        self._unpack(*rest[3:])
+
+    def _unpack(self, words, params, out, n, k, tiles, groups, group, *flags):
+        assert list(flags) == self.fixed
+        bits, symmetric = flags[1], flags[3]
+        params = at(params, (n, groups), torch.float16 if symmetric else torch.int32)
+        weight = dequant(at(words, (n, 16 * tiles), torch.int32), params, bits, group, torch.bfloat16)
+        at(out, (n, k), torch.bfloat16).copy_(weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bits": 8, "zeros": True}])
+def test_many_rows_unpack_by_address(kernel, options, monkeypatch):
+    unpacks, module = Unpacks(), linear(**options)
+    monkeypatch.setattr("qquant.kernels.dequant._kernel", unpacks)
+    weight = dequant(module.qweight, module.params, module.bits, module.group_size, torch.bfloat16)
+    for rows in (65, 80, 130):
+        x = torch.randn(1, rows, 256).bfloat16()
+        assert torch.equal(module(x), torch.nn.functional.linear(x, weight, module.bias))
+    assert (unpacks.launches, unpacks.calls, kernel.launches) == (1, 2, 0)
+
+
 @pytest.mark.gpu
 def test_host_microseconds_of_a_call_on_a_gpu():
     import time
@@ -189,3 +235,6 @@ def test_host_microseconds_of_a_call_on_a_gpu():
             print(f"{type(call).__name__}: {(time.perf_counter() - began) / 200 * 1e6:.1f} us")
             torch.cuda.synchronize()
     assert torch.equal(module(x), module(x))
+    for rows in (2, 64, 65, 300, 65, 300):
+        x = torch.randn(1, rows, 4096, device="cuda").bfloat16()
+        assert torch.allclose(module(x).float(), expected(module, x).float(), rtol=2e-2, atol=2e-2)
