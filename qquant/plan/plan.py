@@ -54,7 +54,7 @@ class Plan:
         """Plan the artifacts of `recipe` (those named in `only`, if any) for `checkpoint`.
 
         Raises:
-            UsageError: `only` names an artifact that the recipe does not have.
+            UsageError: `only` names an artifact that the recipe does not have, or two artifacts would write the same file.
             InputError: a shape does not fit a format.
         """
         checkpoint.require_tokenizer()
@@ -67,6 +67,7 @@ class Plan:
         chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
         name = model or checkpoint.name
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
+        _require_apart(planned)
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in chosen}
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
@@ -156,3 +157,16 @@ class Plan:
                 for artifact in self.artifacts
             ],
         }
+
+
+def _require_apart(planned: Sequence[PlannedArtifact]) -> None:
+    """Raise UsageError where two artifacts would write the same file, so that the later one would stand under both names."""
+    owners: dict[tuple[str, str], str] = {}
+    for artifact in planned:
+        for file in artifact.files:
+            first = owners.setdefault((artifact.folder, file.name), artifact.name)
+            if first != artifact.name:
+                raise UsageError(
+                    f"artifacts {first} and {artifact.name} would both write {artifact.folder}/{file.name}. Build each into a folder of "
+                    f"its own: --only {first} --out ONE, then --only {artifact.name} --out OTHER"
+                )

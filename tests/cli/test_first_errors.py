@@ -287,3 +287,23 @@ def test_a_check_counts_bits_as_the_build_does(built):
 def test_a_users_own_chats_get_no_invented_system_turns():
     own = changed(BASE, Flags(sources=({"path": "chats.jsonl", "kind": "chat"},)))
     assert own.calibration.default_system_share == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "file"),
+    [
+        ("format: awq, group_size: 64", "format: awq, group_size: 32", "model-AWQ/config.json"),
+        (
+            "format: gptq, bits: 4, group_size: 64",
+            "format: gptq, bits: 4, group_size: 32",
+            "model-GPTQ-Int4/config.json",
+        ),
+        ("format: gguf, type: q4_0", "format: gguf, type: q4_0, solver: gptq", "model-GGUF/model-q4_0.gguf"),
+    ],
+)
+def test_two_artifacts_of_one_file_are_refused(make_checkpoint, first, second, file):
+    settings = (f"artifacts=[{{name: a, {first}}}, {{name: b, {second}}}]",)
+    both, checkpoint = changed(BASE, Flags(settings=settings)), Checkpoint.open(make_checkpoint())
+    with pytest.raises(UsageError, match=f"artifacts a and b would both write {file}"):
+        Plan.of(both, checkpoint)
+    assert Plan.of(both, checkpoint, ["b"]).artifacts[0].name == "b"
