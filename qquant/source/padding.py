@@ -38,7 +38,7 @@ RANKS = (1, 2, 4, 8)
 WIDEST = max(RANKS)
 
 
-@dataclass
+@dataclass(eq=False)
 class PaddedCheckpoint(Checkpoint):
     """The view; `config` and `raw_config` hold the padded size."""
 
