@@ -73,7 +73,7 @@ def test_every_option_says_its_default(name):
             assert f"default: {option.default}" in " ".join(text.split()), (name, option.opts)
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"qquant"})
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "qquant"])
 def test_every_command_has_an_example_that_parses(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = COMMANDS[name]
