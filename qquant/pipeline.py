@@ -77,7 +77,9 @@ def build(
         if plan.imatrix:
             inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
         progress.advance("read", 2, 3)
-        earlier = {spec.name: earlier_release(spec.gates, spec.name, text) for spec in recipe.artifacts}
+        earlier = {
+            artifact.name: earlier_release(artifact.spec.gates, artifact.name, text) for artifact in plan.artifacts
+        }
         drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
         progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]

@@ -582,6 +582,19 @@ def test_bytes_lost_on_the_way_to_disk_are_found(make_checkpoint, build, monkeyp
     assert not (tmp_path / "out" / "model-GPTQ-Int4").exists()
 
 
+def test_an_artifact_that_is_not_built_needs_no_earlier_release(make_checkpoint, tmp_path):
+    """`--only` builds what it names, whatever report another artifact is to be compared with; what is built still needs its own."""
+    other = "{name: later, format: gguf, type: q8_0, gates: {regression_vs: nowhere, defaults: false}}"
+    path = tmp_path / "test.yaml"
+    path.write_text(HEAD + f"  - {ARTIFACTS['gguf-q4_0']}\n  - {other}\n")
+    loaded, checkpoint = recipe.load(str(path)), Checkpoint.open(make_checkpoint())
+    plan = Plan.of(loaded, checkpoint, only=["gguf-q4_0"])
+    report = pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, quiet)
+    assert [row.name for row in report.artifacts] == ["gguf-q4_0"]
+    with pytest.raises(UsageError, match="nowhere"):
+        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / "all", CPU, quiet)
+
+
 # --- gates and checks -------------------------------------------------------------------------------------------------
 
 

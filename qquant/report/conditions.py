@@ -23,6 +23,11 @@ class TextFacts:
     tokens_sha256: str = ""  # of the first window
     further: Mapping[str, Count] = field(default_factory=dict)  # windows of texts that are measured, and judge nothing
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token of a window is scored; else its second half, as llama-perplexity does."""
+        return self.protocol == "sliding"
+
 
 @dataclass(frozen=True)
 class Conditions:

@@ -91,6 +91,22 @@ def test_head_names_the_base_and_inherits_its_licence(build):
     assert head_of(text_of(releases(build)[GGUF]))["library_name"] == "gguf"
 
 
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        ("", "the second half of each scored"),
+        ("llama.cpp", "the second half of each scored"),
+        ("sliding", "every token scored"),
+    ],
+)
+def test_the_card_says_which_tokens_were_scored(build, protocol, said):
+    report = json.loads((build / "report.json").read_text())
+    report["conditions"]["text"] |= {"protocol": protocol} if protocol else {}
+    (build / "report.json").write_text(json.dumps(report))
+    for repository in releases(build).values():
+        assert f"40 windows of 512 tokens, {said}, against" in text_of(repository)
+
+
 def test_the_hubs_own_reader_takes_the_card(build):
     for repository in releases(build).values():
         data = ModelCard(text_of(repository)).data
