@@ -173,7 +173,7 @@ def _card(artifact: Path, source: ArtifactSource, dtype: str) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["dequantized", "qquant"],
     }
-    linear = f"{source.family.block.format(0)}{source.family.linears[0]}.weight"
+    linear = next(iter(source.family.matrices(source.config)))
     return f"""---
 {yaml(head)}---
 

@@ -1,4 +1,9 @@
-"""Model families as data. To add one: a table in its own file, and a line in FAMILIES."""
+"""Model families: a table and a forward pass each. To add one: its own file, and a line in FAMILIES.
+
+Such a file says how config.json is read, what the tensors are called and how large they are, in which order a block computes (with the
+operators of `forward`), and what transformers and llama.cpp call it, if they know it. tests/worlds/toy_family.py is one that is like no
+other here, complete; tests/families run for every family, and so does every test with the fixture `family`.
+"""
 
 from __future__ import annotations
 

@@ -13,11 +13,15 @@ from qquant.source.checkpoint import Checkpoint
 GRID = UniformGrid(4, 32, symmetric=False, search="minmax")
 
 
+def norms(checkpoint):
+    return [stage.norm for stage in checkpoint.family.stages if stage.norm]
+
+
 def observed(folder):
     """Block 0 of a checkpoint, its inputs with outlier channels, and its Gram matrices."""
     checkpoint = Checkpoint.open(folder)
     weights = checkpoint.block(0)
-    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+    for norm in norms(checkpoint):
         weights[norm][::9] *= 12
     block = Block(checkpoint.family, checkpoint.config, weights, torch.float32)
     x = embed(checkpoint, torch.randint(0, 8192, (200,)), torch.float32)
@@ -29,15 +33,25 @@ def observed(folder):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_function_of_the_block_is_unchanged(make_checkpoint, kv_heads):
-    checkpoint, weights, block, x, grams = observed(make_checkpoint(num_key_value_heads=kv_heads))
+    require_the_same_function(make_checkpoint(num_key_value_heads=kv_heads))
+
+
+def test_function_of_the_block_is_unchanged_in_every_family(family, make_checkpoint):
+    require_the_same_function(make_checkpoint(family=family))
+
+
+def require_the_same_function(folder):
+    checkpoint, weights, block, x, grams = observed(folder)
     scaled = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: GRID, 20)
-    assert {choice.stage for choice in scaled.choices if choice.ratio is not None} == {"qkv", "o", "gate_up", "down"}
+    assert {choice.stage for choice in scaled.choices if choice.ratio is not None} == {
+        stage.name for stage in checkpoint.family.stages
+    }
     before, after = (
         block.forward(x),
         Block(checkpoint.family, checkpoint.config, scaled.weights, torch.float32).forward(x),
     )
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
-    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+    for norm in norms(checkpoint):
         assert not torch.equal(scaled.weights[norm], weights[norm].float())
         assert torch.equal(scaled.weights[norm], scaled.weights[norm].bfloat16().float()), (
             "a stored norm must lose nothing"

@@ -12,10 +12,12 @@ from qquant import pipeline, recipe
 from qquant.artifact.opening import open_weights
 from qquant.checks.decoding import Chooser
 from qquant.checks.decoding import Decoder as CheckDecoder
+from qquant.dequantization import dequantize
 from qquant.errors import InputError, StoppedError
 from qquant.families import FAMILIES, ModelConfig, decoder
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
+from qquant.recipe import Gates
 from qquant.runtime.stepping import Stepper, read_weights
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import padded
@@ -24,11 +26,11 @@ CPU = torch.device("cpu")
 RECIPE = """
 version: 1
 name: test
-calibration: {sources: [{bundled: books-en}], samples: 6, length: 48, default_system_share: 0}
-checks: {text: "bundled:wikitext-2-test", windows: 3, length: 64}
+calibration: {sources: [{bundled: books-en}], samples: 3, length: 32, default_system_share: 0}
+checks: {text: "bundled:wikitext-2-test", windows: 2, length: 32}
 artifacts:
   - {name: gptq, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}
-  - {name: awq, format: awq, group_size: 64, ratios: 4, gates: {defaults: false}}
+  - {name: awq, format: awq, group_size: 64, ratios: 2, gates: {defaults: false}}
 """
 GGUF = "  - {name: q8_0, format: gguf, type: q8_0, gates: {defaults: false}}\n"
 """In `RECIPE`, another artifact."""
@@ -110,6 +112,9 @@ class Recorded(Chooser):
 def test_artifacts_are_what_was_planned_and_load(family, checkpoint, tmp_path):
     report = pipeline.build(*(given := planned(checkpoint, tmp_path)), tmp_path / "out", CPU, Quiet())
     assert report.passed, report.artifacts
+    folders = [tmp_path / "out" / artifact.folder for artifact in given[2].artifacts]
+    checked = pipeline.check(folders, checkpoint, given[0].checks, Gates(defaults=False), CPU, Quiet())
+    assert [row.kl_divergence for row in checked.artifacts] == [row.kl_divergence for row in report.artifacts]
     tokens = torch.randint(0, checkpoint.config.vocab, (11,))
     for artifact in given[2].artifacts:
         folder = tmp_path / "out" / artifact.folder
@@ -123,6 +128,16 @@ def test_artifacts_are_what_was_planned_and_load(family, checkpoint, tmp_path):
                 tokens[None], attention_mask=torch.ones_like(tokens[None]), max_new_tokens=3, do_sample=False
             )
             assert answer[0, 11] == model(tokens[None]).logits[0, -1].argmax()
+
+
+def test_an_artifact_written_back_is_a_checkpoint_with_its_values(checkpoint, tmp_path):
+    given = planned(checkpoint, tmp_path)
+    pipeline.build(*given, tmp_path / "out", CPU, Quiet())
+    folder = tmp_path / "out" / given[2].artifacts[0].folder
+    dequantize(folder, tmp_path / "back", "float32", CPU, Quiet())
+    back, source = Checkpoint.open(tmp_path / "back"), open_weights(folder)
+    assert back.config == checkpoint.config
+    assert all(torch.equal(back.tensor(name), source.tensor(name)) for name in back.family.shapes(back.config))
 
 
 def test_an_interrupted_build_goes_on_to_the_same_bytes(checkpoint, tmp_path):

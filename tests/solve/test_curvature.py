@@ -52,7 +52,8 @@ def whole_gradients(source, tokens, drawn_gradients):
     return {key: value.grad for key, value in outputs.items()}
 
 
-def test_factors_are_those_of_one_backward_pass_through_the_whole_model(source, tmp_path):
+def test_factors_are_those_of_one_backward_pass_through_the_whole_model(family, make_checkpoint, tmp_path):
+    source = Checkpoint.open(make_checkpoint(family=family, dtype=torch.float32))
     given = samples()
     found = measure(source, given, tmp_path / "c", torch.float32, CPU, quiet)
     hidden = []
