@@ -61,17 +61,54 @@ def number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 
 def rope_theta(raw: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary frequencies, as transformers 4 or 5 writes it. Raises InputError for scaled frequencies."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{where}: rope_parameters must be a mapping, got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    """The base of the rotary frequencies, wherever transformers 4 or 5 writes it.
+
+    Raises:
+        InputError: frequencies are scaled, partial, or differ by layer, or two places name two bases.
+    """
+    found = {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"{where}: {key} must be a mapping, got {str(rope)[:80]}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(
+                f"{where}: rope type {str(kind)[:80]!r} in {key} is not supported; qquant knows 'default'. Remove the rope scaling"
+            )
+        layers = next((name for name, value in rope.items() if isinstance(value, dict)), None)
+        if layers is not None:
+            raise InputError(f"{where}: {key} holds another rope for {layers[:80]!r}; qquant knows one for all layers")
+        _require_whole(rope, f"{where}: {key}")
+        if rope.get("rope_theta") is not None:
+            found[f"rope_theta in {key}"] = rope["rope_theta"]
+    _require_whole(raw, where)
+    if len({float(number(found, key, float, where)) for key in found}) > 1:
         raise InputError(
-            f"{where}: rope type {kind!r} is not supported; qquant knows 'default'. Remove the rope scaling"
+            f"{where}: {', '.join(f'{key} is {value}' for key, value in found.items())}; keep the one that the model was made with"
         )
-    source = rope if "rope_theta" in rope else raw
-    return float(number({"rope_theta": 10000.0, **source}, "rope_theta", float, where))
+    return float(next(iter(found.values()), 10000.0))
+
+
+def _require_whole(rope: Mapping[str, Any], where: str) -> None:
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(
+            f"{where}: partial_rotary_factor is {str(rope['partial_rotary_factor'])[:80]}; qquant rotates whole heads"
+        )
+
+
+def require_full_attention(raw: Mapping[str, Any], layers: int, where: str) -> None:
+    """Raise InputError where `layer_types` names another attention than the full one of every layer, or other layers."""
+    kinds = raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or kinds != ["full_attention"] * layers):
+        other = (
+            next((kind for kind in kinds if kind != "full_attention"), f"{len(kinds)} of them")
+            if isinstance(kinds, list)
+            else kinds
+        )
+        raise InputError(
+            f"{where}: layer_types holds {str(other)[:80]!r}; qquant knows 'full_attention' for each of {layers} layers"
+        )
 
 
 def require_bounds(config: ModelConfig, where: str) -> ModelConfig:

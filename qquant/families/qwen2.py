@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qquant.errors import InputError
-from qquant.families.config import ModelConfig, number, require_bounds, rope_theta
+from qquant.families.config import ModelConfig, number, require_bounds, require_full_attention, rope_theta
 from qquant.families.family import Family, Gguf, Linear, ScalePair, Stage, Transformers
 from qquant.families.forward import Operators, Passage, StageInput, Stream
 
@@ -49,7 +49,9 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
         )
     if hidden % heads and "head_dim" not in raw:
         raise InputError(f"{where}: hidden_size {hidden} does not divide into {heads} attention heads")
-    return require_bounds(config, where)
+    require_bounds(config, where)
+    require_full_attention(raw, config.layers, where)
+    return config
 
 
 def forward(ops: Operators[Stream], x: Stream) -> Passage[Stream]:

@@ -6,6 +6,7 @@ What an artifact is, by its format, is in `artifacts`; the rules that every fiel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from qquant.recipe.artifacts import ArtifactSpec, AwqArtifact, Gates, GgufArtifa
 from qquant.recipe.fields import Conflict, Name, Share, Strict, Text, Whole
 from qquant.recipe.words import Location, key_path, shown
 
+RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
 
 # What no single field shows. Values may be of any type here: a file can have several faults at once.
@@ -39,6 +41,17 @@ def _too_many_tokens(given: Mapping[str, Any], count: str) -> Iterator[Conflict]
 def _no_name_after_bundled(given: Mapping[str, Any], key: str) -> Iterator[Conflict]:
     if given[key] == "bundled:":
         yield (key,), 'no name, got "bundled:"; allowed: bundled:NAME'
+
+
+def _reserved_names(artifacts: Any) -> Iterator[Conflict]:
+    """Artifacts whose name a build needs for a file of its own beside them."""
+    for index, artifact in enumerate(_listed(artifacts)):
+        name = _entry(artifact, "name")
+        if isinstance(name, str) and RESERVED.fullmatch(name):
+            yield (
+                ("artifacts", index, "name"),
+                f"a build keeps a file of that name, got {shown(name)}; allowed: any other",
+            )
 
 
 def _repeated_names(artifacts: Any) -> Iterator[Conflict]:
@@ -212,6 +225,7 @@ class Recipe(Strict):
         if str(given["checkpoint"]).startswith("bundled:") and given["revision"] is not None:
             yield ("revision",), f"a bundled checkpoint has none, got {shown(given['revision'])}; allowed: null"
         yield from _repeated_names(given["artifacts"])
+        yield from _reserved_names(given["artifacts"])
         yield from _held_out_in_calibration(given["calibration"], given["checks"])
 
 

@@ -30,7 +30,24 @@ PREFIX = "base_model.model."
 FLOATS = ("BF16", "F16", "F32")
 PATTERN_LIMIT = 200  # characters of a key of alpha_pattern, which is a regular expression
 REPEATED = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?")  # groups that repeat, back-references, extensions: can take forever
-REPEAT = re.compile(r"[*+{]")
+REPEAT = re.compile(r"[*+{?]")
+REPEATS, ALTERNATIVES = 3, 8
+PLAIN_STARTS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # values of init_lora_weights that leave the base as it is
+OTHER_MODELS = (
+    "lora_bias",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,8 @@ def _update(
 ) -> tuple[TensorInfo, TensorInfo, float]:
     if set(pair) != {"A", "B"}:
         raise InputError(f"{weights}: {target} has only lora_{next(iter(pair))}")
+    if len(shape) != 2:
+        raise InputError(f"{weights}: {target} is no matrix, and has no low-rank update. Is this its adapter?")
     if any(len(info.shape) != 2 or 0 in info.shape or info.dtype not in FLOATS for info in pair.values()):
         raise InputError(f"{weights}: {target}: A and B must be matrices of {', '.join(FLOATS)}")
     rank = pair["A"].shape[0]
@@ -121,26 +140,52 @@ def _update(
 
 def _supported(file: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be merged")
+        raise InputError(f"{file}: peft_type is {str(config.get('peft_type'))[:80]!r}; only 'LORA' can be merged")
     if config.get("use_dora"):
         raise InputError(f"{file}: use_dora is true; merge DoRA adapters with PEFT first (model.merge_and_unload())")
     if config.get("bias", "none") != "none":
-        raise InputError(f"{file}: bias is {config['bias']!r}; only 'none' can be merged")
+        raise InputError(f"{file}: bias is {str(config['bias'])[:80]!r}; only 'none' can be merged")
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise InputError(
+            f"{file}: init_lora_weights is {str(config['init_lora_weights'])[:80]!r}, which changed the base's weights before training, so the "
+            "adapter does not fit the base. Save it as a plain one with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(key, False), bool):
+            raise InputError(f"{file}: {key} is {str(config[key])[:80]!r}; expected true or false")
+    for key in OTHER_MODELS:
+        if config.get(key):
+            raise InputError(
+                f"{file}: {key} is {str(config[key])[:80]}; merge it with PEFT first (model.merge_and_unload())"
+            )
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
+    stated = _by_module(config, "rank_pattern", module, config.get("r"))
+    if stated is not None and (stated != rank or isinstance(stated, bool)):
+        raise InputError(
+            f"adapter_config.json: r is {str(stated)[:80]} for {module}, whose lora_A has {rank} rows; the scale is lost. Is this its config?"
+        )
+    alpha = _by_module(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e6:
+        raise InputError(f"adapter_config.json: lora_alpha {str(alpha)[:80]!r} is not a number that can be a scale")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_module(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """The value of the last pattern in `config[key]` that is the end of the name of `module`; `default` if none is."""
+    patterns = config.get(key) or {}
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if len(pattern) > PATTERN_LIMIT or REPEATED.search(pattern) or len(REPEAT.findall(pattern)) > 3:
+        involved = (
+            REPEATED.search(pattern) or len(REPEAT.findall(pattern)) > REPEATS or pattern.count("|") > ALTERNATIVES
+        )
+        if len(pattern) > PATTERN_LIMIT or involved:
             raise InputError(
-                f"adapter_config.json: alpha_pattern {pattern[:80]!r} is too involved; write the names of the modules"
+                f"adapter_config.json: {key} {pattern[:80]!r} is too involved; write the names of the modules"
             )
         try:
             matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
         except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"adapter_config.json: alpha_pattern {pattern[:80]!r}: {error}") from None
-        alpha = value if matches else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e6:
-        raise InputError(f"adapter_config.json: lora_alpha {str(alpha)[:80]!r} is not a number that can be a scale")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            raise InputError(f"adapter_config.json: {key} {pattern[:80]!r}: {error}") from None
+        default = value if matches else default
+    return default

@@ -25,7 +25,7 @@ from qquant.source import safetensors_file, vocabulary
 from qquant.source.adapter import Adapter
 from qquant.source.hub import require_model_folder, resolve
 from qquant.source.safetensors_file import TensorInfo
-from qquant.source.untrusted import PLAIN_NAME, read_json, refuse_hooks, require_regular
+from qquant.source.untrusted import NAME_LIMIT, PLAIN_NAME, read_json, refuse_hooks, require_regular
 from qquant.source.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -214,9 +214,14 @@ def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
         raise InputError(f"{path / 'model.safetensors.index.json'}: weight_map is missing or empty")
     files: dict[Path, set[str]] = {}
     for name, file in weights.items():
-        if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file) or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or len(file) > NAME_LIMIT
+            or not PLAIN_NAME.fullmatch(file)
+            or not file.endswith(".safetensors")
+        ):
             raise InputError(
-                f"{path / 'model.safetensors.index.json'}: {name} -> {file!r} is not the plain name of a .safetensors file"
+                f"{path / 'model.safetensors.index.json'}: {name[:80]} -> {str(file)[:80]!r} is not the plain name of a .safetensors file"
             )
         files.setdefault(path / file, set()).add(name)
     for file in sorted(files):

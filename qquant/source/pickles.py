@@ -24,7 +24,7 @@ from qquant.errors import InputError
 from qquant.source import confined
 from qquant.source.checkpoint import CONFIGS, SIDE_FILES, read_config
 from qquant.source.safetensors_file import read_header
-from qquant.source.untrusted import PLAIN_NAME, read_json, require_regular
+from qquant.source.untrusted import NAME_LIMIT, PLAIN_NAME, read_json, require_regular
 
 INDEX = "pytorch_model.bin.index.json"
 RECORD = "converted.json"
@@ -58,7 +58,12 @@ def sources(path: Path) -> list[Path]:
         weights = read_json(path / INDEX).get("weight_map")
         names = set(weights.values()) if isinstance(weights, dict) else {None}
         for name in names:
-            if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name) or not name.endswith(".bin"):
+            if (
+                not isinstance(name, str)
+                or len(name) > NAME_LIMIT
+                or not PLAIN_NAME.fullmatch(name)
+                or not name.endswith(".bin")
+            ):
                 raise InputError(f"{path / INDEX}: {str(name)[:80]!r} is not the plain name of a .bin file")
         return [require_regular(path / str(name)) for name in sorted(map(str, names))]
     single = path / "pytorch_model.bin"

@@ -24,6 +24,7 @@ JSON_LIMIT = 25_000_000  # bytes
 TEXT_LIMIT = 25_000_000  # bytes
 ITEM_LIMIT = 4_000_000  # commas and brackets of a JSON text, in strings too; Qwen's tokenizer.json has a million
 DEPTH_LIMIT = 32
+NAME_LIMIT = 255  # bytes of a file name
 PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 HOOKS = {
     "auto_map", "auto_mapping", "custom_generate", "custom_object_save", "custom_pipelines", "trust_remote_code",
@@ -59,7 +60,7 @@ def require_plain(name: object, where: str) -> str:
     Raises:
         InputError: it is not text, has a separator or a drive, or begins with a dot.
     """
-    if not isinstance(name, str) or len(name) > 255 or not PLAIN_NAME.fullmatch(name):
+    if not isinstance(name, str) or len(name) > NAME_LIMIT or not PLAIN_NAME.fullmatch(name):
         raise InputError(f"{where}: {str(name)[:80]!r} is not the plain name of a file")
     return name
 

@@ -19,6 +19,7 @@ from qquant.errors import InputError
 from qquant.source.untrusted import read_json, read_text
 
 ID_LIMIT = 1 << 22
+MERGES_PER_TOKEN = 4  # converted vocabularies name several ways to one token
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def checked(file: Path, tokens: Mapping[str, Any], merges: Sequence[Any], added:
     bad = next((text for text, number in tokens.items() if not _is_id(number)), None)
     if bad is not None:
         raise InputError(f"{file}: token {bad[:80]!r} has the id {tokens[bad]!r}; expected 0 to {ID_LIMIT - 1:,}")
+    if len(merges) > MERGES_PER_TOKEN * len(tokens):
+        raise InputError(
+            f"{file}: {len(merges):,} merges for {len(tokens):,} tokens; each merge makes one. Copy the file again"
+        )
     holders = {number: text for text, number in tokens.items()}
     if len(holders) != len(tokens):
         raise InputError(f"{file}: {len(tokens) - len(holders)} ids of the vocabulary are used twice")

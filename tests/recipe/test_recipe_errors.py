@@ -386,6 +386,12 @@ def test_a_known_key_is_not_replaced_by_a_misspelt_one(lines):
         assert re.search(rf"unknown key; allowed: {CALIBRATION_KEYS}; did you mean 'samples'\?$", line)
 
 
+@pytest.mark.parametrize("name", ["lock", "joined", "replaced", "four.journal", "moments-0"])
+def test_names_of_what_a_build_keeps_are_no_names_of_artifacts(name):
+    (line,) = problems(changed("name: four", f"name: {name}"))
+    assert "artifacts[0].name: a build keeps a file of that name" in line
+
+
 def test_long_values_are_cut():
     (line,) = problems(changed("bits: 4", f"bits: {'x' * 5000}"))
     assert line == f'r.yaml:12:11: artifacts[0].bits: wrong type, got "{"x" * 75} ...; allowed: 4, 8'

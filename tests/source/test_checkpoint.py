@@ -168,7 +168,19 @@ def test_damage_is_one_clear_error(make_checkpoint, damage):
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive int, got -1"),
         ({"num_key_value_heads": 3}, "do not divide into 3 key-value heads"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' in rope_scaling is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope type 'yarn' in rope_scaling",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 10000.0}},
+            "rope_theta is 1000000.0, rope_theta in rope_parameters is 10000.0",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "holds another rope for 'full_attention'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types holds '1 of them'"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Headers, configs and hooks of strangers: one InputError; none hangs, crashes, or is accepted where the reference refuses."""
 
 import json
+import re
 import shutil
 import time
 
@@ -187,7 +188,9 @@ def test_hooks_are_found_at_any_depth(inner, way):
         untrusted.refuse_hooks({"top": value}, "x")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(q|q)*x", "[", "a*" * 50, "(?:x)" * 3, "q" * 500])
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(q|q)*x", "[", "a*" * 50, "(?:x)" * 3, "q" * 500, "(.|.|.|.)" * 21, "a?" * 40]
+)
 def test_patterns_of_adapters_are_bounded(make_checkpoint, tmp_path, pattern):
     adapter = write_adapter(tmp_path / "lora", low_rank(), alpha_pattern={pattern: 4})
     began = time.process_time()
@@ -200,6 +203,31 @@ def test_patterns_of_adapters_are_bounded(make_checkpoint, tmp_path, pattern):
 def test_scales_of_adapters_are_numbers(make_checkpoint, tmp_path, alpha):
     with pytest.raises(InputError, match="lora_alpha"):
         Checkpoint.open(make_checkpoint(), adapter=write_adapter(tmp_path / "lora", low_rank(), lora_alpha=alpha))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "changed the base's weights before training"),
+        ({"init_lora_weights": "pissa_niter_16"}, "changed the base's weights before training"),
+        ({"init_lora_weights": "loftq"}, "changed the base's weights before training"),
+        ({"r": 8}, "r is 8 for model.layers.0.self_attn.q_proj, whose lora_A has 4 rows"),
+        ({"rank_pattern": {"q_proj": 2}}, "r is 2 for"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is"),
+        ({"lora_bias": True}, "lora_bias is True"),
+    ],
+)
+def test_adapters_that_are_no_plain_update_are_refused(make_checkpoint, tmp_path, changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Checkpoint.open(make_checkpoint(), adapter=write_adapter(tmp_path / "lora", low_rank(), **changes))
+
+
+def test_adapters_of_norms_are_refused(make_checkpoint, tmp_path):
+    norm = "base_model.model.model.layers.0.input_layernorm"
+    tensors = {f"{norm}.lora_A.weight": torch.randn(4, 64), f"{norm}.lora_B.weight": torch.randn(64, 4)}
+    with pytest.raises(InputError, match="is no matrix"):
+        Checkpoint.open(make_checkpoint(), adapter=write_adapter(tmp_path / "lora", tensors))
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (64,), ()])
