@@ -23,7 +23,7 @@ from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, 
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
 from qquant.report.solved import LinearRecord, warnings_of
-from qquant.solve import propagate, solver, walk
+from qquant.solve import outside, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
@@ -558,8 +558,8 @@ def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, mo
     for record in (seen, held, solved):
         record.clear()
     _, threaded = build(folder, out="threaded")
-    assert {thread for thread, _, unit in seen if unit != walk.REST} == {"qquant-write-behind"}
-    assert ("qquant-write-behind", NAMES[-1], walk.REST) in seen
+    assert {thread for thread, _, unit in seen if unit != outside.REST} == {"qquant-write-behind"}
+    assert ("qquant-write-behind", NAMES[-1], outside.REST) in seen
     for name in NAMES:
         assert [unit for _, found, unit in seen if found == name] == [unit for found, unit in in_place if found == name]
     assert contents(threaded) == contents(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qquant.devices import policy
@@ -37,12 +38,28 @@ def checksum(value: Tensor) -> str:
 
 def checksum_of(pieces: Iterable[Tensor]) -> str:
     """`checksum` of one value that comes in pieces, in their order."""
-    total = start = 0
+    found = Checksum()
     for piece in pieces:
+        found.add(piece)
+    return found.hexdigest()
+
+
+@dataclass
+class Checksum:
+    """`checksum` of one value that comes in pieces, in their order."""
+
+    total: int = 0
+    values: int = 0  # so far
+
+    def add(self, piece: Tensor) -> None:
+        """The next piece."""
         for part in piece.contiguous().view(-1).split(policy(piece.device).checksummed):
-            total += _weighted(part, start)
-            start += len(part)
-    return f"{total & (1 << 64) - 1:016x}"
+            self.total += _weighted(part, self.values)
+            self.values += len(part)
+
+    def hexdigest(self) -> str:
+        """Of what was added so far."""
+        return f"{self.total & (1 << 64) - 1:016x}"
 
 
 def _weighted(part: Tensor, start: int) -> int:

@@ -55,4 +55,5 @@ def scratch_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         for layer in range(config.layers)
     )
     states = tokens * config.hidden * (2 if checkpoint.dtype == "BF16" else 4)
-    return config.layers * (max(states, rows) + 16 * tokens) + rows
+    tables = 8 * config.hidden * config.hidden + 8 * config.vocab
+    return config.layers * (max(states, rows) + 16 * tokens) + rows + tables

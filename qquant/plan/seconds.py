@@ -1,6 +1,7 @@
 """How long a build takes, by phase: arithmetic counted from shapes, over rates that this machine shows in a second.
 
     curvature   (1 + BACKWARD) forward passes of the tokens that curvature is measured on, and the head's gradient
+    embedding and head    as for a linear [words, hidden], where they are codes of a solver
     quantize    one forward pass with Gram matrices; for an artifact with a stream of its own, another, and PAIRED Gram matrices;
                 for each linear [N, K]: COLUMN small operations a column, SEARCH elementwise ones a weight, and products of N K K
     check       a forward pass and the head for checkpoint and artifacts, window by window
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
 from qquant.recipe import Recipe
 from qquant.resources import lazy
@@ -32,6 +34,7 @@ BACKWARD = 4  # forward passes that a backward pass with its factors costs
 PAIRED = 1.5  # Gram matrices' worth of the pairs that an own stream adds
 COLUMN = 62  # small operations for each column of a linear; a GPU's kernels take columns at once
 SEARCH = 500  # elementwise operations a weight: scales and their refits
+TABLE_ROWS = 4096  # as in `qquant.solve.outside`
 SWEEP = 2  # products of N K K that a sweep costs
 ANSWERS = 33  # to the bundled prompts, in each of two dtypes
 DECODE = 16  # a token that is decoded in a batch, over one that is read
@@ -98,11 +101,23 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     read = plan.looks[0] * checks.length * texts
     found = {
         "curvature": seen * ((1 + BACKWARD) * forward + 3 * head) if any(spec.feedback for spec in specs) else 0.0,
+        "embedding and head": sum(_tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if seen),
         "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
         "check": models * read * (forward + head),
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
     return {phase: took for phase, took in found.items() if took}
+
+
+def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:
+    """Of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
+    family, config = checkpoint.family, checkpoint.config
+    if not artifact.spec.feedback:
+        return 0.0
+    names = [family.embedding, *([] if config.tied else [family.head])]
+    coded = sum(not artifact.stored[name].numbers for name in names)
+    slices = coded * math.ceil(config.vocab / TABLE_ROWS)
+    return _solving([(TABLE_ROWS, config.hidden)] * slices, artifact.spec.sweeps, rates, device)
 
 
 def _solving(linears: list[tuple[int, int]], sweeps: int, rates: Rates, device: torch.device) -> float:

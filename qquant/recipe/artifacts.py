@@ -36,7 +36,8 @@ def _known_solver(value: object) -> object:
 
 SolverName = Annotated[str, BeforeValidator(_known_solver), WithJsonSchema({"enum": list(SOLVERS), "type": "string"})]
 SOLVER = (
-    "rtn: to nearest; gptq: each column makes up for the errors before it, polished by `sweeps`; "
+    "rtn: to nearest; gptq: each column makes up for the errors before it, polished by `sweeps`, also in embedding and head where they "
+    "are codes; "
     "ggml: byte-identical to llama-quantize, for GGUF alone"
 )
 Damping = Annotated[

@@ -129,7 +129,7 @@ class Calibration(Strict):
     )
     objective: Literal["kl", "output"] = Field(
         default="kl",
-        description="what solvers minimise; kl: the KL divergence of the model, to second order; output: each linear's output error",
+        description="what solvers minimise; kl: the KL divergence of the model, to second order; output: each linear's output error, and embedding and head of GGUF files stay llama-quantize's",
     )
     curvature_tokens: int = Field(
         default=65536,

@@ -18,6 +18,7 @@ blocks from the last to the first, one in memory (and the next, where it is read
 one file a block:
 
     FOLDER/block-<n>   "weights <stage>" float32 [tokens],  "rows <linear> <k>" bfloat16 [rows, rows], trace / rows = 1
+    FOLDER/outside     what is known of the embedding (the gradient by the input of block 0) and of the head, see `Tables`
     FOLDER/complete    sha256 of every block file; nothing is used before it was compared
 """
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad
 
 from qquant import devices
 from qquant.algorithms.checksum import as_bytes
@@ -45,17 +45,18 @@ from qquant.devices import free_memory
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
-from qquant.families.decoder import HEAD_ROWS, Block, rms_norm
+from qquant.families.decoder import Block
 from qquant.kernels.gram import gram
 from qquant.progress import Progress
+from qquant.solve.head import HeadInput, head_gradients
 from qquant.solve.layers import Layers
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
 
+OUTSIDE = "outside"  # the file of what lies outside the blocks
+REMEDY = "set calibration.objective to output"
 ROWS = 2048  # rows of a linear whose curvature is kept together
-STRIP = 64  # columns of a slice whose mass is summed first
-SEED = 0
 BACKWARD = (
     4  # times a block's forward pass: it runs that again, goes back, and sums G; 2.9 (float32) to 4.9 (bf16) on a CPU
 )
@@ -113,7 +114,7 @@ class Curvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
         weights: dict[str, Mapping[int, Tensor]] = {}
         rows: dict[str, list[TensorInfo]] = {}
-        for key, info in sorted(read_header(_path(self.folder, layer))[0].items()):
+        for key, info in sorted(read_header(_path(self.folder, str(layer)))[0].items()):
             kind, name, *_ = key.split(" ")
             if kind == "weights":
                 samples = read_tensor(info).to(device).split(list(self.lengths.values()))
@@ -121,6 +122,26 @@ class Curvature:
             else:
                 rows.setdefault(name, []).append(info)
         return BlockCurvature(weights, RowFactors(rows, device))
+
+    def tables(self, device: torch.device) -> Tables:
+        """What is known of the embedding and the head, on `device`."""
+        found = {key: read_tensor(info) for key, info in read_header(_path(self.folder, OUTSIDE))[0].items()}
+        tokens, spread, largest = found["sums"].tolist()
+        lookup, head = (found[key].to(device) for key in ("lookup", "head"))
+        return Tables(lookup, head, found["counts"], found["predicted"], int(tokens), spread, largest)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What errors in the embedding and in the head cost, as sums over tokens."""
+
+    lookup: Tensor  # sum of g g' at the embedding's output, float32 [hidden, hidden]
+    head: Tensor  # H of the head's input, see `qquant.solve.head`, float32 [hidden, hidden]
+    counts: Tensor  # float32 [vocab]: how often each word was looked up
+    predicted: Tensor  # float32 [vocab]: how often each was drawn as a prediction
+    tokens: int
+    spread: float  # sum of the weights of the tokens in `head`
+    largest: float  # largest |h| of the head's input
 
 
 class _Watched(Block):
@@ -181,7 +202,8 @@ def measure(
             stream.advance(layer, Block(source.family, source.config, next(forth), dtype), {})
             tell(layer + 1)
     hidden = [x.to(device) for x in stream.hidden]
-    gradients = list(_head_gradients(source, hidden, lambda done, of: tell(layers + head * done // of)))
+    seen = HeadInput.zeros(source, device)
+    gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of))
     del stream, hidden
     digests: dict[str, str] = {}
     with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as later:
@@ -189,9 +211,10 @@ def measure(
             given = inputs.take(layer, device)
             block = _Watched(source.family, source.config, next(back), dtype)
             gradients, factors = _backward(block, layer, given, gradients)
-            later(partial(_write, folder, layer, factors, digests))
+            later(partial(_write, folder, str(layer), factors, digests))
             del factors
             tell(layers + head + BACKWARD * (layers - layer))
+        later(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
     write_synced(folder / "complete", json.dumps(digests).encode())
     return found
 
@@ -202,15 +225,34 @@ def head_share(family: Family, config: ModelConfig) -> int:
     return max(1, round(HEAD * config.vocab * config.hidden * config.layers / blocks))
 
 
-def _path(folder: Path, layer: int) -> Path:
-    return folder / f"block-{layer}"
+def _path(folder: Path, part: str) -> Path:
+    return folder / (part if part == OUTSIDE else f"block-{part}")
 
 
-def _write(folder: Path, layer: int, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
-    """Write a block's file, and add its sha256 to `digests`."""
+def _write(folder: Path, part: str, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
+    """Write the file of a block or of what lies outside them, and add its sha256 to `digests`."""
     content = save(dict(factors))
-    write_synced(_path(folder, layer), content)
-    digests[str(layer)] = hashlib.sha256(content).hexdigest()
+    write_synced(_path(folder, part), content)
+    digests[part] = hashlib.sha256(content).hexdigest()
+
+
+def _tables(
+    source: Checkpoint, samples: Mapping[int, Tensor], seen: HeadInput, gradients: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What goes into the file of the embedding and the head, from the gradients by the embedding's output."""
+    lookup = torch.zeros_like(seen.matrix)
+    for gradient in gradients:
+        gram(lookup, gradient.contiguous())
+    if not finite(lookup) or not finite(seen.matrix):
+        raise NumericalError(f"embedding: gradients are not finite in {gradients[0].dtype}; {REMEDY}")
+    counts = torch.bincount(torch.cat(list(samples.values())).cpu(), minlength=source.config.vocab)
+    return {
+        "lookup": lookup.cpu(),
+        "head": seen.matrix.cpu(),
+        "counts": counts.float(),
+        "predicted": seen.predicted,
+        "sums": torch.tensor([int(counts.sum()), seen.spread, seen.largest], dtype=torch.float64),
+    }
 
 
 def _place(device: torch.device, nbytes: int) -> Place:
@@ -267,82 +309,10 @@ def _complete(folder: Path, layers: int) -> bool:
         return False
     digests = json.loads(record.read_bytes())
     return all(
-        _path(folder, layer).is_file()
-        and hashlib.sha256(_path(folder, layer).read_bytes()).hexdigest() == digests.get(str(layer))
-        for layer in range(layers)
+        _path(folder, part).is_file()
+        and hashlib.sha256(_path(folder, part).read_bytes()).hexdigest() == digests.get(part)
+        for part in (*map(str, range(layers)), OUTSIDE)
     )
-
-
-def _head_gradients(source: Checkpoint, hidden: Sequence[Tensor], tell: Callable[[int, int], None]) -> Iterator[Tensor]:
-    """Gradients of log p(w) - log p(v), over sqrt 2, for drawn v and w by the output of the last block, [T, hidden] each.
-
-    `tell`: (tokens done, of all), after every slice of the tokens.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    head = _Head(source, hidden[0].device)
-    norm = source.tensor(source.family.final_norm).to(hidden[0])
-    pieces: list[Tensor] = []
-    tokens = torch.cat(list(hidden))
-    for part in tokens.split(devices.policy(hidden[0].device).head_tokens):
-        leaf = part.clone().requires_grad_()
-        normed = rms_norm(leaf, norm, source.config.epsilon)
-        normed.backward(head.gradient(normed.detach(), generator))
-        assert leaf.grad is not None
-        pieces.append(leaf.grad)
-        tell(sum(map(len, pieces)), len(tokens))
-    yield from torch.cat(pieces).split([len(x) for x in hidden])
-
-
-class _Head:
-    """The output head, in slices of rows; they stay on a GPU, and are read again for every call elsewhere."""
-
-    def __init__(self, source: Checkpoint, device: torch.device) -> None:
-        self.source = source
-        vocab = source.config.vocab
-        self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-        self.kept = {part: self._read(*part).to(device) for part in self.slices} if device.type == "cuda" else {}
-
-    def _read(self, start: int, stop: int) -> Tensor:
-        return self.source.rows(self.source.family.head, start, stop)
-
-    def gradient(self, normed: Tensor, generator: torch.Generator) -> Tensor:
-        """(head_v - head_w) / sqrt 2 for independent v, w ~ softmax(normed @ head'), like `normed` [T, hidden].
-
-        Slices are seen once: what was drawn so far gives way to a draw from the next slice with that one's share of the mass so far.
-        `generator`: on the CPU; every token takes its numbers in turn, so that calls with fewer tokens draw the same.
-        """
-        chances = torch.rand(len(normed), len(self.slices), 2, dtype=torch.float64, generator=generator)
-        chances = chances.to(normed.device)
-        top = torch.full((len(normed), 1), -torch.inf, device=normed.device)
-        total = torch.zeros(len(normed), 1, dtype=torch.float64, device=normed.device)
-        drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
-        for index, part in enumerate(self.slices):
-            rows = (self.kept[part] if self.kept else self._read(*part)).to(normed)
-            scores = normed @ rows.T
-            before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
-            strips, sums = _mass(scores, top)
-            total = total * (before - top).exp() + sums[:, -1:]
-            for place, chance in enumerate(chances[:, index].split(1, dim=1)):
-                found = rows[_drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)]
-                drawn[place] = torch.where(chance * total < sums[:, -1:], found, drawn[place])
-        return (drawn[0] - drawn[1]) * 0.5**0.5
-
-
-def _mass(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scores - top) of scores [T, R] in strips, float32 [T, R / STRIP, STRIP], and their sums from the left, float64."""
-    mass = scores.float().sub_(top).exp_()
-    if mass.shape[1] % STRIP:
-        mass = pad(mass, (0, -mass.shape[1] % STRIP))
-    strips = mass.view(len(mass), -1, STRIP)
-    return strips, strips.sum(2).double().cumsum(1)
-
-
-def _drawn(strips: Tensor, sums: Tensor, level: Tensor) -> Tensor:
-    """Where the running sum of `_mass` exceeds level [T, 1], int64 [T]."""
-    strip = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)
-    inside = strips.gather(1, strip.unsqueeze(2).expand(-1, -1, STRIP))[:, 0].double().cumsum(1)
-    behind = level - sums.gather(1, strip) + inside[:, -1:]
-    return (strip * STRIP + torch.searchsorted(inside, behind, right=True).clamp_(max=STRIP - 1))[:, 0]
 
 
 def _backward(
@@ -376,9 +346,7 @@ def _backward(
         for index, part in enumerate(parts)
     }
     if not all(finite(value) for value in stored.values()):
-        raise NumericalError(
-            f"block {layer}: gradients are not finite in {inputs[0].dtype}; set calibration.objective to output"
-        )
+        raise NumericalError(f"block {layer}: gradients are not finite in {inputs[0].dtype}; {REMEDY}")
     return before, {name: value.cpu().contiguous() for name, value in stored.items()}
 
 

@@ -9,13 +9,14 @@ On a GPU a thread of each artifact does the last step, one block behind. Activat
 checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
 Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
-With a `curvature` the tokens of a Gram matrix are weighted, and codes are polished for the KL divergence of the whole model. Samples on
-which no gradient was measured count with weight 1, which is the mean of the measured ones.
+With a `curvature` the tokens of a Gram matrix are weighted, codes are polished for the KL divergence of the whole model, and embedding
+and head are solved before the blocks (`outside`). Samples on which no gradient was measured count with weight 1, which is the mean of
+the measured ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -27,15 +28,13 @@ from torch import Tensor
 from qquant import background, devices
 from qquant.algorithms import coupled
 from qquant.algorithms.gram import Gram
-from qquant.artifact.draft import Draft, Filling
-from qquant.errors import StoppedError
-from qquant.families.decoder import HEAD_ROWS
-from qquant.formats import FORMATS
+from qquant.artifact.draft import Draft
 from qquant.progress import Progress
 from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
+from qquant.solve.outside import lacking, solve_tables, write_rests
 from qquant.solve.propagate import own_block
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import Stream
@@ -43,7 +42,6 @@ from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow
 
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
-REST = "rest"
 
 
 def quantize(
@@ -67,20 +65,25 @@ def quantize(
     source = narrow(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
     copied = [draft for draft in drafts if copies(draft, checkpoint)]
-    rests = partial(_write_rests, checkpoint, copied, torch.device("cpu"))
+    solved = curvature_tokens > 0
+    rests = partial(write_rests, checkpoint, copied, solved, torch.device("cpu"))
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     measured = all(moments.load(layer) is not None for layer in range(layers))
     curvature, blocks = None, Layers.of(source, device)
     with background.start_early(rests, devices.threads_help(device)) as written:
-        if curvature_tokens and any(draft.plan.spec.feedback for draft in waiting):
+        if solved and any(
+            draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft)) for draft in drafts
+        ):
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
         written()  # two units of a draft are not journalled at once
     with ExitStack() as writers:
         for draft in reversed(drafts):  # they end in their order
             writers.enter_context(draft.write_behind(devices.threads_help(device)))
-        _write_rests(checkpoint, [draft for draft in drafts if draft not in copied], device, Event())
+        write_rests(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
+        if curvature is not None:
+            solve_tables(checkpoint, drafts, curvature.tables(device), device, progress)
         if waiting or (drafts and not measured):
             _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
 
@@ -123,34 +126,6 @@ def _walk(
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
-
-
-def _write_rests(checkpoint: Checkpoint, drafts: Sequence[Draft], device: torch.device, stop: Event) -> None:
-    """Write what lies outside the blocks of every draft that does not have it. Raises StoppedError where `stop` is set meanwhile."""
-    for draft in drafts:
-        if REST not in draft.units:
-            filling = Filling(draft, REST)
-            for name, offset, piece in _rest(checkpoint, draft, device, stop):
-                draft.later(partial(filling.put, name, offset, piece.cpu()))
-            draft.later(partial(filling.close, []))
-
-
-def _rest(checkpoint: Checkpoint, draft: Draft, device: torch.device, stop: Event) -> Iterator[tuple[str, int, Tensor]]:
-    """The tensors outside the blocks, in slices of rows."""
-    family, config = checkpoint.family, checkpoint.config
-    names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
-    store = FORMATS[draft.plan.format].store
-    for name in names:
-        offset = 0
-        rows = checkpoint.tensors[name].shape[0]
-        step = rows if name == family.final_norm else HEAD_ROWS
-        for start in range(0, rows, step):
-            if stop.is_set():
-                raise StoppedError(f"{draft.plan.name}: {name} is not written to its end")
-            value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
-            for stored, piece in store(draft.plan, name, value.to(device), None).items():
-                yield stored, offset, piece
-                offset += piece.numel() * piece.element_size()
 
 
 def _shared(

@@ -22,7 +22,7 @@ from qquant.artifact import draft
 from qquant.checks import review
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
-from qquant.solve import curvature, propagate, solver, walk
+from qquant.solve import curvature, outside, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.memory import write_random
 
@@ -141,7 +141,8 @@ def main():
         (solver.Solver, "_store", "GGUF blocks"),
         (draft.Draft, "write", "write"),
         (draft.Draft, "finish", "read back and rename"),
-        (walk, "_rest", "other tensors"),
+        (outside, "_rest", "other tensors"),
+        (outside._Table, "solve", "embedding and head"),
         (review, "_read", "check: windows"),
         (review.loading, "faults", "check: clean processes, beside the windows"),
         (pipeline, "review", "check"),

@@ -11,7 +11,7 @@ from qquant.plan.asked import Asked
 from qquant.plan.plan import Plan
 from qquant.plan.seconds import Rates, probe
 from qquant.recipe.changes import Flags
-from qquant.solve import curvature
+from qquant.solve import curvature, outside
 
 CPU = torch.device("cpu")
 ONE = Rates(1e9, 1e9, 1e9, 1e5)
@@ -25,11 +25,18 @@ def predicted(folder, *settings, rates=ONE, types=()):
 def test_counts_are_those_of_the_phases():
     assert seconds.BACKWARD == curvature.BACKWARD
     assert len(sanity.QUESTIONS) == seconds.ANSWERS
+    assert seconds.TABLE_ROWS == outside.ROWS
 
 
 def test_work_follows_the_recipe(demo):
     whole = predicted(demo)
-    assert list(whole) == ["curvature", "quantize", "check", "answer"]
+    assert list(whole) == ["curvature", "embedding and head", "quantize", "check", "answer"]
+    assert "embedding and head" not in predicted(
+        demo,
+        "artifacts.gguf-q8_0.solver=ggml",
+        "artifacts.gguf-q4_0.solver=ggml",
+        "artifacts.gguf-q4_0.propagate=false",
+    )
     assert predicted(demo, "checks.windows=80")["check"] == pytest.approx(2 * whole["check"])
     assert predicted(demo, "calibration.samples=48")["curvature"] == pytest.approx(whole["curvature"] / 2)
     assert "curvature" not in predicted(demo, "calibration.objective=output")

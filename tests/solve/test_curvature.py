@@ -14,7 +14,8 @@ from qquant.errors import InputError, NumericalError
 from qquant.families.decoder import embed, rms_norm, source_block
 from qquant.progress import Quiet
 from qquant.solve import curvature
-from qquant.solve.curvature import BACKWARD, HEAD, SEED, _Head, _head_gradients, head_share, measure, spread
+from qquant.solve.curvature import BACKWARD, HEAD, head_share, measure, spread
+from qquant.solve.head import SEED, Head, HeadInput, head_gradients
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds.watched import Watched
 
@@ -62,7 +63,7 @@ def test_factors_are_those_of_one_backward_pass_through_the_whole_model(family, 
         for layer in range(source.config.layers):
             x = source_block(source, layer, torch.float32).forward(x)
         hidden.append(x)
-    heads = list(_head_gradients(source, hidden, lambda *_: None))
+    heads = head_gradients(source, hidden, HeadInput.zeros(source, CPU), lambda *_: None)
     whole = [whole_gradients(source, tokens, head) for tokens, head in zip(given.values(), heads, strict=True)]
     for layer in range(source.config.layers):
         block = found.block(layer, CPU)
@@ -84,9 +85,9 @@ def test_drawn_gradients_have_the_fisher_information_as_second_moment(source):
     head = source.rows(source.family.head, 0, source.config.vocab)
     p = (normed @ head.T).softmax(1)[0].double()
     fisher = head.T.double() @ (torch.diag(p) - torch.outer(p, p)) @ head.double()
-    draw = _Head(source, CPU)
+    draw = Head(source, CPU)
     generator = torch.Generator().manual_seed(SEED)
-    drawn = draw.gradient(normed.expand(20000, -1).contiguous(), generator).double()
+    drawn = draw.draw(normed.expand(20000, -1).contiguous(), generator).gradient.double()
     estimate = drawn.T @ drawn / len(drawn)
     assert float((estimate - fisher).norm() / fisher.norm()) < 0.1
     assert float(drawn.mean(0).norm() / fisher.trace().sqrt()) < 0.03
@@ -97,26 +98,26 @@ def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
         torch.randn(count, source.config.hidden, generator=torch.Generator().manual_seed(count))
         for count in (90, 7, 60)
     ]
-    draw, generator = _Head(source, CPU), torch.Generator().manual_seed(SEED)
-    together = draw.gradient(torch.cat(hidden), torch.Generator().manual_seed(SEED))
-    assert torch.equal(together, torch.cat([draw.gradient(part, generator) for part in hidden]))
+    draw, generator = Head(source, CPU), torch.Generator().manual_seed(SEED)
+    together = draw.draw(torch.cat(hidden), torch.Generator().manual_seed(SEED)).gradient
+    assert torch.equal(together, torch.cat([draw.draw(part, generator).gradient for part in hidden]))
     assert len(together.unique(dim=0)) > 140
 
 
 def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     """Slices of unequal size and mass, none a multiple of a strip: how often each token is drawn against its probability."""
-    monkeypatch.setattr("qquant.solve.curvature.HEAD_ROWS", 3000)
+    monkeypatch.setattr("qquant.solve.head.HEAD_ROWS", 3000)
     vocab, hidden = source.config.vocab, source.config.hidden
     normed = 3 * torch.randn(1, hidden, generator=torch.Generator().manual_seed(4))
     head = (
         source.rows(source.family.head, 0, vocab) * torch.linspace(0.2, 2, vocab)[:, None]
     )  # later slices score higher
     p = (normed @ head.T).softmax(1)[0].double()
-    draw = _Head(source, CPU)
+    draw = Head(source, CPU)
     monkeypatch.setattr(draw, "_read", lambda start, stop: head[start:stop])
     assert len(draw.slices) == 3
     count = 20000
-    drawn = draw.gradient(normed.expand(count, -1).contiguous(), torch.Generator().manual_seed(5)).double()
+    drawn = draw.draw(normed.expand(count, -1).contiguous(), torch.Generator().manual_seed(5)).gradient.double()
     assert torch.allclose(drawn.mean(0), torch.zeros(hidden).double(), atol=5 * float(drawn.std() / count**0.5))
     mean = p @ head.double()
     variance = p @ head.double().square() - mean.square()
@@ -176,7 +177,7 @@ def test_complete_factors_are_read_again_and_changed_ones_measured_again(source,
     measure(source, samples(), folder, torch.float32, CPU, Watched(count))
     calls = len(counted)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(first) == ["block-0", "block-1", "complete"]
+    assert sorted(first) == ["block-0", "block-1", "complete", "outside"]
     measure(source, samples(), folder, torch.float32, CPU, Watched(count))
     assert len(counted) == calls
     (folder / "block-1").write_bytes(first["block-1"][:-1] + bytes([first["block-1"][-1] ^ 1]))
@@ -260,7 +261,13 @@ def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path,
 
 
 def test_gradients_that_overflow_are_an_error(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(_Head, "gradient", lambda self, normed, generator: torch.full_like(normed, math.inf))
+    draw = Head.draw
+
+    def overflowing(self, normed, generator):
+        drawn = draw(self, normed, generator)
+        return replace(drawn, gradient=torch.full_like(normed, math.inf))
+
+    monkeypatch.setattr(Head, "draw", overflowing)
     with pytest.raises(NumericalError, match="gradients are not finite in torch.float32"):
         measure(source, samples(), tmp_path / "c", torch.float32, CPU, quiet)
 

@@ -1,0 +1,142 @@
+"""The output head in the backward pass: draws from the model's own prediction, the gradients that they give, and what the head itself sees.
+
+    g_t = d(log p_t(w) - log p_t(v)) / d h_t / sqrt 2 = (head_w - head_v) / sqrt 2,     v, w ~ p_t = softmax(head h_t)
+
+has the Fisher information at the head's input as its second moment. At the head's output, the logits, that information is
+diag(p_t) - p_t p_t'; its trace 1 - sum_v p_tv^2 is what an error of all rows together costs at token t, and weighs the token in
+
+    H = sum_t (1 - sum_v p_tv^2) h_t h_t'        how often v was drawn beside another word estimates sum_t p_tv (1 - p_tv), its row's share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qquant import devices
+from qquant.families.decoder import HEAD_ROWS, rms_norm
+from qquant.kernels.gram import gram
+from qquant.source.checkpoint import Checkpoint
+
+STRIP = 64  # columns of a slice whose mass is summed first
+SEED = 0
+
+
+@dataclass
+class HeadInput:
+    """What the head saw: sums over the tokens so far."""
+
+    matrix: Tensor  # H, float32 [hidden, hidden]
+    predicted: Tensor  # float32 [vocab]: half the draws of each word whose pair is of two words
+    spread: float = 0.0  # sum of the weights of the tokens
+    largest: float = 0.0  # largest |h|
+
+    @classmethod
+    def zeros(cls, source: Checkpoint, device: torch.device) -> HeadInput:
+        """Nothing seen yet."""
+        config = source.config
+        return cls(torch.zeros(config.hidden, config.hidden, device=device), torch.zeros(config.vocab))
+
+    def add(self, normed: Tensor, drawn: Drawn) -> None:
+        """Add normed states [T, hidden] and what was drawn for them."""
+        gram(self.matrix, (normed * drawn.spread.sqrt().to(normed.dtype).unsqueeze(1)).contiguous())
+        pairs = drawn.words[drawn.words[:, 0] != drawn.words[:, 1]]
+        self.predicted += torch.bincount(pairs.flatten().cpu(), minlength=len(self.predicted)) / 2
+        self.spread += float(drawn.spread.double().sum())
+        self.largest = max(self.largest, float(normed.abs().max()))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """For T tokens: the gradient at the head's input, and what was drawn."""
+
+    gradient: Tensor  # [T, hidden]
+    words: Tensor  # int64 [T, 2]
+    spread: Tensor  # float32 [T]: 1 - sum of p^2
+
+
+def head_gradients(
+    source: Checkpoint, hidden: Sequence[Tensor], seen: HeadInput, tell: Callable[[int, int], None]
+) -> list[Tensor]:
+    """Gradients of log p(v) - log p(w), over sqrt 2, for drawn v and w by the output of the last block, [T, hidden] each.
+
+    `seen` takes what the head sees. `tell`: (tokens done, of all), after every slice of the tokens.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    head = Head(source, hidden[0].device)
+    norm = source.tensor(source.family.final_norm).to(hidden[0])
+    pieces: list[Tensor] = []
+    tokens = torch.cat(list(hidden))
+    for part in tokens.split(devices.policy(tokens.device).head_tokens):
+        leaf = part.clone().requires_grad_()
+        normed = rms_norm(leaf, norm, source.config.epsilon)
+        drawn = head.draw(normed.detach(), generator)
+        seen.add(normed.detach(), drawn)
+        normed.backward(drawn.gradient)
+        assert leaf.grad is not None
+        pieces.append(leaf.grad)
+        tell(sum(map(len, pieces)), len(tokens))
+    return list(torch.cat(pieces).split([len(x) for x in hidden]))
+
+
+class Head:
+    """The output head, in slices of rows; they stay on a GPU, and are read again for every call elsewhere."""
+
+    def __init__(self, source: Checkpoint, device: torch.device) -> None:
+        self.source = source
+        vocab = source.config.vocab
+        self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
+        self.kept = {part: self._read(*part).to(device) for part in self.slices} if device.type == "cuda" else {}
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.source.family.head, start, stop)
+
+    def draw(self, normed: Tensor, generator: torch.Generator) -> Drawn:
+        """Independent v, w ~ softmax(normed @ head') for every row of `normed` [T, hidden].
+
+        Slices are seen once: what was drawn so far gives way to a draw from the next slice with that one's share of the mass so far.
+        `generator`: on the CPU; every token takes its numbers in turn, so that calls with fewer tokens draw the same.
+        """
+        chances = torch.rand(len(normed), len(self.slices), 2, dtype=torch.float64, generator=generator)
+        chances = chances.to(normed.device)
+        top = torch.full((len(normed), 1), -torch.inf, device=normed.device)
+        total = torch.zeros(len(normed), 1, dtype=torch.float64, device=normed.device)
+        squares = torch.zeros_like(total)
+        drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
+        words = torch.zeros(len(normed), 2, dtype=torch.int64, device=normed.device)
+        for index, part in enumerate(self.slices):
+            rows = (self.kept[part] if self.kept else self._read(*part)).to(normed)
+            scores = normed @ rows.T
+            before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
+            strips, sums = _mass(scores, top)
+            fade = (before - top).exp()
+            total = total * fade + sums[:, -1:]
+            squares = squares * fade.double().square() + strips.square().sum((1, 2)).double().unsqueeze(1)
+            for place, chance in enumerate(chances[:, index].split(1, dim=1)):
+                found = _drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)
+                here = chance * total < sums[:, -1:]
+                drawn[place] = torch.where(here, rows[found], drawn[place])
+                words[:, place] = torch.where(here[:, 0], part[0] + found, words[:, place])
+        spread = (1 - squares / total.square()).clamp_(min=0).float()[:, 0]
+        return Drawn((drawn[0] - drawn[1]) * 0.5**0.5, words, spread)
+
+
+def _mass(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scores - top) of scores [T, R] in strips, float32 [T, R / STRIP, STRIP], and their sums from the left, float64."""
+    mass = scores.float().sub_(top).exp_()
+    if mass.shape[1] % STRIP:
+        mass = pad(mass, (0, -mass.shape[1] % STRIP))
+    strips = mass.view(len(mass), -1, STRIP)
+    return strips, strips.sum(2).double().cumsum(1)
+
+
+def _drawn(strips: Tensor, sums: Tensor, level: Tensor) -> Tensor:
+    """Where the running sum of `_mass` exceeds level [T, 1], int64 [T]."""
+    strip = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)
+    inside = strips.gather(1, strip.unsqueeze(2).expand(-1, -1, STRIP))[:, 0].double().cumsum(1)
+    behind = level - sums.gather(1, strip) + inside[:, -1:]
+    return (strip * STRIP + torch.searchsorted(inside, behind, right=True).clamp_(max=STRIP - 1))[:, 0]
