@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qquant.errors import InputError
 from qquant.formats import beside, format_of
 
 
@@ -14,5 +15,10 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         InputError: not readable as any of them.
     """
-    known = format_of(path)
+    try:
+        known = format_of(path)
+    except InputError:
+        if not path.is_dir():
+            raise
+        known = None  # a folder that is quantized otherwise, such as FP8, compressed-tensors or bitsandbytes, has headers too
     return beside.describe(path) if known is None else known.describe(path)

@@ -33,6 +33,10 @@ else:
 SAMPLED = 4  # linears of an artifact whose values are computed again
 
 
+DOWNLOADS = Path(".cache/huggingface")  # where `hf download --local-dir` keeps what it knows of each file
+ATTRIBUTES = ".gitattributes"  # in every repository of the hub
+
+
 @dataclass(frozen=True)
 class Found:
     """What was looked at, and what is not part of it."""
@@ -49,13 +53,14 @@ def hashes(folder: Path) -> int:
 
 
 def unlisted(folder: Path) -> tuple[str, ...]:
-    """Files below `folder` that its manifest does not name; what `publish` adds to a release is known."""
+    """Files below `folder` that its manifest does not name; what `publish` adds to a release, and what a download leaves, is known."""
     manifest = read_manifest(folder)
     named = named_files([manifest]) | {MANIFEST}
     if manifest.release:
         named |= ADDED
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
-    return tuple(sorted(found - named))
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    found = {str(path) for path in paths if not path.is_relative_to(DOWNLOADS)}
+    return tuple(sorted(found - named - {ATTRIBUTES}))
 
 
 def verify(folder: Path, deep: bool = False) -> Found:

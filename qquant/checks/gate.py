@@ -33,6 +33,8 @@ class _Gate:
     limit: float  # of the loss
     shown: Callable[[float], float]  # from the loss to what the recipe speaks of
     word: str  # what a value on the wrong side is
+    least: float = -math.inf  # loss that there can be
+    most: float = math.inf
 
 
 def _same(value: float) -> float:
@@ -54,9 +56,9 @@ def _gates(gates: Gates, means: Means, earlier: Means | None, eight_bit: bool) -
         limit = math.log(gates.perplexity_ratio)
         found.append(_Gate("perplexity ratio", means["nll"], limit, _ratio, "above"))
     if gates.kl_divergence is not None:
-        found.append(_Gate("mean KL divergence", means["kl"], gates.kl_divergence, _same, "above"))
+        found.append(_Gate("mean KL divergence", means["kl"], gates.kl_divergence, _same, "above", 0.0))
     if gates.top1_agreement is not None:
-        found.append(_Gate("top-1 agreement", means["top1"], 1 - gates.top1_agreement, _agreement, "below"))
+        found.append(_Gate("top-1 agreement", means["top1"], 1 - gates.top1_agreement, _agreement, "below", 0.0, 1.0))
     if earlier is not None:
         more = 1 + gates.regression_tolerance
         names = {"kl": "KL divergence against the earlier release", "top1": "disagreement against the earlier release"}
@@ -83,7 +85,9 @@ def judge(
 
 
 def _report(gate: _Gate, loss: Loss, outcome: Proof) -> GateReport:
-    low, high = sorted(gate.shown(bound) for bound in statistics.interval(gate.windows))
+    low, high = sorted(
+        gate.shown(min(max(bound, gate.least), gate.most)) for bound in statistics.interval(gate.windows)
+    )
     reach = abs(gate.shown(gate.limit + loss.detectable) - gate.shown(gate.limit))
     value, limit = gate.shown(loss.mean), gate.shown(gate.limit)
     return GateReport(gate.name, outcome, value, limit, low, high, loss.p_within, loss.p_beyond, reach, loss.windows)

@@ -133,7 +133,10 @@ def flips(to_wrong: int, to_right: int, count: int, limit: float) -> tuple[Loss,
     error = math.sqrt((wrong + right) / more - loss**2) / math.sqrt(more)
     within = NormalDist().cdf((loss - limit) / error)
     reach = normal_quantile(0.975) * error
-    return Loss((to_wrong - to_right) / count, limit, error, within, 1 - within, count), (-loss - reach, -loss + reach)
+    return Loss((to_wrong - to_right) / count, limit, error, within, 1 - within, count), (
+        max(-1.0, -loss - reach),
+        min(1.0, -loss + reach),
+    )
 
 
 def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[Proof, dict[str, Proof]]:

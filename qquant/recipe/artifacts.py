@@ -219,7 +219,8 @@ class GptqArtifact(IntegerArtifact):
     format: Literal["gptq"] = Field(description="chooses this table")
     bits: Annotated[Literal[4, 8], Whole] = Field(description="per weight")
     group_size: Annotated[Literal[32, 64, 128, -1], Whole] = Field(
-        default=128, description="weights that share a scale; -1: a whole row"
+        default=128,
+        description="weights that share a scale; -1: a whole row, which at 4 bits crashes in transformers with gptqmodel on a CPU",
     )
     symmetric: Annotated[Literal[True], Truth] = Field(default=True, description="no zero points")
     desc_act: Annotated[Literal[False], Truth] = Field(default=False, description="fast kernels need a trivial `g_idx`")

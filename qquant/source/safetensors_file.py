@@ -30,7 +30,9 @@ else:
 LFS = b"version "  # of https://git-lfs.github.com/spec/v1: what stands in a checkout without its large files
 HEADER_LIMIT = 25_000_000  # bytes; the hub's own limit
 TENSOR_LIMIT = 200_000
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class TensorInfo:
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name such as "BF16"."""
     return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     }[name]  # fmt: skip
 

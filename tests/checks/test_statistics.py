@@ -160,6 +160,15 @@ def test_intervals_are_in_the_units_of_the_recipe():
     assert found.limit == pytest.approx(0.9)
 
 
+def test_intervals_of_shares_are_shares():
+    few = np.array([0.0] * 39 + [0.02])
+    most = Gates(top1_agreement=0.9, kl_divergence=0.1)
+    for losses in (few, 1 - few):
+        kl, top1 = gate.judge(most, {"nll": losses, "kl": losses, "top1": losses}).gates
+        assert 0 <= top1.low <= top1.value <= top1.high <= 1
+        assert 0 <= kl.low <= kl.value
+
+
 def test_one_window_bounds_nothing():
     (found,) = gate.judge(Gates(perplexity_ratio=1.1), means(0.05, count=1)).gates
     assert (found.low, found.high) == (0.0, math.inf)

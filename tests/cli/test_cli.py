@@ -7,6 +7,8 @@ import sys
 
 import jsonschema
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qquant import __version__
 from qquant.cli import main
@@ -170,6 +172,19 @@ def test_check_another_tools_file(qquant, make_checkpoint, recipe_file, tmp_path
     code, _, err = qquant("check", gguf, *common, "--max-kl", 1e-9)
     assert code == 3
     assert "mean KL divergence" in err
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8", "bitsandbytes"])
+def test_inspect_of_what_is_quantized_otherwise(qquant, make_checkpoint, method):
+    folder = make_checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    tensors = {"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn), "a.absmax": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors")
+    code, out, _ = qquant("inspect", folder, "--tensors")
+    assert code == 0
+    assert method in out
+    assert "F8_E4M3" in out
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "folder", "gguf"])

@@ -15,6 +15,7 @@ from qquant.release import card, signing
 from qquant.release.hub import Folder, Request
 from qquant.release.repository import SourceFacts, as_json, card_facts, complete, read_release
 from qquant.release.statements import with_statements
+from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, write_build
@@ -124,13 +125,42 @@ def test_commands_name_this_repository_and_its_files(build):
         for file in re.findall(r"--hf-file (\S+)", text):
             assert file in repository.files
     gguf, gptq = text_of(releases(build)[GGUF]), text_of(releases(build)[GPTQ])
-    assert f"llama-cli --hf-repo org/{GGUF} --hf-file qwen1_5-test-chat-q4_0.gguf -cnv\n" in gguf
+    assert f"llama-cli --hf-repo org/{GGUF} --hf-file qwen1_5-test-chat-q4_0.gguf\n" in gguf
     assert f"ollama run hf.co/org/{GGUF}:Q4_0\n" in gguf
     assert f"https://huggingface.co/org/{GGUF}" in gguf
     assert f"vllm serve org/{GPTQ}\n" in gptq
     assert f"sglang.launch_server --model-path org/{GPTQ}\n" in gptq
     assert "vllm" not in gguf
     assert "llama" not in gptq
+
+
+OPTIONS = {  # that the pinned llama.cpp has, of those that pages name
+    "llama-cli": {"-m", "--hf-repo", "--hf-file"},
+    "llama-server": {"-m", "--hf-repo", "--hf-file"},
+    "llama-gguf-split": {"--merge"},
+}
+
+
+def test_programs_of_llama_cpp_have_every_option_that_is_printed(build):
+    root = data_dir("recipes").parent
+    pages = [text_of(repository) for repository in releases(build).values()]
+    pages += [
+        path.read_text()
+        for path in (root / "README.md", root / "recipes/GUIDE.md", root / "recipes/README.md")
+        if path.is_file()
+    ]
+    printed = 0
+    for line in "\n".join(pages).splitlines():
+        program, *words = line.split("#")[0].split() or [""]
+        if program in OPTIONS:
+            printed += 1
+            assert {word for word in words if word.startswith("-")} <= OPTIONS[program], line
+    assert printed >= 4
+
+
+def test_a_head_that_is_stored_once_is_told(build):
+    assert "tie_word_embeddings" in text_of(releases(build)[GPTQ])
+    assert "tie_word_embeddings" not in text_of(releases(build)[GGUF])
 
 
 def test_split_files_are_named_by_their_first_part(tmp_path):

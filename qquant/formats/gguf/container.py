@@ -42,6 +42,17 @@ TYPE_SIZES = {  # type id -> (values, bytes) of a block
     29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
 
+TYPE_NAMES = (
+    "f32 f16 q4_0 q4_1 q4_2 q4_3 q5_0 q5_1 q8_0 q8_1 q2_k q3_k q4_k q5_k q6_k q8_k iq2_xxs iq2_xs iq3_xxs iq1_s iq4_nl iq3_s iq2_s iq4_xs "
+    "i8 i16 i32 i64 f64 iq1_m bf16 q4_0_4_4 q4_0_4_8 q4_0_8_8 tq1_0 tq2_0 iq4_nl_4_4 iq4_nl_4_8 iq4_nl_8_8 mxfp4 nvfp4"
+)  # ggml's, by number
+
+
+def type_name(type_id: int) -> str:
+    """Ggml's name of a type, for people."""
+    names = TYPE_NAMES.split()
+    return names[type_id] if 0 <= type_id < len(names) else f"type {type_id}"
+
 
 @dataclass(frozen=True)
 class Field:
@@ -176,7 +187,7 @@ class _Reader:
         if not 1 <= math.prod(shape) < 1 << 60:
             raise self.fail(f"tensor {name[:80]!r} of shape {shape}")
         if found.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[found.type_id][0]:
-            raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {found.type_id}")
+            raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {type_name(found.type_id)}")
         return found
 
 

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qquant.formats.gguf import types
-from qquant.formats.gguf.container import Header, nbytes, read_header
+from qquant.formats.gguf.container import Header, nbytes, read_header, type_name
 from qquant.formats.gguf.shards import parts, read_model
 
 LONG = 8  # array values shown
@@ -34,13 +33,12 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _rows(file: Path, header: Header) -> list[dict[str, Any]]:
     """The tensors of `file` in the order of their data."""
-    kinds = {kind.ggml_id: kind.name for kind in types.TYPES.values()}
     ordered = sorted((t for t in header.tensors.values() if t.path == file), key=lambda tensor: tensor.offset)
     return [
         {
             "name": tensor.name,
             "shape": list(tensor.shape),
-            "type": kinds.get(tensor.type_id, f"type {tensor.type_id}"),
+            "type": type_name(tensor.type_id),
             "bytes": nbytes(tensor),
         }
         for tensor in ordered

@@ -11,7 +11,7 @@ from qquant.algorithms.grid import Integers
 from qquant.errors import InputError
 from qquant.families import FAMILIES, Family, ModelConfig, require_bounds
 from qquant.formats.gguf import quantize, types
-from qquant.formats.gguf.container import Header, StoredTensor
+from qquant.formats.gguf.container import Header, StoredTensor, type_name
 from qquant.formats.gguf.shards import read_model
 from qquant.resources import lazy
 from qquant.source.safetensors_file import TensorInfo, read_bytes
@@ -80,7 +80,7 @@ class GgufSource:
         for tensor in self.header.tensors.values():
             if tensor.type_id not in TYPE_NAMES:
                 raise InputError(
-                    f"{self.path}: tensor {tensor.name} has type {tensor.type_id}; qquant reads {', '.join(types.TYPES)}"
+                    f"{self.path}: tensor {tensor.name} has type {type_name(tensor.type_id)}; qquant reads {', '.join(types.TYPES)}"
                 )
 
     def tensor(self, name: str) -> Tensor:
