@@ -105,6 +105,7 @@ def check(
     artifacts: Place | Sequence[Place],
     checkpoint: Place,
     *,
+    profile: Literal["default", "release"] = "default",
     text: Place = "bundled:wikitext-2-test",
     also: Sequence[Place] = (),
     windows: int = 40,
@@ -125,6 +126,7 @@ def check(
     Args:
         artifacts: one, or several: GPTQ or AWQ folders, GGUF files.
         checkpoint: a folder, or a hub id, of the 16-bit model.
+        profile: "release" also measures by language, kind of text and position, with a gate on the worst of them.
         text: held-out text: bundled:NAME or a file.
         also: further texts, measured and not gated.
         windows: of text.
@@ -146,7 +148,13 @@ def check(
         EnvironmentMissingError: memory, a device or the hub is missing.
     """
     given = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
-    numbers = {"windows": windows, "max_windows": max_windows, "length": length, "protocol": protocol}
+    numbers = {
+        "profile": profile,
+        "windows": windows,
+        "max_windows": max_windows,
+        "length": length,
+        "protocol": protocol,
+    }
     asked = numbers | {"text": str(text), "texts": tuple(map(str, also))}
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(asked, limits | {"defaults": defaults})

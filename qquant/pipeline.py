@@ -68,7 +68,7 @@ def build(
         progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
-        text = held_out(recipe.checks, tokenizer, tokens)
+        text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
         aim = recipe.calibration
         seen = aim.curvature_tokens if aim.objective == "kl" else 0
@@ -155,7 +155,7 @@ def check(
     out: Path | None = None,
 ) -> Report:
     """Measure artifacts made by any tool against the checkpoint they came from; the report is kept in `out`, if given."""
-    text = held_out(checks, Tokenizer.open(checkpoint.path))
+    text = held_out(checks, Tokenizer.open(checkpoint.path), positions=checkpoint.config.positions)
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:

@@ -20,9 +20,11 @@ import torch
 from qquant import background, calibration, devices
 from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
-from qquant.checks import evidence, gate, loading, sanity, structure
+from qquant.calibration.slices import Sliced, sliced
+from qquant.checks import evidence, figures, gate, loading, sanity, slices, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
+from qquant.checks.slices import Part
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
@@ -32,10 +34,8 @@ from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
 from qquant.report.conditions import TextFacts
 from qquant.report.record import (
-    KL_BINS,
     Answers,
     ArtifactReport,
-    TextReport,
     Verdict,
     WorstToken,
     fallback_note,
@@ -48,7 +48,6 @@ CONTEXT = 40  # characters before a token that are shown
 FP16_MAX = 65504.0
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
 CORES = 2  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
-BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class HeldOut:
     tokenizer: Tokenizer
     facts: TextFacts
     answers: int = 0  # tokens per answer to the bundled prompts
+    sliced: Sliced | None = None  # by language, kind and position, if the profile asks for it
 
     def scored(self, windows: torch.Tensor) -> Scored:
         """Some windows, with what surrounds them."""
@@ -102,8 +102,10 @@ class Measured:
     headroom: Mapping[str, tuple[float, ...]]  # shares of the largest fp16 number by block; "" is the checkpoint
 
 
-def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None = None) -> HeldOut:
-    """The first windows of the held-out texts.
+def held_out(
+    checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None = None, positions: int | None = None
+) -> HeldOut:
+    """The first windows of the held-out texts, and the slices of `profile: release` for a context of `positions` tokens.
 
     Raises:
         InputError: one is shorter than a window, or shares text with the calibration tokens `used`.
@@ -120,7 +122,16 @@ def held_out(checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None =
     counts = {name: len(rows) for name, rows in further.items()}
     text = TextFacts(facts["name"], looks[0], checks.length, checks.protocol, facts["sha256"], digest, counts)
     first = first_scored(checks.protocol, checks.length)
-    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length)
+    parts = _sliced(tokenizer, positions, used) if checks.profile == "release" and positions is not None else None
+    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length, parts)
+
+
+def _sliced(tokenizer: Tokenizer, positions: int, used: CalibrationSet | None) -> Sliced:
+    found = sliced(tokenizer, positions)
+    if used is not None:
+        for rows in (found.short, found.long):
+            calibration.require_apart(used, rows.ravel(), tokenizer)
+    return found
 
 
 def _windows(
@@ -174,10 +185,13 @@ def review(
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
+    parts: dict[str, list[Part]] = {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
     with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
+        if text.sliced:
+            parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
         unloaded = loaded()
@@ -203,7 +217,10 @@ def review(
     if text.answers and not answers:
         warnings += ("no answers were generated: the model in 16 bits does not fit in memory",)
     rows = tuple(
-        replace(_row(candidate, found, faults[candidate.name], text), answers=answers.get(candidate.name, Answers()))
+        replace(
+            _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, [])),
+            answers=answers.get(candidate.name, Answers()),
+        )
         for candidate in candidates
     )
     return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
@@ -306,9 +323,12 @@ def _alike(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-def _row(candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut) -> ArtifactReport:
+def _row(
+    candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[Part]
+) -> ArtifactReport:
     measured = found.main[candidate.name]
-    verdict = gate.also(found.verdicts[candidate.name], faults)
+    kept, worst = slices.judge(parts, candidate.gates.worst_slice)
+    verdict = gate.also(slices.also(found.verdicts[candidate.name], worst), faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
@@ -322,55 +342,15 @@ def _row(candidate: Candidate, found: Measured, faults: tuple[str, ...], text: H
         verdict=gate.waived(verdict, candidate.gates, datetime.date.today()),
         fallbacks=candidate.fallbacks,
         layers=candidate.layers,
-        kl_percentiles=_percentiles(measured.kl, (50, 90, 99, 99.9)),
-        delta_p=_delta_p(measured),
-        kl_histogram=_histogram(measured.kl),
-        texts=tuple(_text(title, by_name[candidate.name]) for title, by_name in found.further.items()),
-        positions=_positions(measured, text.first),
+        kl_percentiles=figures.percentiles(measured.kl, (50, 90, 99, 99.9)),
+        delta_p=figures.delta_p(measured),
+        kl_histogram=figures.histogram(measured.kl),
+        texts=tuple(figures.text(title, by_name[candidate.name]) for title, by_name in found.further.items()),
+        positions=figures.positions(measured, text.first),
         headroom=found.headroom[candidate.name],
         worst=_worst(measured, text),
+        slices=kept,
     )
-
-
-def _percentiles(values: torch.Tensor, at: Sequence[float]) -> dict[str, float]:
-    """By linear interpolation at f (n - 1), as llama-perplexity does."""
-    return dict(zip([f"{f:g}" for f in at], np.percentile(values.numpy(), at).tolist(), strict=True))
-
-
-def _delta_p(measured: Fidelity) -> dict[str, float]:
-    values = measured.delta_p
-    moments = {"mean": float(values.mean()), "rms": float(values.square().mean().sqrt())}
-    return moments | _percentiles(values, (0.1, 1, 10, 50, 90, 99, 99.9))
-
-
-def _histogram(kl: torch.Tensor) -> tuple[int, ...]:
-    values = np.nan_to_num(kl.numpy().ravel(), nan=np.inf, posinf=1e9)
-    edges = [-np.inf, *(10.0**power for power in KL_BINS), np.inf]
-    return tuple(np.histogram(values, edges)[0].tolist())
-
-
-def _text(name: str, measured: Fidelity) -> TextReport:
-    return TextReport(
-        name,
-        measured.kl.numel(),
-        measured.perplexity,
-        measured.perplexity_baseline,
-        measured.perplexity_ratio,
-        measured.mean_kl,
-        measured.top1,
-    )
-
-
-def _positions(measured: Fidelity, first: int) -> tuple[TextReport, ...]:
-    """By position in the window, where windows are long enough to tell."""
-    length = first + measured.kl.shape[1]
-    stretches = []
-    for start, stop in zip(BUCKETS, (*BUCKETS[1:], math.inf), strict=True):
-        low, high = max(start - first, 0), int(min(stop, length)) - first
-        if low < high:
-            columns = {name: column[:, low:high] for name, column in vars(measured).items()}
-            stretches.append(_text(f"{low + first} to {high + first}", Fidelity(**columns)))
-    return tuple(stretches) if len(stretches) > 1 else ()
 
 
 def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:

@@ -40,6 +40,13 @@ from qquant.errors import GateFailedError, UsageError
     metavar="TEXT",
     help="A further text, measured and not gated; may be repeated; default: none.",
 )
+@click.option(
+    "--profile",
+    type=click.Choice(["default", "release"]),
+    default="default",
+    show_default=True,
+    help="release: also by language, kind of text and position up to 32,768, with a gate on the worst of them.",
+)
 @click.option("--windows", default=40, show_default=True, help="Windows of text.")
 @click.option("--max-windows", type=int, help="Read on up to so many where a gate is inconclusive; default: no more.")
 @click.option("--length", default=512, show_default=True, help="Tokens per window.")
@@ -70,9 +77,9 @@ from qquant.errors import GateFailedError, UsageError
 @DEVICE
 @JSON
 def check(
-    artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], windows: int, max_windows: int | None,
-    length: int, protocol: Any, max_perplexity_ratio: float | None, max_kl: float | None, min_top1: float | None,
-    no_defaults: bool, adapter: Path | None, out: Path | None, junit: Path | None, github: bool, log: Path | None,
+    artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], profile: Any, windows: int,
+    max_windows: int | None, length: int, protocol: Any, max_perplexity_ratio: float | None, max_kl: float | None,
+    min_top1: float | None, no_defaults: bool, adapter: Path | None, out: Path | None, junit: Path | None, github: bool, log: Path | None,
     device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
@@ -81,7 +88,13 @@ def check(
     from qquant import pipeline
     from qquant.source.checkpoint import Checkpoint
 
-    numbers = {"windows": windows, "max_windows": max_windows, "length": length, "protocol": protocol}
+    numbers = {
+        "profile": profile,
+        "windows": windows,
+        "max_windows": max_windows,
+        "length": length,
+        "protocol": protocol,
+    }
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
     source = Checkpoint.open(against, adapter=adapter)

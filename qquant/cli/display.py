@@ -31,6 +31,8 @@ MINUTE = 60.0  # seconds between two lines of a phase in a pipe
 UNITS = {
     "quantize": "block",
     "check": "block",
+    "slices": "block",
+    "long documents": "block",
     "speed": "artifact",
     "ask": "model",
     "answer": "run",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
     from qquant.plan.asked import Asked
     from qquant.plan.plan import Plan
+    from qquant.source.checkpoint import Checkpoint
 
 SIGNS = {"top-1 agreement": "at least"}
 
@@ -63,7 +64,7 @@ def plan(
         _print_files(planned)
     if tensors:
         _print_tensors(planned)
-    _print_checks(planned, gates)
+    _print_checks(planned, source, gates)
     _print_needs(planned, phases)
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
@@ -115,13 +116,20 @@ def _by_type(artifact: PlannedArtifact) -> dict[str, list[str]]:
     return types
 
 
-def _print_checks(planned: Plan, gates: bool) -> None:
+def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
     """What will be read, and with `gates` what is asked of each artifact and what the text can tell."""
     checks = planned.checks
     more = f", up to {planned.looks[-1]} where a gate is inconclusive" if len(planned.looks) > 1 else ""
     windows = planned.looks[0]
     read = f"{windows} windows of {checks.length} tokens ({windows * checks.scored:,} scored){more}"
     click.echo(f"check:  {checks.text}, {read}")
+    if checks.profile == "release":
+        from qquant.calibration.slices import most_tokens
+
+        short, long = most_tokens(source.config.positions)
+        click.echo(
+            f"slices: languages, kinds of text, positions: at most {short + long:,} tokens, {long:,} of them in long documents"
+        )
     if not gates:
         return
     for artifact in planned.artifacts:
@@ -131,6 +139,28 @@ def _print_checks(planned: Plan, gates: bool) -> None:
         ]
         click.echo(f"  {artifact.name}: {', '.join(told) or 'measured, not gated'}")
     click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
+    if checks.profile == "release":
+        _print_slices(planned, source)
+
+
+def _print_slices(planned: Plan, source: Checkpoint) -> None:
+    """What each slice can tell; slices are the same for all artifacts, limits for nearly all."""
+    from qquant.calibration import Tokenizer
+    from qquant.plan.slices import slice_reaches
+
+    tokenizer = Tokenizer.open(source.path)
+    limits: dict[float, list[str]] = {}
+    for name, gates in planned.gates.items():
+        if gates.worst_slice is not None:
+            limits.setdefault(gates.worst_slice, []).append(name)
+    for limit, names in limits.items():
+        click.echo(
+            f"worst slice of {', '.join(names)}: KL divergence against that of English, or of the same tokens in short windows"
+        )
+        for one in slice_reaches(tokenizer, source.config.positions, limit):
+            click.echo(
+                f"  {one.name}: at most {one.limit:.3g} times (detectable {one.detectable:.2g}), {one.windows} windows, {one.tokens:,} tokens"
+            )
 
 
 def _print_needs(planned: Plan, phases: dict[str, float]) -> None:

@@ -52,9 +52,12 @@ def show(report: Report, as_json: bool) -> None:
         click.echo(report.to_json(), nl=False)
     else:
         from qquant.cli.tables import table_of
+        from qquant.report import slices
 
         screen = console()
         screen.print(table_of(report, screen.width))
+        for kept in filter(None, map(slices.line, report.artifacts)):
+            click.echo(kept)
         for warning in report.warnings:
             click.echo(f"warning: {in_line(warning)}", err=True)
         for artifact in report.artifacts:

@@ -5,6 +5,7 @@
     quantize    one forward pass with Gram matrices; for an artifact with a stream of its own, another, and PAIRED Gram matrices;
                 for each linear [N, K]: COLUMN small operations a column, SEARCH elementwise ones a weight, and products of N K K
     check       a forward pass and the head for checkpoint and artifacts, window by window
+    slices      the same for the windows of `profile: release`; its long documents with attention over 2 T hidden a token and block
     answer      ANSWERS of checkpoint and artifacts in two dtypes, DECODE times as slow a token as reading
 
 The counts of operations are fitted to builds of the demo checkpoint on one core, and hold within a factor of about two there; on a GPU,
@@ -19,9 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qquant.calibration.slices import documents_length, most_tokens
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
-from qquant.recipe import Recipe
+from qquant.recipe import Checks, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
 
@@ -104,6 +106,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
         "embedding and head": sum(_tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if seen),
         "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
         "check": models * read * (forward + head),
+        **_slices(checks, checkpoint, models, forward + head, rates),
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
     return {phase: took for phase, took in found.items() if took}
@@ -118,6 +121,16 @@ def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, dev
     coded = sum(not artifact.stored[name].numbers for name in names)
     slices = coded * math.ceil(config.vocab / TABLE_ROWS)
     return _solving([(TABLE_ROWS, config.hidden)] * slices, artifact.spec.sweeps, rates, device)
+
+
+def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, rates: Rates) -> dict[str, float]:
+    """Of `profile: release`; `token`: seconds of one through a model, without attention."""
+    if checks.profile != "release":
+        return {}
+    config = checkpoint.config
+    short, long = most_tokens(config.positions)
+    attention = 2 * documents_length(config.positions) * config.heads * config.head_dim * config.layers / rates.exact
+    return {"slices": models * short * token, "long documents": models * long * (token + attention)}
 
 
 def _solving(linears: list[tuple[int, int]], sweeps: int, rates: Rates, device: torch.device) -> float:

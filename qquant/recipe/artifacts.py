@@ -108,6 +108,10 @@ class Gates(Strict):
         default=0.05,
         description="how much more KL divergence and top-1 disagreement than then is no regression, as a share",
     )
+    worst_slice: AtLeast1 | None = Field(
+        default=None,
+        description="with `profile: release`: at most this times the KL divergence of English in any language or kind of text; its square root for positions",
+    )
     defaults: bool = Field(
         default=True, description="false: what is null is measured and not gated, instead of held to the default"
     )

@@ -15,6 +15,10 @@ model (tests/bench/gate_simulation.py prints these; tokens of a window hang toge
     NLL difference   sd = 1.4 sqrt(2 k / S)        the log ratio of near distributions has variance 2 KL
     KL divergence    sd = 0.3 k (255 / S)^(1/4)    0.31 k was seen with 63 tokens, 0.21 k with 255: longer windows help little
     disagreement     sd = 1.1 sqrt(q (1 - q) / S)
+
+The worst slice (`checks.profile: release`): its KL divergence over that of English, in logarithms, so its error is that of both.
+Languages and kinds of text differ in how much there is to lose, and twice was seen on harmless artifacts; a stretch of positions is
+compared with the same tokens in short windows, so its limit is half as far, in logarithms. Below `RESOLVED` nats nobody is told apart.
 """
 
 from __future__ import annotations
@@ -28,6 +32,11 @@ from qquant.recipe import Gates
 LEVEL = 0.05  # chance of a wrong verdict that is promised for one artifact, over its gates and looks
 ASKED = 0.8 * LEVEL  # what p-values are held to: with 40 windows, up to 5.8 % of those of real texts are below 5 %
 POWER = 0.8  # of the detectable effect
+SLICES = LEVEL - ASKED  # of `LEVEL`, for the worst of all slices
+WORST_SLICE = 3.0  # default of `gates.worst_slice`
+RESOLVED = (
+    0.001  # nats, what 16-bit artifacts may lose: English counts as at least this where slices are compared with it
+)
 LARGE = 5 * 10**9  # parameters from which on a model loses less
 LOSSY = 1.2  # perplexity ratio that is worth a warning where nothing limits it
 
@@ -79,7 +88,8 @@ def resolved(gates: Gates, kind: str, parameters: int) -> Gates:
     if not gates.defaults or kind not in LIMITS:
         return gates
     limits = LIMITS[kind][parameters >= LARGE]
-    open_ones = {key: value for key, value in vars(limits).items() if getattr(gates, key) is None}
+    known = vars(limits) | {"worst_slice": WORST_SLICE}
+    open_ones = {key: value for key, value in known.items() if getattr(gates, key) is None}
     return gates.model_copy(update=open_ones)
 
 
@@ -110,6 +120,13 @@ def reach(gates: Gates, windows: int, scored: int, looks: int = 1) -> tuple[Reac
     if top1 is not None:
         found.append(Reach("top-1 agreement", top1, factor * 1.1 * math.sqrt(top1 * (1 - top1) / scored)))
     return tuple(found)
+
+
+def slice_reach(limit: float, scored: int, windows: int, beside: int | None) -> float:
+    """Distance from `limit` that the worst slice's ratio can be told apart at; `beside`: windows of English, None where both are the same tokens."""
+    spread = 0.3 * (255 / scored) ** 0.25
+    error = spread * math.sqrt(1 / windows + (1 / beside if beside else 0.0))
+    return limit * math.expm1((normal_quantile(1 - ASKED) + normal_quantile(POWER)) * error)
 
 
 def reference() -> str:

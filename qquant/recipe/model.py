@@ -149,6 +149,10 @@ class Calibration(Strict):
 class Checks(Strict):
     """Held-out text on which every artifact is compared with the checkpoint."""
 
+    profile: Literal["default", "release"] = Field(
+        default="default",
+        description="release: also by language, kind of text and position up to 32,768, with a gate on the worst of them",
+    )
     text: Text = Field(
         default="bundled:wikitext-2-test", description="bundled:NAME, or a text file; not a source of the calibration"
     )

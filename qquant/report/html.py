@@ -15,9 +15,12 @@ from typing import Any
 
 import jinja2
 
+from qquant.recipe.limits import WORST_SLICE
 from qquant.recipe.solvers import title
+from qquant.report import slices
 from qquant.report.escape import visible
 from qquant.report.record import COLUMNS, KL_BINS, TITLES, ArtifactReport, Report
+from qquant.report.slices import SliceReport
 from qquant.report.solved import linears
 
 WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
@@ -72,6 +75,7 @@ def render(report: Report) -> str:
         columns=COLUMNS,
         rows=list(zip(report.rows(), (None, *report.artifacts), strict=True)),
         pareto=_pareto(artifacts),
+        slices=_slices(report.artifacts),
         heat=[_heat(artifact) for artifact in report.artifacts if len(artifact.layers) > 1],
         headroom=_headroom(report.artifacts),
         histograms=[(artifact, _histogram(artifact)) for artifact in artifacts if _has_histogram(artifact)],
@@ -239,6 +243,27 @@ def _steps(artifact: ArtifactReport) -> list[tuple[str, float]]:
             if 0 < error < math.inf and 0 < first < math.inf:
                 shares.setdefault(step, []).append(math.log(error) - math.log(first))
     return [(title(step), math.exp(sum(logs) / len(logs))) for step, logs in shares.items()]
+
+
+def _slices(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
+    """Slices x artifacts: KL divergence, shaded by its ratio to what it stands beside, the strongest at the limit and beyond."""
+    shown = [artifact for artifact in artifacts if artifact.slices]
+    if not shown:
+        return None
+    found = slices.by_name(shown)
+    rows = [[(artifact, one, _shade(one)) for artifact, one in zip(shown, row, strict=True) if one] for row in found]
+    return {"artifacts": shown, "rows": rows, "legend": slices.LEGEND, "title": slices.TITLE}
+
+
+def _shade(one: SliceReport) -> int | None:
+    """From 0, no further from the checkpoint than what it stands beside, to `SHADES` - 1, at the limit; None where nothing is compared."""
+    if one.relative is None:
+        return None
+    if not math.isfinite(one.relative.value):
+        return SHADES - 1
+    limit = one.limit if one.limit and 1 < one.limit < math.inf else WORST_SLICE
+    share = math.log(max(one.relative.value, 1.0)) / math.log(limit)
+    return min(SHADES - 1, int(share * (SHADES - 1)))
 
 
 def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[ArtifactReport, float, int]]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qquant.disk.records import Count, Number, shortened, to_plain, typed
 from qquant.disk.writes import finite
 from qquant.errors import InputError
+from qquant.report import slices
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.escape import markdown
+from qquant.report.slices import SliceReport
 from qquant.report.solved import Solved
 from qquant.resources import lazy
 
@@ -180,6 +182,7 @@ class ArtifactReport:
     answers: Answers = Answers()  # generated answers against the checkpoint's
     headroom: tuple[Number, ...] = ()  # by block: largest |activation| as a share of what fp16 holds
     speed: SpeedReport | None = None  # null: not measured
+    slices: tuple[SliceReport, ...] = ()  # languages, kinds of text, positions: `checks.profile: release`
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,8 @@ class Report:
                 for reason in artifact.verdict.lines
             ]
             lines += ["", f"## {title}", "", *entries] if entries else []
+        kept = slices.table(self.artifacts)
+        lines += ["", f"## {slices.TITLE}", "", *kept] if kept else []
         for title, found in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
             if found:
                 lines += ["", f"## {title}", "", *(f"- {markdown(line)}" for line in found)]

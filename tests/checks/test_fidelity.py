@@ -149,9 +149,9 @@ def test_report_has_texts_percentiles_and_worst_tokens(built):
 
 
 def test_long_windows_are_told_apart_by_position(built, monkeypatch):
-    from qquant.checks import review
+    from qquant.checks import figures
 
-    monkeypatch.setattr(review, "BUCKETS", (0, 8, 24))
+    monkeypatch.setattr(figures, "BUCKETS", (0, 8, 24))
     row = check(built, Checks(windows=2, length=32, protocol="sliding"))
     assert [stretch.name for stretch in row.positions] == ["0 to 8", "8 to 24", "24 to 31"]
     assert [stretch.tokens for stretch in row.positions] == [16, 32, 14]

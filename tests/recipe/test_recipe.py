@@ -189,7 +189,7 @@ def test_fingerprint_stays_what_it_was():
         calibration=Calibration(sources=(Source(bundled="a"),)),
         artifacts=(AwqArtifact(name="a", format="awq"),),
     )
-    assert recipe.fingerprint(made) == "dbb484119922465cfcf56739b23cf5f319c8f6199644c3d3a739da7043d1650b"
+    assert recipe.fingerprint(made) == "1229dd4d6d1eb09f424b54f945fd4a8ffe305bd021c62f7a1a3b76df0301f7b7"
 
 
 def test_import_and_load_stay_light():

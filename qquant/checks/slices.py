@@ -1,0 +1,261 @@
+"""What an artifact keeps of every language, kind of text and stretch of positions, and one verdict on the worst of them.
+
+calibration/slices.py says which windows are read and what each slice stands beside. A slice's loss there is how many times its KL divergence
+is that of English, or, for a stretch of positions, that of the same tokens in short windows (`ratios`). One gate holds them all:
+
+    fail          the ratio of any slice is proven beyond the limit: Holm over the slices, at `SLICES`
+    pass          every ratio is proven within it: an intersection, each at `ASKED`
+    inconclusive  neither
+
+`SLICES` and `ASKED` together are `LEVEL`, so the chance that a harmless artifact fails, here or at another gate, is that. A language that the
+checkpoint itself does not know is measured and not judged; where English is such a language, there is nothing to stand beside, and no gate.
+
+Memory: one block of each model, and the residual streams of the windows that `fidelity` takes at a time. A document of 32,768 tokens is one
+window; attention over it is tiled by torch, so the largest temporary values are those of the feed-forward layer, 3 T x intermediate. Where
+streams of all artifacts do not fit beside each other, artifacts take turns, each time beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from qquant.calibration import Tokenizer
+from qquant.calibration.slices import FIRST, KNOWN, LENGTH, REFERENCE, Group, Sliced, frequencies
+from qquant.checks import statistics
+from qquant.checks.fidelity import SHARE, STATES, Fidelity, Scored, measure
+from qquant.checks.ratios import Ratio, ratio
+from qquant.devices import free_memory
+from qquant.families.weights import WeightSource
+from qquant.progress import Progress
+from qquant.recipe.limits import ASKED, POWER, RESOLVED, SLICES, normal_quantile
+from qquant.report.record import GateReport, Proof, Verdict
+from qquant.report.slices import Estimate, SliceReport, Standing, comparison, worst
+
+GATE = "worst slice"
+MEASURED: Standing = "measured"
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Shows the work of a reading under the name of its phase."""
+
+    whole: Progress
+    name: str
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """`done` of `of` blocks."""
+        self.whole.advance(self.name, done, of)
+
+    def check_stop(self) -> None:
+        """That of the whole."""
+        self.whole.check_stop()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice as one artifact reads it."""
+
+    name: str
+    group: Group
+    found: Fidelity  # [windows, scored]
+    beside: Fidelity | None = None  # the same tokens in short windows; None: English stands beside it
+    bits: float = 0.0  # a character, of the checkpoint
+    frequencies: float = 0.0  # bits a character of the text's own frequencies
+
+    @property
+    def known(self) -> bool:
+        """Whether the checkpoint knows what it reads."""
+        return self.bits <= KNOWN * self.frequencies
+
+
+def parts(
+    baseline: WeightSource,
+    artifacts: Mapping[str, WeightSource],
+    text: Sliced,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, list[Part]]:
+    """By artifact every slice, in the order of `text`, then the stretches of positions.
+
+    Raises NumericalError as `measure`.
+    """
+    rows = torch.as_tensor(np.concatenate([text.short, text.again]), dtype=torch.int64)
+    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, _Phase(progress, "slices"))
+    letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
+    found = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
+    if len(text.long):
+        documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
+        phase = _Phase(progress, "long documents")
+        for group in _turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
+            for name, whole in measure(baseline, group, documents, device, phase).items():
+                found[name] += _stretches(
+                    text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
+                )
+    return found
+
+
+def _turns(
+    artifacts: Mapping[str, WeightSource], values: int, device: torch.device, memory: float | None = None
+) -> Iterator[dict[str, WeightSource]]:
+    """As many artifacts at a time as may hold `values` activations each beside the checkpoint, at least one."""
+    room = SHARE * free_memory(device) if memory is None else memory
+    together = max(1, int(room / (4 * STATES * values)) - 1)
+    names = list(artifacts)
+    for start in range(0, len(names), together):
+        yield {name: artifacts[name] for name in names[start : start + together]}
+
+
+def _short(text: Sliced, whole: Fidelity, letters: Sequence[str]) -> Iterator[Part]:
+    start = 0
+    for one in text.slices:
+        rows = slice(start, start + one.windows)
+        start += one.windows
+        yield _described(Part(one.name, one.group, whole.part(rows)), letters[rows])
+
+
+def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence[str]) -> Iterator[Part]:
+    """The tokens that were scored in short windows, at their places in those documents whose language the checkpoint knows, or in all."""
+    documents, length = text.long.shape
+    count = length // LENGTH
+    columns = {
+        name: torch.nn.functional.pad(column, (0, 1)).view(documents, count, LENGTH)[..., FIRST:-1]
+        for name, column in vars(whole).items()
+    }
+    again = {name: column.view(documents, count, -1) for name, column in vars(short).items()}
+    said = [letters[row * count : (row + 1) * count] for row in range(documents)]
+    whole_documents = [
+        _described(Part("", "position", Fidelity(**{key: column[row] for key, column in again.items()})), said[row])
+        for row in range(documents)
+    ]
+    chosen = [row for row, part in enumerate(whole_documents) if part.known] or list(range(documents))
+    for name, start, stop in text.stretches():
+        ours, beside = (
+            Fidelity(**{key: column[chosen, start:stop].flatten(0, 1) for key, column in values.items()})
+            for values in (columns, again)
+        )
+        yield _described(Part(name, "position", ours, beside), [one for row in chosen for one in said[row][start:stop]])
+
+
+def _described(part: Part, letters: Sequence[str]) -> Part:
+    """With what the checkpoint, and frequencies alone, need for a character."""
+    said = "".join(letters)
+    needed = float(part.found.nll_baseline.sum()) / math.log(2)
+    return replace(part, bits=needed / max(1, len(said)), frequencies=frequencies(said))
+
+
+# The verdict.
+
+
+def judge(found: Sequence[Part], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
+    """Every slice with what is proven of it, and the verdict of the gate on the worst; None: there is none. `limit`: None asks nothing."""
+    english = next((part for part in found if part.name == REFERENCE and part.known), None)
+    asked: dict[int, tuple[Ratio, float]] = {}
+    for index, part in enumerate(found):
+        beside = part.beside or (english.found if english else None)
+        if beside is None or part is english or not part.known:
+            continue
+        own = math.inf if limit is None else limit if part.beside is None else math.sqrt(limit)
+        asked[index] = (_ratio(part, beside), own)
+    standings: dict[int, Standing] = _standings(asked) if limit is not None else dict.fromkeys(asked, MEASURED)
+    rows = tuple(
+        _row(part, asked.get(index), standings.get(index, _unasked(part, english))) for index, part in enumerate(found)
+    )
+    return rows, _verdict(rows, asked) if limit is not None and asked else None
+
+
+def _ratio(part: Part, beside: Fidelity) -> Ratio:
+    ours, theirs = part.found.window_means()["kl"], beside.window_means()["kl"]
+    return ratio(ours, theirs, paired=part.beside is not None, floor=RESOLVED)
+
+
+def _unasked(part: Part, english: Part | None) -> Standing:
+    if not part.known:
+        return "unknown"
+    return "reference" if part is english else "measured"
+
+
+def _standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
+    beyond = statistics.holm([found.p_beyond(limit) for found, limit in asked.values()])
+    standings: dict[int, Standing] = {}
+    for (index, (found, limit)), p in zip(asked.items(), beyond, strict=True):
+        proven = found.p_within(limit) <= ASKED
+        standings[index] = "fail" if p <= SLICES else "pass" if proven else "inconclusive"
+    return standings
+
+
+def _row(part: Part, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:
+    means = part.found.window_means()
+    log_ratio, disagreement = means["nll"], means["top1"]
+    ends = [math.exp(end) if end < 700 else math.inf for end in statistics.interval(log_ratio)]
+    low, high = (min(1.0, max(0.0, 1 - end)) for end in reversed(statistics.interval(disagreement)))
+    low_kl, high_kl = statistics.interval(means["kl"])
+    row = SliceReport(
+        name=part.name,
+        group=part.group,
+        windows=len(part.found.kl),
+        tokens=part.found.kl.numel(),
+        kl_divergence=Estimate(part.found.mean_kl, max(0.0, low_kl), high_kl),
+        perplexity_ratio=Estimate(part.found.perplexity_ratio, *ends),
+        top1_agreement=Estimate(part.found.top1, low, high),
+        perplexity_baseline=part.found.perplexity_baseline,
+        bits=part.bits,
+        frequencies=part.frequencies,
+        standing=standing,
+    )
+    if asked is None:
+        return row
+    found, limit = asked
+    row = replace(row, relative=Estimate(found.times, *found.interval()))
+    if not math.isfinite(limit):
+        return row
+    reach = (normal_quantile(1 - ASKED) + normal_quantile(POWER)) * found.error
+    return replace(row, limit=limit, detectable=limit * math.expm1(min(reach, 700.0)))
+
+
+def _verdict(rows: Sequence[SliceReport], asked: Mapping[int, tuple[Ratio, float]]) -> Verdict:
+    standings = [row.standing for row in rows]
+    outcome = _worst_of(standings)
+    shown = worst(rows)
+    assert shown is not None
+    assert shown.relative is not None
+    found, limit = asked[rows.index(shown)]
+    estimate = shown.relative
+    report = GateReport(
+        GATE, outcome, estimate.value, limit, estimate.low, estimate.high, found.p_within(limit), found.p_beyond(limit),
+        shown.detectable or 0.0, shown.windows,
+    )  # fmt: skip
+    return Verdict(outcome, _reasons(shown, rows, outcome), (report,))
+
+
+def _worst_of(outcomes: Collection[str]) -> Proof:
+    return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> tuple[str, ...]:
+    estimate = shown.relative
+    if outcome == "pass" or estimate is None:
+        return ()
+    others = [row.name for row in rows if row.standing == outcome and row is not shown]
+    also = f"; so {'do' if len(others) > 1 else 'does'} {', '.join(others)}" if others else ""
+    between = f"95 % interval {estimate.low:.3g} to {estimate.high:.3g}, {shown.windows} windows"
+    if outcome == "fail":
+        return (f"{GATE}: {shown.name} has {comparison(shown)}, above the limit {shown.limit:.3g} ({between}){also}",)
+    return (
+        f"{GATE}: {shown.name} has {comparison(shown)}, which cannot be told from the limit {shown.limit:.3g} ({between}){also}",
+    )
+
+
+def also(verdict: Verdict, slices: Verdict | None) -> Verdict:
+    """The verdict of the other gates with that on the worst slice."""
+    if slices is None:
+        return verdict
+    outcome = _worst_of((verdict.outcome, slices.outcome))
+    return replace(
+        verdict, outcome=outcome, reasons=(*verdict.reasons, *slices.reasons), gates=(*verdict.gates, *slices.gates)
+    )
