@@ -37,14 +37,15 @@ oracles: $(READY)
 test-oracles: oracles
 	$(BIN)/pytest -q -m oracle
 
-# Coverage-guided fuzzing of the readers of strange files, a million inputs; an environment of its own.
+# Coverage-guided fuzzing of the readers of strange files, a million inputs, in an environment of its own; then mutations by structure.
 FUZZ := .venv-fuzz
 RUNS ?= 350000
-fuzz:
+fuzz: $(READY)
 	$(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/pip install -q --disable-pip-version-check atheris numpy safetensors gguf pydantic ruamel.yaml
 	for reader in safetensors gguf json; do \
 	  PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/readers.py $$reader $(RUNS) out/fuzz || exit 1; done
+	$(BIN)/python -m tests.fuzz.strangers $(RUNS)
 
 # Builds that are killed a thousand times, whose every call fails once, whose disk is full, and that come eight at once.
 KILLS ?= 1000

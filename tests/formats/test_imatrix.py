@@ -160,3 +160,12 @@ def test_a_model_is_not_an_importance_matrix(tmp_path):
     path.write_bytes(header_bytes([Field("general.type", "str", "model")], [])[0])
     with pytest.raises(InputError, match="general.type is 'model', not an importance matrix"):
         imatrix.read(path)
+
+
+def test_an_entry_without_values_is_refused(tmp_path):
+    """Found by tests/fuzz/strangers.py."""
+    name = b"blk.0.attn_q.weight"
+    path = tmp_path / "empty.dat"
+    path.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, 0))
+    with pytest.raises(InputError, match="has no values"):
+        imatrix.read(path)

@@ -210,6 +210,8 @@ def _read_dat(path: Path) -> Imatrix:
         if name in sums:
             raise InputError(f"{path}: {name!r} appears twice; not an importance matrix")
         calls[name], length = number(1 << 30), number(1 << 24)
+        if not length:
+            raise InputError(f"{path}: {name[:80]!r} has no values; not an importance matrix")
         sums[name] = torch.frombuffer(bytearray(take(4 * length)), dtype=torch.float32).clone()
     dataset, chunks = "", None
     if place < len(data):
