@@ -96,9 +96,7 @@ def build(
     for warning in plan.warnings:
         warnings.warn(warning, stacklevel=2)
     with _shown(progress) as display:
-        report = pipeline.build(wanted, source, plan, Path(out), devices.named(device), display)
-    pipeline.note_source(source, str(checkpoint), plan, Path(out))
-    return report
+        return pipeline.build(wanted, source, plan, Path(out), devices.named(device), display)
 
 
 def check(

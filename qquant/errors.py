@@ -58,6 +58,12 @@ class LockedError(QQuantError):
     exit_code = 9
 
 
+class PartlyPublishedError(QQuantError):
+    """What passed is published, and something was refused."""
+
+    exit_code = 10
+
+
 class StoppedError(QQuantError):
     """Stopped safely by a signal; the same command continues."""
 

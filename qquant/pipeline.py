@@ -15,12 +15,12 @@ import torch
 
 from qquant import __version__, background, calibration, devices
 from qquant.artifact.draft import Draft
-from qquant.artifact.finishing import finished, installed, restore
-from qquant.artifact.manifest import RecipeCopy, read_manifest
+from qquant.artifact.finishing import finished, installed, restore, set_aside
+from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
-from qquant.checks import llama_cpp, speed, structure
+from qquant.checks import kept, llama_cpp, speed, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import (
     Candidate,
@@ -28,17 +28,18 @@ from qquant.checks.review import (
     Review,
     earlier_release,
     held_out,
-    record,
     require_same_numbers,
     review,
 )
 from qquant.checks.structure import Remembered
-from qquant.disk.output import TIMINGS, claim
+from qquant.disk.output import DAMAGED, TIMINGS, claim
 from qquant.disk.writes import write_synced
+from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file, weight_files
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
+from qquant.plan.places import require_outside
 from qquant.plan.plan import Plan
 from qquant.plan.texts import shortfall
 from qquant.progress import Progress
@@ -62,6 +63,7 @@ def build(
 
     Artifacts of an earlier run with the same inputs are kept after their hashes were verified; an interrupted build continues.
     """
+    require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
     plan.require_room(out)
     with claim(out) as partial:
         restore(out, partial)
@@ -74,9 +76,15 @@ def build(
         seen = aim.curvature_tokens if aim.objective == "kl" else 0
         inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
         inputs["objective"] = f"{aim.objective} {seen}"
+        adapter = _adapter(checkpoint)
+        if checkpoint.base_hash() != inputs["checkpoint"]:
+            inputs["base"] = checkpoint.base_hash()
+        if adapter:
+            inputs["adapter"] = adapter.sha256
         if plan.imatrix:
             inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
         progress.advance("read", 2, 3)
+        aside = set_aside(out)
         earlier = {
             artifact.name: earlier_release(artifact.spec.gates, artifact.name, text) for artifact in plan.artifacts
         }
@@ -86,30 +94,32 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         write_timings(drafts, out)
-        _finish(drafts, out, recipe, inputs, device)
+        write_synced(out / SOURCE, SourceFacts.of(checkpoint, _parallel(plan, out)).to_json())
+        _finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
-        found, measured = review(checkpoint, candidates, text, device, progress)
-        if recipe.checks.speed:
-            speeds = speed.measure_all([candidate.path for candidate in candidates], checkpoint, device, progress)
-            found = with_speed(found, speeds)
+        asked = kept.Asked(recipe.checks, text, inputs)
+        conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
+        found, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress)
         remarks = [
             *(plan.imatrix.remarks() if plan.imatrix else ()),
             *_short(recipe, tokens, text),
             *beyond(recipe.checks.length, checkpoint),
+            *_aside(out, aside),
         ]
         report = Report(
             model=plan.model,
             recipe=recipe.name,
             baseline_bits=8 * SIZES[checkpoint.dtype],
-            conditions=Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs),
+            conditions=conditions,
             calibration=cast(CalibrationFacts, tokens.provenance()),
-            **vars(found) | {"warnings": (*remarks, *found.warnings)},
+            baseline_perplexity=found.baseline_perplexity,
+            artifacts=found.artifacts,
+            warnings=(*remarks, *found.warnings),
         )
-        record(out, measured, text, checkpoint)
         _write(report, out)
     return report
 
@@ -120,6 +130,49 @@ def beyond(length: int, checkpoint: Checkpoint) -> list[str]:
     if length <= most:
         return []
     return [f"windows of {length:,} tokens, and the model has {most:,} positions: what lies beyond says little of it"]
+
+
+def _judge(
+    out: Path,
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    question: tuple[kept.Asked, Conditions],
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Review, Conditions]:
+    """Rows for all candidates, measured now unless their verdicts still hold, and for artifacts that were left alone."""
+    asked, conditions = question
+    before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
+    known = kept.answered(out, before, candidates)
+    fresh = [candidate for candidate in candidates if candidate.name not in known]
+    found = Review(before.baseline_perplexity if before else 0.0, ())
+    if fresh:
+        found, measured = review(checkpoint, fresh, asked.text, device, progress)
+        if asked.checks.speed:
+            speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, device, progress)
+            found = with_speed(found, speeds)
+        kept.record(out, measured, asked.text, checkpoint)
+    names = [candidate.name for candidate in candidates]
+    left, lost = kept.others(out, before, conditions, names)
+    told = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
+    conditions = replace(conditions, detectable={**told, **conditions.detectable})
+    return kept.together(known, replace(found, remarks=(*found.remarks, *lost)), left, names), conditions
+
+
+def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
+    """Tensor-parallel sizes of the planned artifacts, and of those that are there and were left alone."""
+    path = out / SOURCE
+    known = SourceFacts.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
+    there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in known.items()}
+    return {**there, **plan.parallel}
+
+
+def _aside(out: Path, before: set[str]) -> list[str]:
+    """What was no longer what its manifest said."""
+    told = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
+    return [
+        f"{name.rpartition('-')[0]}: {told.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
+    ]
 
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
@@ -136,13 +189,8 @@ def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) ->
 def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:
     """The review with what the clock said; a machine too noisy to tell is a warning, not a verdict on the artifact."""
     rows = tuple(replace(row, speed=timed) for row, timed in zip(found.artifacts, speeds, strict=True))
-    doubts = tuple(f"{row.name}: {reason}" for row in rows if row.speed for reason in row.speed.reasons)
-    return replace(found, artifacts=rows, warnings=(*found.warnings, *doubts))
-
-
-def note_source(checkpoint: Checkpoint, reference: str, plan: Plan, out: Path) -> None:
-    """Keep beside the report what `publish` needs to know of the checkpoint; `reference` is what the user called it."""
-    write_synced(out / SOURCE, SourceFacts.of(checkpoint, reference, plan.parallel).to_json())
+    rows = tuple(replace(row, warnings=(*row.warnings, *row.speed.reasons)) if row.speed else row for row in rows)
+    return replace(found, artifacts=rows)
 
 
 def check(
@@ -179,11 +227,13 @@ def check(
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
         conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
-        **vars(found) | {"warnings": (*beyond(checks.length, checkpoint), *found.warnings)},
+        baseline_perplexity=found.baseline_perplexity,
+        artifacts=found.artifacts,
+        warnings=(*beyond(checks.length, checkpoint), *found.warnings),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        record(out, measured, text, checkpoint)
+        kept.record(out, measured, text, checkpoint)
         _write(report, out)
     return report
 
@@ -293,17 +343,28 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
     return draft
 
 
-def _finish(
-    drafts: Sequence[Draft], out: Path, recipe: Recipe, inputs: Mapping[str, str], device: torch.device
-) -> None:
+def _finish(drafts: Sequence[Draft], out: Path, origin: Origin, device: torch.device) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
     with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
         for draft, read in zip(drafts, found, strict=True):
-            draft.finish(out, cast(RecipeCopy, published(recipe)), inputs, read)
+            draft.finish(out, origin, read)
+
+
+def _adapter(checkpoint: Checkpoint) -> AdapterFacts | None:
+    """What the record says of the adapter that is merged as the checkpoint is read."""
+    if checkpoint.adapter is None:
+        return None
+    name, revision = checkpoint.adapter.origin
+    return AdapterFacts(name, checkpoint.adapter.fingerprint, checkpoint.adapter.base, revision)
 
 
 def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evidence | None) -> Candidate:
+    found = manifest_of(out / artifact.folder).artifacts.get(artifact.name)
+    if found is None:
+        raise InputError(
+            f"{out / artifact.folder}: {artifact.name} was taken away meanwhile. Run the same command again"
+        )
     return Candidate(
         name=artifact.name,
         path=installed(out, artifact),
@@ -311,7 +372,8 @@ def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evid
         bits_per_weight=artifact.bits_per_weight,
         gates=gates,
         fallbacks=artifact.fallbacks,
-        layers=read_manifest(out / artifact.folder).artifacts[artifact.name].layers,
+        layers=found.layers,
+        sha256=found.digest,
         eight_bit=artifact.spec.eight_bit,
         earlier=earlier,
     )

@@ -394,14 +394,22 @@ def test_an_artifact_can_be_added_later(make_checkpoint, build):
     assert set(manifest["artifacts"]) == {"gguf-q4_0", "gguf-q8_0"}
 
 
-def test_damaged_artifact_is_not_kept(make_checkpoint, build):
+@pytest.mark.parametrize("name", ["gptq-int4", "gguf-q4_0"])
+def test_a_damaged_artifact_is_set_aside_and_built_again(make_checkpoint, build, name):
     folder = make_checkpoint()
-    _, out = build(folder, "gptq-int4")
-    with (out / "model-GPTQ-Int4" / "model.safetensors").open("r+b") as file:
-        file.seek(-9, os.SEEK_END)
-        file.write(b"\x55")
-    with pytest.raises(InputError, match=r"model\.safetensors: does not match qquant-manifest\.json"):
-        build(folder, "gptq-int4")
+    _, out = build(folder, name, "gguf-q8_0")
+    before = contents(out)
+    file = next(
+        path for path in out.glob("*/*") if path.suffix in (".safetensors", ".gguf") and "q8_0" not in path.name
+    )
+    with file.open("r+b") as opened:
+        opened.seek(-9, os.SEEK_END)
+        opened.write(b"\x55")
+    damaged = file.read_bytes()
+    report, _ = build(folder, name, "gguf-q8_0")
+    assert (out / ".damaged" / f"{name}-1" / file.name).read_bytes() == damaged
+    assert any(f"{name}: was changed or damaged after it was built" in line for line in report.warnings)
+    assert {path: data for path, data in contents(out).items() if not path.startswith(".damaged")} == before
 
 
 def test_another_build_in_the_folder_is_not_overwritten(make_checkpoint, build):

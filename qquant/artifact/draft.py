@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
-from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, RecipeCopy, read_manifest, sha256_of
+from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import to_plain, typed
 from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
@@ -252,11 +252,10 @@ class Draft:
     def finish(
         self,
         target: Path,
-        recipe: RecipeCopy,
-        inputs: Mapping[str, str],
+        origin: Origin,
         read: Iterable[tuple[str, str]] | None = None,
     ) -> Path:
-        """Make the artifact visible in `target` with its manifest, which says `recipe` and `inputs`; the final folder.
+        """Make the artifact visible in `target` with its manifest, which says its `origin`; the final folder.
 
         `read`: what the `readings` gave; None: they are done now, on the CPU.
         """
@@ -265,7 +264,9 @@ class Draft:
         hashed = {name: sha256 for name, sha256 in read if name}
         files = {file.name: FileFacts(file.size, hashed[file.name]) for file in self.plan.files}
         layers = tuple(entry for unit in self.units.values() for entry in unit.record)
-        entry = ArtifactEntry(self.key, self.plan.format, files, recipe, dict(inputs), layers)
+        entry = ArtifactEntry(
+            self.key, self.plan.format, files, origin.recipe, dict(origin.inputs), layers, origin.adapter
+        )
         final = target / self.plan.folder
         manifest = read_manifest(final) if final.exists() else Manifest()
         content = manifest.with_artifact(self.plan.name, entry).to_json()

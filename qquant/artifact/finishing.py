@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from qquant.artifact.draft import REPLACED
-from qquant.artifact.manifest import matches, read_manifest
-from qquant.disk.output import MANIFEST
-from qquant.disk.writes import rename
-from qquant.errors import InputError, UsageError
+from qquant.artifact.manifest import manifest_of, matches, read_manifest
+from qquant.disk.output import DAMAGED, MANIFEST, empty
+from qquant.disk.writes import make_folder, reached, rename, write_synced
+from qquant.errors import UsageError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact
 
@@ -24,13 +28,15 @@ def restore(out: Path, partial: Path) -> None:
 
 
 def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
-    """Whether `target` already holds this very artifact, every byte of it verified.
+    """Whether `target` already holds this very artifact, every byte of it verified; one that was changed is set aside.
 
     Raises:
         UsageError: something else stands there.
-        InputError: its bytes no longer match its manifest.
+        InputError: its manifest is malformed.
     """
     final = target / plan.folder
+    if empty(final):
+        final.rmdir()
     if not final.exists():
         return False
     entry = read_manifest(final).artifacts.get(plan.name)
@@ -46,13 +52,33 @@ def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
             f"{final}: holds {plan.name} built from another recipe, checkpoint or version (key {entry.key[:12]}, now {key[:12]}). "
             "Choose another --out, or remove the folder"
         )
-    for name, facts in entry.files.items():
-        path = final / name
-        if not matches(path, facts):
-            raise InputError(
-                f"{path}: does not match {MANIFEST}; the file was changed or damaged. Remove the folder and build again"
-            )
-    return True
+    return all(matches(final / name, facts) for name, facts in entry.files.items()) or _set_aside(target, plan)
+
+
+def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
+    """Move the files of an artifact that are not what its manifest says out of the way, so that it is built again."""
+    final = target / plan.folder
+    manifest = manifest_of(final)
+    rest = {name: entry for name, entry in manifest.artifacts.items() if name != plan.name}
+    shared = {name for entry in rest.values() for name in entry.files}
+    place = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
+    make_folder(place.parent)
+    if not rest:
+        rename(final, place)
+        return False
+    make_folder(place)
+    for name in manifest.artifacts[plan.name].files.keys() - shared:
+        if os.path.lexists(final / name):
+            make_folder((place / name).parent)
+            rename(final / name, place / name)
+    reached("while a damaged artifact is set aside")
+    write_synced(final / MANIFEST, replace(manifest, artifacts=rest).to_json())
+    return False
+
+
+def set_aside(target: Path) -> set[str]:
+    """Names of the folders in which `finished` left what was changed."""
+    return {path.name for path in (target / DAMAGED).glob("*")}
 
 
 def installed(target: Path, plan: PlannedArtifact) -> Path:

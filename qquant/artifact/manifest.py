@@ -102,6 +102,30 @@ class RecipeCopy(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """A LoRA adapter that was merged into the checkpoint."""
+
+    name: str
+    sha256: str  # of its weights and its config
+    base: str | None = None  # the model that it says it was trained on
+    revision: str | None = None  # commit of its hub repository
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an artifact is made from."""
+
+    recipe: RecipeCopy = field(default_factory=RecipeCopy)
+    inputs: Mapping[str, str] = field(default_factory=dict)  # hashes, versions, device
+    adapter: AdapterFacts | None = None
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """sha256 over names and hashes of files."""
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class ArtifactEntry:
     """One artifact: what it was made from, its files, and how its linears were solved."""
 
@@ -111,6 +135,12 @@ class ArtifactEntry:
     recipe: RecipeCopy = field(default_factory=RecipeCopy)
     inputs: Mapping[str, str] = field(default_factory=dict)  # hashes, versions, device
     layers: tuple[Solved, ...] = ()
+    adapter: AdapterFacts | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its files: what a verdict is about."""
+        return digest_of({name: facts.sha256 for name, facts in self.files.items()})
 
     def spec(self, name: str) -> SpecCopy | None:
         """The recipe's entry of artifact `name`."""
@@ -163,6 +193,14 @@ class Manifest:
     def with_artifact(self, name: str, entry: ArtifactEntry) -> Manifest:
         """The same with one artifact more, or another."""
         return replace(self, artifacts={**self.artifacts, name: entry})
+
+    def judged(self, name: str) -> str:
+        """The digest of an artifact's files as they were before settings were patched."""
+        files = {file: facts.sha256 for file, facts in self.artifacts[name].files.items()}
+        for patch in reversed(self.patches):
+            if patch.before and files.get(patch.file) == patch.sha256:
+                files[patch.file] = patch.before
+        return digest_of(files)
 
     @property
     def files(self) -> dict[str, FileFacts]:
@@ -252,6 +290,27 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: already exists and was not made by qquant (no {MANIFEST}). Choose another --out, or move it away"
         )
     return manifest_of(folder)
+
+
+def artifacts_below(folder: Path) -> list[tuple[Path, str, ArtifactEntry]]:
+    """(folder, name, entry) of every artifact in `folder`, or in a folder of it."""
+    places = [path.parent for path in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))) if path.is_file()]
+    return [(place, name, entry) for place in places for name, entry in manifest_of(place).artifacts.items()]
+
+
+def require_judged(folder: Path, report: Report) -> None:
+    """Raise InputError if artifacts of `folder` have other bytes than those that its report judged."""
+    digests: dict[str, set[str]] = {}
+    for place in {place for place, _, _ in artifacts_below(folder)}:
+        manifest = manifest_of(place)
+        for name in manifest.artifacts:
+            digests.setdefault(name, set()).add(manifest.judged(name))
+    for row in report.artifacts:
+        if row.sha256 and row.name in digests and row.sha256 not in digests[row.name]:
+            raise InputError(
+                f"{folder / REPORT}: {row.name}: judged other bytes ({row.sha256[:12]}) than the folder holds "
+                f"({min(digests[row.name])[:12]}). Run the same `qquant build` again"
+            )
 
 
 def read_report(path: Path) -> Report:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 
 from qquant.algorithms.checksum import checksum
 from qquant.algorithms.grid import finite
-from qquant.artifact.manifest import ADDED, ArtifactEntry, named_files, read_manifest, verify_files
+from qquant.artifact.manifest import (
+    ADDED,
+    REPORT,
+    ArtifactEntry,
+    named_files,
+    read_manifest,
+    read_report,
+    require_judged,
+    verify_files,
+)
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats import FORMATS
@@ -75,6 +84,8 @@ def verify(folder: Path, deep: bool = False) -> Found:
             f"{folder}: holds no {MANIFEST}; give an artifact folder of `qquant build`, or a release folder"
         )
     size = hashes(folder)
+    if (folder / REPORT).is_file():
+        require_judged(folder, read_report(folder / REPORT))
     scanned = compared = 0
     for name, entry in read_manifest(folder).artifacts.items():
         recorded = checksums(entry.layers)

@@ -13,6 +13,7 @@ text, protocol and checkpoint; only measurements on the same tokens are compared
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from qquant.artifact.manifest import read_report
+from qquant.artifact.manifest import read_report, require_judged
 from qquant.checks.fidelity import Fidelity
 from qquant.disk.records import Count, to_plain, typed
 from qquant.disk.writes import make_folder, write_synced
@@ -74,6 +75,11 @@ class Evidence:
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
     means: Mapping[str, NDArray[np.float64]]  # exact, [W]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what verdicts rest on."""
+        return hashlib.sha256(b"".join(self.means[loss].tobytes() for loss in LOSSES)).hexdigest()
 
     @property
     def windows(self) -> int:
@@ -150,7 +156,9 @@ def of_report(place: Path) -> dict[str, Evidence]:
     report = place / "report.json" if place.is_dir() else place
     if not report.is_file():
         raise UsageError(f"{place}: no report.json; give the output folder of a build, or its report.json")
-    names = [row.name for row in read_report(report).artifacts]
+    content = read_report(report)
+    require_judged(report.parent, content)
+    names = [row.name for row in content.artifacts]
     found = {name: report.parent / FOLDER / f"{file_name(name)}.safetensors" for name in names}
     missing = [path for path in found.values() if not path.is_file()]
     if missing or not found:

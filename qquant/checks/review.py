@@ -63,6 +63,8 @@ class Candidate:
     layers: tuple[Solved, ...] = ()
     eight_bit: bool = False  # or more: perplexity resolves nothing
     earlier: Evidence | None = None  # of the release before
+    sha256: str = ""  # of its files, where a manifest says it
+    question: str = ""  # see `kept`
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ class Review:
 
     baseline_perplexity: float
     artifacts: tuple[ArtifactReport, ...]
-    warnings: tuple[str, ...]
+    remarks: tuple[str, ...] = ()  # on no artifact in particular
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that a reader is told, by artifact."""
+        return (*(f"{row.name}: {line}" for row in self.artifacts for line in row.warnings), *self.remarks)
 
 
 @dataclass(frozen=True)
@@ -200,30 +207,27 @@ def review(
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
     for name, watched in sources.items():
         faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
-    for name, answered in answers.items():
-        faults[name] += sanity.problems(answered.runs)
-    warnings = tuple(
-        f"{candidate.name}: {warning}"
-        for candidate in candidates
-        for warning in (
-            *said[candidate.name].warnings,
-            *fallback_note(candidate.fallbacks),
-            *warnings_of(candidate.layers),
-            *sanity.warnings(answers.get(candidate.name, Answers()).runs),
-            *_loud(found.headroom[candidate.name], found.headroom[""]),
-            *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
-        )
+    for name, answer in answers.items():
+        faults[name] += sanity.problems(answer.runs)
+    unasked = bool(text.answers) and not answers
+    rows = []
+    for candidate in candidates:
+        answered = answers.get(candidate.name, Answers())
+        warnings = (*said[candidate.name].warnings, *_warnings(candidate, found, answered))
+        row = _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, []))
+        rows.append(replace(row, answers=answered, warnings=warnings))
+    remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
+    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks), found
+
+
+def _warnings(candidate: Candidate, found: Measured, answered: Answers) -> tuple[str, ...]:
+    return (
+        *fallback_note(candidate.fallbacks),
+        *warnings_of(candidate.layers),
+        *sanity.warnings(answered.runs),
+        *_loud(found.headroom[candidate.name], found.headroom[""]),
+        *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
     )
-    if text.answers and not answers:
-        warnings += ("no answers were generated: the model in 16 bits does not fit in memory",)
-    rows = tuple(
-        replace(
-            _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, [])),
-            answers=answers.get(candidate.name, Answers()),
-        )
-        for candidate in candidates
-    )
-    return Review(found.main[candidates[0].name].perplexity_baseline, rows, warnings), found
 
 
 def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
@@ -341,6 +345,8 @@ def _row(
         top1_agreement=measured.top1,
         verdict=gate.waived(verdict, candidate.gates, datetime.date.today()),
         fallbacks=candidate.fallbacks,
+        sha256=candidate.sha256,
+        question=candidate.question,
         layers=candidate.layers,
         kl_percentiles=figures.percentiles(measured.kl, (50, 90, 99, 99.9)),
         delta_p=figures.delta_p(measured),
@@ -366,10 +372,3 @@ def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
         numbers = (measured.kl, measured.nll, measured.nll_baseline)
         found.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
     return tuple(found)
-
-
-def record(out: Path, found: Measured, text: HeldOut, checkpoint: Checkpoint) -> None:
-    """Write the evidence of every artifact below `out`."""
-    facts = evidence.Facts.of(text.facts, checkpoint.fingerprint)
-    for name, measured in found.main.items():
-        evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", measured, facts)

@@ -27,7 +27,8 @@ from qquant.cli.recipes import recipes
 from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks
-from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError
+from qquant.cli.terminal import SIGNALS
+from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError, UsageError
 from qquant.report.escape import in_lines
 
 
@@ -65,6 +66,20 @@ def _terminated(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _deaf() -> None:
+    """Hear no more signals: the process is about to end as the first one asked."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _require_utf8(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if "\0" in argument or argument.encode("utf-8", "replace").decode() != argument:
+            raise UsageError(
+                f"{argument!r}: is not UTF-8, or holds a NUL. Rename the file or folder, or go by another path"
+            )
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     from qquant.solve.stream import is_out_of_memory
 
@@ -74,25 +89,41 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can cause becomes one message and an exit status."""
     sys.excepthook = _bug
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
+            signal.signal(number, _terminated)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result: Any = cli.main(args=arguments, prog_name="qquant", standalone_mode=False)
-        status = result if isinstance(result, int) else 0
+        status = _run(given)
+    except (KeyboardInterrupt, StoppedError) as error:  # a signal while the first one was being told
+        _deaf()
+        status = _stopped(error, given)
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        _require_utf8(arguments)
+        result: Any = cli.main(args=list(arguments), prog_name="qquant", standalone_mode=False)
+        return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt, StoppedError) as error:
-        status = StoppedError.exit_code
-        command = shlex.join(["qquant", *(sys.argv[1:] if arguments is None else arguments)])
-        click.echo(f"{str(error) or 'stopped'}\ncontinue with: {command}", err=True)
+        _deaf()
+        return _stopped(error, arguments)
     except QQuantError as error:
         click.echo(f"error: {in_lines(str(error))}", err=True)
-        status = error.exit_code
+        return error.exit_code
     except BrokenPipeError:
-        status = 0
+        return 0
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
-        status = EnvironmentMissingError.exit_code
-    sys.exit(status)
+        return EnvironmentMissingError.exit_code
+
+
+def _stopped(error: BaseException, arguments: Sequence[str]) -> int:
+    click.echo(f"{str(error) or 'stopped'}\ncontinue with: {shlex.join(['qquant', *arguments])}", err=True)
+    return StoppedError.exit_code

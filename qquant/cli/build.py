@@ -73,7 +73,6 @@ def build(
     began = time.monotonic()
     with Stop() as stop, Display(stop, log) as progress:
         report = pipeline.build(loaded, source, plan, out, devices.named(device), progress)
-    pipeline.note_source(source, reference, plan, out)
     if not as_json:
         click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
         click.echo("\n".join(_next(report, plan, out)), err=True)

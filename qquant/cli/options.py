@@ -26,7 +26,7 @@ Exit status:
   0 every gate passed   2 usage or recipe      3 a gate failed
   4 gate inconclusive   5 input rejected       6 environment (disk, memory, hub)
   7 numerical           8 not published        9 output locked
-  75 stopped safely     1 a bug
+  10 published in part  75 stopped safely      1 a bug
 """
 
 

@@ -11,7 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
-from qquant.errors import UsageError
+from qquant.errors import PartlyPublishedError, UsageError
 
 NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -97,6 +97,7 @@ def publish(
     """
     from qquant.release import card, hub, signing, statements
     from qquant.release.repository import complete, read_release
+    from qquant.report.escape import in_line
 
     if to == "dir" and out is None:
         raise UsageError("--to dir needs --out FOLDER")
@@ -106,7 +107,7 @@ def publish(
         raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
     release = read_release(folder, only)
     for name, reason in release.refused.items():
-        click.echo(f"not published: {name}: {reason}", err=True)
+        click.echo(f"not published: {in_line(name)}: {in_line(reason)}", err=True)
     repositories = [
         statements.with_statements(card.with_card(complete(repository, tag, namespace, base_model)))
         for repository in release.repositories
@@ -119,9 +120,10 @@ def publish(
         click.echo(
             json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2)
         )
-        return
-    for result in done:
+    for result in () if as_json else done:
         click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+    if release.refused:
+        raise PartlyPublishedError(f"published without {', '.join(release.refused)}, as said above")
 
 
 @command(epilog=EXITS, example="patch generation_config.json:top_p=0.8 --repos 'my-organisation/Qwen1.5-*' --dry-run")

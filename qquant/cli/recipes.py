@@ -75,7 +75,7 @@ def validate_recipes(files: tuple[str, ...]) -> None:
     problems = []
     for file in files:
         try:
-            recipe.load(file)
+            problems += [f"{file}: {clash}; keep one, or build them with --only" for clash in recipe.load(file).clashes]
         except UsageError as error:
             problems.append(str(error))
     if problems:

@@ -85,11 +85,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = ""  # the name of the signal
+        self.ended = False  # the error is on its way
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self._hear)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
+                self.before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +100,10 @@ class Stop:
 
     def _hear(self, number: int, _: object) -> None:
         name = signal.Signals(number).name
+        if self.ended:
+            return
         if self.asked:
+            self.ended = True
             raise StoppedError(f"stopped at once by {name}")
         self.asked = name
         clear = "\r\x1b[2K" if os.isatty(2) else ""  # the live line, which is drawn again below
@@ -107,4 +112,5 @@ class Stop:
     def check(self) -> None:
         """Raise StoppedError if a signal came."""
         if self.asked:
+            self.ended = True
             raise StoppedError(f"stopped by {self.asked}")

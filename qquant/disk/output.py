@@ -5,6 +5,7 @@ DIR/calibration/            the tokens that were used, with their provenance
 DIR/report.json, report.md, report.html, evidence/
 DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
 DIR/source.json             which checkpoint, from where, under which licence
+DIR/.damaged/               files that were no longer what their manifest says, set aside by a build that made them again
 DIR/.partial/               a build in progress, with its lock; gone when the build is done
 """
 
@@ -22,9 +23,21 @@ from qquant.errors import EnvironmentMissingError, InputError, QQuantError, Usag
 
 PARTIAL = ".partial"
 DONE = ".partial.done"  # what is left of a build that is done, while it is removed
+DAMAGED = ".damaged"
 MANIFEST = "qquant-manifest.json"
 TIMINGS = "timings.json"
-OURS = {PARTIAL, DONE, TIMINGS, "calibration", "report.json", "evidence", "report.md", "report.html", "source.json"}
+OURS = {
+    PARTIAL,
+    DONE,
+    DAMAGED,
+    TIMINGS,
+    "calibration",
+    "report.json",
+    "evidence",
+    "report.md",
+    "report.html",
+    "source.json",
+}
 
 
 @contextmanager
@@ -39,6 +52,7 @@ def claim(out: Path) -> Iterator[Path]:
         EnvironmentMissingError: it cannot be created or written.
         StoppedError: a write failed in a way that need not last; what is finished is kept.
     """
+    require_utf8(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out takes a folder")
     _only_ours(out)
@@ -69,14 +83,29 @@ def claim(out: Path) -> Iterator[Path]:
         raise failure(error, out) from error
 
 
+def require_utf8(path: Path) -> None:
+    """Raise UsageError if a path is no UTF-8, or holds NUL: libraries that write below it do not take it."""
+    try:
+        text = str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(path)!r}: is not UTF-8. Choose another --out") from None
+    if b"\0" in text:
+        raise UsageError(f"{str(path)!r}: holds a NUL. Choose another --out")
+
+
 def _only_ours(out: Path) -> None:
     if not out.is_dir():
         return
     for path in sorted(out.iterdir()):
-        if path.name not in OURS and not _temporary(path) and not (path / MANIFEST).is_file():
+        if path.name not in OURS and not _temporary(path) and not empty(path) and not (path / MANIFEST).is_file():
             raise UsageError(
                 f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
             )
+
+
+def empty(path: Path) -> bool:
+    """Whether it is a folder that holds nothing, and so is nobody's."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def _temporary(path: Path) -> bool:

@@ -16,6 +16,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
+from qquant.plan.places import require_model_name
 from qquant.plan.texts import NOT_COUNTED, Texts, examine
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import Reach, reach, resolved
@@ -54,7 +55,7 @@ class Plan:
         """Plan the artifacts of `recipe` (those named in `only`, if any) for `checkpoint`.
 
         Raises:
-            UsageError: `only` names an artifact that the recipe does not have, or two artifacts would write the same file.
+            UsageError: `only` names an artifact that the recipe does not have, a name cannot be that of a file, or two artifacts would write the same file.
             InputError: a shape does not fit a format.
         """
         checkpoint.require_tokenizer()
@@ -66,6 +67,7 @@ class Plan:
             )
         chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
         name = model or checkpoint.name
+        require_model_name(name)
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
         _require_apart(planned)
         parameters = checkpoint.family.parameters(checkpoint.config)

@@ -20,6 +20,8 @@ from qquant.recipe.words import Location, key_path, shown
 RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
 
+TOLD_APART_BY = {"gptq": ("bits",), "awq": (), "gguf": ("type",)}  # what stands in the names of an artifact's files
+
 # What no single field shows. Values may be of any type here: a file can have several faults at once.
 
 
@@ -222,6 +224,18 @@ class Recipe(Strict):
     gguf_split_size: int = Field(
         default=45 * 10**9, ge=10**6, le=10**15, description="most bytes of tensors per GGUF file"
     )
+
+    @property
+    def clashes(self) -> tuple[str, ...]:
+        """Pairs of artifacts that write the same files; `plan` and `build` take one of each with `--only`."""
+        first: dict[tuple[str, ...], str] = {}
+        found = []
+        for spec in self.artifacts:
+            place = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
+            other = first.setdefault(place, spec.name)
+            if other != spec.name:
+                found.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(place)}")
+        return tuple(found)
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -29,6 +29,7 @@ from qquant.artifact.manifest import (
     SpecCopy,
     manifest_of,
     read_report,
+    require_judged,
 )
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError
@@ -264,8 +265,14 @@ def _made(manifest: Manifest, report: Report) -> Iterator[tuple[str, str | Marku
     yield "recipe", _code(report.recipe)
     if release.revision:
         yield "checkpoint", _code(release.base_model) + Markup(" at ") + _code(release.revision)
+    adapter = next(iter(manifest.artifacts.values())).adapter
+    if adapter:
+        what = _code(adapter.name) + (Markup(" at ") + _code(adapter.revision) if adapter.revision else Markup(""))
+        trained = Markup(", trained on ") + _code(adapter.base) if adapter.base else Markup("")
+        yield "LoRA adapter, merged into the checkpoint", what + trained + Markup(", sha256 ") + _code(adapter.sha256)
     if "checkpoint" in inputs:
-        yield "sha256 of the checkpoint's config and weights", _code(inputs["checkpoint"])
+        what_of = "checkpoint with the adapter merged" if adapter else "checkpoint's config and weights"
+        yield f"sha256 of the {what_of}", _code(inputs["checkpoint"])
     if calibration:
         counts = f"{calibration.get('samples')} samples, {calibration.get('tokens')} tokens"
         yield "calibration", Markup(f"{counts}, ") + _code(calibration.get("sha256"))
@@ -290,6 +297,7 @@ def problems(folder: Path) -> list[str]:
     manifest, report = manifest_of(folder), read_report(folder / REPORT)
     if manifest.release is None or not manifest.artifacts:
         raise InputError(f"{folder / MANIFEST}: has no release entry; check a folder that `qquant publish` made")
+    require_judged(folder, report)
     text = path.read_text("utf-8")
     generated = body(manifest, report)
     parts = re.split(f"{re.escape(BEGIN)}\n|\n{re.escape(END)}", text)

@@ -118,14 +118,15 @@ class SourceFacts:
     card: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)  # licence, language, tags
     tensor_parallel: Mapping[str, ParallelSizes] = field(default_factory=dict)  # as in `Plan`
     licence_file: LicenceFile | None = None
+    checkpoint: str = ""  # sha256 of what was quantized: config, weights, adapter
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, reference: str, parallel: Mapping[str, Mapping[str, list[int]]]) -> SourceFacts:
-        """Of a checkpoint that was opened as `reference`."""
+    def of(cls, checkpoint: Checkpoint, parallel: Mapping[str, Mapping[str, list[int]]]) -> SourceFacts:
+        """Of a checkpoint that is being built from; `parallel` as in `Plan`."""
         licence = next((path for path in checkpoint.side_files if path.name in LICENCES), None)
         return cls(
             model=checkpoint.name,
-            base_model=reference if checkpoint.revision else None,
+            base_model=checkpoint.reference if checkpoint.revision else None,
             revision=checkpoint.revision,
             chat=proposed(checkpoint.path).name == CHAT,
             card=card_facts(checkpoint.path / "README.md"),
@@ -133,6 +134,7 @@ class SourceFacts:
                 name: ParallelSizes(**{key: tuple(sizes) for key, sizes in by.items()}) for name, by in parallel.items()
             },
             licence_file=LicenceFile(licence.name, licence.read_text("utf-8", "replace")) if licence else None,
+            checkpoint=checkpoint.content_hash(),
         )
 
     @classmethod
@@ -181,7 +183,9 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
         raise UsageError(f"{folder / REPORT}: not found. Publish the output folder of a finished `qquant build`")
     report = read_report(folder / REPORT)
     place = folder / SOURCE
-    source = SourceFacts.from_json(read_json(place), str(place)) if place.is_file() else SourceFacts()
+    if not place.is_file():
+        raise InputError(f"{place}: not found, so nobody can say what was quantized. Run the same `qquant build` again")
+    source = SourceFacts.from_json(read_json(place), str(place))
     rows = {row.name: row for row in report.artifacts}
     manifests = {path.parent: manifest_of(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
     known = [name for manifest in manifests.values() for name in manifest.artifacts]
@@ -195,7 +199,7 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
         for name, entry in manifest.artifacts.items():
             if only and name not in only:
                 continue
-            reason = _refusal(entry, rows.get(name), report)
+            reason = _refusal(entry, rows.get(name), report, source)
             if reason:
                 refused[name] = reason
             else:
@@ -208,12 +212,17 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     return Release(tuple(repositories), refused)
 
 
-def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report) -> str | None:
+def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, source: SourceFacts) -> str | None:
     if row is None:
         return f"{REPORT} has no verdict on it; run the same `qquant build` again"
     checkpoint, built_from = report.conditions.inputs.get("checkpoint"), entry.inputs.get("checkpoint")
     if checkpoint and built_from and checkpoint != built_from:
         return f"{REPORT} judged another checkpoint ({checkpoint[:12]}) than it was built from ({built_from[:12]})"
+    if source.checkpoint and built_from and source.checkpoint != built_from:
+        return f"{SOURCE} is about another checkpoint ({source.checkpoint[:12]}) than it was built from ({built_from[:12]})"
+    if row.sha256 != entry.digest:
+        judged = f"other bytes ({row.sha256[:12]})" if row.sha256 else "it does not say which bytes"
+        return f"{REPORT} judged {judged}, here are {entry.digest[:12]}; run the same `qquant build` again"
     if row.verdict.outcome in PASSED:
         return None
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qquant.artifact.manifest import BOM, STATEMENT
+from qquant.artifact.manifest import BOM, STATEMENT, AdapterFacts
 from qquant.release.repository import Repository, as_json
 from qquant.report.record import Report
 
@@ -48,6 +48,7 @@ def bill_of_materials(repository: Repository) -> dict[str, Any]:
             "name": base,
             "version": release.revision or "",
         },
+        *_adapter(repository.first.adapter),
         *(
             {
                 "type": "data",
@@ -78,10 +79,17 @@ def statement(repository: Repository) -> dict[str, Any]:
     release, inputs = repository.release, repository.first.inputs
     base = release.base_model or repository.report.model
     materials: list[dict[str, Any]] = [
-        {"name": base, "uri": f"pkg:huggingface/{base}", "digest": {"sha256": inputs.get("checkpoint", "")}}
+        {
+            "name": base,
+            "uri": f"pkg:huggingface/{base}",
+            "digest": {"sha256": inputs.get("base") or inputs.get("checkpoint", "")},
+        }
     ]
     if release.revision:
         materials[0]["uri"] = f"pkg:huggingface/{base}@{release.revision}"
+    adapter = repository.first.adapter
+    if adapter:
+        materials.append({"name": f"LoRA adapter {adapter.name}", "digest": {"sha256": adapter.sha256}})
     if "calibration" in inputs:
         materials.append({"name": "calibration tokens", "digest": {"sha256": inputs["calibration"]}})
     return {
@@ -105,6 +113,22 @@ def statement(repository: Repository) -> dict[str, Any]:
             "runDetails": {"builder": {"id": "urn:qquant", "version": {"qquant": inputs.get("qquant", "")}}},
         },
     }
+
+
+def _adapter(adapter: AdapterFacts | None) -> list[dict[str, Any]]:
+    """The adapter as a component of the bill."""
+    if adapter is None:
+        return []
+    return [
+        {
+            "type": "machine-learning-model",
+            "bom-ref": f"adapter:{adapter.name}",
+            "name": adapter.name,
+            "version": adapter.revision or "",
+            "description": f"LoRA adapter, merged; trained on {adapter.base or 'a base that it does not name'}",
+            "hashes": [{"alg": "SHA-256", "content": adapter.sha256}],
+        }
+    ]
 
 
 def _licences(card: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -183,6 +183,9 @@ class ArtifactReport:
     headroom: tuple[Number, ...] = ()  # by block: largest |activation| as a share of what fp16 holds
     speed: SpeedReport | None = None  # null: not measured
     slices: tuple[SliceReport, ...] = ()  # languages, kinds of text, positions: `checks.profile: release`
+    warnings: tuple[str, ...] = ()
+    sha256: str = ""  # of its files, as `ArtifactEntry.digest`; empty: not an artifact of a build
+    question: str = ""  # digest of everything else that the verdict depends on
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,15 @@ class Adapter:
     replaced: Mapping[str, TensorInfo]
     fan_in_fan_out: bool
     fingerprint: str
+    base: str | None = None  # the model that its config says it was trained on
+
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        """(name, commit): of a hub cache the repository's id and its commit, of another folder its name."""
+        real = self.path.resolve()
+        if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+            return real.parent.parent.name.removeprefix("models--").replace("--", "/"), real.name
+        return real.name, None
 
     @classmethod
     def open(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
@@ -82,7 +91,11 @@ class Adapter:
         with weights.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256")
         digest.update(json.dumps(config, sort_keys=True).encode())
-        return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest.hexdigest())
+        base = config.get("base_model_name_or_path")
+        named = base.rstrip("/") if isinstance(base, str) else None
+        if named and (named.startswith((".", "/", "~")) or named.count("/") > 1):
+            named = named.rpartition("/")[2]  # a folder of the machine that trained it
+        return cls(path, updates, replaced, bool(config.get("fan_in_fan_out")), digest.hexdigest(), named)
 
     def merge(self, name: str, value: Tensor, rows: slice) -> Tensor:
         """`value` (rows `rows` of tensor `name`) with the adapter applied, in the dtype it came in."""

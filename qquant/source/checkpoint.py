@@ -70,6 +70,8 @@ class Checkpoint:
     fingerprint: str  # sha256 of config, headers and file sizes
     adapter: Adapter | None = None
     ignored: tuple[str, ...] = field(default=())  # tensors of the files that the model does not use
+    reference: str = ""  # what it was opened as: a folder, or a hub id
+    base: str = ""  # the fingerprint without the adapter
 
     @classmethod
     def open(cls, reference: str | Path, revision: str | None = None, adapter: Path | None = None) -> Checkpoint:
@@ -92,10 +94,12 @@ class Checkpoint:
         found, digest = read_tensors(path)
         tensors, ignored = _verify(path, family, config, found)
         digest.update(json.dumps(raw, sort_keys=True).encode())
+        base = digest.hexdigest()
         lora = Adapter.open(adapter, {name: info.shape for name, info in tensors.items()}) if adapter else None
         if lora:
             digest.update(lora.fingerprint.encode())
-        return cls(path, name, commit, raw, family, config, tensors, digest.hexdigest(), lora, ignored)
+        print_ = digest.hexdigest()
+        return cls(path, name, commit, raw, family, config, tensors, print_, lora, ignored, str(reference), base)
 
     @property
     def dtype(self) -> str:
@@ -114,12 +118,20 @@ class Checkpoint:
         Raises:
             InputError: a file in a hub cache is not what the hub said it is.
         """
-        digest = hashlib.sha256(self.fingerprint.encode())
+        return self._over_weights(self.fingerprint)
+
+    def base_hash(self) -> str:
+        """The same without the adapter: what the checkpoint's own name stands for."""
+        return self._over_weights(self.base or self.fingerprint)
+
+    def _over_weights(self, head: str) -> str:
+        return hashlib.sha256(b"".join((head.encode(), *self._weights))).hexdigest()
+
+    @cached_property
+    def _weights(self) -> tuple[bytes, ...]:
         files = sorted({info.file for info in self.tensors.values()})
         with ThreadPoolExecutor(min(8, len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-            for part in pool.map(_sha256, files):
-                digest.update(part)
-        return digest.hexdigest()
+            return tuple(pool.map(_sha256, files))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -290,7 +290,7 @@ def test_source_facts_of_a_checkpoint(tmp_path):
     folder = write_checkpoint(tmp_path / "Qwen1.5-Test-Chat")
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("the terms\n")
-    facts = json.loads(SourceFacts.of(Checkpoint.open(folder), str(folder), {"gptq": {"vllm": [1]}}).to_json())
+    facts = json.loads(SourceFacts.of(Checkpoint.open(folder), {"gptq": {"vllm": [1]}}).to_json())
     assert facts["tensor_parallel"] == {"gptq": {"vllm": [1], "sglang": [], "without_padding": []}}
     assert facts["card"]["license_name"] == "tongyi-qianwen"
     assert "secret" not in facts["card"]

@@ -98,6 +98,7 @@ def test_only_what_passed_or_was_waived_is_published(hub, tmp_path):
     }
     build = write_build(tmp_path / "build", outcomes={"q4_0": failed, "gptq-int4": waived})
     release = read_release(build)
+    assert run(build, "--to", "dir", "--out", tmp_path / "folders").returncode == 10
     assert release.refused == {"q4_0": "verdict fail; KL divergence 0.3 > 0.1"}
     publish(hub, build)
     assert "qwen1_5-test-chat-q4_0.gguf" not in hub.files(f"org/{GGUF}")

@@ -13,6 +13,7 @@ from qquant import recipe
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import installed
+from qquant.artifact.manifest import Origin
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.cli import main
@@ -63,7 +64,7 @@ def built(checkpoint, folder, entries):
     walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, torch.device("cpu"), Quiet())
     (folder / "out").mkdir()
     for draft in drafts:
-        draft.finish(folder / "out", {}, {})
+        draft.finish(folder / "out", Origin())
     return {artifact.name: installed(folder / "out", artifact) for artifact in plan.artifacts}
 
 

@@ -6,6 +6,7 @@ import random
 
 from huggingface_hub import HfApi
 
+from qquant.artifact.manifest import digest_of
 from qquant.release.hub import HuggingFace, Request
 from qquant.release.repository import complete, read_release
 from tests.worlds.hub_server import TOKEN
@@ -38,7 +39,8 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
                 {
                     "name": name, "path": str(folder / repo), "size": sum(fact["bytes"] for fact in facts.values()),
                     "bits_per_weight": 4.5, "perplexity": 10.25 + seed, "perplexity_ratio": 1.0123, "kl_divergence": 0.0213, "kl_99": 0.2,
-                    "top1_agreement": 0.95125, "verdict": dict(outcomes).get(name, {"outcome": "pass", "reasons": []}),
+                    "top1_agreement": 0.95125, "sha256": digest_of({name: fact["sha256"] for name, fact in facts.items()}),
+                    "verdict": dict(outcomes).get(name, {"outcome": "pass", "reasons": []}),
                 }
             )  # fmt: skip
         (folder / repo / "qquant-manifest.json").write_text(json.dumps(manifest))

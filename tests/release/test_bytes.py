@@ -1,0 +1,170 @@
+"""A verdict belongs to bytes: no other bytes are published, shown on a card or compared under it; what still holds is not measured again."""
+
+import json
+
+import pytest
+
+from qquant import pipeline
+from qquant.artifact.manifest import manifest_of
+from qquant.checks import evidence
+from qquant.errors import InputError
+from qquant.plan.plan import Plan
+from qquant.release import card
+from qquant.release.hub import Folder, Request
+from qquant.release.repository import complete, read_release
+from qquant.release.statements import with_statements
+from qquant.source.checkpoint import Checkpoint
+from tests.source.test_checkpoint import low_rank, write_adapter
+from tests.test_pipeline import ARTIFACTS, CPU, HEAD, build, load_recipe, quiet
+from tests.worlds.hub_release import GPTQ, write_build
+
+assert build
+NAMED = {"gptq": "{name: a, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}", "gguf": "{name: a, format: gguf, type: q4_0, gates: {defaults: false}}"}  # fmt: skip
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the artifacts that were measured, in the order of the reviews."""
+    measured, review = [], pipeline.review
+
+    def counting(checkpoint, candidates, *given):
+        measured.append([candidate.name for candidate in candidates])
+        return review(checkpoint, candidates, *given)
+
+    monkeypatch.setattr(pipeline, "review", counting)
+    return measured
+
+
+def test_another_artifact_of_a_judged_name_is_not_published(make_checkpoint, build, monkeypatch, tmp_path):
+    """Recipe A, then recipe B with the same name, killed before its check: B's bytes have no verdict, A's keep theirs."""
+    folder = make_checkpoint()
+    monkeypatch.setitem(ARTIFACTS, "a", NAMED["gptq"])
+    build(folder, "a")
+    monkeypatch.setitem(ARTIFACTS, "a", NAMED["gguf"])
+    monkeypatch.setattr(pipeline, "review", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, "a")
+    found = read_release(tmp_path / "out")
+    assert [repository.name for repository in found.repositories] == ["model-GPTQ-Int4"]
+    assert "judged other bytes" in found.refused["a"]
+
+
+def test_the_release_record_is_there_before_an_artifact_is(make_checkpoint, build, monkeypatch, tmp_path):
+    def dying(place):
+        if place == "after a folder got its name":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("qquant.artifact.draft.reached", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(make_checkpoint(), "gptq-int4")
+    assert (tmp_path / "out" / "model-GPTQ-Int4").is_dir()
+    assert (tmp_path / "out" / "source.json").is_file()
+
+
+def test_nothing_is_published_without_the_release_record(tmp_path):
+    folder = write_build(tmp_path / "build")
+    (folder / "source.json").unlink()
+    with pytest.raises(InputError, match=r"source\.json: not found"):
+        read_release(folder)
+
+
+def test_what_still_holds_is_not_measured_again(make_checkpoint, build, counted, tmp_path):
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int4", "gguf-q4_0")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    build(folder, "gptq-int4", "gguf-q4_0")
+    assert counted == [["gptq-int4", "gguf-q4_0"]]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    build(folder, "gptq-int4", "gguf-q4_0", "gguf-q8_0")
+    assert counted[1:] == [["gguf-q8_0"]]
+
+
+@pytest.mark.parametrize("change", ["windows", "gates", "bytes", "evidence"])
+def test_another_question_is_asked_again(make_checkpoint, build, counted, monkeypatch, change):
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int4")
+    text = HEAD
+    if change == "windows":
+        text = HEAD.replace("windows: 3", "windows: 4")
+    elif change == "gates":
+        monkeypatch.setitem(
+            ARTIFACTS,
+            "gptq-int4",
+            ARTIFACTS["gptq-int4"].replace("defaults: false", "defaults: false, kl_divergence: 9"),
+        )
+    elif change == "bytes":
+        report = json.loads((out / "report.json").read_text())
+        report["artifacts"][0]["sha256"] = "0" * 64
+        (out / "report.json").write_text(json.dumps(report))
+    else:
+        (out / evidence.FOLDER / "gptq-int4.safetensors").unlink()
+    build(folder, "gptq-int4", text=text)
+    assert counted == [["gptq-int4"]] * 2
+
+
+def test_artifacts_that_are_left_alone_keep_their_verdicts(make_checkpoint, build, counted, tmp_path):
+    folder = make_checkpoint()
+    whole, out = build(folder, "gptq-int4", "gguf-q4_0")
+    loaded, checkpoint = load_recipe(tmp_path, ["gptq-int4", "gguf-q4_0"]), Checkpoint.open(folder)
+    again = pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint, ["gguf-q4_0"]), out, CPU, quiet)
+    assert {row.name for row in again.artifacts} == {"gptq-int4", "gguf-q4_0"}
+    assert set(again.warnings) == set(whole.warnings)
+    assert len(read_release(out).repositories) == 2
+    other = load_recipe(tmp_path, ["gptq-int4", "gguf-q4_0"], HEAD.replace("windows: 3", "windows: 4"))
+    changed = pipeline.build(other, checkpoint, Plan.of(other, checkpoint, ["gguf-q4_0"]), out, CPU, quiet)
+    assert [row.name for row in changed.artifacts] == ["gguf-q4_0"]
+    assert any("gptq-int4: was judged under other conditions" in warning for warning in changed.warnings)
+
+
+def test_a_merged_adapter_is_named_wherever_the_origin_is(make_checkpoint, build, tmp_path):
+    folder = make_checkpoint()
+    adapter = write_adapter(tmp_path / "my-lora", low_rank(), base_model_name_or_path="/home/me/Qwen1.5-0.5B-Chat")
+    base = Checkpoint.open(folder)
+    report, out = build(folder, "gptq-int4", adapter=adapter)
+    entry = manifest_of(out / "model-GPTQ-Int4").artifacts["gptq-int4"]
+    assert (entry.adapter.name, entry.adapter.base) == ("my-lora", "Qwen1.5-0.5B-Chat")
+    assert entry.inputs["base"] == base.content_hash() != entry.inputs["checkpoint"]
+    assert report.conditions.inputs["adapter"] == entry.adapter.sha256
+    (repository,) = read_release(out).repositories
+    stated = with_statements(card.with_card(complete(repository, "v1", "org", "Qwen/Qwen1.5-0.5B-Chat")))
+    assert (
+        f"`my-lora`, trained on `Qwen1.5-0.5B-Chat`, sha256 `{entry.adapter.sha256}`"
+        in stated.files["README.md"].content.decode()
+    )
+    statement = json.loads(stated.files["qquant-provenance.json"].content)
+    materials = {
+        one["name"]: one["digest"]["sha256"]
+        for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    }
+    assert materials["Qwen/Qwen1.5-0.5B-Chat"] == base.content_hash()
+    assert materials["LoRA adapter my-lora"] == entry.adapter.sha256
+    bill = json.loads(stated.files["qquant-bom.cdx.json"].content)
+    assert entry.adapter.sha256 in json.dumps(bill["components"])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_row_of_other_bytes_is_refused_by_publish(tmp_path, missing):
+    folder = write_build(tmp_path / "build")
+    report = json.loads((folder / "report.json").read_text())
+    for row in report["artifacts"]:
+        if row["name"] == "q4_0":
+            row["sha256"] = "" if missing else "0" * 64
+    (folder / "report.json").write_text(json.dumps(report))
+    found = read_release(folder)
+    assert set(found.refused) == {"q4_0"}
+    assert "same `qquant build` again" in found.refused["q4_0"]
+
+
+def test_a_row_of_other_bytes_is_refused_by_card_verify_and_compare(tmp_path):
+    folder = write_build(tmp_path / "build")
+    repositories = [card.with_card(complete(one, "v1", "org")) for one in read_release(folder).repositories]
+    Folder(tmp_path / "release").publish(repositories, Request("org"))
+    place = tmp_path / "release" / GPTQ
+    assert card.problems(place) == []
+    report = json.loads((place / "report.json").read_text())
+    report["artifacts"][0]["sha256"] = "0" * 64
+    (place / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="judged other bytes"):
+        card.problems(place)
+    with pytest.raises(InputError, match="judged other bytes"):
+        evidence.of_report(place)
