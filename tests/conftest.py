@@ -55,6 +55,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Tables as wide as in a pipe: workers of a parallel run have a terminal's 80 columns."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_children():
     """A new process for every check would cost minutes; tests/checks/test_loading.py starts it, and so does the command line."""

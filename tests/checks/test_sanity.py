@@ -15,6 +15,7 @@ from qquant.formats import claims_of
 from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
+from qquant.report.record import AnswerRun
 from qquant.source.checkpoint import Checkpoint
 
 quiet = Quiet()
@@ -276,6 +277,12 @@ def answers(**columns):
     )
 
 
+def run_of(one, other, dtype="bf16"):
+    """The answers of `one` beside those of `other`, as a report has them."""
+    worse = tuple(one.proven_worse(other))
+    return AnswerRun(**vars(one.counts()), dtype=dtype, worse=worse, baseline=other.counts())
+
+
 def test_worse_beyond_chance_fails_and_chance_does_not():
     """Twelve answers that no longer stop, or that repeat one token, are no chance; two are."""
 
@@ -288,13 +295,8 @@ def test_worse_beyond_chance_fails_and_chance_does_not():
     assert of(30, 13).proven_worse(baseline) == ["runs"]
     assert of(28, 3).proven_worse(baseline) == []
     assert of(33, 0).proven_worse(baseline) == []
-    assert (
-        sanity.warnings([{"dtype": "fp16", "baseline": baseline.counts()} | of(28, 3).counts() | {"worse": []}]) == ()
-    )
-    run = {"dtype": "fp16", "baseline": baseline.counts()}
-    worse = of(18, 13)
-    found = sanity.problems([run | worse.counts() | {"worse": worse.proven_worse(baseline)}])
-    assert found == (
+    assert sanity.warnings([run_of(of(28, 3), baseline, "fp16")]) == ()
+    assert sanity.problems([run_of(of(18, 13), baseline, "fp16")]) == (
         "answers in fp16: 13 of 33 repeat one token, 1 of the checkpoint's",
         "answers in fp16: 55% stop, 91% of the checkpoint's",
     )
@@ -302,8 +304,7 @@ def test_worse_beyond_chance_fails_and_chance_does_not():
 
 def warned(mine, theirs, name="repetitive"):
     one, other = answers(**{name: mine}), answers(**{name: theirs})
-    run = {"dtype": "bf16", "baseline": other.counts(), "worse": one.proven_worse(other)}
-    return sanity.warnings([run | one.counts()])
+    return sanity.warnings([run_of(one, other)])
 
 
 def test_an_answer_alone_and_in_a_batch_is_one_pair():
