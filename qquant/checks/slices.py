@@ -162,9 +162,9 @@ def judge(found: Sequence[Part], limit: float | None) -> tuple[tuple[SliceReport
             continue
         own = math.inf if limit is None else limit if part.beside is None else math.sqrt(limit)
         asked[index] = (_ratio(part, beside), own)
-    standings: dict[int, Standing] = _standings(asked) if limit is not None else dict.fromkeys(asked, MEASURED)
+    proven: dict[int, Standing] = standings(asked) if limit is not None else dict.fromkeys(asked, MEASURED)
     rows = tuple(
-        _row(part, asked.get(index), standings.get(index, _unasked(part, english))) for index, part in enumerate(found)
+        _row(part, asked.get(index), proven.get(index, _unasked(part, english))) for index, part in enumerate(found)
     )
     return rows, _verdict(rows, asked) if limit is not None and asked else None
 
@@ -180,13 +180,14 @@ def _unasked(part: Part, english: Part | None) -> Standing:
     return "reference" if part is english else "measured"
 
 
-def _standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
+def standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
+    """What is proven of each ratio against its limit, by slice."""
     beyond = statistics.holm([found.p_beyond(limit) for found, limit in asked.values()])
-    standings: dict[int, Standing] = {}
+    proofs: dict[int, Standing] = {}
     for (index, (found, limit)), p in zip(asked.items(), beyond, strict=True):
-        proven = found.p_within(limit) <= ASKED
-        standings[index] = "fail" if p <= SLICES else "pass" if proven else "inconclusive"
-    return standings
+        within = found.p_within(limit) <= ASKED
+        proofs[index] = "fail" if p <= SLICES else "pass" if within else "inconclusive"
+    return proofs
 
 
 def _row(part: Part, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:

@@ -1,6 +1,7 @@
 """How often a verdict errs: draws windows of real per-token evidence and asks the gates again and again.
 
     python tests/bench/gate_simulation.py OUT [--runs 10000] [--windows 40]
+    python tests/bench/gate_simulation.py --slices [--runs 1000]
 
 OUT has a report.json with evidence/ of many windows (`qquant check ... --windows 360 --no-defaults --out OUT`). For every artifact, d are its
 window means of a loss; shifted to have a mean of our choice, they are a population, and draws of `--windows` from it are judged:
@@ -12,6 +13,10 @@ window means of a loss; shifted to have a mean of our choice, they are a populat
 
 The margin is `--margin` of the mean for KL divergence and disagreement, and --nll nats for perplexity. It also prints the factors with
 which window means spread, which `qquant/recipe/limits.py` plans with.
+
+`--slices` draws window means of 18 slices from three distributions, two as skewed as real ones and one more so, and asks the gate on the worst:
+"at the limit" (every slice's true ratio is the limit: the worst case of a harmless artifact) and "no effect" (every ratio is 1); "lost" is one
+slice at three times the limit. English always has 24 windows, the others as many as said.
 """
 
 import argparse
@@ -20,9 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from qquant.checks import evidence, statistics
+from qquant.checks import evidence, slices, statistics
+from qquant.checks.ratios import ratio
 
 LOSSES = ("kl", "top1", "nll")
+SLICES = 18
+MEANS = {  # window means with a mean of 1
+    "lognormal 0.35": lambda rng, count: np.exp(rng.normal(0, 0.35, count) - 0.35**2 / 2),
+    "gamma 3": lambda rng, count: rng.gamma(3, 1 / 3, count),
+    "lognormal 0.7": lambda rng, count: np.exp(rng.normal(0, 0.7, count) - 0.7**2 / 2),
+}
 
 
 def decided(draws, limits, looks=1):
@@ -66,9 +78,29 @@ def spreads(found):
     return f"nll {nll:.2f} sqrt(2 k / S), kl {sd['kl'] / kl * (scored / 255) ** 0.25:.2f} k (255 / S)^(1/4), top-1 {top1:.2f} binomial"
 
 
+def judged(rng, draw, windows, factors):
+    """Outcome of the gate on the worst of slices whose true ratios to English are `factors`, for a limit of 3."""
+    english = 0.02 * draw(rng, 24)
+    asked = {place: (ratio(0.02 * factor * draw(rng, windows), english), 3.0) for place, factor in enumerate(factors)}
+    standings = slices.standings(asked).values()
+    return next((bad for bad in ("fail", "inconclusive") if bad in standings), "pass")
+
+
+def slice_rates(runs, rng):
+    """Print, by distribution and windows, how often the gate fails harmless artifacts and a lost language."""
+    cases = {"at the limit": [3.0] * SLICES, "no effect": [1.0] * SLICES, "lost": [9.0] + [1.0] * (SLICES - 1)}
+    print(f"{runs} runs; {'means':<16}{'windows':>8}" + "".join(f"{case:>26}" for case in cases))
+    for name, draw in MEANS.items():
+        for windows in (11, 12, 24):
+            found = [[judged(rng, draw, windows, factors) for _ in range(runs)] for factors in cases.values()]
+            told = (f"{one.count('fail') / runs:.2%} fail, {one.count('pass') / runs:.1%} pass" for one in found)
+            print(f"{name:<24}{windows:>8}" + "".join(f"{text:>26}" for text in told), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--slices", action="store_true", help="simulate the gate on the worst slice; needs no OUT")
     parser.add_argument("--runs", type=int, default=10000)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--margin", type=float, default=0.1, help="of the mean KL divergence and disagreement")
@@ -76,6 +108,9 @@ def main():
     parser.add_argument("--spread", type=float, default=0.35, help="standard deviation of a window's own NLL, nats")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
+    if options.slices:
+        slice_rates(options.runs, rng)
+        return
     print(
         f"{options.runs} runs, {options.windows} windows; one standard error of 5 % is {math.sqrt(0.0475 / options.runs):.2%}"
     )

@@ -1,5 +1,6 @@
 """A release by language, kind of text and position: what is read, what is compared, and that damage is named and harmless artifacts are not."""
 
+import json
 import math
 import subprocess
 import sys
@@ -18,9 +19,14 @@ from qquant.checks.fidelity import Fidelity
 from qquant.checks.ratios import ratio
 from qquant.checks.slices import Part
 from qquant.checks.statistics import holm
+from qquant.errors import InputError
+from qquant.plan.slices import slice_reaches
 from qquant.progress import Quiet
 from qquant.recipe.limits import ASKED, LEVEL, SLICES
-from qquant.report.record import Verdict
+from qquant.report import html
+from qquant.report import slices as report_slices
+from qquant.report.conditions import Conditions, TextFacts
+from qquant.report.record import ArtifactReport, Report, Verdict
 from qquant.report.slices import worst
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -288,6 +294,8 @@ LONG = r"""
 import re, sys, torch
 from pathlib import Path
 from qquant.checks.fidelity import Scored, measure
+from qquant.errors import InputError
+from qquant.plan.slices import slice_reaches
 from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
 def peak():
@@ -313,3 +321,54 @@ def test_a_window_of_32768_takes_memory_by_its_length_and_not_its_square(tmp_pat
     folder = write_checkpoint(tmp_path / "long", **changes)
     run = subprocess.run([sys.executable, "-c", LONG, str(folder), "32768"], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 400 << 20
+
+
+# ---- the views
+
+
+def test_report_page_table_and_card_line_show_what_is_kept():
+    rng = np.random.default_rng(0)
+    found = [
+        part("English", drawn(rng, 0.02)),
+        part("Thai", drawn(rng, 0.2)),
+        part("<b>|Lao", drawn(rng, 0.03), bits=3.9),
+        part("positions 0 to 2,048", drawn(rng, 0.02), "position", drawn(rng, 0.02)),
+    ]
+    rows, verdict = slices.judge(found, 3.0)
+    one = ArtifactReport(
+        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, slices.also(Verdict("pass"), verdict), slices=rows
+    )
+    other = replace(one, name="few", slices=rows[:2])
+    conditions = Conditions(TextFacts("wiki", 4, 512))
+    report = Report("m", "r", 16.0, conditions, 9.0, (one, other))
+    assert Report.from_json(json.loads(report.to_json())) == report
+    broken = json.loads(report.to_json())
+    broken["artifacts"][0]["slices"][0]["windows"] = "many"
+    with pytest.raises(InputError, match=r"artifacts.*slices.*windows"):
+        Report.from_json(broken)
+    text = report.to_markdown()
+    assert "## What each file keeps, by language and length" in text
+    assert f"| Thai | {rows[1].kl_divergence.value:.4f} ×{rows[1].relative.value:.2f} **fail** |" in text
+    assert "| a\\|b | few |" in text
+    assert "&lt;b>\\|Lao" in text
+    page = html.render(report)
+    assert "What each file keeps, by language and length" in page
+    assert "the checkpoint does not know it: 3.9 bits a character" in page
+    assert "<b>|Lao" not in page
+    assert 'class="h7"' in page  # beyond the limit
+    assert report_slices.line(one).startswith("a|b: worst slice Thai, ")
+    assert report_slices.line(one).endswith("times the KL divergence of English (limit 3): fail")
+    assert report_slices.line(replace(one, slices=())) == ""
+    assert report_slices.table([replace(one, slices=())]) == []
+
+
+def test_the_plan_says_what_each_slice_can_tell(tiny):
+    found = {one.name: one for one in slice_reaches(tiny, 4096, 3.0)}
+    assert set(found) == {*texts.LANGUAGES, *texts.KINDS, "positions 0 to 2,048", "positions 2,048 to 4,096"} - {
+        "English"
+    }
+    assert found["Thai"].limit == 3
+    assert found["positions 0 to 2,048"].limit == pytest.approx(math.sqrt(3))
+    assert 0.3 < found["Thai"].detectable < 1
+    whole = sum(one.tokens for one in found.values()) + 24 * LENGTH
+    assert whole == texts.sliced(tiny, 4096).tokens
