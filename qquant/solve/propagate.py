@@ -1,6 +1,7 @@
 """A stream of an artifact's own: every linear makes up for the errors before it.
 
-An artifact with `propagate` walks on a stream of its own, which runs through its own quantized linears beside the 16-bit one (both in
+An artifact with `propagate` walks on a stream of its own, which begins with its own embedding, if that is codes, and runs through its own
+quantized linears beside the 16-bit one (both in
 float32 for 8 bits, which stray less than bfloat16 is rounded). Every
 linear then has the target that makes up for the errors before it, as far as its own input x~ can tell them:
 

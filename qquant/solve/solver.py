@@ -24,6 +24,7 @@ from qquant.algorithms.problem import Problem, parts, solve
 from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
+from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS
 from qquant.report.solved import BlockRecord, LinearRecord, ScaleChoice, Solved
 from qquant.solve.moments import Moments
@@ -99,6 +100,12 @@ def _widened_gram(gram: Gram, columns: int) -> Gram:
         return gram
     absolute, squares = widened(gram.absolute, (columns,)), widened(gram.squares, (columns,))
     return Gram(matrix, absolute, squares, gram.tokens, gram.largest)
+
+
+def drafted(draft: Draft) -> WeightSource:
+    """What a draft holds so far; only tensors of units that are journalled may be asked for."""
+    layout = FORMATS[draft.plan.format]
+    return layout.read(layout.path_of(draft.folder, [file.name for file in draft.plan.files]))
 
 
 class Solver:
@@ -187,8 +194,7 @@ class Solver:
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of this block as an earlier run wrote them, float32."""
-        path = self.format.path_of(self.draft.folder, [file.name for file in self.draft.plan.files])
-        source = self.format.read(path)
+        source = drafted(self.draft)
         shapes = self.checkpoint.family.block_shapes(narrow(self.checkpoint).config, self.layer)
         return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
 

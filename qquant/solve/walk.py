@@ -16,8 +16,8 @@ the measured ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Event
@@ -36,7 +36,7 @@ from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.solve.outside import lacking, solve_tables, write_rests
 from qquant.solve.propagate import own_block
-from qquant.solve.solver import Solver, unit
+from qquant.solve.solver import Solver, drafted, unit
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import narrow
@@ -78,14 +78,29 @@ def quantize(
             chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
         written()  # two units of a draft are not journalled at once
-    with ExitStack() as writers:
-        for draft in reversed(drafts):  # they end in their order
-            writers.enter_context(draft.write_behind(devices.threads_help(device)))
+    with _writing(drafts, device):
         write_rests(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
         if curvature is not None:
             solve_tables(checkpoint, drafts, curvature.tables(device), device, progress)
+    with _writing(drafts, device):
         if waiting or (drafts and not measured):
             _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
+
+
+@contextmanager
+def _writing(drafts: Sequence[Draft], device: torch.device) -> Iterator[None]:
+    """A thread of each draft writes meanwhile, where that helps; all is written at the end."""
+    with ExitStack() as writers:
+        for draft in reversed(drafts):  # they end in their order
+            writers.enter_context(draft.write_behind(devices.threads_help(device)))
+        yield
+
+
+def _own_stream(checkpoint: Checkpoint, draft: Draft, exact: Stream, samples: Sequence[Tensor]) -> Stream:
+    """The beginning of an artifact's own stream: `exact`, or what its own embedding gives."""
+    if copies(draft, checkpoint):
+        return Stream(list(exact.hidden), exact.device)
+    return Stream.start(drafted(draft), samples, exact.hidden[0].dtype, exact.device)
 
 
 def _walk(
@@ -107,8 +122,8 @@ def _walk(
     near = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
     close = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
     wide = Stream.start(checkpoint, samples, torch.float32, device) if close else Stream([], device)
-    own = [(Stream(list(start.hidden), device), draft) for draft in near]
-    own += [(Stream(list(wide.hidden), device), draft) for draft in close]
+    own = [(_own_stream(checkpoint, draft, start, samples), draft) for draft in near]
+    own += [(_own_stream(checkpoint, draft, wide, samples), draft) for draft in close]
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)

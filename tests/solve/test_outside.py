@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qquant import pipeline, recipe
+from qquant import devices, pipeline, recipe
 from qquant.algorithms.problem import Problem
 from qquant.artifact.draft import Draft
 from qquant.artifact.opening import open_weights
@@ -16,7 +16,7 @@ from qquant.families.decoder import embed, rms_norm, source_block
 from qquant.formats.gguf import quantize
 from qquant.plan.plan import Plan
 from qquant.recipe.solvers import SOLVERS
-from qquant.solve import outside
+from qquant.solve import outside, walk
 from qquant.solve.curvature import Tables, measure
 from qquant.solve.head import Head, HeadInput, head_gradients
 from qquant.solve.outside import OCTAVES, kinds_of
@@ -272,3 +272,49 @@ def test_stopped_between_slices_it_continues_with_the_same_bytes(make_checkpoint
     steps = [values for values in told if values[0] == outside.PHASE]
     assert steps[-1][2] == (4 if stop < 2 else 2)  # slices of both tables, or of one
     assert found.file.read_bytes() == expected
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_own_stream_begins_with_the_artifacts_own_embedding(make_checkpoint, built, monkeypatch, threaded):
+    """What is read back of it, also where a thread writes; and goes on with the same bytes after a stop among the blocks."""
+    monkeypatch.setattr(devices, "threads_help", lambda device: threaded)
+    folder, fields = make_checkpoint("m", num_hidden_layers=2), "type: q4_0, solver: gptq, sweeps: 1, propagate: true"
+    begun, solve = [], walk.own_block
+
+    def watched(view, grams, before, stream, *rest):
+        if view.layer == 0:
+            begun.append((list(before.values()), list(stream.hidden)))
+        return solve(view, grams, before, stream, *rest)
+
+    monkeypatch.setattr(walk, "own_block", watched)
+    whole = built(folder, fields, "whole")
+    table, exact = open_weights(whole.file).tensor(EMBEDDING).bfloat16(), Checkpoint.open(folder).tensor(EMBEDDING)
+    (before, own) = begun[0]
+    for x, y in zip(before, own, strict=True):
+        words = torch.stack([(exact == row).all(1).nonzero()[0, 0] for row in x])
+        assert torch.equal(y, table[words])
+        assert not torch.equal(x, y)
+    told = []
+
+    class Stopping(Watched):
+        def check_stop(self):
+            if told and told[-1][:2] == ("quantize", 1):
+                raise StoppedError("now")
+
+    with pytest.raises(StoppedError):
+        built(folder, fields, progress=Stopping(lambda *values: told.append(values)))
+    assert built(folder, fields).file.read_bytes() == whole.file.read_bytes()
+
+
+def test_an_embedding_of_numbers_is_that_of_the_checkpoint(make_checkpoint, tmp_path, monkeypatch):
+    begun, solve = [], walk.own_block
+
+    def watched(view, grams, before, stream, *rest):
+        begun.append((list(before.values()), list(stream.hidden)) if view.layer == 0 else None)
+        return solve(view, grams, before, stream, *rest)
+
+    monkeypatch.setattr(walk, "own_block", watched)
+    line = "  - {name: a, format: gptq, bits: 4, group_size: 32, sweeps: 0, gates: {defaults: false}}\n"
+    loaded, checkpoint = recipe.parse(HEAD + line), Checkpoint.open(make_checkpoint("m", num_hidden_layers=1))
+    pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / "out", CPU, quiet)
+    assert all(torch.equal(x, y) for x, y in zip(*begun[0], strict=True))
