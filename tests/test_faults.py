@@ -141,14 +141,14 @@ def test_other_errors_are_not_taken_for_short_memory(make_checkpoint, build, mon
 
 
 def overflowing(monkeypatch, dtypes, calls):
-    real, count = Block.activate, [0]
+    real, count = Block.gated, [0]
 
-    def activate(self, h):
+    def gated(self, pair):
         count[0] += 1
-        value = real(self, h)
+        value = real(self, pair)
         return value * float("inf") if self.dtype in dtypes and count[0] in calls else value
 
-    monkeypatch.setattr(Block, "activate", activate)
+    monkeypatch.setattr(Block, "gated", gated)
 
 
 def test_a_sample_that_overflows_goes_through_that_block_in_float32(make_checkpoint, build, monkeypatch, tmp_path):
@@ -176,9 +176,9 @@ def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(m
     def watched(view, *rest):
         dtypes.append(view.dtype)
         with monkeypatch.context() as patch:
-            plain = Block.activate
+            plain = Block.gated
             wrong = view.layer == 1 and view.dtype == torch.bfloat16
-            patch.setattr(Block, "activate", lambda self, h: plain(self, h) * (float("inf") if wrong else 1))
+            patch.setattr(Block, "gated", lambda self, pair: plain(self, pair) * (float("inf") if wrong else 1))
             real(view, *rest)
 
     monkeypatch.setattr(propagate, "_propagated", watched)
@@ -221,7 +221,7 @@ def test_dead_channels_and_too_few_tokens_are_in_the_report(make_checkpoint, bui
     report, _ = build(folder, "gptq-int4", text=HEAD.replace("samples: 6", "samples: 2"))
     told = "\n".join(report.warnings)
     assert "layers.1.self_attn.q_proj.weight: 1 input channels were always zero" in told
-    assert "layers.0.mlp.down_proj.weight: 96 calibration tokens for 128 inputs" in told
+    assert "model.layers.0.mlp.down_proj.weight first: 96 calibration tokens for 128 inputs" in told
 
 
 def test_too_few_tokens_are_told_by_the_plan(make_checkpoint, tmp_path):

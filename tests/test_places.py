@@ -97,11 +97,11 @@ def test_an_artifact_that_is_taken_away_while_it_is_checked_is_built_again(
 
 def test_a_second_signal_is_heard_once():
     with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(StoppedError, match="at once"):
-            os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
     assert stop.asked == "SIGTERM"
 
 
@@ -109,7 +109,7 @@ def test_what_nohup_asks_holds():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
         assert stop.asked == ""
     finally:
         signal.signal(signal.SIGHUP, before)

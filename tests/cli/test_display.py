@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 
 import pytest
@@ -95,7 +94,7 @@ def test_every_step_is_logged(tmp_path, clock, capsys):
 def test_a_signal_ends_at_the_next_step(capfd):
     with Stop() as stop, Display(stop) as display:
         display.check_stop()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(StoppedError, match="stopped by SIGTERM"):
             display.check_stop()
     assert "SIGTERM: stopping after this block; once more to stop at once" in capfd.readouterr().err

@@ -187,13 +187,14 @@ def test_the_limits_are_those_that_are_promised():
         ("template", DOUBLED + "{{ ns.x == [ns.x, 1] }}{{ ns.x }}"),
         ("template", RUNAWAY["text of shared texts"]),
     ):
+        confined._end_all()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with pytest.raises(Refused):
             Confined(name, content).ask("render", many=[CHAT], shared={})
         confined._end_all()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-        assert after.ru_maxrss < 2 << 20, "KiB"
+        assert after.ru_maxrss < 2 << 20 or after.ru_maxrss == before.ru_maxrss, "KiB, the most of any child so far"
 
 
 # --- the child ------------------------------------------------------------------------------------------------------------

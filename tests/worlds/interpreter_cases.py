@@ -248,7 +248,6 @@ def ggmls(kind, mode):
     importance = torch.from_numpy(golden["importance"]) if mode == "importance" else None
     with (
         patch.object(exact, "on_cpu", return_value=False),
-        patch.object(search, "on_cpu", return_value=False),
         patch.object(search.gpu, "runs", return_value=True) as asked,
     ):
         found = quantize.quantize(weight, kind, importance)
