@@ -221,8 +221,8 @@ def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, s
     if source.checkpoint and built_from and source.checkpoint != built_from:
         return f"{SOURCE} is about another checkpoint ({source.checkpoint[:12]}) than it was built from ({built_from[:12]})"
     if row.sha256 != entry.digest:
-        judged = f"other bytes ({row.sha256[:12]})" if row.sha256 else "it does not say which bytes"
-        return f"{REPORT} judged {judged}, here are {entry.digest[:12]}; run the same `qquant build` again"
+        judged = f"judged other bytes ({row.sha256[:12]})" if row.sha256 else "does not say which bytes it judged"
+        return f"{REPORT} {judged}; the folder's are {entry.digest[:12]}; run the same `qquant build` again"
     if row.verdict.outcome in PASSED:
         return None
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])

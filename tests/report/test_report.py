@@ -252,6 +252,22 @@ def test_record_is_read_back_whole():
     assert math.isinf(back.artifacts[1].kl_divergence)
 
 
+def test_record_of_an_earlier_version_is_read():
+    content = json.loads(everything().to_json())
+    for row in content["artifacts"]:
+        for name in ("warnings", "sha256", "question"):
+            del row[name]
+        del row["verdict"]["faults"]
+        row["answers"] = {}
+        row["layers"] = [{key: value for key, value in layer.items() if value is not None} for layer in row["layers"]]
+    del content["conditions"]["text"]["further"]
+    back = Report.from_json(content)
+    assert [row.verdict.reasons for row in back.artifacts] == [row.verdict.reasons for row in everything().artifacts]
+    assert back.artifacts[0].layers == everything().artifacts[0].layers
+    cases = ci.junit(back)
+    assert cases.count("<failure") == ci.junit(everything()).count("<failure") - 1  # whose fault was not told apart
+
+
 @pytest.mark.parametrize("change", [{"schema": "other"}, {"artifacts": [{"name": "a"}]}, {"baseline": 3}])
 def test_damaged_record_is_refused(change):
     content = json.loads(everything().to_json()) | change
