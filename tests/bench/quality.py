@@ -45,11 +45,17 @@ ORACLES = ROOT / ".oracles"
 IMATRIX = "imatrix"  # an artifact that is built for its importance matrix only
 RUNNERS = ROOT / "tests" / "oracles"
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+PROPAGATED = ("q4_k_m", "q4_0", "q3_k_m", "q2_k")  # as in the published recipes
 OURS = {
     "gptq-int4": GptqArtifact(name="gptq-int4", format="gptq", bits=4),
     "gptq-int8": GptqArtifact(name="gptq-int8", format="gptq", bits=8, propagate=False),
     "awq": AwqArtifact(name="awq", format="awq"),
-} | {f"gguf-{kind}": GgufArtifact(name=f"gguf-{kind}", format="gguf", type=kind, solver="gptq") for kind in GGUF}
+} | {
+    f"gguf-{kind}": GgufArtifact(
+        name=f"gguf-{kind}", format="gguf", type=kind, solver="gptq", propagate=kind in PROPAGATED
+    )
+    for kind in GGUF
+}
 
 
 def theirs(name, source, work, group_size):
