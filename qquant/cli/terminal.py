@@ -90,7 +90,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
                 self.before[number] = signal.signal(number, self._hear)
         return self
 
