@@ -1,7 +1,9 @@
 """Fixtures: the demo checkpoint and its tokenizer, random checkpoints, a text, small releases, and a hub to publish them to."""
 
+import contextlib
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +50,13 @@ artifacts:
   - {name: q4_0, format: gguf, type: q4_0, imatrix: false, gates: {defaults: false}}
 """
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def pytest_configure():
+    """Signals as in a terminal, however the tests were started: `nohup` and a shell's `&` let a process ignore them."""
+    with contextlib.suppress(ValueError):  # not the main thread of a parallel run's worker
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
