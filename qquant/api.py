@@ -32,6 +32,7 @@ from qquant.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from qquant.recipe import Recipe
+    from qquant.recipe.efforts import EffortName
     from qquant.report.record import Report
 
 __all__ = ["build", "check", "load"]
@@ -51,6 +52,7 @@ def build(
     types: Sequence[str] = (),
     calibration: Place | Sequence[Place] = (),
     settings: Mapping[str, object] | None = None,
+    effort: EffortName | None = None,
     adapter: Place | None = None,
     revision: str | None = None,
     name: str | None = None,
@@ -71,6 +73,7 @@ def build(
         types: GGUF types, such as ["q4_k_m", "q8_0"].
         calibration: your texts or chats (.jsonl, .txt, .parquet) instead of the recipe's.
         settings: changes of the recipe by dotted key, such as {"calibration.samples": 64, "artifacts.awq.group_size": 64}.
+        effort: "fast", "default" or "best": how long the solvers may take, where the recipe does not say it.
         adapter: a PEFT LoRA folder to merge first.
         revision: branch, tag or commit of a hub checkpoint.
         name: of the model in folder and file names; by default the checkpoint's.
@@ -87,7 +90,7 @@ def build(
     """
     sources = [calibration] if isinstance(calibration, str | PathLike) else calibration
     changes = tuple(f"{key}={json.dumps(value)}" for key, value in (settings or {}).items())
-    flags = Flags(format, bits, group_size, tuple(types), (), changes)
+    flags = Flags(format, bits, group_size, tuple(types), (), changes, effort)
     chosen = Path(recipe) if isinstance(recipe, PathLike) else recipe
     lora = None if adapter is None else Path(adapter)
     asked = Asked(str(checkpoint), chosen, revision, lora, flags, tuple(Path(source) for source in sources))

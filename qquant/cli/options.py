@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qquant.formats.gguf.imatrix import Imatrix
     from qquant.plan.asked import Asked
     from qquant.recipe import Checks, Gates
+    from qquant.recipe.efforts import EffortName
     from qquant.source.checkpoint import Checkpoint
 
 
@@ -105,6 +106,11 @@ SOURCE = (
 )
 CHANGES = (
     click.option(
+        "--effort",
+        type=click.Choice(["fast", "default", "best"]),
+        help="How long the solvers may take, where the recipe does not say it; default: the recipe's.",
+    ),
+    click.option(
         "--format",
         type=click.Choice(["gptq", "awq", "gguf"]),
         help="Build this instead; default: the recipe's artifacts.",
@@ -150,13 +156,13 @@ def asking(*planning: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
         @functools.wraps(command)
         def gathered(
             *, checkpoint: str | None, recipe: str | None, revision: str | None, adapter: Path | None, format: str | None,
-            bits: int | None, group_size: int | None, types: tuple[str, ...], calibration: tuple[Path, ...],
+            effort: EffortName | None, bits: int | None, group_size: int | None, types: tuple[str, ...], calibration: tuple[Path, ...],
             settings: tuple[str, ...], **others: Any,
         ) -> Any:  # fmt: skip
             from qquant.plan.asked import Asked
             from qquant.recipe.changes import Flags
 
-            flags = Flags(format, bits, group_size, types, (), settings)
+            flags = Flags(format, bits, group_size, types, (), settings, effort)
             return command(asked=Asked(checkpoint, recipe, revision, adapter, flags, calibration), **others)
 
         for option in reversed((*SOURCE, *CHANGES, *planning)):

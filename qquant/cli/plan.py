@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from qquant.cli.terminal import console, counted
 if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
     from qquant.plan.asked import Asked
+    from qquant.plan.beside import Cost
     from qquant.plan.plan import Plan
+    from qquant.recipe import Recipe
     from qquant.source.checkpoint import Checkpoint
 
 SIGNS = {"top-1 agreement": "at least"}
@@ -44,19 +47,19 @@ def plan(
 
     Needs no torch and no GPU but for --time.
     """
+    from qquant.plan.beside import beside
     from qquant.plan.plan import Plan
 
     loaded, source = settle(asked, question=False).open()
     planned = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
-    phases = {}
+    phases: dict[str, float] = {}
+    clock = None
     if sys.stdout.isatty() if timed is None else timed:
-        from qquant import devices
-        from qquant.plan import seconds
-
-        place = devices.named(device)
-        phases = seconds.seconds(loaded, source, planned, seconds.probe(source, place), place)
+        clock = _clock(source, device)
+        phases = clock(loaded, planned)
+    costs = beside(loaded, source, planned, None if clock is None else lambda *asked: sum(clock(*asked).values()))
     if as_json:
-        content = planned.to_dict() | ({"seconds": phases} if phases else {})
+        content = planned.to_dict() | ({"seconds": phases} if phases else {}) | {"efforts": list(map(vars, costs))}
         click.echo(json.dumps(content, indent=2))
         return
     _print_artifacts(planned)
@@ -66,8 +69,28 @@ def plan(
         _print_tensors(planned)
     _print_checks(planned, source, gates)
     _print_needs(planned, phases)
+    _print_efforts(costs)
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
+
+
+def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str, float]]:
+    """Seconds by phase of a build on this machine, whose rates are probed once."""
+    from qquant import devices
+    from qquant.plan import seconds
+
+    place = devices.named(device)
+    rates = seconds.probe(source, place)
+    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, place)
+
+
+def _print_efforts(costs: list[Cost]) -> None:
+    """One line for each effort, the chosen one marked."""
+    from qquant.cli.display import span
+
+    for cost in costs:
+        took = "" if cost.seconds is None else f"about {span(cost.seconds)}, "
+        click.echo(f"effort: {cost.effort:<8} {took}{cost.memory / 1e9:.1f} GB{'  (chosen)' if cost.chosen else ''}")
 
 
 def _print_artifacts(planned: Plan) -> None:

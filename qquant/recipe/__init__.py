@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qquant.errors import UsageError
-from qquant.recipe import fit
+from qquant.recipe import efforts, fit
 from qquant.recipe.artifacts import (
     ArtifactSpec,
     AwqArtifact,
@@ -36,6 +36,7 @@ from qquant.recipe.artifacts import (
     Waiver,
     eight_bits,
 )
+from qquant.recipe.forms import brief as shortest
 from qquant.recipe.model import MODELS, Calibration, Checks, Recipe, Source
 from qquant.recipe.page import Page, Reader
 from qquant.recipe.words import Shape, hint, nearest, shown, table
@@ -125,7 +126,7 @@ def dump(recipe: Recipe, *, brief: bool = False) -> str:
     yaml.width = 120
     yaml.representer.add_representer(str, _represent_text)
     stream = io.StringIO()
-    yaml.dump(_short_first(recipe.model_dump(mode="json", exclude_defaults=brief)), stream)
+    yaml.dump(_short_first(shortest(recipe) if brief else recipe.model_dump(mode="json")), stream)
     return stream.getvalue()
 
 
@@ -164,7 +165,10 @@ def reference() -> str:
     """Markdown tables of every field with type, default and meaning, as in recipes/README.md."""
     whole = schema()
     shapes = {"Recipe": whole} | whole["$defs"]
-    return "\n".join(table(title, shapes[title]) for title in MODELS)
+    tables = [table(title, shapes[title]) for title in MODELS]
+    return "\n".join(
+        [*tables, f"### Efforts\n\nWhat `effort` fills in where a recipe says nothing.\n\n{efforts.table()}"]
+    )
 
 
 def _file(name_or_path: str | Path) -> Path:

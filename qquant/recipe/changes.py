@@ -2,6 +2,7 @@
 
     --set calibration.samples=64             dotted keys; values as YAML reads them
     --set artifacts.awq.group_size=64        an artifact by its name, by its number from 0, or `*` for each
+    --effort fast                            what the solvers take their time for, where the recipe says nothing
     --format gguf --type q4_k_m              other artifacts, with the settings that the recipe gives to one of that kind
     --calibration support.jsonl              other sources
 
@@ -18,7 +19,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from qquant.errors import UsageError
-from qquant.recipe import fit
+from qquant.recipe import fit, forms
+from qquant.recipe.efforts import EffortName
 from qquant.recipe.model import Recipe
 from qquant.recipe.page import Page, Place, Reader
 from qquant.recipe.words import Location, hint, key_path, nearest
@@ -28,7 +30,7 @@ NO_CODES = ("f16", "bf16")  # GGUF types without codes to solve for
 
 @dataclass(frozen=True)
 class Flags:
-    """What `--format`, `--bits`, `--group-size`, `--type` and `--set` say; as in a recipe."""
+    """What `--format`, `--bits`, `--group-size`, `--type`, `--set` and `--effort` say; as in a recipe."""
 
     format: str | None = None
     bits: int | None = None
@@ -36,6 +38,7 @@ class Flags:
     types: tuple[str, ...] = ()
     sources: tuple[Mapping[str, Any], ...] = ()  # of the calibration
     settings: tuple[str, ...] = ()  # KEY=VALUE
+    effort: EffortName | None = None
 
     @property
     def chooses(self) -> bool:
@@ -48,12 +51,14 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
 
     Raises UsageError that lists every problem, by key.
     """
-    if flags == Flags():
+    if flags in (Flags(), Flags(effort=recipe.effort)):
         return recipe
-    data = _plain(recipe.model_dump())
-    data["name"] = f"{recipe.name}-changed"[:100]
+    data = _plain(forms.literal(recipe))
+    only = flags == Flags(effort=flags.effort)
+    data["name"] = f"{recipe.name[:90]}-{flags.effort if only else 'changed'}"
+    data["effort"] = flags.effort or recipe.effort
     if flags.chooses:
-        data["artifacts"] = list(_artifacts(recipe, flags))
+        data["artifacts"] = list(_artifacts(data["artifacts"], flags))
     if flags.sources:
         data["calibration"]["sources"] = [dict(source) for source in flags.sources]
         data["calibration"]["default_system_share"] = 1.0  # no system turns are invented for a user's own chats
@@ -62,7 +67,7 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
     return _validated(data)
 
 
-def _artifacts(recipe: Recipe, flags: Flags) -> Iterator[dict[str, Any]]:
+def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
     kind = flags.format or ("gguf" if flags.types else None)
     if kind is None:
         raise UsageError("--bits and --group-size need --format gptq or --format awq")
@@ -70,7 +75,7 @@ def _artifacts(recipe: Recipe, flags: Flags) -> Iterator[dict[str, Any]]:
         if not flags.types or flags.bits or flags.group_size:
             raise UsageError("--format gguf takes --type (q4_k_m, q8_0, ...), not --bits or --group-size")
         for name in flags.types:
-            yield _like(recipe, {"format": kind, "type": name}) or {
+            yield _like(known, {"format": kind, "type": name}) or {
                 "name": f"gguf-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
             }  # fmt: skip
         return
@@ -83,16 +88,12 @@ def _artifacts(recipe: Recipe, flags: Flags) -> Iterator[dict[str, Any]]:
         raise UsageError(f"--format {kind} needs --bits: 4 or 8")
     group = {} if flags.group_size is None else {"group_size": flags.group_size}
     name = f"{kind}-int{flags.bits}" if kind == "gptq" else kind
-    yield (_like(recipe, given) or {"name": name} | given) | group
+    yield (_like(known, given) or {"name": name} | given) | group
 
 
-def _like(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first artifact of the recipe of which `given` is true, as data."""
-    for spec in recipe.artifacts:
-        data = _plain(spec.model_dump())
-        if all(data.get(key) == value for key, value in given.items()):
-            return dict(data)
-    return None
+def _like(known: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of the `known` artifacts of which `given` is true."""
+    return next((dict(data) for data in known if all(data.get(key) == value for key, value in given.items())), None)
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qquant.recipe.artifacts import ArtifactSpec, AwqArtifact, Gates, GgufArtifact, GptqArtifact, Waiver
+from qquant.recipe.efforts import EFFORTS, EffortName, Settings
 from qquant.recipe.fields import Conflict, Name, Share, Strict, Text, Whole
 from qquant.recipe.words import Location, key_path, shown
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Model = TypeVar("Model", bound=Strict)
 
 RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
@@ -75,6 +81,13 @@ def _held_out_in_calibration(calibration: Any, checks: Any) -> Iterator[Conflict
         for place, text in texts.items():
             if text is not None and text == origin:
                 yield place, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
+
+
+def _with(model: Model, settings: Settings) -> Model:
+    """`model` with those settings that it has and that were not given; they do not count as given then."""
+    fields = type(model).model_fields.keys() - model.model_fields_set
+    left = {key: value for key, value in settings.items() if key in fields}
+    return model.model_construct(_fields_set=set(model.model_fields_set), **(dict(model) | left))
 
 
 # The models.
@@ -213,6 +226,10 @@ class Recipe(Strict):
         default=None, description="path, hub id, or bundled:NAME; the command line overrides it"
     )
     revision: Text | None = Field(default=None, description="commit, branch or tag of a hub id")
+    effort: EffortName | None = Field(
+        default=None,
+        description="how long solvers may take: fills in what calibration and artifacts leave open, see [Efforts](#efforts); null: the defaults of these tables",
+    )
     pad_intermediate: Annotated[Literal["none", "auto", 256, 512, 1024, 2048], BeforeValidator(_no_float)] = Field(
         default="none",
         description="zero-pads the MLP to a multiple; auto: until 8 tensor-parallel ranks hold whole groups of every artifact",
@@ -224,6 +241,16 @@ class Recipe(Strict):
     gguf_split_size: int = Field(
         default=45 * 10**9, ge=10**6, le=10**15, description="most bytes of tensors per GGUF file"
     )
+
+    @model_validator(mode="after")
+    def _filled(self) -> Self:
+        """What `effort` decides and nobody wrote down, as if it had been."""
+        if self.effort is not None:
+            decided = EFFORTS[self.effort]
+            found = tuple(_with(spec, decided.of(spec.kind)) if spec.feedback else spec for spec in self.artifacts)
+            object.__setattr__(self, "artifacts", found)
+            object.__setattr__(self, "calibration", _with(self.calibration, decided.calibration))
+        return self
 
     @property
     def clashes(self) -> tuple[str, ...]:

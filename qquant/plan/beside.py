@@ -1,0 +1,46 @@
+"""What a build would take with less effort and with more, beside what it takes as asked: seconds and memory, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qquant.plan.memory import build_memory
+from qquant.plan.plan import Plan
+from qquant.recipe import Recipe
+from qquant.recipe.changes import Flags, changed
+from qquant.recipe.efforts import EFFORTS
+from qquant.source.checkpoint import Checkpoint
+
+Clock = Callable[[Recipe, Plan], float]  # seconds of a build
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one effort; `seconds` is None where no clock was asked."""
+
+    effort: str
+    chosen: bool  # the recipe says it
+    memory: int  # bytes at the peak
+    seconds: float | None
+
+
+def beside(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | None) -> list[Cost]:
+    """Each effort, from the least to the most; before them the recipe as it is, where it names none."""
+    found = []
+    if recipe.effort is None:
+        found.append(_cost("as it is", recipe, checkpoint, plan, clock))
+    for effort in EFFORTS:
+        other = changed(recipe, Flags(effort=effort))
+        cost = _cost(effort, other, checkpoint, plan, clock)
+        found.append(dataclasses.replace(cost, chosen=effort == recipe.effort))
+    return found
+
+
+def _cost(effort: str, recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | None) -> Cost:
+    specs = {spec.name: spec for spec in recipe.artifacts}
+    artifacts = tuple(dataclasses.replace(one, spec=specs[one.spec.name]) for one in plan.artifacts)
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    other = dataclasses.replace(plan, artifacts=artifacts, tokens=tokens)
+    return Cost(effort, True, build_memory(recipe, checkpoint), clock(recipe, other) if clock else None)
