@@ -45,7 +45,7 @@ from qquant.plan.texts import shortfall
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
-from qquant.release.repository import SOURCE, SourceFacts
+from qquant.release.repository import SOURCE, ReleaseSource
 from qquant.report import html
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report, SpeedReport
@@ -94,14 +94,14 @@ def build(
         moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
         write_timings(drafts, out)
-        write_synced(out / SOURCE, SourceFacts.of(checkpoint, _parallel(plan, out)).to_json())
+        write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
         _finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device)
         tokens.save(out / "calibration")
         write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
-        asked = kept.Asked(recipe.checks, text, inputs)
+        asked = kept.Question(recipe.checks, text, inputs)
         conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
         found, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress)
         remarks = [
@@ -136,7 +136,7 @@ def _judge(
     out: Path,
     checkpoint: Checkpoint,
     candidates: Sequence[Candidate],
-    question: tuple[kept.Asked, Conditions],
+    question: tuple[kept.Question, Conditions],
     device: torch.device,
     progress: Progress,
 ) -> tuple[Review, Conditions]:
@@ -162,7 +162,7 @@ def _judge(
 def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
     """Tensor-parallel sizes of the planned artifacts, and of those that are there and were left alone."""
     path = out / SOURCE
-    known = SourceFacts.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
+    known = ReleaseSource.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
     there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in known.items()}
     return {**there, **plan.parallel}
 
@@ -278,7 +278,7 @@ def _key(content: Mapping[str, Any]) -> str:
 
 def bisect(
     artifact: Path, checkpoint: Checkpoint, checks: Checks, limit: float, device: torch.device, progress: Progress
-) -> bisection.Found:
+) -> bisection.Bisection:
     """Which linears of an artifact carry its loss, and a small set that would bring its mean KL divergence to `limit`."""
     text = held_out(checks, Tokenizer.open(checkpoint.path))
     source = open_weights(artifact)

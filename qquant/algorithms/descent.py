@@ -26,7 +26,7 @@ from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
-from qquant.kernels.product import Factor, factor, product
+from qquant.kernels.product import SplitMatrix, factor, product
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
@@ -39,7 +39,7 @@ class Columns:
     """Columns in the order of their blocks, within a block by falling diag(H)."""
 
     order: Tensor  # int64 [K]
-    factor: Factor  # H, float32 [K, K], in this order
+    factor: SplitMatrix  # H, float32 [K, K], in this order
     blocks: list[
         Tensor
     ]  # H_SS, H_SS^-1, and the upper factor of the latter [B, S, S]; then those of a narrower last block
@@ -148,7 +148,9 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     return params.with_factors(list(new.split([coefficients.shape[1] for coefficients, _ in factors], dim=1)))
 
 
-def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Factor, unknowns: int) -> tuple[Tensor, Tensor]:
+def _normal_equations(
+    bases: Sequence[Tensor], target: Tensor, gram: SplitMatrix, unknowns: int
+) -> tuple[Tensor, Tensor]:
     """A [R, U, U] and b [R, U] of the coefficients of `bases` [R, K] each."""
     rows, columns = target.shape
     each = unknowns // len(bases)

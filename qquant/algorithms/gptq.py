@@ -32,7 +32,7 @@ LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
 
 
 @dataclass(frozen=True)
-class Factor:
+class InverseFactor:
     """U of the damped Gram matrix in activation order."""
 
     upper: Tensor  # float32 [K, K]
@@ -40,8 +40,8 @@ class Factor:
     damping: float  # what it took, relative to the mean of diag(H)
 
 
-def factorize(gram: Gram, damping: float) -> Factor:
-    """Factor of H + damping * mean(diag H) * I, remembered in `gram` for the next artifact.
+def factorize(gram: Gram, damping: float) -> InverseFactor:
+    """U of H + damping * mean(diag H) * I, remembered in `gram` for the next artifact.
 
     Raises:
         NotPositiveDefiniteError: the whole ladder failed.
@@ -56,7 +56,7 @@ def factorize(gram: Gram, damping: float) -> Factor:
         if root is not None:
             upper = torch.eye(len(order), device=root.device).mT  # in the layout that is solved in place
             torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
-            factor = Factor(upper, order, damping * step)
+            factor = InverseFactor(upper, order, damping * step)
             gram.factors[damping] = factor
             return factor
     raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")

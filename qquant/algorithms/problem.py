@@ -21,7 +21,7 @@ from qquant.algorithms.grid import Grid, Params, QuantizedTensor
 from qquant.recipe.solvers import STEPS
 
 
-class Settings(Protocol):
+class SolverSettings(Protocol):
     """What a recipe says of an artifact; a step may read more than these."""
 
     @property
@@ -42,7 +42,7 @@ class Problem:
     linears: Mapping[str, Tensor]  # float32 [n, K] each
     gram: Gram
     grid: Grid
-    settings: Settings
+    settings: SolverSettings
     rows: Iterable[Tensor] | None = None  # curvature [n, n] of the stacked rows in turn; None: not known
     alone: bool = False  # nothing else is solved on the same statistics
 

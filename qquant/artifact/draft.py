@@ -57,7 +57,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _JournalHead:
     """The first line of a journal."""
 
     key: str
@@ -152,7 +152,7 @@ class Draft:
         for line in self.journal.read_bytes().split(b"\n")[:-1]:
             try:
                 content = json.loads(line)
-                typed(Unit if lines else _Head, content, str(self.journal))
+                typed(Unit if lines else _JournalHead, content, str(self.journal))
             except (ValueError, RecursionError, InputError):
                 break
             lines.append(content)

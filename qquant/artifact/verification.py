@@ -47,7 +47,7 @@ ATTRIBUTES = ".gitattributes"  # in every repository of the hub
 
 
 @dataclass(frozen=True)
-class Found:
+class Verified:
     """What was looked at, and what is not part of it."""
 
     size: int  # bytes that were hashed
@@ -72,7 +72,7 @@ def unlisted(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found - named - {ATTRIBUTES}))
 
 
-def verify(folder: Path, deep: bool = False) -> Found:
+def verify(folder: Path, deep: bool = False) -> Verified:
     """Look at a finished folder from its bytes to its values.
 
     Raises:
@@ -99,7 +99,7 @@ def verify(folder: Path, deep: bool = False) -> Found:
             if tensor in recorded:
                 compared += 1
                 _compare(f"{folder}: {name}: {tensor}", value, recorded[tensor])
-    return Found(size, scanned, compared, unlisted(folder))
+    return Verified(size, scanned, compared, unlisted(folder))
 
 
 def _compare(where: str, value: torch.Tensor, recorded: str) -> None:

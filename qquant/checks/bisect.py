@@ -48,7 +48,7 @@ class Mixed:
 
 
 @dataclass(frozen=True)
-class Part:
+class Restorable:
     """Linears that are restored together: one stage of one block, or the head."""
 
     name: str
@@ -57,13 +57,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Found:
+class Bisection:
     """What restoring brings."""
 
     kl: float  # of the artifact
     limit: float
-    gains: tuple[tuple[Part, float], ...]  # largest first
-    chosen: tuple[Part, ...]  # the smallest set that was found; empty if nothing has to be restored
+    gains: tuple[tuple[Restorable, float], ...]  # largest first
+    chosen: tuple[Restorable, ...]  # the smallest set that was found; empty if nothing has to be restored
     kl_chosen: float  # with `chosen` in 16 bits
 
 
@@ -77,7 +77,7 @@ class Search:
     device: torch.device
     progress: Progress
 
-    def kl(self, sets: Sequence[Iterable[Part]]) -> list[float]:
+    def kl(self, sets: Sequence[Iterable[Restorable]]) -> list[float]:
         """Mean KL divergence with each of `sets` restored."""
         found: list[float] = []
         for start in range(0, len(sets), TOGETHER):
@@ -91,7 +91,7 @@ class Search:
         return found
 
 
-def parts(source: WeightSource) -> list[Part]:
+def parts(source: WeightSource) -> list[Restorable]:
     """Every stage of every block, in order. AWQ's folded scales keep a block's stages together."""
     family, config = source.family, source.config
     found = []
@@ -100,27 +100,27 @@ def parts(source: WeightSource) -> list[Part]:
         prefix = family.block.format(layer)
         for stage in family.stages:
             weights = tuple(f"{prefix}{linear}.weight" for linear in stage.linears)
-            found.append(Part(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears)))
+            found.append(Restorable(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears)))
     return found
 
 
-def whole_blocks(source: WeightSource) -> list[Part]:
+def whole_blocks(source: WeightSource) -> list[Restorable]:
     """Every block with its norms and biases: what can be restored where scales are folded between neighbours."""
     family, config = source.family, source.config
     found = []
     for layer in range(config.layers):
         shapes = family.block_shapes(config, layer)
         name = family.block.format(layer).rstrip(".")
-        found.append(Part(name, tuple(shapes), sum(math.prod(shape) for shape in shapes.values())))
+        found.append(Restorable(name, tuple(shapes), sum(math.prod(shape) for shape in shapes.values())))
     return found
 
 
-def bisect(search: Search, candidates: Sequence[Part], limit: float) -> Found:
+def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bisection:
     """Find a small set of `candidates` that brings the mean KL divergence to `limit`, cheapest gain first."""
     start, *alone = search.kl([(), *((part,) for part in candidates)])
     gains = sorted(zip(candidates, (start - kl for kl in alone), strict=True), key=lambda pair: -pair[1])
     if start <= limit:
-        return Found(start, limit, tuple(gains), (), start)
+        return Bisection(start, limit, tuple(gains), (), start)
     order = [part for part, gain in sorted(gains, key=lambda pair: -pair[1] / pair[0].size)]
     low, high = 0, len(order)
     reached = search.kl([order])[0]
@@ -128,10 +128,10 @@ def bisect(search: Search, candidates: Sequence[Part], limit: float) -> Found:
         middle = (low + high) // 2
         kl = search.kl([order[:middle]])[0]
         low, high, reached = (low, middle, kl) if kl <= limit else (middle, high, reached)
-    return _thinned(search, Found(start, limit, tuple(gains), tuple(order[:high]), reached))
+    return _thinned(search, Bisection(start, limit, tuple(gains), tuple(order[:high]), reached))
 
 
-def _thinned(search: Search, found: Found) -> Found:
+def _thinned(search: Search, found: Bisection) -> Bisection:
     """Without the parts that turn out not to be needed; the largest is tried first."""
     chosen, reached = list(found.chosen), found.kl_chosen
     if reached > found.limit:
@@ -141,4 +141,4 @@ def _thinned(search: Search, found: Found) -> Found:
         kl = search.kl([fewer])[0]
         if fewer and kl <= found.limit:
             chosen, reached = fewer, kl
-    return Found(found.kl, found.limit, found.gains, tuple(chosen), reached)
+    return Bisection(found.kl, found.limit, found.gains, tuple(chosen), reached)

@@ -37,7 +37,7 @@ class Answered:
     finite: bool
 
 
-class Decoder:
+class PromptDecoder:
     """All weights of a source in one dtype on a device."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,7 +87,7 @@ class Decoder:
 class _Cached:
     """The operators of one block on [B, T, features], with the cache."""
 
-    def __init__(self, model: Decoder, cache: _Cache, layer: int) -> None:
+    def __init__(self, model: PromptDecoder, cache: _Cache, layer: int) -> None:
         self.model, self.cache, self.layer = model, cache, layer
         self.prefix, self.epsilon = model.family.block.format(layer), model.config.epsilon
 
@@ -116,7 +116,7 @@ class _Cached:
 class _Cache:
     """Keys and values [B, kv heads, T, d] by layer, with room for prompts and answers."""
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], length: int) -> None:
+    def __init__(self, model: PromptDecoder, prompts: Sequence[Sequence[int]], length: int) -> None:
         config, self.longest = model.config, max(map(len, prompts))
         self.shared = _shared(prompts) if len(prompts) > 1 else 0
         room, self.end, self.start = self.longest + length, 0, 0

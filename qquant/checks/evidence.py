@@ -60,7 +60,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _EvidenceHead:
     schema: str
     tokens: Count  # scored in each window
     facts: Facts
@@ -107,7 +107,7 @@ def write(path: Path, measured: Fidelity, facts: Facts) -> None:
         "top1": np.packbits(measured.same_top.numpy(), axis=1),
         "means": np.stack([means[name] for name in LOSSES]),
     }
-    head = to_plain(_Head(SCHEMA, measured.nll.shape[1], facts))
+    head = to_plain(_EvidenceHead(SCHEMA, measured.nll.shape[1], facts))
     make_folder(path.parent)
     # One key: the library writes several in random order.
     write_synced(path, save(content, {"evidence": json.dumps(head, sort_keys=True)}))
@@ -124,7 +124,7 @@ def read(path: Path) -> Evidence:
             text = (file.metadata() or {})["evidence"]
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("nll", "kl", "top1", "means")}
             content = {name: file.get_tensor(name) for name in shapes}
-        head = typed(_Head, parse_json(text.encode()), str(path))
+        head = typed(_EvidenceHead, parse_json(text.encode()), str(path))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path}: damaged evidence: {error}. Check the artifact again") from None
     if head.schema != SCHEMA:

@@ -26,7 +26,7 @@ from qquant.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """How artifacts are judged."""
 
     checks: Checks

@@ -44,7 +44,7 @@ HOME = str(Path(__file__).parents[2])  # where the child finds qquant
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
-class Part(NamedTuple):
+class LoadTask(NamedTuple):
     """What a child loads at a time: `what` is "metadata" or "weights"."""
 
     what: str
@@ -66,13 +66,15 @@ def faults(
     alike: dict[object, Path] = {}
     speaks = {path: alike.setdefault(_metadata(path), path) for path in paths}
     parts = [
-        Part(what, path)
+        LoadTask(what, path)
         for path in paths
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
     found = _shared(parts, seconds, stop, children)
-    problems = {path: found.get(Part("metadata", speaks[path])) or found.get(Part("weights", path)) for path in paths}
+    problems = {
+        path: found.get(LoadTask("metadata", speaks[path])) or found.get(LoadTask("weights", path)) for path in paths
+    }
     return {path: problem for path, problem in problems.items() if problem}
 
 
@@ -86,7 +88,7 @@ def _metadata(path: Path) -> object:
     return path
 
 
-def _shared(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> dict[Part, str]:
+def _shared(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> dict[LoadTask, str]:
     shares = _dealt(parts, children)
     if len(shares) <= 1:
         return _in_turn(parts, seconds, stop, 1)
@@ -99,16 +101,16 @@ def _shared(parts: Sequence[Part], seconds: float, stop: Event, children: int) -
             raise
 
 
-def _dealt(parts: Sequence[Part], hands: int) -> list[list[Part]]:
+def _dealt(parts: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
     """`parts` in at most so many shares of about the same size."""
-    shares: list[list[Part]] = [[] for _ in range(min(hands, len(parts)))]
-    for part in sorted(parts, key=Part.bytes, reverse=True):
-        min(shares, key=lambda share: (sum(map(Part.bytes, share)), len(share))).append(part)
+    shares: list[list[LoadTask]] = [[] for _ in range(min(hands, len(parts)))]
+    for part in sorted(parts, key=LoadTask.bytes, reverse=True):
+        min(shares, key=lambda share: (sum(map(LoadTask.bytes, share)), len(share))).append(part)
     return shares
 
 
-def _in_turn(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> dict[Part, str]:
-    left, found = list(parts), dict[Part, str]()
+def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> dict[LoadTask, str]:
+    left, found = list(parts), dict[LoadTask, str]()
     while left and not stop.is_set():
         done, problem = _child(left, seconds, stop, children)
         left = left[done:]
@@ -117,7 +119,7 @@ def _in_turn(parts: Sequence[Part], seconds: float, stop: Event, children: int) 
     return found
 
 
-def _child(parts: Sequence[Part], seconds: float, stop: Event, children: int) -> tuple[int, str]:
+def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[int, str]:
     """(how many of `parts` loaded, what happened to the next)."""
     limit = sum((seconds + part.bytes() / BYTES_A_SECOND for part in parts), seconds)
     command = [sys.executable, "-m", "qquant.checks.loading", str(children)]

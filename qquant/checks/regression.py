@@ -21,7 +21,7 @@ LOSSES = {"kl": "mean KL divergence", "top1": "top-1 disagreement", "nll": "mean
 
 
 @dataclass(frozen=True)
-class Change:
+class LossChange:
     """One loss of one artifact, then and now."""
 
     artifact: str
@@ -34,7 +34,7 @@ class Change:
     windows: int
 
 
-def compare(before: Path, now: Path) -> list[Change]:
+def compare(before: Path, now: Path) -> list[LossChange]:
     """Changes from one report (or its folder) to another, by artifact.
 
     Raises:
@@ -59,7 +59,7 @@ def _pairs(then: Mapping[str, Evidence], fresh: Mapping[str, Evidence]) -> dict[
     return {name: name for name in fresh if name in then}
 
 
-def _changes(name: str, then: Evidence, fresh: Evidence) -> list[Change]:
+def _changes(name: str, then: Evidence, fresh: Evidence) -> list[LossChange]:
     count = min(then.windows, fresh.windows)
     moves = {loss: fresh.means[loss][:count] - then.means[loss][:count] for loss in LOSSES}
     losses = {loss: statistics.measure_loss(move, 0.0) for loss, move in moves.items()}
@@ -73,5 +73,5 @@ def _changes(name: str, then: Evidence, fresh: Evidence) -> list[Change]:
             outcome = "worse" if above <= ASKED else "better" if below <= ASKED else "inconclusive"
         low, high = statistics.interval(move)
         means = float(then.means[loss][:count].mean()), float(fresh.means[loss][:count].mean())
-        changes.append(Change(name, LOSSES[loss], *means, low, high, outcome, count))
+        changes.append(LossChange(name, LOSSES[loss], *means, low, high, outcome, count))
     return changes

@@ -24,7 +24,7 @@ from qquant.calibration.slices import Sliced, sliced
 from qquant.checks import evidence, figures, gate, loading, sanity, slices, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
-from qquant.checks.slices import Part
+from qquant.checks.slices import SliceReading
 from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
@@ -192,7 +192,7 @@ def review(
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[SliceReading]] = {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
     with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
@@ -328,7 +328,7 @@ def _alike(theirs: Any, ours: Any) -> bool:
 
 
 def _row(
-    candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[Part]
+    candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[SliceReading]
 ) -> ArtifactReport:
     measured = found.main[candidate.name]
     kept, worst = slices.judge(parts, candidate.gates.worst_slice)

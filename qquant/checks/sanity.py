@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qquant.calibration import Tokenizer
-from qquant.checks.decoding import Chooser, Decoder
+from qquant.checks.decoding import Chooser, PromptDecoder
 from qquant.checks.statistics import mcnemar
 from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
@@ -63,7 +63,7 @@ WARNING = ("repetitive", "invalid", "script", "stopping")  # the last: more of t
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """Prompts that are answered together."""
 
     prompts: tuple[Prompt, ...]
@@ -71,18 +71,18 @@ class Group:
 
 
 GROUPS = (
-    Group(PROMPTS),
-    Group(PROMPTS, sampled=True),
-    *(Group((prompt,)) for prompt in PROMPTS),
-    Group(LONG_PROMPTS),
-    Group(LONG_PROMPTS[:1]),
+    PromptGroup(PROMPTS),
+    PromptGroup(PROMPTS, sampled=True),
+    *(PromptGroup((prompt,)) for prompt in PROMPTS),
+    PromptGroup(LONG_PROMPTS),
+    PromptGroup(LONG_PROMPTS[:1]),
 )
 
 QUESTIONS = tuple((prompt, group.sampled) for group in GROUPS for prompt in group.prompts)
 
 
 @dataclass
-class Answers:
+class AnswerMarks:
     """What each answer of one model in one dtype did, in the order of `GROUPS`."""
 
     stopped: list[bool] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Answers:
         counted = {name: sum(which) for name, which in vars(self).items() if name != "stopped"}
         return AnswerCounts(number, sum(self.stopped) / max(1, number), **counted)
 
-    def proven_worse(self, baseline: Answers) -> list[str]:
+    def proven_worse(self, baseline: AnswerMarks) -> list[str]:
         """Names of what is worse beyond chance, `FAILING` at `ASKED` for one dtype, `WARNING` at `ASKED` for all dtypes."""
         pairs: dict[str, tuple[Sequence[bool], Sequence[bool]]] = {
             name: (getattr(self, name), getattr(baseline, name)) for name in ("runs", *WARNING[:-1])
@@ -166,9 +166,9 @@ def answer(
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
     done = 0
     for name_of_dtype, dtype in DTYPES.items():
-        baseline = Answers()
+        baseline = AnswerMarks()
         for name, source in sources.items():
-            answers = _run(Decoder(source, dtype, device), tokenizer, length)
+            answers = _run(PromptDecoder(source, dtype, device), tokenizer, length)
             if name:
                 worse = tuple(answers.proven_worse(baseline))
                 found[name].append(
@@ -230,8 +230,8 @@ def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     return needed < free_memory(device)
 
 
-def _run(model: Decoder, tokenizer: Tokenizer, length: int) -> Answers:
-    answers, known = Answers(), dict[Prompt, list[int]]()
+def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int) -> AnswerMarks:
+    answers, known = AnswerMarks(), dict[Prompt, list[int]]()
     for group in GROUPS:
         prompts = [_prompt(tokenizer, system, question) for _, system, question in group.prompts]
         chooser = Chooser(tokenizer.size, tokenizer.eos, SEED if group.sampled else None)

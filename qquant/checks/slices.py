@@ -41,7 +41,7 @@ MEASURED: Standing = "measured"
 
 
 @dataclass(frozen=True)
-class _Phase:
+class _NamedPhase:
     """Shows the work of a reading under the name of its phase."""
 
     whole: Progress
@@ -57,7 +57,7 @@ class _Phase:
 
 
 @dataclass(frozen=True)
-class Part:
+class SliceReading:
     """A slice as one artifact reads it."""
 
     name: str
@@ -80,18 +80,18 @@ def parts(
     tokenizer: Tokenizer,
     device: torch.device,
     progress: Progress,
-) -> dict[str, list[Part]]:
+) -> dict[str, list[SliceReading]]:
     """By artifact every slice, in the order of `text`, then the stretches of positions.
 
     Raises NumericalError as `measure`.
     """
     rows = torch.as_tensor(np.concatenate([text.short, text.again]), dtype=torch.int64)
-    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, _Phase(progress, "slices"))
+    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, _NamedPhase(progress, "slices"))
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
     found = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
-        phase = _Phase(progress, "long documents")
+        phase = _NamedPhase(progress, "long documents")
         for group in _turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
             for name, whole in measure(baseline, group, documents, device, phase).items():
                 found[name] += _stretches(
@@ -111,15 +111,15 @@ def _turns(
         yield {name: artifacts[name] for name in names[start : start + together]}
 
 
-def _short(text: Sliced, whole: Fidelity, letters: Sequence[str]) -> Iterator[Part]:
+def _short(text: Sliced, whole: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
     start = 0
     for one in text.slices:
         rows = slice(start, start + one.windows)
         start += one.windows
-        yield _described(Part(one.name, one.group, whole.part(rows)), letters[rows])
+        yield _described(SliceReading(one.name, one.group, whole.part(rows)), letters[rows])
 
 
-def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence[str]) -> Iterator[Part]:
+def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
     """The tokens that were scored in short windows, at their places in those documents whose language the checkpoint knows, or in all."""
     documents, length = text.long.shape
     count = length // LENGTH
@@ -130,7 +130,9 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
     again = {name: column.view(documents, count, -1) for name, column in vars(short).items()}
     said = [letters[row * count : (row + 1) * count] for row in range(documents)]
     whole_documents = [
-        _described(Part("", "position", Fidelity(**{key: column[row] for key, column in again.items()})), said[row])
+        _described(
+            SliceReading("", "position", Fidelity(**{key: column[row] for key, column in again.items()})), said[row]
+        )
         for row in range(documents)
     ]
     chosen = [row for row, part in enumerate(whole_documents) if part.known] or list(range(documents))
@@ -139,10 +141,12 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
             Fidelity(**{key: column[chosen, start:stop].flatten(0, 1) for key, column in values.items()})
             for values in (columns, again)
         )
-        yield _described(Part(name, "position", ours, beside), [one for row in chosen for one in said[row][start:stop]])
+        yield _described(
+            SliceReading(name, "position", ours, beside), [one for row in chosen for one in said[row][start:stop]]
+        )
 
 
-def _described(part: Part, letters: Sequence[str]) -> Part:
+def _described(part: SliceReading, letters: Sequence[str]) -> SliceReading:
     """With what the checkpoint, and frequencies alone, need for a character."""
     said = "".join(letters)
     needed = float(part.found.nll_baseline.sum()) / math.log(2)
@@ -152,7 +156,7 @@ def _described(part: Part, letters: Sequence[str]) -> Part:
 # The verdict.
 
 
-def judge(found: Sequence[Part], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
+def judge(found: Sequence[SliceReading], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
     """Every slice with what is proven of it, and the verdict of the gate on the worst; None: there is none. `limit`: None asks nothing."""
     english = next((part for part in found if part.name == REFERENCE and part.known), None)
     asked: dict[int, tuple[Ratio, float]] = {}
@@ -169,12 +173,12 @@ def judge(found: Sequence[Part], limit: float | None) -> tuple[tuple[SliceReport
     return rows, _verdict(rows, asked) if limit is not None and asked else None
 
 
-def _ratio(part: Part, beside: Fidelity) -> Ratio:
+def _ratio(part: SliceReading, beside: Fidelity) -> Ratio:
     ours, theirs = part.found.window_means()["kl"], beside.window_means()["kl"]
     return ratio(ours, theirs, paired=part.beside is not None, floor=RESOLVED)
 
 
-def _unasked(part: Part, english: Part | None) -> Standing:
+def _unasked(part: SliceReading, english: SliceReading | None) -> Standing:
     if not part.known:
         return "unknown"
     return "reference" if part is english else "measured"
@@ -190,7 +194,7 @@ def standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
     return proofs
 
 
-def _row(part: Part, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:
+def _row(part: SliceReading, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:
     means = part.found.window_means()
     log_ratio, disagreement = means["nll"], means["top1"]
     ends = [math.exp(end) if end < 700 else math.inf for end in statistics.interval(log_ratio)]

@@ -47,7 +47,7 @@ from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Progress
 from qquant.report.record import Pace, Proof, SpeedReport
 from qquant.runtime import linears
-from qquant.runtime.stepping import Stepper, Weights, capture, read_weights
+from qquant.runtime.stepping import ModelWeights, Stepper, capture, read_weights
 from qquant.source.checkpoint import Checkpoint
 
 RESAMPLES = 4000
@@ -59,7 +59,7 @@ L3 = 64 << 20  # bytes, where the system does not say
 
 
 @dataclass(frozen=True)
-class Settings:
+class SpeedSettings:
     """What is run, and when to believe it."""
 
     prompt: int = 512  # tokens: of a prefill, and in the cache when decoding begins
@@ -103,7 +103,12 @@ class Stepped:
     """A model in this runtime."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, settings: Settings, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        settings: SpeedSettings,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.settings, self.device = settings, device
         before = _allocated(device) - weights.bytes_held()
@@ -121,7 +126,7 @@ class Stepped:
         self.prefills = [_captured(partial(stepper.prefill, self.ids), device) for stepper in steppers]
         self.turn = 0
         name = str(dtype).removeprefix("torch.")
-        first = next(module for module in weights.modules() if isinstance(module, linears.Linear))
+        first = next(module for module in weights.modules() if isinstance(module, linears.RuntimeLinear))
         self.runtime = f"{first.path}; {'captured graph' if device.type == 'cuda' else 'eager'}, {name}"
 
     def _worst_moment(self, before: int) -> int:
@@ -224,7 +229,7 @@ def most_alive(work: Callable[[], None]) -> int:
 class LlamaCpp:
     """A GGUF file in llama.cpp, through llama-cpp-python."""
 
-    def __init__(self, path: Path, source: GgufSource, settings: Settings) -> None:
+    def __init__(self, path: Path, source: GgufSource, settings: SpeedSettings) -> None:
         library = importlib.import_module("llama_cpp")
         self.settings = settings
         capacity = settings.prompt + settings.steps + 1
@@ -295,7 +300,7 @@ def take_turns(baseline: Callable[[], None], other: Callable[[], None], pairs: i
     return Compared(table[:, 0], table[:, 1])
 
 
-def _pace(phase: str, settings: Settings, baseline: Contender, other: Contender) -> Pace:
+def _pace(phase: str, settings: SpeedSettings, baseline: Contender, other: Contender) -> Pace:
     windows = [getattr(contender, phase) for contender in (baseline, other)]
     _, low, high = take_turns(windows[0], windows[0], settings.pairs).ratio()
     noise = max(high - 1, 1 - low)
@@ -316,7 +321,7 @@ def _pace(phase: str, settings: Settings, baseline: Contender, other: Contender)
     )
 
 
-def judge(paces: Sequence[Pace], settings: Settings) -> tuple[Proof, tuple[str, ...]]:
+def judge(paces: Sequence[Pace], settings: SpeedSettings) -> tuple[Proof, tuple[str, ...]]:
     """(pass, fail or inconclusive; why), by the least ratios that are asked for and the noise of the machine."""
     failed, unclear = [], []
     for pace in paces:
@@ -339,7 +344,7 @@ def judge(paces: Sequence[Pace], settings: Settings) -> tuple[Proof, tuple[str, 
     return "fail" if failed else "inconclusive" if unclear else "pass", (*failed, *unclear)
 
 
-def compare(baseline: Contender, other: Contender, settings: Settings, device: torch.device) -> SpeedReport:
+def compare(baseline: Contender, other: Contender, settings: SpeedSettings, device: torch.device) -> SpeedReport:
     """Time `other` against `baseline`, and judge it."""
     other.prefill()
     baseline.prefill()
@@ -371,7 +376,7 @@ def compare(baseline: Contender, other: Contender, settings: Settings, device: t
 def measure(
     artifact: Path,
     baseline: Checkpoint | GgufSource,
-    settings: Settings,
+    settings: SpeedSettings,
     device: torch.device,
     dtype: torch.dtype | None = None,
     baseline_path: Path | None = None,
@@ -397,7 +402,7 @@ def measure_all(
 ) -> list[SpeedReport]:
     """`measure` with few tokens for many artifacts of one checkpoint, whose weights are read once."""
     positions = baseline.config.positions
-    settings = Settings(prompt=min(512, positions // 2), steps=min(16, positions // 4))
+    settings = SpeedSettings(prompt=min(512, positions // 2), steps=min(16, positions // 4))
     found = []
     with torch.inference_mode():
         first = _contender(baseline, None, settings, device, _dtype(baseline))
@@ -414,7 +419,7 @@ def _dtype(baseline: WeightSource) -> torch.dtype:
 
 
 def _contender(
-    source: Any, path: Path | None, settings: Settings, device: torch.device, dtype: torch.dtype
+    source: Any, path: Path | None, settings: SpeedSettings, device: torch.device, dtype: torch.dtype
 ) -> Contender:
     if isinstance(source, GgufSource) and path and device.type == "cpu" and importlib.util.find_spec("llama_cpp"):
         return LlamaCpp(path, source, settings)

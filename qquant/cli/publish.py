@@ -142,7 +142,7 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
     if not (dry_run or yes or sys.stdin.isatty()):
         raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
 
-    def show(change: hub.Change) -> bool:
+    def show(change: hub.RepositoryChange) -> bool:
         click.echo(change.diff or f"{change.repository}: has it already")
         return not dry_run and bool(change.diff) and (yes or click.confirm(f"Change {change.repository}?", err=True))
 

@@ -14,7 +14,7 @@ from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from qquant.runtime.answering import Answerer, Settings
+    from qquant.runtime.answering import Answerer, AnswerSettings
 
 
 @command(epilog=EXITS, example="run release/Qwen1.5-0.5B-Chat-AWQ 'What is the capital of France?'")
@@ -47,7 +47,7 @@ def run(
 
     PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: end it with an empty line.
     """
-    from qquant.runtime.answering import Answerer, Settings
+    from qquant.runtime.answering import Answerer, AnswerSettings
 
     if system is not None and no_system:
         raise UsageError("--system and --no-system contradict each other")
@@ -55,7 +55,7 @@ def run(
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-p and --top-k")
     if prompt is None and (as_json or raw or not sys.stdin.isatty()):
         raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
-    settings = Settings(max_new_tokens, greedy, temperature, top_p, top_k, repetition_penalty, seed)
+    settings = AnswerSettings(max_new_tokens, greedy, temperature, top_p, top_k, repetition_penalty, seed)
     answerer = Answerer.open(artifact, devices.named(device), dtype)
     if show_paths:
         for name, path in answerer.paths().items():
@@ -69,7 +69,7 @@ def run(
     _answer(answerer, ids, settings, as_json)
 
 
-def _answer(answerer: Answerer, ids: list[int], settings: Settings, as_json: bool) -> str:
+def _answer(answerer: Answerer, ids: list[int], settings: AnswerSettings, as_json: bool) -> str:
     """Stream the answer (or print it as JSON), and return it."""
 
     def write(piece: str) -> None:
@@ -95,7 +95,7 @@ def _answer(answerer: Answerer, ids: list[int], settings: Settings, as_json: boo
     return answer.text
 
 
-def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: Settings) -> None:
+def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: AnswerSettings) -> None:
     while True:
         try:
             question = click.prompt("you", prompt_suffix="> ", default="", show_default=False)

@@ -83,7 +83,7 @@ class Transformers:
 
 
 @dataclass(frozen=True)
-class Gguf:
+class GgufNames:
     """What a family is in llama.cpp: its architecture, how it cuts text into words, names of modules in and outside the blocks.
 
     `numbers`: what its files say besides what all architectures have, as (key, kind of the value, attribute of `config`).
@@ -113,7 +113,7 @@ class Family:
     ignored: tuple[str, ...] = ()  # how names end of tensors in old files that are computed from the config
     padded_by: str = ""  # the key of config.json with the width that may be padded with zeros; none: it may not
     transformers: Transformers | None = None
-    gguf: Gguf | None = None
+    gguf: GgufNames | None = None
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ class Family:
         return name if layer is None else name.removeprefix(self.block.format(layer))
 
     @property
-    def llama_cpp(self) -> Gguf:
+    def llama_cpp(self) -> GgufNames:
         """What llama.cpp calls it; only asked of a family that llama.cpp knows, since no other has GGUF files."""
         assert self.gguf is not None
         return self.gguf

@@ -14,7 +14,7 @@ from typing import Any
 
 from qquant.errors import InputError
 from qquant.families.config import ModelConfig, number, require_bounds, require_full_attention, rope_theta
-from qquant.families.family import Family, Gguf, Linear, ScalePair, Stage, Transformers
+from qquant.families.family import Family, GgufNames, Linear, ScalePair, Stage, Transformers
 from qquant.families.forward import Operators, Passage, StageInput, Stream
 
 
@@ -130,7 +130,7 @@ QWEN2 = Family(
     ignored=("rotary_emb.inv_freq",),
     padded_by="intermediate_size",
     transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",)),
-    gguf=Gguf(
+    gguf=GgufNames(
         architecture="qwen2",
         pre="qwen2",
         names={

@@ -34,7 +34,7 @@ _sums: dict[tuple[int, int], Tensor] = {}  # partial sums, by device and stream
 
 
 @dataclass(frozen=True)
-class Weights:
+class PackedWeights:
     """The weights of a product, as `wq_mm` takes them, contiguous."""
 
     qweight: Tensor
@@ -65,11 +65,11 @@ class Call:
 
     __slots__ = ("_arguments", "_device", "_grid", "_keep", "_kernel", "_last", "_outputs", "_run", "_stream", "weights")  # fmt: skip
 
-    def __init__(self, weights: Weights, device: int, stream: int) -> None:
+    def __init__(self, weights: PackedWeights, device: int, stream: int) -> None:
         self.weights, self._device, self._stream, self._outputs = weights, device, stream, weights.outputs
 
     @classmethod
-    def first(cls, x: Tensor, weights: Weights) -> tuple[Tensor, Call]:
+    def first(cls, x: Tensor, weights: PackedWeights) -> tuple[Tensor, Call]:
         """(y, the call): x [..., K] that is `usable`, launched the ordinary way."""
         device = x.get_device()
         made = cls(weights, device, current_stream(device))
@@ -124,12 +124,12 @@ class Unpacking:
 
     __slots__ = ("_device", "_dtype", "_head", "_kernel", "_last", "_shape", "_stream", "weights")
 
-    def __init__(self, weights: Weights, x: Tensor) -> None:
+    def __init__(self, weights: PackedWeights, x: Tensor) -> None:
         device = x.get_device()
         self.weights, self._dtype, self._device, self._stream = weights, x.dtype, device, current_stream(device)
 
     @classmethod
-    def first(cls, x: Tensor, weights: Weights) -> tuple[Tensor, Unpacking]:
+    def first(cls, x: Tensor, weights: PackedWeights) -> tuple[Tensor, Unpacking]:
         """(the matrix [N, K] in x's dtype, the call)."""
         made = cls(weights, x)
         with torch.cuda.device(x.get_device()):

@@ -35,24 +35,24 @@ def tensor_cores() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Factor:
+class SplitMatrix:
     """A matrix that is multiplied with often; its halves h and l once they are needed, on a GPU."""
 
     whole: Tensor
     halves: tuple[Tensor, Tensor] | None = None
 
-    def part(self, rows: slice, columns: slice) -> Factor:
+    def part(self, rows: slice, columns: slice) -> SplitMatrix:
         """Some of its rows and columns."""
         halves = self.halves and (self.halves[0][rows, columns], self.halves[1][rows, columns])
-        return Factor(self.whole[rows, columns], halves)
+        return SplitMatrix(self.whole[rows, columns], halves)
 
 
-def factor(matrix: Tensor) -> Factor:
+def factor(matrix: Tensor) -> SplitMatrix:
     """`matrix` as the second factor of several products."""
-    return Factor(matrix, halves(matrix) if matrix.is_cuda else None)
+    return SplitMatrix(matrix, halves(matrix) if matrix.is_cuda else None)
 
 
-def product(a: Tensor, b: Factor) -> Tensor:
+def product(a: Tensor, b: SplitMatrix) -> Tensor:
     """The product of float32 [..., M, K] and [K, N], about as precise as float32 is."""
     return a @ b.whole if b.halves is None else three(a, b.halves)
 

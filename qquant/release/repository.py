@@ -108,7 +108,7 @@ class LicenceFile:
 
 
 @dataclass(frozen=True)
-class SourceFacts:
+class ReleaseSource:
     """source.json: what later steps need to know of a checkpoint when it is no longer at hand."""
 
     model: str = ""
@@ -121,7 +121,7 @@ class SourceFacts:
     checkpoint: str = ""  # sha256 of what was quantized: config, weights, adapter
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, parallel: Mapping[str, Mapping[str, list[int]]]) -> SourceFacts:
+    def of(cls, checkpoint: Checkpoint, parallel: Mapping[str, Mapping[str, list[int]]]) -> ReleaseSource:
         """Of a checkpoint that is being built from; `parallel` as in `Plan`."""
         licence = next((path for path in checkpoint.side_files if path.name in LICENCES), None)
         return cls(
@@ -138,7 +138,7 @@ class SourceFacts:
         )
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], where: str) -> SourceFacts:
+    def from_json(cls, content: Mapping[str, Any], where: str) -> ReleaseSource:
         """Of a record; `where` is the file, for messages.
 
         Raises:
@@ -185,7 +185,7 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     place = folder / SOURCE
     if not place.is_file():
         raise InputError(f"{place}: not found, so nobody can say what was quantized. Run the same `qquant build` again")
-    source = SourceFacts.from_json(read_json(place), str(place))
+    source = ReleaseSource.from_json(read_json(place), str(place))
     rows = {row.name: row for row in report.artifacts}
     manifests = {path.parent: manifest_of(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
     known = [name for manifest in manifests.values() for name in manifest.artifacts]
@@ -212,7 +212,7 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     return Release(tuple(repositories), refused)
 
 
-def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, source: SourceFacts) -> str | None:
+def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, source: ReleaseSource) -> str | None:
     if row is None:
         return f"{REPORT} has no verdict on it; run the same `qquant build` again"
     checkpoint, built_from = report.conditions.inputs.get("checkpoint"), entry.inputs.get("checkpoint")
@@ -228,7 +228,7 @@ def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, s
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])
 
 
-def _repository(place: Path, manifest: Manifest, report: Report, source: SourceFacts) -> Repository:
+def _repository(place: Path, manifest: Manifest, report: Report, source: ReleaseSource) -> Repository:
     files = {name: verified(place, name, facts) for name, facts in manifest.files.items()}
     licence = source.licence_file
     if licence and licence.name not in files:

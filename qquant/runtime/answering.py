@@ -22,7 +22,7 @@ from qquant.source.hub import resolve
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """How to choose tokens; None: as the artifact's generation config says."""
 
     max_new_tokens: int = 512
@@ -105,7 +105,7 @@ class Answerer:
             raise UsageError(f"{self.name}: has no chat template (a base model?); use --raw to continue plain text")
         return self.tokenizer.encode(self.tokenizer.render(turns, add_generation_prompt=True))
 
-    def answer(self, ids: Sequence[int], settings: Settings, write: Callable[[str], None]) -> Answer:
+    def answer(self, ids: Sequence[int], settings: AnswerSettings, write: Callable[[str], None]) -> Answer:
         """Generate after `ids`; `write` gets the text in whole characters as soon as they are there.
 
         Raises:
@@ -134,7 +134,7 @@ class Answerer:
         stopped = bool(made) and made[-1] in self.stops
         return Answer(streamer.text, len(made), stopped, streamer.first - began, streamer.last - began)
 
-    def _sampling(self, settings: Settings) -> dict[str, Any]:
+    def _sampling(self, settings: AnswerSettings) -> dict[str, Any]:
         given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
         chosen = {name: value for name, value in given.items() if value is not None}
         asked = any(name != "repetition_penalty" for name in chosen)

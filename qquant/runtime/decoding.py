@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qquant.errors import NumericalError
 from qquant.families import ModelConfig
 from qquant.runtime.sampling import Sampling, choose
-from qquant.runtime.stepping import Stepper, Weights
+from qquant.runtime.stepping import ModelWeights, Stepper
 
 AHEAD = 1  # tokens that a GPU computes before the host has read the one before
 BLOCK = 256  # places by which a cache is measured
@@ -65,20 +65,20 @@ def one_by_one(work: Work) -> Work:
 
 
 @dataclass(frozen=True)
-class Limits:
+class AnswerLimits:
     """When an answer ends: after so many new tokens, or when every sequence has had a stop token."""
 
     tokens: int
     stops: frozenset[int] = frozenset()
 
 
-class Decoder:
+class GraphDecoder:
     """The sequences of one loaded model; one answer at a time."""
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        weights: ModelWeights,
         device: torch.device,
         dtype: torch.dtype,
         record: Callable[[Work], Work] | None = None,
@@ -94,7 +94,7 @@ class Decoder:
         self._longest = 0  # places taken of the fullest row
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits, keep: bool = False
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: AnswerLimits, keep: bool = False
     ) -> Iterator[list[int]]:
         """The next token of every sequence, again and again; one that had a stop token goes on with any until all had.
 

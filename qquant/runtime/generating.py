@@ -22,11 +22,11 @@ from torch.nn.attention import sdpa_kernel
 
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
-from qquant.runtime.decoding import ATTENTION, Decoder, Limits
+from qquant.runtime.decoding import ATTENTION, AnswerLimits, GraphDecoder
 from qquant.runtime.fused import Layer
-from qquant.runtime.linears import Linear, Part, QuantEmbedding
+from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.sampling import Sampling
-from qquant.runtime.stepping import Weights
+from qquant.runtime.stepping import ModelWeights
 
 MOST_ROWS = 16  # sequences of an answer
 READ = {
@@ -40,13 +40,13 @@ WITHOUT_EFFECT = {  # on one answer a prompt without beams, or on the loop here
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateCall:
     """A call of `generate` that `decoding` can answer."""
 
     ids: Tensor  # int64 [B, T], as given
     prompts: tuple[tuple[int, ...], ...]  # without padding
     sampling: Sampling
-    limits: Limits
+    limits: AnswerLimits
     pad: int
     streamer: Any
 
@@ -78,7 +78,7 @@ class Quick:
     def __init__(self, family: Family, config: ModelConfig, dtype: torch.dtype, devices: Sequence[str]) -> None:
         self.family, self.config, self.dtype, self.devices = family, config, dtype, devices
         self.lock = threading.Lock()
-        self._made: tuple[tuple[int, ...], Decoder] | None = None
+        self._made: tuple[tuple[int, ...], GraphDecoder] | None = None
 
     def __deepcopy__(self, _: dict[int, Any]) -> Quick:
         return Quick(self.family, self.config, self.dtype, self.devices)
@@ -86,7 +86,7 @@ class Quick:
     def __reduce__(self) -> tuple[Any, ...]:
         return Quick, (self.family, self.config, self.dtype, self.devices)
 
-    def decoder(self, model: nn.Module) -> Decoder | None:
+    def decoder(self, model: nn.Module) -> GraphDecoder | None:
         """The decoder of these modules, None if they are not what was loaded, or elsewhere."""
         weights = weights_of(model, self.family, self.config)
         if weights is None or model.training:
@@ -96,11 +96,11 @@ class Quick:
             return None
         places = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
         if self._made is None or self._made[0] != places:
-            self._made = places, Decoder(self.config, weights, device, self.dtype)
+            self._made = places, GraphDecoder(self.config, weights, device, self.dtype)
         return self._made[1]
 
 
-def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> Weights | None:
+def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> ModelWeights | None:
     """The modules of a loaded model as a pass reads them; None if one of them is not of `linears`, or has hooks."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
@@ -127,18 +127,18 @@ def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> Weights
             )
         )
     embedding, head = module(family.embedding), module(family.head)
-    if not isinstance(embedding, nn.Embedding | QuantEmbedding) or not isinstance(head, Linear):
+    if not isinstance(embedding, nn.Embedding | QuantEmbedding) or not isinstance(head, RuntimeLinear):
         return None
-    return Weights(family, tuple(layers), embedding, weight(family.final_norm), head)
+    return ModelWeights(family, tuple(layers), embedding, weight(family.final_norm), head)
 
 
-def _held(modules: Sequence[nn.Module]) -> Linear | list[Linear] | None:
+def _held(modules: Sequence[nn.Module]) -> RuntimeLinear | list[RuntimeLinear] | None:
     first = modules[0]
-    if isinstance(first, Part) and all(isinstance(module, Part) for module in modules):
+    if isinstance(first, FusedSlice) and all(isinstance(module, FusedSlice) for module in modules):
         return first.whole
-    if not all(isinstance(module, Linear) for module in modules):
+    if not all(isinstance(module, RuntimeLinear) for module in modules):
         return None
-    linears = [cast(Linear, module) for module in modules]
+    linears = [cast(RuntimeLinear, module) for module in modules]
     return linears[0] if len(linears) == 1 else linears
 
 
@@ -173,7 +173,7 @@ def require_finite(ids: Tensor, scores: Tensor) -> Tensor:
 # -- what is asked for
 
 
-def understood(model: Any, inputs: Tensor | None, config: Any, given: Mapping[str, Any]) -> Request | None:
+def understood(model: Any, inputs: Tensor | None, config: Any, given: Mapping[str, Any]) -> GenerateCall | None:
     """The request, or None if it has anything that only transformers knows."""
     rest = dict(given)
     ids = inputs if inputs is not None else rest.pop("input_ids", None)
@@ -190,7 +190,7 @@ def understood(model: Any, inputs: Tensor | None, config: Any, given: Mapping[st
     sampling = _sampling(settings)
     if prompts is None or room is None or sampling is None:
         return None
-    return Request(ids, prompts, sampling, Limits(room, frozenset(stops)), pad, streamer)
+    return GenerateCall(ids, prompts, sampling, AnswerLimits(room, frozenset(stops)), pad, streamer)
 
 
 def _is_batch(ids: Any) -> bool:
@@ -266,7 +266,7 @@ def _prompts(ids: Tensor, mask: Any, pad: int | None, stops: Sequence[int]) -> t
 # -- the answer
 
 
-def _answer(decoder: Decoder, request: Request, keep: bool) -> Tensor:
+def _answer(decoder: GraphDecoder, request: GenerateCall, keep: bool) -> Tensor:
     """Ids int64 [B, T + new], on the device of the prompt."""
     if request.streamer is not None:
         request.streamer.put(request.ids.cpu())

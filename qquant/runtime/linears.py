@@ -13,7 +13,7 @@ What has no operator (K-quants and the affine types of GGUF, groups that no layo
 load. Which way each linear went stands in its `repr` and in `paths(model)`: nothing falls back in silence. Sums are float32,
 activations bf16 or fp16 (also fp32, without the int4 product on the CPU, which would be slow).
 
-To fuse without touching transformers' code, q_proj is a `Part` that makes the product for all three, and k_proj and v_proj hand
+To fuse without touching transformers' code, q_proj is a `FusedSlice` that makes the product for all three, and k_proj and v_proj hand
 out what it made. Left out: training, other families, several devices.
 """
 
@@ -33,7 +33,7 @@ from qquant.kernels.unpack import repack
 from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
 
 
-class Linear(nn.Module):
+class RuntimeLinear(nn.Module):
     """y = x W' + b; what every kind of it has."""
 
     def __init__(self, shape: tuple[int, int], bias: Tensor | None, stored: str) -> None:
@@ -58,7 +58,7 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.stored}; {self.path}"
 
 
-class DenseLinear(Linear):
+class DenseLinear(RuntimeLinear):
     """Weights of 16 (or 32) bits."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stored: str) -> None:
@@ -76,7 +76,7 @@ class DenseLinear(Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class QuantLinear(Linear):
+class QuantLinear(RuntimeLinear):
     """Weights of 4 or 8 bits in groups, in the layout of `qquant.kernels.unpack`; `order`: see `Integers`."""
 
     def __init__(self, weight: Integers, bias: Tensor | None, stored: str) -> None:
@@ -120,13 +120,13 @@ class QuantLinear(Linear):
         if call is not None and self._holds(call.weights):
             y = call(x)
         elif direct.usable(x):
-            weights = direct.Weights(self.qweight, self.params, self.bias, self.bits, self.group_size)
+            weights = direct.PackedWeights(self.qweight, self.params, self.bias, self.bits, self.group_size)
             y, self._calls[key] = (direct.Call if few else direct.Unpacking).first(x, weights)
         else:
             return None
         return y if few or y is None else F.linear(x, y, self.bias)
 
-    def _holds(self, weights: direct.Weights) -> bool:
+    def _holds(self, weights: direct.PackedWeights) -> bool:
         return weights.qweight is self._buffers["qweight"] and weights.bias is self._parameters.get("bias")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
@@ -137,7 +137,7 @@ class QuantLinear(Linear):
         return self.__dict__ | {"_calls": {}}
 
 
-class CpuQuantLinear(Linear):
+class CpuQuantLinear(RuntimeLinear):
     """The same for torch's int4 product on the CPU."""
 
     def __init__(self, weight: Integers, bias: Tensor | None, stored: str) -> None:
@@ -171,14 +171,14 @@ class CpuQuantLinear(Linear):
         return y.view(*x.shape[:-1], -1)
 
 
-class Part(nn.Module):
+class FusedSlice(nn.Module):
     """One of several linears with the same input: the first makes the product of all, the others hand out theirs."""
 
-    def __init__(self, whole: Linear, sizes: Sequence[int], index: int) -> None:
+    def __init__(self, whole: RuntimeLinear, sizes: Sequence[int], index: int) -> None:
         super().__init__()
         self.index, self.sizes = index, tuple(sizes)
         self.made: tuple[Tensor, tuple[Tensor, ...]] | None = None  # of the first: its input and outputs
-        self.first: list[Part] = []  # a list, so that the module is registered in one place
+        self.first: list[FusedSlice] = []  # a list, so that the module is registered in one place
         if index == 0:
             self.whole = whole
 

@@ -17,7 +17,7 @@ from qquant.errors import UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime.generating import Quick
-from qquant.runtime.linears import CpuQuantLinear, Linear, Part, QuantEmbedding
+from qquant.runtime.linears import CpuQuantLinear, FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.parts import Loader, linears
 from qquant.runtime.skeleton import TOKENS, skeleton
 from qquant.source.checkpoint import Checkpoint
@@ -120,7 +120,7 @@ def _fill(
                 _place(model, prefix + linear, module)
             continue
         sizes = [shapes[linear][0] for linear in stage.linears]
-        parts = [Part(cast(Linear, modules[0]), sizes, index) for index in range(len(sizes))]
+        parts = [FusedSlice(cast(RuntimeLinear, modules[0]), sizes, index) for index in range(len(sizes))]
         for linear, part in zip(stage.linears, parts, strict=True):
             part.first = [parts[0]] if part.index else []
             _place(model, prefix + linear, part)
@@ -167,7 +167,7 @@ def paths(model: nn.Module) -> dict[str, str]:
     """Linear (or fused linears, or embedding) -> what the file holds and what runs, in words."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, RuntimeLinear):
             found[name.removesuffix(".whole")] = module.extra_repr()
         elif isinstance(module, QuantEmbedding):
             found[name] = f"{module.bits} bit; rows dequantized when they are asked for"

@@ -15,7 +15,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats import ArtifactSource
 from qquant.kernels import cpu_int4
 from qquant.kernels.unpack import check_group
-from qquant.runtime.linears import CpuQuantLinear, DenseLinear, Linear, QuantEmbedding, QuantLinear
+from qquant.runtime.linears import CpuQuantLinear, DenseLinear, QuantEmbedding, QuantLinear, RuntimeLinear
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -97,7 +97,7 @@ class Loader:
             return self.source.dtype.lower()
         return ", ".join(dict.fromkeys(self.artifact.stored_as(name) for name in names))
 
-    def fused(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[Linear]:
+    def fused(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[RuntimeLinear]:
         """One linear of all `modules`, or one of each where they do not go together."""
         names = [f"{module}.weight" for module in modules]
         biases = [self.vector(f"{module}.bias") if f"{module}.bias" in self.biases else None for module in modules]
@@ -118,10 +118,10 @@ class Loader:
             return self._apart(modules, shapes)
         return [self.quantized(together, bias, self.stored_as(names) + max(note for _, note in halves))]
 
-    def _apart(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[Linear]:
+    def _apart(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[RuntimeLinear]:
         return [self.fused([module], [shape])[0] for module, shape in zip(modules, shapes, strict=True)]
 
-    def quantized(self, weight: Integers, bias: Tensor | None, stored: str) -> Linear:
+    def quantized(self, weight: Integers, bias: Tensor | None, stored: str) -> RuntimeLinear:
         """The module for this device."""
         (rows, columns), groups = weight.codes.shape, weight.scales.shape[1]
         if self.device.type == "cpu" and cpu_int4.available(rows, columns, columns // groups):
@@ -139,7 +139,7 @@ class Loader:
         table.num_embeddings, table.embedding_dim = config.vocab, config.hidden
         return table
 
-    def head(self, embedding: nn.Module) -> Linear:
+    def head(self, embedding: nn.Module) -> RuntimeLinear:
         """The output head; a tied 16-bit one shares the embedding's memory."""
         name, config = self.source.family.head, self.source.config
         if config.tied and isinstance(embedding, nn.Embedding):
@@ -152,7 +152,9 @@ def _given(value: Any) -> Any:
     return value
 
 
-def linears(source: WeightSource, layer: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[Linear]]:
+def linears(
+    source: WeightSource, layer: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[RuntimeLinear]]:
     """The linears of a block by stage, fused where they go together."""
     loader, family = Loader(source, device, dtype), source.family
     shapes, prefix = family.linear_shapes(source.config, layer), family.block.format(layer)
@@ -162,7 +164,7 @@ def linears(source: WeightSource, layer: int, device: torch.device, dtype: torch
     }
 
 
-def ends(source: WeightSource, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Linear]:
+def ends(source: WeightSource, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RuntimeLinear]:
     """The token embedding and the output head."""
     loader = Loader(source, device, dtype)
     embedding = loader.embedding()

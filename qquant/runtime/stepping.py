@@ -29,7 +29,7 @@ from qquant.runtime.fused import Fused, Layer, Sum
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """Everything that a step reads."""
 
     family: Family
@@ -61,12 +61,12 @@ def _flat(layer: Layer) -> list[nn.Module]:
 
 
 def _nbytes(module: nn.Module) -> int:
-    if isinstance(module, linears.Linear):
+    if isinstance(module, linears.RuntimeLinear):
         return module.nbytes
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype) -> Weights:
+def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
     """The weights of an artifact or a checkpoint as `loading.load` holds them."""
     family, config = source.family, source.config
     layers = []
@@ -83,7 +83,7 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
             )
         )
     embedding, head = parts.ends(source, device, dtype)
-    return Weights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
+    return ModelWeights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
 def _counted(start: int, stop: int, device: torch.device) -> Tensor:
@@ -96,7 +96,7 @@ class Stepper:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        weights: ModelWeights,
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,

@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = speed.Settings(prompt=options.prompt, steps=options.steps, pairs=options.pairs)
+    settings = speed.SpeedSettings(prompt=options.prompt, steps=options.steps, pairs=options.pairs)
     cpu, results = torch.device("cpu"), {}
     for model in options.models:
         config = shape_of(model)

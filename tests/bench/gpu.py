@@ -170,7 +170,7 @@ def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
 
     from qquant.families import FAMILIES
     from qquant.runtime import linears
-    from qquant.runtime.stepping import Layer, Weights
+    from qquant.runtime.stepping import Layer, ModelWeights
 
     family = FAMILIES["qwen2"]
     sizes = config.sizes(0)
@@ -194,7 +194,7 @@ def random_weights(config, kind, device=DEVICE, dtype=torch.bfloat16):
     embedding = nn.Embedding(config.vocab, config.hidden, device=device, dtype=dtype)
     table = embedding.weight.data
     head = table if config.tied else torch.randn_like(table) * config.hidden**-0.5
-    return Weights(family, layers, embedding, norm, linears.DenseLinear(head, None, "bf16"))
+    return ModelWeights(family, layers, embedding, norm, linears.DenseLinear(head, None, "bf16"))
 
 
 def moved(weights, device, dtype):
@@ -273,7 +273,7 @@ def decode(record, options):
             lines.append(f"{model} {prompt}: left out, no time")
             continue
         config = shape_of(model)
-        settings = speed.Settings(prompt=prompt, steps=32, pairs=7)
+        settings = speed.SpeedSettings(prompt=prompt, steps=32, pairs=7)
         with torch.inference_mode():
             baseline = speed.Stepped(config, random_weights(config, "bf16"), settings, device, torch.bfloat16)
             for kind in kinds:
@@ -301,7 +301,7 @@ def alone(model, prompt, record, label):
     """Tokens per second of int4 by itself, and where a step's time goes."""
     from qquant.checks import speed
 
-    config, settings = shape_of(model), speed.Settings(prompt=prompt, steps=32, pairs=3)
+    config, settings = shape_of(model), speed.SpeedSettings(prompt=prompt, steps=32, pairs=3)
     with torch.inference_mode():
         contender = speed.Stepped(
             config, random_weights(config, "int4"), settings, torch.device(DEVICE), torch.bfloat16

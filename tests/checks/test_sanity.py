@@ -248,7 +248,7 @@ def test_rules_that_judge_an_answer(demo):
     assert not sanity.wrong_script("长城是中国古代的防御工程", "zh")
     assert not sanity.wrong_script("OK", "zh")
     tokenizer = Tokenizer.open(demo)
-    counts = sanity.Answers()
+    counts = sanity.AnswerMarks()
     counts.add(tokenizer.encode("!") * 30, True, "en", tokenizer)
     counts.add([*tokenizer.encode("It is blue."), tokenizer.eos[0]], True, "en", tokenizer)
     counts.add([7], False, "", tokenizer)
@@ -272,7 +272,7 @@ def test_prompts_are_those_that_break_models():
 
 def answers(**columns):
     no = [False] * len(sanity.QUESTIONS)
-    return sanity.Answers(
+    return sanity.AnswerMarks(
         **{name: columns.get(name, no) for name in ("stopped", "runs", "repetitive", "invalid", "script", "nan")}
     )
 
@@ -341,7 +341,7 @@ def test_greedy_answers_equal_transformers(demo):
 
     checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
     prompts = [tokenizer.encode("The history of"), tokenizer.encode("In 1912 the ship was")]
-    model = decoding.Decoder(checkpoint, torch.float32, CPU)
+    model = decoding.PromptDecoder(checkpoint, torch.float32, CPU)
     ours = model.answer(prompts, 6, decoding.Chooser(tokenizer.size, ()))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
     for prompt, answered in zip(prompts, ours, strict=True):
@@ -362,7 +362,7 @@ def test_logits_in_16_bits_are_those_of_transformers(demo):
     for dtype in sanity.DTYPES.values():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=dtype)
         chooser = Kept(tokenizer.size, ())
-        decoding.Decoder(checkpoint, dtype, CPU).answer(prompts, 1, chooser)
+        decoding.PromptDecoder(checkpoint, dtype, CPU).answer(prompts, 1, chooser)
         for prompt, mine in zip(prompts, chooser.seen[0], strict=True):
             with torch.no_grad():
                 truth, other = (
@@ -384,7 +384,7 @@ class Kept(decoding.Chooser):
 def test_a_draft_changes_nothing(demo):
     """A right guess, one that is wrong in the middle, one wrong from the start, one with a stop token, and answers in a padded batch."""
     checkpoint, tokenizer = Checkpoint.open(demo), Tokenizer.open(demo)
-    model = decoding.Decoder(checkpoint, torch.float32, CPU)
+    model = decoding.PromptDecoder(checkpoint, torch.float32, CPU)
     prompts = [tokenizer.encode(text) for text in ("The history of", "In 1912 the ship was on her way to")]
     chooser = decoding.Chooser(tokenizer.size, ())
     batch = model.answer(prompts, 12, chooser)

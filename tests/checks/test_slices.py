@@ -17,7 +17,7 @@ from qquant.calibration.slices import LENGTH, Slice, Sliced
 from qquant.checks import ratios, slices
 from qquant.checks.fidelity import Fidelity
 from qquant.checks.ratios import ratio
-from qquant.checks.slices import Part
+from qquant.checks.slices import SliceReading
 from qquant.checks.statistics import holm
 from qquant.errors import InputError
 from qquant.plan.slices import slice_reaches
@@ -41,7 +41,7 @@ def fidelity(kl):
 
 
 def part(name, kl, group="language", beside=None, bits=1.0):
-    return Part(name, group, fidelity(kl), None if beside is None else fidelity(beside), bits, 4.0)
+    return SliceReading(name, group, fidelity(kl), None if beside is None else fidelity(beside), bits, 4.0)
 
 
 def drawn(rng, mean, windows=16, spread=0.3):

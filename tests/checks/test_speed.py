@@ -159,7 +159,7 @@ def pace(phase="decode", ratio=1.5, half=0.02, noise=0.01):
     ],
 )
 def test_verdicts(given, least, outcome):
-    found, reasons = speed.judge([given], speed.Settings(min_decode=least))
+    found, reasons = speed.judge([given], speed.SpeedSettings(min_decode=least))
     assert found == outcome
     assert bool(reasons) == (outcome != "pass")
 
@@ -167,7 +167,7 @@ def test_verdicts(given, least, outcome):
 @pytest.mark.parametrize("bad", [{"prompt": 0}, {"steps": 0}, {"pairs": 2}, {"margin": 0}, {"margin": 1.5}])
 def test_settings_that_measure_nothing_are_refused(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
-        speed.Settings(**bad)
+        speed.SpeedSettings(**bad)
 
 
 def test_most_alive_counts_what_lives_at_once():
@@ -198,7 +198,7 @@ def test_measure_reports_both(small, artifact, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(speed, "last_cache", lambda _: 500_000)
     found = speed.measure(
-        artifact, Checkpoint.open(small), speed.Settings(prompt=20, steps=4, pairs=3, margin=0.9), CPU
+        artifact, Checkpoint.open(small), speed.SpeedSettings(prompt=20, steps=4, pairs=3, margin=0.9), CPU
     )
     assert found.outcome in ("pass", "inconclusive")
     assert {p.phase for p in found.paces} == {"decode", "prefill"}
@@ -251,7 +251,7 @@ class FakeLlama:
 def test_gguf_runs_in_llama_cpp(artifact, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=FakeLlama, __version__="1.2"))
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name == "llama_cpp")
-    settings = speed.Settings(prompt=20, steps=3, pairs=3, margin=0.9)
+    settings = speed.SpeedSettings(prompt=20, steps=3, pairs=3, margin=0.9)
     source = open_weights(artifact)
     contender = speed._contender(source, artifact, settings, CPU, torch.bfloat16)
     contender.prefill()

@@ -11,7 +11,7 @@ import qquant
 from qquant import pipeline, recipe
 from qquant.artifact.opening import open_weights
 from qquant.checks.decoding import Chooser
-from qquant.checks.decoding import Decoder as CheckDecoder
+from qquant.checks.decoding import PromptDecoder as CheckDecoder
 from qquant.dequantization import dequantize
 from qquant.errors import InputError, StoppedError
 from qquant.families import FAMILIES, ModelConfig, decoder

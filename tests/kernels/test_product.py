@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qquant.kernels.product import Factor, factor, halves, product, tensor_cores, three
+from qquant.kernels.product import SplitMatrix, factor, halves, product, tensor_cores, three
 
 
 def ill_matched(rows, columns, seed):
@@ -40,7 +40,7 @@ def test_three_products_are_one():
 
 def test_stacks_and_parts():
     a, b = ill_matched(24, 70, 2).view(2, 12, 70), ill_matched(90, 41, 3)
-    some = Factor(b, halves(b)).part(slice(10, 80), slice(3, 37))
+    some = SplitMatrix(b, halves(b)).part(slice(10, 80), slice(3, 37))
     assert error(product(a, some).view(24, 34), a.view(24, 70), b[10:80, 3:37]) < 2.0**-20
     assert torch.equal(product(a, factor(b[10:80])), a @ b[10:80])
 

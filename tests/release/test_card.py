@@ -13,7 +13,7 @@ from qquant.artifact import verification
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.release import card, signing
 from qquant.release.hub import Folder, Request
-from qquant.release.repository import SourceFacts, as_json, card_facts, complete, read_release
+from qquant.release.repository import ReleaseSource, as_json, card_facts, complete, read_release
 from qquant.release.statements import with_statements
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
@@ -290,7 +290,7 @@ def test_source_facts_of_a_checkpoint(tmp_path):
     folder = write_checkpoint(tmp_path / "Qwen1.5-Test-Chat")
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("the terms\n")
-    facts = json.loads(SourceFacts.of(Checkpoint.open(folder), {"gptq": {"vllm": [1]}}).to_json())
+    facts = json.loads(ReleaseSource.of(Checkpoint.open(folder), {"gptq": {"vllm": [1]}}).to_json())
     assert facts["tensor_parallel"] == {"gptq": {"vllm": [1], "sglang": [], "without_padding": []}}
     assert facts["card"]["license_name"] == "tongyi-qianwen"
     assert "secret" not in facts["card"]

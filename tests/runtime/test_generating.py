@@ -11,7 +11,7 @@ import transformers
 import qquant
 from qquant.errors import NumericalError
 from qquant.runtime import decoding, generating
-from qquant.runtime.decoding import Decoder, Limits, one_by_one
+from qquant.runtime.decoding import AnswerLimits, GraphDecoder, one_by_one
 from qquant.runtime.sampling import Sampling, choose
 from tests.conftest import write_checkpoint
 
@@ -175,13 +175,13 @@ class Tape:
 
 
 def quick(model, record=one_by_one, ahead=0):
-    found = Decoder(model._quick.config, decoder_of(model).weights, CPU, torch.float32, record)
+    found = GraphDecoder(model._quick.config, decoder_of(model).weights, CPU, torch.float32, record)
     found.ahead = ahead
     return found
 
 
 def made_by(decoder, ids, count, sampling=None, **more):
-    found = decoder.answer(ids.tolist(), sampling or Sampling(), Limits(count), **more)
+    found = decoder.answer(ids.tolist(), sampling or Sampling(), AnswerLimits(count), **more)
     return torch.tensor(list(found)).T
 
 
@@ -202,7 +202,7 @@ def test_replayed_passes_give_the_same_tokens(fresh, ahead):
 
 def test_nothing_is_computed_before_the_first_token_is_told(fresh):
     tape = Tape()
-    answer = quick(fresh, tape, ahead=2).answer(tokens(1, 8).tolist(), Sampling(), Limits(9))
+    answer = quick(fresh, tape, ahead=2).answer(tokens(1, 8).tolist(), Sampling(), AnswerLimits(9))
     next(answer)
     assert tape.recorded == 0
 
@@ -267,7 +267,7 @@ def test_stopping_early_leaves_the_next_answer_right(fresh):
     wanted = made_by(decoder, ids, 12)
     stop = int(wanted[0, 4])
     first = int((wanted[0] == stop).nonzero()[0])
-    cut = list(decoder.answer(ids.tolist(), Sampling(), Limits(12, frozenset({stop}))))
+    cut = list(decoder.answer(ids.tolist(), Sampling(), AnswerLimits(12, frozenset({stop}))))
     assert [row[0] for row in cut] == wanted[0, : first + 1].tolist()
     assert torch.equal(made_by(decoder, ids, 12, keep=True), wanted)
 
@@ -291,7 +291,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_is_not_known_here_goes_to_transformers(name, fresh, monkeypatch):
-    monkeypatch.setattr(Decoder, "answer", None)
+    monkeypatch.setattr(GraphDecoder, "answer", None)
     found = fresh.generate(tokens(1, 6), **{**GREEDY, "max_new_tokens": 4, **UNUSUAL[name]})
     assert found is not None
     with pytest.raises(TypeError):
@@ -299,7 +299,7 @@ def test_what_is_not_known_here_goes_to_transformers(name, fresh, monkeypatch):
 
 
 def test_other_modules_and_padding_in_the_middle_go_to_transformers(fresh, monkeypatch):
-    monkeypatch.setattr(Decoder, "answer", None)
+    monkeypatch.setattr(GraphDecoder, "answer", None)
     ids, mask = tokens(1, 6), torch.tensor([[1, 1, 0, 1, 1, 1]])
     fresh.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=3)
     fresh.generate(tokens(17, 3), **GREEDY, max_new_tokens=2)

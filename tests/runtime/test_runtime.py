@@ -26,7 +26,7 @@ from qquant.kernels import cpu_int4
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.runtime import linears, loading, parts
-from qquant.runtime.answering import Answerer, Settings, Text
+from qquant.runtime.answering import Answerer, AnswerSettings, Text
 from qquant.runtime.skeleton import transformers_config
 from qquant.solve import walk
 from qquant.solve.moments import Moments
@@ -276,7 +276,7 @@ def test_linears_that_differ_stay_apart(release, tmp_path):
 
 def test_parts_notice_another_input():
     whole = linears.DenseLinear(torch.randn(6, 4), None, "f32")
-    first, second = (linears.Part(whole, [4, 2], index) for index in range(2))
+    first, second = (linears.FusedSlice(whole, [4, 2], index) for index in range(2))
     second.first = [first]
     x = torch.randn(3, 4)
     assert torch.equal(torch.cat([first(x), second(x)], -1), whole(x))
@@ -398,7 +398,7 @@ def test_run_without_a_template_or_with_nan(release, ask, tmp_path):
     answerer = Answerer.open(release["awq"], "cpu")
     answerer.model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(NumericalError, match="not finite"):
-        answerer.answer([1, 2, 3], Settings(), print)
+        answerer.answer([1, 2, 3], AnswerSettings(), print)
 
 
 def test_tokens_without_text_count(release, demo, monkeypatch):
@@ -408,7 +408,7 @@ def test_tokens_without_text_count(release, demo, monkeypatch):
     monkeypatch.setattr("qquant.runtime.answering.time.perf_counter", lambda: float(next(moments)))
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: "")
     said = []
-    answer = answerer.answer([1, 2, 3], Settings(max_new_tokens=6, greedy=True), said.append)
+    answer = answerer.answer([1, 2, 3], AnswerSettings(max_new_tokens=6, greedy=True), said.append)
     assert said == []
     assert (answer.tokens, answer.to_first, answer.seconds, answer.rate) == (6, 1.0, 6.0, 1.0)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.formats.gguf.search import Found, Piece
+    from qquant.formats.gguf.search import Piece, SearchResult
 else:
     torch = lazy("torch")
 
@@ -372,7 +372,7 @@ class _KQuant(BlockType):
 
         return params, codes
 
-    def fit(self, rows: Rows) -> tuple[BlockParams, Found]:
+    def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
         """Params and the search behind them."""
         raise NotImplementedError
 
@@ -382,7 +382,7 @@ class KAffine(_KQuant):
     weights = ("rms + |x|", "importance, 2 block")
     schedule: ClassVar[tuple[float, float, int, bool]] = (-0.5, 0.1, 16, False)
 
-    def fit(self, rows: Rows) -> tuple[BlockParams, Found]:
+    def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
         schedule = self.schedule if rows.importance is None else search.IMPORTANCE
         found = search.affine(rows.pieces(self), self.levels - 1, schedule)
         parts = []
@@ -411,16 +411,16 @@ def _by_maximum(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 class KSymmetric(_KQuant):
-    def fit(self, rows: Rows) -> tuple[BlockParams, Found]:
+    def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
         found = self.search(rows)
         d, integers = self.rounded(found)
         return BlockParams(self, per_row_half(d, rows), scales=per_row(integers, rows, torch.int8)), found
 
-    def search(self, rows: Rows) -> Found:
+    def search(self, rows: Rows) -> SearchResult:
         """The scale of each group."""
         return search.symmetric(rows.pieces(self), self.centre)
 
-    def rounded(self, found: Found) -> tuple[Tensor, Tensor]:
+    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
         """(d float32 [S], scales int32 [J, S])."""
         raise NotImplementedError
 

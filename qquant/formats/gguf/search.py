@@ -65,7 +65,7 @@ _BATCH = 2  # candidates computed together: with them a piece still fits the cac
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search chose for each block, float32 [J, S].
 
     The codes it settled on are `nearest_int(inverse * (x - base))`, clamped to the range of the search and counted from
@@ -129,7 +129,7 @@ Piece = tuple["Tensor", "Tensor"]  # x and w, both float32 [E, J, S]
 Sums = Callable[["Tensor", "Tensor"], tuple[Array, Array]]
 
 
-def symmetric(pieces: Iterable[Piece], nmax: int, weigh: bool = False) -> Found:
+def symmetric(pieces: Iterable[Piece], nmax: int, weigh: bool = False) -> SearchResult:
     """Scales for codes -nmax .. nmax - 1; `weigh`: the sums of weights, too."""
     numerators = -_numerators((0, *range(-9, 0), *range(1, 10)), 0.1, 0.0, nmax)
 
@@ -155,7 +155,7 @@ def _search(
     prepare: Callable[[Tensor, Tensor], Sums],
     weigh: bool = False,
     fast: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
-) -> Found:
+) -> SearchResult:
     """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
 
     `prepare(x, w)`, both [E, b], gives a function from c inverses [c, 1, b] and working memory [c, E, b] to <x, l>, <l, l> [c, b].
@@ -187,7 +187,7 @@ def _search(
         if weigh:
             chosen.append(sum_in_order(w_flat))
         parts.append([value.view(x.shape[1:]) for value in chosen])
-    return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
+    return SearchResult(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
 def _best_projection(lx: Array, l2: Array, space: Space) -> tuple[Array, Array]:
@@ -209,7 +209,7 @@ def _best_projection(lx: Array, l2: Array, space: Space) -> tuple[Array, Array]:
     return ratio, which
 
 
-def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int, bool]) -> Found:
+def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int, bool]) -> SearchResult:
     """Scales and minima for codes 0 .. nmax.
 
     `schedule`: candidate i has (first + step * i + nmax) / (highest x - low) for inverse scale; (first, step, candidates,
@@ -226,7 +226,7 @@ def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int
         with np.errstate(all="ignore"):
             values = _affine(x.flatten(1), w.flatten(1), nmax, schedule, False)
         parts.append([value.view(x.shape[1:]) for value in values])
-    return Found(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
+    return SearchResult(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
 def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, bool], exact: bool) -> list[Tensor]:
@@ -339,7 +339,7 @@ def _weighted_error(x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tenso
     return sum_in_order((w * difference).mul_(difference))
 
 
-def descent(pieces: Iterable[Piece], nmax: int) -> Found:
+def descent(pieces: Iterable[Piece], nmax: int) -> SearchResult:
     """Scales for codes -nmax .. nmax - 1 by coordinate descent."""
     x, w = (torch.cat(parts, -1) for parts in zip(*pieces, strict=True))
     shape = x.shape
@@ -347,7 +347,7 @@ def descent(pieces: Iterable[Piece], nmax: int) -> Found:
     if gpu.runs(x):
         scale, settled = gpu.descent(x, w, nmax)
         scale = scale.view(shape[1:])
-        return Found(scale, torch.zeros_like(scale), settled=settled.to(torch.uint8).view(shape))
+        return SearchResult(scale, torch.zeros_like(scale), settled=settled.to(torch.uint8).view(shape))
     peak, magnitude = signed_peak(x)
     live = magnitude >= TINY
     inverse = divide(float(-nmax), torch.where(live, peak, 1.0))
@@ -357,7 +357,7 @@ def descent(pieces: Iterable[Piece], nmax: int) -> Found:
     scale = torch.where(live.logical_and_(l2 > 0), lx / l2, 0.0).view(shape[1:])
     settled = torch.where(magnitude >= TINY, codes.add_(nmax), 0.0).to(torch.uint8).view(shape)
     zero = torch.zeros_like(scale)
-    return Found(scale, zero, settled=settled)
+    return SearchResult(scale, zero, settled=settled)
 
 
 def _descend(x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], bounds: tuple[int | None, int]) -> None:
@@ -415,7 +415,7 @@ def _index_table(device: torch.device) -> Tensor:
     return (steps.unsqueeze(1) >= middles).sum(1).to(device=device, dtype=torch.uint8)
 
 
-def codebook(pieces: Iterable[Piece]) -> Found:
+def codebook(pieces: Iterable[Piece]) -> SearchResult:
     """Scales for the 16 values of IQ4."""
     numerators = torch.arange(-7, 8, dtype=torch.float32) + float(VALUES[0])
 

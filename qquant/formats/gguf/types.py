@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.formats.gguf.search import Found
+    from qquant.formats.gguf.search import SearchResult
 else:
     torch = lazy("torch")
 
@@ -202,12 +202,12 @@ class Q3_K(KSymmetric):
     )
     weights = ("x^2", "importance, 2 block")
 
-    def search(self, rows: Rows) -> Found:
+    def search(self, rows: Rows) -> SearchResult:
         if rows.importance is None:
             return search.descent(rows.pieces(self), self.centre)
         return search.symmetric(rows.pieces(self), self.centre, weigh=True)
 
-    def rounded(self, found: Found) -> tuple[Tensor, Tensor]:
+    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
         if found.settled is not None:
             d, integers = by_peak(found.scale, 32)
         else:
@@ -258,7 +258,7 @@ class Q6_K(KSymmetric):
     fields = (Bits("codes", 256, 4, 64), Bits("codes", 256, 2, 32, shift=4), Bits("scales", 16, 8, 16), Half("d"))
     weights = ("x^2", "importance")
 
-    def rounded(self, found: Found) -> tuple[Tensor, Tensor]:
+    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
         dead = found.scale.abs().amax(0) < search.TINY
         found.inverse.masked_fill_(dead, 0.0)
         d, integers = by_peak(found.scale.masked_fill(dead, 0.0), 128)

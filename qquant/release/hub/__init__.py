@@ -8,16 +8,16 @@ from qquant.release.hub.failures import clean, pause
 from qquant.release.hub.folder import Folder
 from qquant.release.hub.huggingface import HuggingFace
 from qquant.release.hub.modelscope import ModelScope
-from qquant.release.hub.patch import Change, Setting, patch
+from qquant.release.hub.patch import RepositoryChange, Setting, patch
 from qquant.release.hub.request import Destination, Published, Request, Say
 
 __all__ = [
-    "Change",
     "Destination",
     "Folder",
     "HuggingFace",
     "ModelScope",
     "Published",
+    "RepositoryChange",
     "Request",
     "Setting",
     "clean",

@@ -80,7 +80,7 @@ class _Patch:
 
 
 @dataclass(frozen=True)
-class Change:
+class RepositoryChange:
     """What a setting changes in one repository."""
 
     repository: str
@@ -89,8 +89,8 @@ class Change:
 
 
 def patch(
-    client: HuggingFace, setting: Setting, patterns: Sequence[str], show: Callable[[Change], bool]
-) -> list[Change]:
+    client: HuggingFace, setting: Setting, patterns: Sequence[str], show: Callable[[RepositoryChange], bool]
+) -> list[RepositoryChange]:
     """Change one setting in every repository that a pattern (ORG/NAME with * and ?) matches; one commit each.
 
     All changes are computed before the first is made; `show` sees each one and says whether to make it. The manifest's hash of the
@@ -109,9 +109,9 @@ def patch(
             raise PublishError(f"{', '.join(names)}: none has a {setting.file}")
         changes = []
         for one in planned:
-            change = Change(one.name, one.diff)
+            change = RepositoryChange(one.name, one.diff)
             if show(change) and one.diff:
-                change = Change(one.name, one.diff, _commit(client, one, setting))
+                change = RepositoryChange(one.name, one.diff, _commit(client, one, setting))
                 done.append(one.name)
             changes.append(change)
     return changes
