@@ -103,7 +103,7 @@ def build(
         ]
         asked = kept.Question(recipe.checks, text, inputs)
         conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
-        found, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress)
+        reviewed, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress)
         remarks = [
             *(plan.imatrix.remarks() if plan.imatrix else ()),
             *_short(recipe, tokens, text),
@@ -116,9 +116,9 @@ def build(
             baseline_bits=8 * SIZES[checkpoint.dtype],
             conditions=conditions,
             calibration=cast(CalibrationFacts, tokens.provenance()),
-            baseline_perplexity=found.baseline_perplexity,
-            artifacts=found.artifacts,
-            warnings=(*remarks, *found.warnings),
+            baseline_perplexity=reviewed.baseline_perplexity,
+            artifacts=reviewed.artifacts,
+            warnings=(*remarks, *reviewed.warnings),
         )
         _write(report, out)
     return report
@@ -145,18 +145,18 @@ def _judge(
     before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
     known = kept.answered(out, before, candidates)
     fresh = [candidate for candidate in candidates if candidate.name not in known]
-    found = Review(before.baseline_perplexity if before else 0.0, ())
+    reviewed = Review(before.baseline_perplexity if before else 0.0, ())
     if fresh:
-        found, measured = review(checkpoint, fresh, asked.text, device, progress)
+        reviewed, measured = review(checkpoint, fresh, asked.text, device, progress)
         if asked.checks.speed:
             speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, device, progress)
-            found = with_speed(found, speeds)
+            reviewed = with_speed(reviewed, speeds)
         kept.record(out, measured, asked.text, checkpoint)
     names = [candidate.name for candidate in candidates]
     left, lost = kept.others(out, before, conditions, names)
     told = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
     conditions = replace(conditions, detectable={**told, **conditions.detectable})
-    return kept.together(known, replace(found, remarks=(*found.remarks, *lost)), left, names), conditions
+    return kept.together(known, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
 
 
 def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
@@ -177,20 +177,20 @@ def _aside(out: Path, before: set[str]) -> list[str]:
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
     """Where texts held less than the recipe asks for."""
-    found = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
+    warnings = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
     asked, read = recipe.checks.windows, text.looks[0]
     if read < asked:
-        found.append(
+        warnings.append(
             f"{text.facts.name}: {read} of {asked} windows of {recipe.checks.length} tokens: the text has no more"
         )
-    return found
+    return warnings
 
 
-def with_speed(found: Review, speeds: Sequence[SpeedReport]) -> Review:
+def with_speed(reviewed: Review, speeds: Sequence[SpeedReport]) -> Review:
     """The review with what the clock said; a machine too noisy to tell is a warning, not a verdict on the artifact."""
-    rows = tuple(replace(row, speed=timed) for row, timed in zip(found.artifacts, speeds, strict=True))
+    rows = tuple(replace(row, speed=timed) for row, timed in zip(reviewed.artifacts, speeds, strict=True))
     rows = tuple(replace(row, warnings=(*row.warnings, *row.speed.reasons)) if row.speed else row for row in rows)
-    return replace(found, artifacts=rows)
+    return replace(reviewed, artifacts=rows)
 
 
 def check(
@@ -221,15 +221,15 @@ def check(
                 earlier=earlier,
             )
         )
-    found, measured = review(checkpoint, candidates, text, device, progress)
+    reviewed, measured = review(checkpoint, candidates, text, device, progress)
     report = Report(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
         conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
-        baseline_perplexity=found.baseline_perplexity,
-        artifacts=found.artifacts,
-        warnings=(*beyond(checks.length, checkpoint), *found.warnings),
+        baseline_perplexity=reviewed.baseline_perplexity,
+        artifacts=reviewed.artifacts,
+        warnings=(*beyond(checks.length, checkpoint), *reviewed.warnings),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,7 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
     """By artifact and gate, what was expected of the text before it was read."""
     return {
         candidate.name: {
-            found.gate: found.detectable
-            for found in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))
+            loss.gate: loss.detectable for loss in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))
         }
         for candidate in candidates
     }
@@ -259,17 +258,17 @@ def write_timings(drafts: Sequence[Draft], out: Path) -> None:
     """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
     path = out / TIMINGS
     known = read_json(path).get("artifacts") if path.is_file() else None
-    found = known if isinstance(known, dict) else {}
+    timings = known if isinstance(known, dict) else {}
     for draft in drafts:
-        found[draft.plan.name] = {name: took for unit in draft.units.values() for name, took in unit.seconds.items()}
-    write_synced(path, (json.dumps({"schema": "qquant-timings-1", "artifacts": found}, indent=2) + "\n").encode())
+        timings[draft.plan.name] = {name: took for unit in draft.units.values() for name, took in unit.seconds.items()}
+    write_synced(path, (json.dumps({"schema": "qquant-timings-1", "artifacts": timings}, indent=2) + "\n").encode())
 
 
-def write_imatrix(found: Imatrix | None, folder: Path) -> None:
+def write_imatrix(importance: Imatrix | None, folder: Path) -> None:
     """Leave the importance matrix beside the calibration tokens, in both formats that other tools read."""
-    if found is not None:
-        write_synced(folder / "imatrix.gguf", found.gguf_bytes())
-        write_synced(folder / "imatrix.dat", found.dat_bytes())
+    if importance is not None:
+        write_synced(folder / "imatrix.gguf", importance.gguf_bytes())
+        write_synced(folder / "imatrix.dat", importance.dat_bytes())
 
 
 def _key(content: Mapping[str, Any]) -> str:
@@ -315,10 +314,10 @@ def perplexity_from(
 
 
 def _opened(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, WeightSource]:
-    found = {str(path): open_weights(path) for path in paths}
-    for path, source in found.items():
+    sources = {str(path): open_weights(path) for path in paths}
+    for path, source in sources.items():
         require_same_numbers(Path(path), source, checkpoint)
-    return found
+    return sources
 
 
 def _write(report: Report, out: Path) -> None:
@@ -346,8 +345,8 @@ def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inpu
 def _finish(drafts: Sequence[Draft], out: Path, origin: Origin, device: torch.device) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
-        for draft, read in zip(drafts, found, strict=True):
+    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as results:
+        for draft, read in zip(drafts, results, strict=True):
             draft.finish(out, origin, read)
 
 
@@ -360,8 +359,8 @@ def _adapter(checkpoint: Checkpoint) -> AdapterFacts | None:
 
 
 def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evidence | None) -> Candidate:
-    found = manifest_of(out / artifact.folder).artifacts.get(artifact.name)
-    if found is None:
+    entry = manifest_of(out / artifact.folder).artifacts.get(artifact.name)
+    if entry is None:
         raise InputError(
             f"{out / artifact.folder}: {artifact.name} was taken away meanwhile. Run the same command again"
         )
@@ -372,8 +371,8 @@ def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evid
         bits_per_weight=artifact.bits_per_weight,
         gates=gates,
         fallbacks=artifact.fallbacks,
-        layers=found.layers,
-        sha256=found.digest,
+        layers=entry.layers,
+        sha256=entry.digest,
         eight_bit=artifact.spec.eight_bit,
         earlier=earlier,
     )

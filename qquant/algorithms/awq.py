@@ -149,13 +149,13 @@ def _candidates(
 ) -> list[tuple[float | None, Tensor]]:
     """(r, s), that without scaling first."""
     activation, magnitude = tie.tied(gram.mean_absolute), tie.tied(_relative_magnitude(weights, grids))
-    found: list[tuple[float | None, Tensor]] = [(None, torch.ones_like(activation))]
+    candidates: list[tuple[float | None, Tensor]] = [(None, torch.ones_like(activation))]
     for point in range(ratios):
         ratio = point / ratios
         scale = (activation.pow(ratio) / (magnitude.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        found.append((ratio, torch.where(torch.isfinite(scale) & (activation > 0), scale, torch.ones_like(scale))))
-    return found
+        candidates.append((ratio, torch.where(torch.isfinite(scale) & (activation > 0), scale, torch.ones_like(scale))))
+    return candidates
 
 
 def _relative_magnitude(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Tensor:
@@ -169,8 +169,8 @@ def _relative_magnitude(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]
 def _nearest(weights: Weights, grids: Mapping[str, Grid], importance: Tensor) -> dict[str, Tensor]:
     values = {}
     for linear, weight in weights.items():
-        levels = grids[linear].fit(weight, importance).levels()
-        values[linear] = value_of(nearest(weight, *levels, grids[linear]), *levels, grids[linear])
+        spacing = grids[linear].fit(weight, importance).step_and_offset()
+        values[linear] = value_of(nearest(weight, *spacing, grids[linear]), *spacing, grids[linear])
     return values
 
 

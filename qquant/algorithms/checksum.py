@@ -38,10 +38,10 @@ def checksum(value: Tensor) -> str:
 
 def checksum_of(pieces: Iterable[Tensor]) -> str:
     """`checksum` of one value that comes in pieces, in their order."""
-    found = Checksum()
+    total = Checksum()
     for piece in pieces:
-        found.add(piece)
-    return found.hexdigest()
+        total.add(piece)
+    return total.hexdigest()
 
 
 @dataclass

@@ -36,7 +36,7 @@ def sweep(
     weight: Tensor,
     gram: Tensor,
     codes: Tensor,
-    levels: tuple[Tensor, Tensor],
+    spacing: tuple[Tensor, Tensor],
     grid: Grid,
     shift: bool,
     rows: Iterable[Tensor],
@@ -50,11 +50,11 @@ def sweep(
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
         chosen = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
-        step, offset = (level[chosen].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
+        step, offset = (level[chosen].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
         given = (weight[chosen][:, columns.order], codes[chosen][:, columns.order], step, offset)
         batched = [x.view(len(spans), -1, x.shape[1]) for x in given]
-        found = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)
-        swept[chosen] = torch.empty_like(found).index_copy_(1, columns.order, found)
+        visited_codes = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)
+        swept[chosen] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
     return swept
 
 
@@ -84,7 +84,7 @@ def _swept(
     matrices = matrices + DAMPING * torch.diag_embed(
         matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
     )
-    slope = product(step * codes - offset - weight, columns.factor)
+    slope = product(step * codes - offset - weight, columns.gram)
 
     for first in range(min(PARTS, rows)):
         subset = torch.arange(first, rows, PARTS, device=weight.device)
@@ -92,21 +92,21 @@ def _swept(
         inside = mix[:, :, subset]
         pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky_ex(inside).L).flatten(0, 1)
         given = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
-        found, change = visited(count, pull, inside, *given, columns.factor.whole, *columns.blocks)
-        slope[:, subset] += product(change, columns.factor).view(batch, -1, width)
-        codes[:, subset] = found.view(batch, -1, width)
+        visited_codes, change = visited(count, pull, inside, *given, columns.gram.whole, *columns.blocks)
+        slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
+        codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes
 
 
-def step(problem: Problem, found: Solution | None) -> Solution:
+def step(problem: Problem, solution: Solution | None) -> Solution:
     """As many sweeps over coupled rows as of descent, where the curvature of rows is known; the error in H alone may rise."""
-    assert found is not None
+    assert solution is not None
     if problem.rows is None or not problem.settings.sweeps:
-        return found
-    codes, levels = found.codes, joined(found.params)
+        return solution
+    codes, spacing = solution.codes, joined(solution.params)
     for count in range(problem.settings.sweeps):
-        codes = sweep(problem.weight, problem.damped, codes, levels, problem.grid, count % 2 == 1, problem.rows)
-    return replace(found, codes=codes)
+        codes = sweep(problem.weight, problem.damped, codes, spacing, problem.grid, count % 2 == 1, problem.rows)
+    return replace(solution, codes=codes)
 
 
 @Replay
@@ -127,5 +127,5 @@ def visited(
         costs = (inside @ change.view(batch, rows, -1)).mul_(gain.view(batch, rows, -1))
         return (costs.sum((1, 2)) < 0).repeat_interleave(rows).unsqueeze(1)
 
-    found, changes = zip(*visit(gram, factored, count, pull.clone(), codes, (step, offset), lowers), strict=True)
-    return torch.cat(found, 1), torch.cat(changes, 1)
+    blocks, changes = zip(*visit(gram, factored, count, pull.clone(), codes, (step, offset), lowers), strict=True)
+    return torch.cat(blocks, 1), torch.cat(changes, 1)

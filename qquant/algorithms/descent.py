@@ -26,7 +26,7 @@ from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
-from qquant.kernels.product import SplitMatrix, factor, product
+from qquant.kernels.product import SplitMatrix, product, split_matrix
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
@@ -39,7 +39,7 @@ class Columns:
     """Columns in the order of their blocks, within a block by falling diag(H)."""
 
     order: Tensor  # int64 [K]
-    factor: SplitMatrix  # H, float32 [K, K], in this order
+    gram: SplitMatrix  # H, float32 [K, K], in this order
     blocks: list[
         Tensor
     ]  # H_SS, H_SS^-1, and the upper factor of the latter [B, S, S]; then those of a narrower last block
@@ -52,7 +52,7 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     parts = columns.split(size)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = gram[order][:, order]
-    return Columns(order, factor(gram), list(_factored(gram, size)))
+    return Columns(order, split_matrix(gram), list(_factored(gram, size)))
 
 
 def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
@@ -68,7 +68,7 @@ def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def sweep(
-    weight: Tensor, gram: Tensor, codes: Tensor, levels: tuple[Tensor, Tensor], grid: Grid, shift: bool
+    weight: Tensor, gram: Tensor, codes: Tensor, spacing: tuple[Tensor, Tensor], grid: Grid, shift: bool
 ) -> Tensor:
     """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
     columns = blocks_of(gram, shift, grid)
@@ -76,12 +76,12 @@ def sweep(
     rows = max(1, policy(weight.device).swept // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
-        step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in levels)
+        step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
         known = codes[part][:, columns.order]
-        slope = product(step * known - offset - weight[part][:, columns.order], columns.factor)
-        given = columns.factor.whole, columns.blocks, grid.levels
-        found = [block for block, _ in visit(*given, slope, known, (step, offset), _row_by_row)]
-        swept[part, columns.order] = torch.cat(found, 1)
+        slope = product(step * known - offset - weight[part][:, columns.order], columns.gram)
+        given = columns.gram.whole, columns.blocks, grid.levels
+        blocks = [block for block, _ in visit(*given, slope, known, (step, offset), _row_by_row)]
+        swept[part, columns.order] = torch.cat(blocks, 1)
     return swept
 
 
@@ -91,7 +91,7 @@ def visit(
     count: int,
     slope: Tensor,
     codes: Tensor,
-    levels: tuple[Tensor, Tensor],
+    spacing: tuple[Tensor, Tensor],
     lowers: Callable[[Tensor, Tensor], Tensor],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes uint8 [N, S] of every block of columns in turn, and by how much their values changed.
@@ -103,17 +103,17 @@ def visit(
     each = [(*parts, len(parts[0])) for stack in stacks for parts in zip(*stack, strict=True)]
     stop = 0
     for (inside, inverse, upper, width), known, step, offset in zip(
-        each, *(_split(x, factored[0].shape[1]) for x in (codes, *levels)), strict=True
+        each, *(_split(x, factored[0].shape[1]) for x in (codes, *spacing)), strict=True
     ):
         block, stop = slice(stop, stop + width), stop + width
         minus = torch.addcmul(offset, step, known.float(), value=-1)  # -v
         target = torch.addmm(minus, slope[:, block], inverse, beta=-1, alpha=-1)
-        found, _ = gptq_block(target, upper, step, offset, count)
-        change = torch.addcmul(minus, step, found.float()).sub_(offset)
+        rounded, _ = gptq_block(target, upper, step, offset, count)
+        change = torch.addcmul(minus, step, rounded.float()).sub_(offset)
         keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
         slope[:, stop:].addmm_(change, gram[block, stop:])
-        yield torch.where(keep, found, known), change
+        yield torch.where(keep, rounded, known), change
 
 
 def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:
@@ -129,23 +129,23 @@ def _split(x: Tensor, size: int) -> list[Tensor]:
 
 def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params:
     """The coefficients (scales; d and dmin) that minimise the loss for these codes, for the rows that gain by them."""
-    factors = params.factors(codes)
-    old = torch.cat([coefficients for coefficients, _ in factors], 1)
+    linear_form = params.linear_form(codes)
+    old = torch.cat([coefficients for coefficients, _ in linear_form], 1)
     new = old.clone()
     rows = max(1, min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
-    known = factor(gram)
+    split_gram = split_matrix(gram)
     for start in range(0, len(weight), rows):
         part = slice(start, min(start + rows, len(weight)))
         system, right = _normal_equations(
-            [basis[part] for _, basis in factors], product(weight[part], known), known, old.shape[1]
+            [basis[part] for _, basis in linear_form], product(weight[part], split_gram), split_gram, old.shape[1]
         )
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
-        found = torch.where(used, as_scale(torch.linalg.solve_ex(system, right).result), old[part])
-        gain = _loss(system, right, old[part]) - _loss(system, right, found)
-        new[part] = torch.where((gain > 0).unsqueeze(1), found, old[part])
-    return params.with_factors(list(new.split([coefficients.shape[1] for coefficients, _ in factors], dim=1)))
+        solved = torch.where(used, as_scale(torch.linalg.solve_ex(system, right).result), old[part])
+        gain = _loss(system, right, old[part]) - _loss(system, right, solved)
+        new[part] = torch.where((gain > 0).unsqueeze(1), solved, old[part])
+    return params.with_coefficients(list(new.split([coefficients.shape[1] for coefficients, _ in linear_form], dim=1)))
 
 
 def _normal_equations(
@@ -167,14 +167,14 @@ def _normal_equations(
         for place, basis in enumerate(bases):
             spread = product(basis[:, inside], block)
             for other, against in enumerate(bases):
-                found = summed(spread * against[:, rest])
-                system[:, place, group, other, group:] = found
-                system[:, other, group:, place, group] = found
+                sums = summed(spread * against[:, rest])
+                system[:, place, group, other, group:] = sums
+                system[:, other, group:, place, group] = sums
     return system.view(rows, unknowns, unknowns), right
 
 
 def choose_integers(
-    weight: Tensor, gram: Tensor, codes: Tensor, params: Params, levels: Callable[[Params], Tensor]
+    weight: Tensor, gram: Tensor, codes: Tensor, params: Params, values_of: Callable[[Params], Tensor]
 ) -> Params:
     """Sub-scales and sub-minima chosen again, group by group, for these codes: the best integer with the others held.
 
@@ -182,7 +182,7 @@ def choose_integers(
     """
     for name in [integers.name for integers in params.integers(codes)]:
         integers = next(integers for integers in params.integers(codes) if integers.name == name)
-        slope = product(levels(params) - weight, factor(gram))
+        slope = product(values_of(params) - weight, split_matrix(gram))
         values = integers.values.float()
         width = weight.shape[1] // values.shape[1]
         for group in range(values.shape[1]):
@@ -198,17 +198,17 @@ def choose_integers(
     return params
 
 
-def step(problem: Problem, found: Solution | None) -> Solution:
+def step(problem: Problem, solution: Solution | None) -> Solution:
     """`sweeps` of descent over the codes, each followed by a refit of the parameters."""
-    assert found is not None
+    assert solution is not None
     if not problem.settings.sweeps:
-        return found
-    codes, params = found.codes, dict(found.params)
+        return solution
+    codes, params = solution.codes, dict(solution.params)
     for count in range(problem.settings.sweeps):
         codes = sweep(problem.weight, problem.damped, codes, joined(params), problem.grid, shift=count % 2 == 1)
         for linear, part in problem.split(codes).items():
             params[linear] = _refitted(problem, linear, part, params[linear])
-    return replace(found, codes=codes, params=params)
+    return replace(solution, codes=codes, params=params)
 
 
 def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> Params:
@@ -216,12 +216,12 @@ def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> P
     weight, gram = problem.linears[linear], problem.damped
 
     def values(given: Params) -> Tensor:
-        return value_of(codes, *given.levels(), problem.grid)
+        return value_of(codes, *given.step_and_offset(), problem.grid)
 
-    found = refit(weight, gram, codes, params)
-    if not found.integers(codes):
-        return found
-    return refit(weight, gram, codes, choose_integers(weight, gram, codes, found, values))
+    refitted = refit(weight, gram, codes, params)
+    if not refitted.integers(codes):
+        return refitted
+    return refit(weight, gram, codes, choose_integers(weight, gram, codes, refitted, values))
 
 
 def _loss(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:

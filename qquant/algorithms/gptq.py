@@ -46,8 +46,8 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
     Raises:
         NotPositiveDefiniteError: the whole ladder failed.
     """
-    if damping in gram.factors:
-        return gram.factors[damping]  # type: ignore[return-value]  # only this function fills it
+    if damping in gram.cholesky:
+        return gram.cholesky[damping]  # type: ignore[return-value]  # only this function fills it
     diagonal = gram.matrix.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = float(diagonal.mean()) or 1.0
@@ -57,7 +57,7 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
             upper = torch.eye(len(order), device=root.device).mT  # in the layout that is solved in place
             torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
             factor = InverseFactor(upper, order, damping * step)
-            gram.factors[damping] = factor
+            gram.cholesky[damping] = factor
             return factor
     raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")
 
@@ -85,15 +85,15 @@ def rounding_weight(gram: Gram, damping: float) -> Tensor:
     return weights / max(1, gram.tokens)
 
 
-def gptq(weight: Tensor, gram: Gram, levels: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
+def gptq(weight: Tensor, gram: Gram, spacing: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
     """Codes uint8 [N, K] for weight float32 [N, K] on the grid's fitted levels, errors fed back through `gram`.
 
     Raises:
         NotPositiveDefiniteError: see `factorize`.
     """
-    factor = factorize(gram, damping)
-    order, upper = factor.order, factor.upper
-    step, offset = levels
+    inverse = factorize(gram, damping)
+    order, upper = inverse.order, inverse.upper
+    step, offset = spacing
     group = order // grid.width
     work = weight[:, order]
     columns = weight.shape[1]
@@ -127,7 +127,7 @@ def on_searched_scales(
     return gptq(stacked(linears), gram, joined(params), grid, damping), params
 
 
-def step(problem: Problem, found: Solution | None) -> Solution:
+def step(problem: Problem, earlier: Solution | None) -> Solution:
     """GPTQ on searched scales; what was found before does not matter.
 
     Raises:
@@ -137,5 +137,5 @@ def step(problem: Problem, found: Solution | None) -> Solution:
     codes, params = on_searched_scales(problem.linears, problem.gram, problem.grid, damping)
     took = factorize(problem.gram, damping).damping
     if problem.alone:
-        problem.gram.factors.clear()
-    return Solution(codes, params, took, found.steps if found else {})
+        problem.gram.cholesky.clear()
+    return Solution(codes, params, took, earlier.steps if earlier else {})

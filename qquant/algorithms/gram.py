@@ -46,7 +46,7 @@ class Gram:
     squares: Tensor  # float32 [K]: sum of x^2
     tokens: int = 0
     largest: float = 0.0  # largest |x|
-    factors: dict[float, object] = field(default_factory=dict)  # solver factorisations by damping, shared by artifacts
+    cholesky: dict[float, object] = field(default_factory=dict)  # solver factorisations by damping, shared by artifacts
     unseen: list[Tensor] | None = None  # largest |x| of inputs that `settle` will look at; None: `add` looks at once
 
     @classmethod

@@ -28,18 +28,18 @@ else:
 class Params(Protocol):
     """Fitted parameters of a grid, in the numbers that the file will store."""
 
-    def levels(self) -> tuple[Tensor, Tensor]:
+    def step_and_offset(self) -> tuple[Tensor, Tensor]:
         """(step, offset), both float32 [N, K / width]: `value = step * code - offset`."""
         ...
 
-    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def linear_form(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(coefficients float16 [N, S], basis float32 [N, K]) for codes uint8 [N, K]; K / S columns share a coefficient.
 
         The values are the sum of coefficient times basis.
         """
         ...
 
-    def with_factors(self, coefficients: Sequence[Tensor]) -> Params:
+    def with_coefficients(self, coefficients: Sequence[Tensor]) -> Params:
         """The same with other coefficients."""
         ...
 
@@ -91,7 +91,7 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Float32 [N, K], exactly what every reader of the file must compute."""
-        return value_of(self.codes, *self.params.levels(), self.grid)
+        return value_of(self.codes, *self.params.step_and_offset(), self.grid)
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,17 @@ class UniformParams:
     scales: Tensor  # float16 [N, G]
     zeros: Tensor  # float32 [N, G], whole numbers
 
-    def levels(self) -> tuple[Tensor, Tensor]:
+    def step_and_offset(self) -> tuple[Tensor, Tensor]:
         """The step is the scale, the offset scale * zero; both products are exact in float32."""
         step = self.scales.float()
         return step, step * self.zeros
 
-    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def linear_form(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The scales, and codes less zeros."""
         width = codes.shape[1] // self.scales.shape[1]
         return [(self.scales, codes.float() - self.zeros.repeat_interleave(width, dim=1))]
 
-    def with_factors(self, coefficients: Sequence[Tensor]) -> UniformParams:
+    def with_coefficients(self, coefficients: Sequence[Tensor]) -> UniformParams:
         """Other scales."""
         return UniformParams(coefficients[0], self.zeros)
 

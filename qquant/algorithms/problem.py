@@ -106,8 +106,8 @@ def parts(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
 
 def joined(params: Mapping[str, Params]) -> tuple[Tensor, Tensor]:
     """Steps and offsets of stacked linears."""
-    levels = [value.levels() for value in params.values()]
-    return torch.cat([step for step, _ in levels]), torch.cat([offset for _, offset in levels])
+    pairs = [value.step_and_offset() for value in params.values()]
+    return torch.cat([step for step, _ in pairs]), torch.cat([offset for _, offset in pairs])
 
 
 def solve(problem: Problem, steps: Sequence[str]) -> Solution:
@@ -128,10 +128,10 @@ def _noted(problem: Problem, name: str, before: Solution | None) -> Solution:
     return after if after is before else replace(after, steps={**after.steps, name: _errors(problem, after)})
 
 
-def _errors(problem: Problem, found: Solution) -> dict[str, float]:
+def _errors(problem: Problem, solution: Solution) -> dict[str, float]:
     return {
         linear: float(problem.gram.energy(part.dequantize() - problem.linears[linear]).sum()) / problem.energy[linear]
-        for linear, part in found.quantized(problem).items()
+        for linear, part in solution.quantized(problem).items()
     }
 
 

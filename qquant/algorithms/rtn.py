@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from qquant.algorithms.problem import Problem
 
 
-def step(problem: Problem, found: Solution | None) -> Solution:
+def step(problem: Problem, earlier: Solution | None) -> Solution:
     """The nearest values of the grid; what was found before does not matter."""
-    del found
+    del earlier
     importance = problem.gram.importance
     params = {linear: problem.grid.fit(matrix, importance) for linear, matrix in problem.linears.items()}
     return Solution(nearest(problem.weight, *joined(params), problem.grid), params)

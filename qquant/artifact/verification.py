@@ -68,8 +68,8 @@ def unlisted(folder: Path) -> tuple[str, ...]:
     if manifest.release:
         named |= ADDED
     paths = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
-    found = {str(path) for path in paths if not path.is_relative_to(DOWNLOADS)}
-    return tuple(sorted(found - named - {ATTRIBUTES}))
+    present = {str(path) for path in paths if not path.is_relative_to(DOWNLOADS)}
+    return tuple(sorted(present - named - {ATTRIBUTES}))
 
 
 def verify(folder: Path, deep: bool = False) -> Verified:

@@ -145,14 +145,14 @@ def _answer_ends(
     position, ends = 0, list[int]()
     for answer, mark in zip(answers, marks, strict=True):
         between, mark, frame = frame.partition(mark)
-        found = next(
+        match = next(
             (form for form in (answer, answer.strip()) if mark and text.startswith(between + form, position)), None
         )
-        if found is None:
+        if match is None:
             raise InputError(
                 f"{where}: the chat template of {tokenizer.path / tokenizer.template_origin} changes or leaves out assistant turn {len(ends) + 1}, "
                 "so that its end cannot be checked. Use a template that renders every message as it is"
             )
-        position += len(between) + len(found)
+        position += len(between) + len(match)
         ends.append(position)
     return ends

@@ -84,10 +84,10 @@ def shared_runs(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], 
     order = np.argsort(hashes, kind="stable")
     hashes, places = hashes[order], places[order]
     wanted = _run_hashes(heldout_tokens, run)
-    found = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
-    candidates = np.flatnonzero(hashes[found] == wanted)
+    nearest = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
+    candidates = np.flatnonzero(hashes[nearest] == wanted)
     span = np.arange(run)
-    equal = [bool((ids[places[found[at]] + span] == heldout_tokens[at + span]).all()) for at in candidates]
+    equal = [bool((ids[places[nearest[at]] + span] == heldout_tokens[at + span]).all()) for at in candidates]
     return candidates[np.array(equal, bool)]
 
 

@@ -97,18 +97,20 @@ class CalibrationSet:
             if said["chats"]:
                 said["chats"].pop("default_system_share")
             chats = ChatRecord(**said["chats"]) if said["chats"] else None
-            found = cls(samples, sources, chats, said["asked"], said["length"], said["seed"], tuple(said["notes"]))
+            calibration = cls(
+                samples, sources, chats, said["asked"], said["length"], said["seed"], tuple(said["notes"])
+            )
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename}: no such file; a saved calibration is {SET_FILE} and {PROVENANCE_FILE}"
             ) from error
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: no saved calibration: {error!r}. Build the calibration again") from error
-        if found.sha256 != said["sha256"]:
+        if calibration.sha256 != said["sha256"]:
             raise InputError(
-                f"{file}: sha256 {found.sha256}, {record.name} says {said['sha256']}. Build the calibration again"
+                f"{file}: sha256 {calibration.sha256}, {record.name} says {said['sha256']}. Build the calibration again"
             )
-        return found
+        return calibration
 
 
 def load(spec: recipe.Calibration, tokenizer: Tokenizer, template_expected: bool) -> CalibrationSet:

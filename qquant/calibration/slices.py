@@ -92,12 +92,12 @@ class Sliced:
     def stretches(self) -> list[tuple[str, int, int]]:
         """(name, first, last + 1 short window) of the stretches of positions in a document."""
         length = self.long.shape[1]
-        found = []
+        stretches = []
         for start, stop in pairwise(STRETCHES):
             if len(self.long) and start < length:
                 end = min(stop, length)
-                found.append((f"positions {start:,} to {end:,}", start // LENGTH, end // LENGTH))
-        return found
+                stretches.append((f"positions {start:,} to {end:,}", start // LENGTH, end // LENGTH))
+        return stretches
 
 
 def documents_length(positions: int) -> int:
@@ -122,12 +122,12 @@ def sliced(tokenizer: Tokenizer, positions: int) -> Sliced:
             f"checks.profile: release reads windows of {LENGTH} tokens, the checkpoint's max_position_embeddings is {positions}. "
             "Take profile: default"
         )
-    found = [(Slice(name, group, len(rows)), rows) for name, group, rows in _short(tokenizer)]
+    named_rows = [(Slice(name, group, len(rows)), rows) for name, group, rows in _short(tokenizer)]
     long = documents_length(positions)
     documents = [ids[:long] for ids in (_ids(name, tokenizer) for name in LONG) if len(ids) >= long > LENGTH]
     return Sliced(
-        tuple(entry for entry, _ in found),
-        np.concatenate([rows for _, rows in found]),
+        tuple(entry for entry, _ in named_rows),
+        np.concatenate([rows for _, rows in named_rows]),
         np.stack(documents) if documents else np.zeros((0, LENGTH), np.int32),
     )
 

@@ -318,10 +318,10 @@ class Bundled:
         """The unpacked text. Raises InputError if it is not the one the manifest lists."""
         path = data_dir("calibration") / self.file
         content = read_file(path)
-        found = hashlib.sha256(content).hexdigest()
-        if found != self.sha256:
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != self.sha256:
             raise InputError(
-                f"{path}: sha256 {found}, expected {self.sha256}: the bundled text was changed. Install qquant again"
+                f"{path}: sha256 {digest}, expected {self.sha256}: the bundled text was changed. Install qquant again"
             )
         return content
 

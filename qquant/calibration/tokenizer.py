@@ -41,14 +41,14 @@ class Backend:
         """`where` it stands. Raises InputError if it is no tokenizer."""
         self.where, self.confined = where, Confined("tokenizer", text)
         try:
-            found, _ = self.confined.ask("describe")
+            described, _ = self.confined.ask("describe")
         except Refused as error:
             raise InputError(
                 f"{where}: no tokenizer ({error}). Copy the file again from the original checkpoint"
             ) from None
-        self.size: int = found["size"]
+        self.size: int = described["size"]
         self.added: dict[str, tuple[int, bool]] = {
-            token: (number, special) for number, token, special in found["added"]
+            token: (number, special) for number, token, special in described["added"]
         }
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -173,16 +173,16 @@ class Tokenizer:
 
     def _stops(self) -> tuple[int, ...]:
         """Ids on which generation stops, by any of the three files that say so."""
-        found: list[int] = []
+        stops: list[int] = []
         for name in ("generation_config.json", "config.json"):
             given = _json(self.path / name).get("eos_token_id")
-            found += [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
+            stops += [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
         name = self._variables.get("eos_token", "")
         token = self.added.get(name)
         if token is None and name:
             ids = self.encode(name)
             token = ids[0] if len(ids) == 1 else None
-        return tuple(dict.fromkeys(found + ([token] if token is not None else [])))
+        return tuple(dict.fromkeys(stops + ([token] if token is not None else [])))
 
     @property
     def size(self) -> int:

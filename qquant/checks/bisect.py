@@ -79,7 +79,7 @@ class Search:
 
     def kl(self, sets: Sequence[Iterable[Restorable]]) -> list[float]:
         """Mean KL divergence with each of `sets` restored."""
-        found: list[float] = []
+        divergences: list[float] = []
         for start in range(0, len(sets), TOGETHER):
             group = sets[start : start + TOGETHER]
             mixed: Mapping[str, WeightSource] = {
@@ -87,32 +87,34 @@ class Search:
                 for index, parts in enumerate(group)
             }
             measured = measure(self.checkpoint, mixed, self.text, self.device, self.progress)
-            found += [measured[name].mean_kl for name in mixed]
-        return found
+            divergences += [measured[name].mean_kl for name in mixed]
+        return divergences
 
 
 def parts(source: WeightSource) -> list[Restorable]:
     """Every stage of every block, in order. AWQ's folded scales keep a block's stages together."""
     family, config = source.family, source.config
-    found = []
+    stages = []
     for layer in range(config.layers):
         shapes = family.linear_shapes(config, layer)
         prefix = family.block.format(layer)
         for stage in family.stages:
             weights = tuple(f"{prefix}{linear}.weight" for linear in stage.linears)
-            found.append(Restorable(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears)))
-    return found
+            stages.append(
+                Restorable(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears))
+            )
+    return stages
 
 
 def whole_blocks(source: WeightSource) -> list[Restorable]:
     """Every block with its norms and biases: what can be restored where scales are folded between neighbours."""
     family, config = source.family, source.config
-    found = []
+    blocks = []
     for layer in range(config.layers):
         shapes = family.block_shapes(config, layer)
         name = family.block.format(layer).rstrip(".")
-        found.append(Restorable(name, tuple(shapes), sum(math.prod(shape) for shape in shapes.values())))
-    return found
+        blocks.append(Restorable(name, tuple(shapes), sum(math.prod(shape) for shape in shapes.values())))
+    return blocks
 
 
 def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bisection:
@@ -131,14 +133,14 @@ def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bi
     return _thinned(search, Bisection(start, limit, tuple(gains), tuple(order[:high]), reached))
 
 
-def _thinned(search: Search, found: Bisection) -> Bisection:
+def _thinned(search: Search, bisection: Bisection) -> Bisection:
     """Without the parts that turn out not to be needed; the largest is tried first."""
-    chosen, reached = list(found.chosen), found.kl_chosen
-    if reached > found.limit:
-        return found
-    for part in sorted(found.chosen, key=lambda part: -part.size):
+    chosen, reached = list(bisection.chosen), bisection.kl_chosen
+    if reached > bisection.limit:
+        return bisection
+    for part in sorted(bisection.chosen, key=lambda part: -part.size):
         fewer = [other for other in chosen if other != part]
         kl = search.kl([fewer])[0]
-        if fewer and kl <= found.limit:
+        if fewer and kl <= bisection.limit:
             chosen, reached = fewer, kl
-    return Bisection(found.kl, found.limit, found.gains, tuple(chosen), reached)
+    return Bisection(bisection.kl, bisection.limit, bisection.gains, tuple(chosen), reached)

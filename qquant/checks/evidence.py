@@ -159,13 +159,13 @@ def of_report(place: Path) -> dict[str, Evidence]:
     content = read_report(report)
     require_judged(report.parent, content)
     names = [row.name for row in content.artifacts]
-    found = {name: report.parent / FOLDER / f"{file_name(name)}.safetensors" for name in names}
-    missing = [path for path in found.values() if not path.is_file()]
-    if missing or not found:
+    files = {name: report.parent / FOLDER / f"{file_name(name)}.safetensors" for name in names}
+    missing = [path for path in files.values() if not path.is_file()]
+    if missing or not files:
         raise UsageError(
             f"{missing[0] if missing else report}: no evidence beside the report; keep the folder {FOLDER}/ with it"
         )
-    return {name: read(path) for name, path in found.items()}
+    return {name: read(path) for name, path in files.items()}
 
 
 def file_name(artifact: str) -> str:

@@ -50,23 +50,23 @@ def _ratio(value: float) -> float:
 
 
 def _gates(gates: Gates, means: Means, earlier: Means | None, eight_bit: bool) -> list[_Gate]:
-    found = []
+    asked = []
     resolved = not eight_bit or (gates.kl_divergence is None and gates.top1_agreement is None)
     if gates.perplexity_ratio is not None and resolved:
         limit = math.log(gates.perplexity_ratio)
-        found.append(_Gate("perplexity ratio", means["nll"], limit, _ratio, "above"))
+        asked.append(_Gate("perplexity ratio", means["nll"], limit, _ratio, "above"))
     if gates.kl_divergence is not None:
-        found.append(_Gate("mean KL divergence", means["kl"], gates.kl_divergence, _same, "above", 0.0))
+        asked.append(_Gate("mean KL divergence", means["kl"], gates.kl_divergence, _same, "above", 0.0))
     if gates.top1_agreement is not None:
-        found.append(_Gate("top-1 agreement", means["top1"], 1 - gates.top1_agreement, _agreement, "below", 0.0, 1.0))
+        asked.append(_Gate("top-1 agreement", means["top1"], 1 - gates.top1_agreement, _agreement, "below", 0.0, 1.0))
     if earlier is not None:
         more = 1 + gates.regression_tolerance
         names = {"kl": "KL divergence against the earlier release", "top1": "disagreement against the earlier release"}
         for key, name in names.items():
             count = min(len(means[key]), len(earlier[key]))
             excess = means[key][:count] - more * earlier[key][:count]
-            found.append(_Gate(name, excess, 0.0, _same, "above"))
-    return found
+            asked.append(_Gate(name, excess, 0.0, _same, "above"))
+    return asked
 
 
 def judge(

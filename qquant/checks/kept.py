@@ -72,13 +72,13 @@ def earlier(out: Path) -> Report | None:
 def answered(out: Path, before: Report | None, candidates: Sequence[Candidate]) -> dict[str, ArtifactReport]:
     """Rows, by name, of candidates whose bytes were judged by this very question, and whose evidence is there."""
     rows = {row.name: row for row in before.artifacts} if before else {}
-    found = {}
+    answered_rows = {}
     for candidate in candidates:
         row = rows.get(candidate.name)
         proof = out / evidence.FOLDER / f"{evidence.file_name(candidate.name)}.safetensors"
         if row and (row.sha256, row.question) == (candidate.sha256, candidate.question) and proof.is_file():
-            found[candidate.name] = replace(row, path=str(candidate.path))
-    return found
+            answered_rows[candidate.name] = replace(row, path=str(candidate.path))
+    return answered_rows
 
 
 def others(
@@ -97,16 +97,16 @@ def others(
 
 
 def together(
-    known: Mapping[str, ArtifactReport], found: Review, left: Sequence[ArtifactReport], order: Sequence[str]
+    known: Mapping[str, ArtifactReport], review: Review, left: Sequence[ArtifactReport], order: Sequence[str]
 ) -> Review:
     """The review with kept rows in their places."""
-    rows = {row.name: row for row in left} | dict(known) | {row.name: row for row in found.artifacts}
+    rows = {row.name: row for row in left} | dict(known) | {row.name: row for row in review.artifacts}
     names = [name for name in order if name in rows] + [name for name in rows if name not in order]
-    return replace(found, artifacts=tuple(rows[name] for name in names))
+    return replace(review, artifacts=tuple(rows[name] for name in names))
 
 
-def record(out: Path, found: Measured, text: HeldOut, checkpoint: Checkpoint) -> None:
+def record(out: Path, measured: Measured, text: HeldOut, checkpoint: Checkpoint) -> None:
     """Write the evidence of every artifact below `out`."""
     facts = evidence.Facts.of(text.facts, checkpoint.fingerprint)
-    for name, measured in found.main.items():
-        evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", measured, facts)
+    for name, fidelity in measured.main.items():
+        evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", fidelity, facts)

@@ -196,19 +196,19 @@ class Statistics:
         """The numbers that llama-perplexity prints, under short names; probabilities as shares, not per cent."""
         columns = {name: torch.cat(column).numpy() for name, column in vars(self).items()}
         nll, base, kl, move = (columns[name] for name in ("nll", "nll_base", "kl", "delta_p"))
-        found = {"ppl": math.exp(nll.mean()), "ppl_error": math.exp(nll.mean()) * _error(nll)}
-        found |= {"ppl_base": math.exp(base.mean()), "ln_ppl_ratio": float(nll.mean() - base.mean())}
-        found |= {"ln_ppl_ratio_error": _error(nll - base), "correlation": float(np.corrcoef(nll, base)[0, 1])}
-        found |= {"kld_mean": float(kl.mean()), "kld_error": _error(kl), "kld_max": float(kl.max())}
+        numbers = {"ppl": math.exp(nll.mean()), "ppl_error": math.exp(nll.mean()) * _error(nll)}
+        numbers |= {"ppl_base": math.exp(base.mean()), "ln_ppl_ratio": float(nll.mean() - base.mean())}
+        numbers |= {"ln_ppl_ratio_error": _error(nll - base), "correlation": float(np.corrcoef(nll, base)[0, 1])}
+        numbers |= {"kld_mean": float(kl.mean()), "kld_error": _error(kl), "kld_max": float(kl.max())}
         for name, values in (("kld", kl), ("dp", move)):
             quantiles = np.percentile(values, PERCENTILES)
-            found |= {f"{name}_{f:g}": float(value) for f, value in zip(PERCENTILES, quantiles, strict=True)}
+            numbers |= {f"{name}_{f:g}": float(value) for f, value in zip(PERCENTILES, quantiles, strict=True)}
         rms = float(np.sqrt((move**2).mean()))
-        found |= {"dp_mean": float(move.mean()), "dp_rms": rms}
-        found |= {"dp_rms_error": _error(move**2) / (2 * rms) if rms else 0.0}
+        numbers |= {"dp_mean": float(move.mean()), "dp_rms": rms}
+        numbers |= {"dp_rms_error": _error(move**2) / (2 * rms) if rms else 0.0}
         share = float(columns["same_top"].mean())
-        found |= {"same_top": share, "same_top_error": math.sqrt(share * (1 - share) / (len(nll) - 1))}
-        return found
+        numbers |= {"same_top": share, "same_top_error": math.sqrt(share * (1 - share) / (len(nll) - 1))}
+        return numbers
 
 
 PERCENTILES = (0.1, 1, 5, 10, 50, 90, 95, 99, 99.9)
@@ -259,7 +259,7 @@ def compare(
     if target is not None:
         _require_room(target, windows, vocabulary)
     finals = run.finals([baseline, *artifacts.values()])
-    found = {name: Statistics() for name in artifacts}
+    by_name = {name: Statistics() for name in artifacts}
     partial = target.with_name(f"{target.name}.part") if target else None
     with partial.open("wb") if partial else contextlib.nullcontext() as file:
         if file:
@@ -271,10 +271,10 @@ def compare(
                 file.write(coded.astype("<u2").tobytes())
             base, next_tokens = decode(coded, vocabulary), windows[chunk, run.first + 1 :]
             for states, (name, source) in zip(finals[1:], artifacts.items(), strict=True):
-                found[name].add(base, run.logits(source, states[chunk]), next_tokens)
+                by_name[name].add(base, run.logits(source, states[chunk]), next_tokens)
     if partial and target:
         partial.rename(target)
-    return {name: statistics.summary() for name, statistics in found.items()}
+    return {name: statistics.summary() for name, statistics in by_name.items()}
 
 
 def _require_room(target: Path, windows: Tensor, vocabulary: int) -> None:
@@ -304,9 +304,9 @@ def compare_with_file(
             raise InputError(f"{base.path}: has {base.vocabulary} tokens, {name} has {source.config.vocab}")
     run = Run(torch.from_numpy(base.windows.astype(np.int64)), device, progress, rounded)
     finals = run.finals(list(artifacts.values()))
-    found = {name: Statistics() for name in artifacts}
+    by_name = {name: Statistics() for name in artifacts}
     for chunk, rows in enumerate(base.rows()):
         log_p = decode(rows, base.vocabulary)
         for states, (name, source) in zip(finals, artifacts.items(), strict=True):
-            found[name].add(log_p, run.logits(source, states[chunk]), run.windows[chunk, run.first + 1 :])
-    return {name: statistics.summary() for name, statistics in found.items()}
+            by_name[name].add(log_p, run.logits(source, states[chunk]), run.windows[chunk, run.first + 1 :])
+    return {name: statistics.summary() for name, statistics in by_name.items()}

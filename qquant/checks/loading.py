@@ -71,9 +71,10 @@ def faults(
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
-    found = _shared(parts, seconds, stop, children)
+    by_task = _shared(parts, seconds, stop, children)
     problems = {
-        path: found.get(LoadTask("metadata", speaks[path])) or found.get(LoadTask("weights", path)) for path in paths
+        path: by_task.get(LoadTask("metadata", speaks[path])) or by_task.get(LoadTask("weights", path))
+        for path in paths
     }
     return {path: problem for path, problem in problems.items() if problem}
 
@@ -110,13 +111,13 @@ def _dealt(parts: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
 
 
 def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> dict[LoadTask, str]:
-    left, found = list(parts), dict[LoadTask, str]()
+    left, problems = list(parts), dict[LoadTask, str]()
     while left and not stop.is_set():
         done, problem = _child(left, seconds, stop, children)
         left = left[done:]
         if left:
-            found[left.pop(0)] = problem
-    return found
+            problems[left.pop(0)] = problem
+    return problems
 
 
 def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[int, str]:

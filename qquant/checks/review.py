@@ -134,11 +134,11 @@ def held_out(
 
 
 def _sliced(tokenizer: Tokenizer, positions: int, used: CalibrationSet | None) -> Sliced:
-    found = sliced(tokenizer, positions)
+    text = sliced(tokenizer, positions)
     if used is not None:
-        for rows in (found.short, found.long):
+        for rows in (text.short, text.long):
             calibration.require_apart(used, rows.ravel(), tokenizer)
-    return found
+    return text
 
 
 def _windows(
@@ -163,13 +163,13 @@ def earlier_release(gates: Gates, name: str, text: HeldOut) -> Evidence | None:
     """
     if gates.regression_vs is None:
         return None
-    found = evidence.of_report(Path(gates.regression_vs))
-    if name not in found:
+    releases = evidence.of_report(Path(gates.regression_vs))
+    if name not in releases:
         raise UsageError(
-            f"gates.regression_vs: {gates.regression_vs} has no artifact {name}; it has {', '.join(found)}"
+            f"gates.regression_vs: {gates.regression_vs} has no artifact {name}; it has {', '.join(releases)}"
         )
-    evidence.require_comparable(text.facts, found[name].facts, f"gates.regression_vs: {gates.regression_vs}")
-    return found[name]
+    evidence.require_comparable(text.facts, releases[name].facts, f"gates.regression_vs: {gates.regression_vs}")
+    return releases[name]
 
 
 def review(
@@ -220,13 +220,13 @@ def review(
     return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks), found
 
 
-def _warnings(candidate: Candidate, found: Measured, answered: Answers) -> tuple[str, ...]:
+def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tuple[str, ...]:
     return (
         *fallback_note(candidate.fallbacks),
         *warnings_of(candidate.layers),
         *sanity.warnings(answered.runs),
-        *_loud(found.headroom[candidate.name], found.headroom[""]),
-        *_lossy(candidate, found.main[candidate.name].perplexity_ratio),
+        *_loud(measured.headroom[candidate.name], measured.headroom[""]),
+        *_lossy(candidate, measured.main[candidate.name].perplexity_ratio),
     )
 
 
@@ -328,33 +328,33 @@ def _alike(theirs: Any, ours: Any) -> bool:
 
 
 def _row(
-    candidate: Candidate, found: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[SliceReading]
+    candidate: Candidate, measured: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[SliceReading]
 ) -> ArtifactReport:
-    measured = found.main[candidate.name]
+    fidelity = measured.main[candidate.name]
     kept, worst = slices.judge(parts, candidate.gates.worst_slice)
-    verdict = gate.also(slices.also(found.verdicts[candidate.name], worst), faults)
+    verdict = gate.also(slices.also(measured.verdicts[candidate.name], worst), faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
         size=candidate.size,
         bits_per_weight=candidate.bits_per_weight,
-        perplexity=measured.perplexity,
-        perplexity_ratio=measured.perplexity_ratio,
-        kl_divergence=measured.mean_kl,
-        kl_99=float(np.quantile(measured.kl.numpy(), 0.99)),
-        top1_agreement=measured.top1,
+        perplexity=fidelity.perplexity,
+        perplexity_ratio=fidelity.perplexity_ratio,
+        kl_divergence=fidelity.mean_kl,
+        kl_99=float(np.quantile(fidelity.kl.numpy(), 0.99)),
+        top1_agreement=fidelity.top1,
         verdict=gate.waived(verdict, candidate.gates, datetime.date.today()),
         fallbacks=candidate.fallbacks,
         sha256=candidate.sha256,
         question=candidate.question,
         layers=candidate.layers,
-        kl_percentiles=figures.percentiles(measured.kl, (50, 90, 99, 99.9)),
-        delta_p=figures.delta_p(measured),
-        kl_histogram=figures.histogram(measured.kl),
-        texts=tuple(figures.text(title, by_name[candidate.name]) for title, by_name in found.further.items()),
-        positions=figures.positions(measured, text.first),
-        headroom=found.headroom[candidate.name],
-        worst=_worst(measured, text),
+        kl_percentiles=figures.percentiles(fidelity.kl, (50, 90, 99, 99.9)),
+        delta_p=figures.delta_p(fidelity),
+        kl_histogram=figures.histogram(fidelity.kl),
+        texts=tuple(figures.text(title, by_name[candidate.name]) for title, by_name in measured.further.items()),
+        positions=figures.positions(fidelity, text.first),
+        headroom=measured.headroom[candidate.name],
+        worst=_worst(fidelity, text),
         slices=kept,
     )
 
@@ -362,7 +362,7 @@ def _row(
 def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
     scored = measured.kl.shape[1]
     order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
-    found = []
+    tokens = []
     for place in order.tolist():
         row, column = divmod(place, scored)
         window = text.windows[row].tolist()
@@ -370,5 +370,5 @@ def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
         before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]
         token = text.tokenizer.decode(window[at : at + 1])
         numbers = (measured.kl, measured.nll, measured.nll_baseline)
-        found.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
-    return tuple(found)
+        tokens.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
+    return tuple(tokens)

@@ -162,7 +162,7 @@ def answer(
     """Per artifact its counts by dtype beside the checkpoint's; empty if the model does not fit in memory."""
     if not _fits(checkpoint, device):
         return {}
-    found: dict[str, list[AnswerRun]] = {name: [] for name in artifacts}
+    by_name: dict[str, list[AnswerRun]] = {name: [] for name in artifacts}
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
     done = 0
     for name_of_dtype, dtype in DTYPES.items():
@@ -171,7 +171,7 @@ def answer(
             answers = _run(PromptDecoder(source, dtype, device), tokenizer, length)
             if name:
                 worse = tuple(answers.proven_worse(baseline))
-                found[name].append(
+                by_name[name].append(
                     AnswerRun(**vars(answers.counts()), dtype=name_of_dtype, worse=worse, baseline=baseline.counts())
                 )
             else:
@@ -179,7 +179,7 @@ def answer(
             done += 1
             progress.advance("answer", done, len(DTYPES) * len(sources))
             progress.check_stop()
-    return {name: report.Answers(tuple(runs)) for name, runs in found.items()}
+    return {name: report.Answers(tuple(runs)) for name, runs in by_name.items()}
 
 
 WORDS = {
@@ -191,31 +191,31 @@ WORDS = {
 
 def problems(runs: Sequence[AnswerRun]) -> tuple[str, ...]:
     """What fails an artifact."""
-    found = []
+    faults = []
     for run in runs:
         where, number, theirs = f"answers in {run.dtype}", run.answers, run.baseline
         if run.nan > theirs.nan:
-            found.append(f"{where}: {run.nan} of {number} have logits that are not finite")
+            faults.append(f"{where}: {run.nan} of {number} have logits that are not finite")
         if "runs" in run.worse:
-            found.append(f"{where}: {run.runs} of {number} repeat one token, {theirs.runs} of the checkpoint's")
+            faults.append(f"{where}: {run.runs} of {number} repeat one token, {theirs.runs} of the checkpoint's")
         if "stopped" in run.worse:
-            found.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
-    return tuple(found)
+            faults.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
+    return tuple(faults)
 
 
 def warnings(runs: Sequence[AnswerRun]) -> tuple[str, ...]:
     """What a person should look at: an artifact that is proven to do something more often than its checkpoint."""
-    found = []
+    lines = []
     for run in runs:
         where, theirs = f"answers in {run.dtype}", run.baseline
-        found += [
+        lines += [
             f"{where}: {getattr(run, key)} of {run.answers} {text}, {getattr(theirs, key)} of the checkpoint's"
             for key, text in WORDS.items()
             if key in run.worse
         ]
         if "stopping" in run.worse:
-            found.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
-    return tuple(found)
+            lines.append(f"{where}: {run.stopped:.0%} stop, {theirs.stopped:.0%} of the checkpoint's")
+    return tuple(lines)
 
 
 def _prompt(tokenizer: Tokenizer, system: str | None, question: str) -> list[int]:
@@ -236,8 +236,8 @@ def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int) -> AnswerMarks
         prompts = [_prompt(tokenizer, system, question) for _, system, question in group.prompts]
         chooser = Chooser(tokenizer.size, tokenizer.eos, SEED if group.sampled else None)
         draft = known.get(group.prompts[0], []) if len(prompts) == 1 else []
-        found = model.answer(prompts, length, chooser, draft)
-        for prompt, answered in zip(group.prompts, found, strict=True):
+        replies = model.answer(prompts, length, chooser, draft)
+        for prompt, answered in zip(group.prompts, replies, strict=True):
             answers.add(answered.ids, answered.finite, prompt[0], tokenizer)
             if not group.sampled:
                 known[prompt] = answered.ids

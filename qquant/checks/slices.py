@@ -62,7 +62,7 @@ class SliceReading:
 
     name: str
     group: Group
-    found: Fidelity  # [windows, scored]
+    fidelity: Fidelity  # [windows, scored]
     beside: Fidelity | None = None  # the same tokens in short windows; None: English stands beside it
     bits: float = 0.0  # a character, of the checkpoint
     frequencies: float = 0.0  # bits a character of the text's own frequencies
@@ -88,16 +88,16 @@ def parts(
     rows = torch.as_tensor(np.concatenate([text.short, text.again]), dtype=torch.int64)
     short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, _NamedPhase(progress, "slices"))
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
-    found = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
+    readings = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
         phase = _NamedPhase(progress, "long documents")
         for group in _turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
             for name, whole in measure(baseline, group, documents, device, phase).items():
-                found[name] += _stretches(
+                readings[name] += _stretches(
                     text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
                 )
-    return found
+    return readings
 
 
 def _turns(
@@ -146,80 +146,81 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
         )
 
 
-def _described(part: SliceReading, letters: Sequence[str]) -> SliceReading:
+def _described(reading: SliceReading, letters: Sequence[str]) -> SliceReading:
     """With what the checkpoint, and frequencies alone, need for a character."""
     said = "".join(letters)
-    needed = float(part.found.nll_baseline.sum()) / math.log(2)
-    return replace(part, bits=needed / max(1, len(said)), frequencies=frequencies(said))
+    needed = float(reading.fidelity.nll_baseline.sum()) / math.log(2)
+    return replace(reading, bits=needed / max(1, len(said)), frequencies=frequencies(said))
 
 
 # The verdict.
 
 
-def judge(found: Sequence[SliceReading], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
+def judge(readings: Sequence[SliceReading], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
     """Every slice with what is proven of it, and the verdict of the gate on the worst; None: there is none. `limit`: None asks nothing."""
-    english = next((part for part in found if part.name == REFERENCE and part.known), None)
+    english = next((reading for reading in readings if reading.name == REFERENCE and reading.known), None)
     asked: dict[int, tuple[Ratio, float]] = {}
-    for index, part in enumerate(found):
-        beside = part.beside or (english.found if english else None)
-        if beside is None or part is english or not part.known:
+    for index, reading in enumerate(readings):
+        beside = reading.beside or (english.fidelity if english else None)
+        if beside is None or reading is english or not reading.known:
             continue
-        own = math.inf if limit is None else limit if part.beside is None else math.sqrt(limit)
-        asked[index] = (_ratio(part, beside), own)
+        own = math.inf if limit is None else limit if reading.beside is None else math.sqrt(limit)
+        asked[index] = (_ratio(reading, beside), own)
     proven: dict[int, Standing] = standings(asked) if limit is not None else dict.fromkeys(asked, MEASURED)
     rows = tuple(
-        _row(part, asked.get(index), proven.get(index, _unasked(part, english))) for index, part in enumerate(found)
+        _row(reading, asked.get(index), proven.get(index, _unasked(reading, english)))
+        for index, reading in enumerate(readings)
     )
     return rows, _verdict(rows, asked) if limit is not None and asked else None
 
 
-def _ratio(part: SliceReading, beside: Fidelity) -> Ratio:
-    ours, theirs = part.found.window_means()["kl"], beside.window_means()["kl"]
-    return ratio(ours, theirs, paired=part.beside is not None, floor=RESOLVED)
+def _ratio(reading: SliceReading, beside: Fidelity) -> Ratio:
+    ours, theirs = reading.fidelity.window_means()["kl"], beside.window_means()["kl"]
+    return ratio(ours, theirs, paired=reading.beside is not None, floor=RESOLVED)
 
 
-def _unasked(part: SliceReading, english: SliceReading | None) -> Standing:
-    if not part.known:
+def _unasked(reading: SliceReading, english: SliceReading | None) -> Standing:
+    if not reading.known:
         return "unknown"
-    return "reference" if part is english else "measured"
+    return "reference" if reading is english else "measured"
 
 
 def standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
     """What is proven of each ratio against its limit, by slice."""
-    beyond = statistics.holm([found.p_beyond(limit) for found, limit in asked.values()])
+    beyond = statistics.holm([multiple.p_beyond(limit) for multiple, limit in asked.values()])
     proofs: dict[int, Standing] = {}
-    for (index, (found, limit)), p in zip(asked.items(), beyond, strict=True):
-        within = found.p_within(limit) <= ASKED
+    for (index, (multiple, limit)), p in zip(asked.items(), beyond, strict=True):
+        within = multiple.p_within(limit) <= ASKED
         proofs[index] = "fail" if p <= SLICES else "pass" if within else "inconclusive"
     return proofs
 
 
-def _row(part: SliceReading, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:
-    means = part.found.window_means()
+def _row(reading: SliceReading, asked: tuple[Ratio, float] | None, standing: Standing) -> SliceReport:
+    means = reading.fidelity.window_means()
     log_ratio, disagreement = means["nll"], means["top1"]
     ends = [math.exp(end) if end < 700 else math.inf for end in statistics.interval(log_ratio)]
     low, high = (min(1.0, max(0.0, 1 - end)) for end in reversed(statistics.interval(disagreement)))
     low_kl, high_kl = statistics.interval(means["kl"])
     row = SliceReport(
-        name=part.name,
-        group=part.group,
-        windows=len(part.found.kl),
-        tokens=part.found.kl.numel(),
-        kl_divergence=Estimate(part.found.mean_kl, max(0.0, low_kl), high_kl),
-        perplexity_ratio=Estimate(part.found.perplexity_ratio, *ends),
-        top1_agreement=Estimate(part.found.top1, low, high),
-        perplexity_baseline=part.found.perplexity_baseline,
-        bits=part.bits,
-        frequencies=part.frequencies,
+        name=reading.name,
+        group=reading.group,
+        windows=len(reading.fidelity.kl),
+        tokens=reading.fidelity.kl.numel(),
+        kl_divergence=Estimate(reading.fidelity.mean_kl, max(0.0, low_kl), high_kl),
+        perplexity_ratio=Estimate(reading.fidelity.perplexity_ratio, *ends),
+        top1_agreement=Estimate(reading.fidelity.top1, low, high),
+        perplexity_baseline=reading.fidelity.perplexity_baseline,
+        bits=reading.bits,
+        frequencies=reading.frequencies,
         standing=standing,
     )
     if asked is None:
         return row
-    found, limit = asked
-    row = replace(row, relative=Estimate(found.times, *found.interval()))
+    multiple, limit = asked
+    row = replace(row, relative=Estimate(multiple.times, *multiple.interval()))
     if not math.isfinite(limit):
         return row
-    reach = (normal_quantile(1 - ASKED) + normal_quantile(POWER)) * found.error
+    reach = (normal_quantile(1 - ASKED) + normal_quantile(POWER)) * multiple.error
     return replace(row, limit=limit, detectable=limit * math.expm1(min(reach, 700.0)))
 
 
@@ -229,10 +230,10 @@ def _verdict(rows: Sequence[SliceReport], asked: Mapping[int, tuple[Ratio, float
     shown = worst(rows)
     assert shown is not None
     assert shown.relative is not None
-    found, limit = asked[rows.index(shown)]
+    multiple, limit = asked[rows.index(shown)]
     estimate = shown.relative
     report = GateReport(
-        GATE, outcome, estimate.value, limit, estimate.low, estimate.high, found.p_within(limit), found.p_beyond(limit),
+        GATE, outcome, estimate.value, limit, estimate.low, estimate.high, multiple.p_within(limit), multiple.p_beyond(limit),
         shown.detectable or 0.0, shown.windows,
     )  # fmt: skip
     return Verdict(outcome, _reasons(shown, rows, outcome), (report,))

@@ -292,11 +292,11 @@ def take_turns(baseline: Callable[[], None], other: Callable[[], None], pairs: i
     baseline()
     longest = max(_seconds(other, 1), 1e-9)
     repeats = max(1, math.ceil(LEAST / longest))
-    found = []
+    halves = []
     for _ in range(pairs):
         times = [_seconds(window, repeats) for window in (baseline, other, other, baseline)]
-        found.append(((times[0] + times[3]) / 2, (times[1] + times[2]) / 2))
-    table = np.array(found)
+        halves.append(((times[0] + times[3]) / 2, (times[1] + times[2]) / 2))
+    table = np.array(halves)
     return Compared(table[:, 0], table[:, 1])
 
 
@@ -403,15 +403,15 @@ def measure_all(
     """`measure` with few tokens for many artifacts of one checkpoint, whose weights are read once."""
     positions = baseline.config.positions
     settings = SpeedSettings(prompt=min(512, positions // 2), steps=min(16, positions // 4))
-    found = []
+    reports = []
     with torch.inference_mode():
         first = _contender(baseline, None, settings, device, _dtype(baseline))
         for number, path in enumerate(artifacts):
             other = _contender(open_weights(path), path, settings, device, _dtype(baseline))
-            found.append(compare(first, other, settings, device))
+            reports.append(compare(first, other, settings, device))
             progress.advance("speed", number + 1, len(artifacts))
             progress.check_stop()
-    return found
+    return reports
 
 
 def _dtype(baseline: WeightSource) -> torch.dtype:

@@ -83,10 +83,10 @@ def run(
         del model
         progress.advance("ask", index + 1, 1 + len(paths))
         progress.check_stop()
-    found = []
+    results = []
     for path, mine in zip(paths, scores[1:], strict=True):
-        found += [compared(str(path), key, scores[0][key], mine[key], questions.margin) for key in scores[0]]
-    return found
+        results += [compared(str(path), key, scores[0][key], mine[key], questions.margin) for key in scores[0]]
+    return results
 
 
 def compared(
@@ -137,16 +137,16 @@ def _scores(harness: Any, model: Any, tokenizer: Any, questions: Questions) -> S
             log_samples=True,
             bootstrap_iters=0,
         )
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    scores: dict[tuple[str, str], dict[str, float]] = {}
     for task, samples in result["samples"].items():
         for sample in samples:
             for metric in sample["metrics"]:
                 value, name = sample[metric], f"{metric},{sample['filter']}"
                 if isinstance(value, bool | int | float):
-                    found.setdefault((task, name), {})[str(sample["doc_id"])] = float(value)
-    if not found:
+                    scores.setdefault((task, name), {})[str(sample["doc_id"])] = float(value)
+    if not scores:
         raise UsageError(f"{', '.join(questions.tasks)}: no metric with a score per question")
-    return found
+    return scores
 
 
 @contextlib.contextmanager

@@ -134,26 +134,35 @@ def bisect(
     source = Checkpoint.open(against, adapter=adapter)
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
-        found = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
-    chosen = [part.name for part in found.chosen]
+        bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
+    chosen = [part.name for part in bisection.chosen]
     if as_json:
-        gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in found.gains]
-        content = {"schema": "qquant-bisection-1", "kl_divergence": found.kl, "limit": found.limit, "gains": gains}
-        click.echo(json.dumps(content | {"restored": chosen, "kl_restored": found.kl_chosen}, indent=2))
+        gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in bisection.gains]
+        content = {
+            "schema": "qquant-bisection-1",
+            "kl_divergence": bisection.kl,
+            "limit": bisection.limit,
+            "gains": gains,
+        }
+        click.echo(json.dumps(content | {"restored": chosen, "kl_restored": bisection.kl_chosen}, indent=2))
     else:
         from rich.table import Table
 
         table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
-        for part, gain in found.gains[:12]:
-            table.add_row(part.name, f"{part.size:,}", f"{gain:+.6f}", f"{gain / found.kl:.1%}" if found.kl else "")
+        for part, gain in bisection.gains[:12]:
+            table.add_row(
+                part.name, f"{part.size:,}", f"{gain:+.6f}", f"{gain / bisection.kl:.1%}" if bisection.kl else ""
+            )
         console().print(table)
         if not chosen:
-            click.echo(f"mean KL divergence {found.kl:.6f} is within {max_kl:g} as it is")
+            click.echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")
         else:
-            click.echo(f"mean KL divergence {found.kl:.6f}; {found.kl_chosen:.6f} with these in 16 bits:")
+            click.echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_chosen:.6f} with these in 16 bits:")
             click.echo("\n".join(f"  {name}" for name in chosen))
-    if found.kl_chosen > max_kl:
-        raise GateFailedError(f"{artifact}: {found.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere")
+    if bisection.kl_chosen > max_kl:
+        raise GateFailedError(
+            f"{artifact}: {bisection.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere"
+        )
 
 
 @command("report", epilog=EXITS, example="report release --html report.html")
@@ -249,17 +258,17 @@ def perplexity(
     where = devices.named(device)
     with Display() as progress:
         if logits is not None:
-            found = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
+            by_artifact = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:
             source, checks = (
                 Checkpoint.open(str(against), adapter=adapter),
                 Checks(text=text, windows=chunks, length=context),
             )
-            found = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
+            by_artifact = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": found}, indent=2))
+        click.echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": by_artifact}, indent=2))
         return
-    for name, numbers in found.items():
+    for name, numbers in by_artifact.items():
         click.echo(name)
         for title, key, error, factor in SHOWN:
             more = f" ± {factor * numbers[error]:.6f}" if error else ""

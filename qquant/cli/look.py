@@ -82,10 +82,10 @@ def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, obj
         return {"folder": str(folder), "bytes": size}, f"{size:,} bytes as the manifest says", ()
     from qquant.artifact import verification
 
-    found = verification.verify(folder, deep)
-    row = {"folder": str(folder), "bytes": found.size, "tensors": found.tensors, "digests": found.digests}
-    values = f"{found.tensors} tensors are finite, {found.digests} dequantize as recorded"
-    return row, f"{found.size:,} bytes as the manifest says; {values}", tuple(found.unlisted)
+    verified = verification.verify(folder, deep)
+    row = {"folder": str(folder), "bytes": verified.size, "tensors": verified.tensors, "digests": verified.digests}
+    values = f"{verified.tensors} tensors are finite, {verified.digests} dequantize as recorded"
+    return row, f"{verified.size:,} bytes as the manifest says; {values}", tuple(verified.unlisted)
 
 
 @command(epilog=EXITS, example="doctor --out release")

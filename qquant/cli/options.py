@@ -183,20 +183,20 @@ def settle(asked: Asked, *, question: bool) -> Asked:
     Raises:
         UsageError: the answer is no, or there is nobody to ask.
     """
-    found = asked.proposal()
-    if found is None:
+    proposal = asked.proposal()
+    if proposal is None:
         return asked
-    what = f"recipe {found.name}: {found.reason}"
+    what = f"recipe {proposal.name}: {proposal.reason}"
     if question and not asked.flags.chooses:
         if not somebody_is_there():
             raise UsageError(
-                f"name a recipe: --recipe {found.name} fits ({found.reason}); `qquant recipe list` has all"
+                f"name a recipe: --recipe {proposal.name} fits ({proposal.reason}); `qquant recipe list` has all"
             )
         if not click.confirm(f"{what}. Build it?", default=True, err=True):
             raise UsageError("nothing was built; `qquant recipe list` names recipes, and --format builds one artifact")
     else:
         click.echo(what, err=True)
-    return dataclasses.replace(asked, recipe=found.name)
+    return dataclasses.replace(asked, recipe=proposal.name)
 
 
 def require_there(artifact: Path) -> None:
@@ -231,6 +231,6 @@ def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:
     from qquant.formats.gguf import imatrix
     from qquant.solve.moments import require_fit
 
-    found = imatrix.read(path)
-    require_fit(found, checkpoint, path)
-    return found
+    importance = imatrix.read(path)
+    require_fit(importance, checkpoint, path)
+    return importance

@@ -46,15 +46,15 @@ def tasks(
     source = Checkpoint.open(against, adapter=adapter)
     asked = checks.Questions(names, include, limit, batch, margin)
     with Display() as progress:
-        found = checks.run(source, artifacts, asked, devices.named(device), progress)
+        results = checks.run(source, artifacts, asked, devices.named(device), progress)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in found]}, indent=2))
+        click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
     else:
         from rich.table import Table
 
         table = Table("artifact", "task, metric", "questions", "checkpoint", "artifact", "95 % of change", "right → wrong",
                       "wrong → right", "McNemar p", "verdict")  # fmt: skip
-        for one in found:
+        for one in results:
             scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
             flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
             table.add_row(
@@ -65,6 +65,6 @@ def tasks(
         ("fail", GateFailedError, f"loses more than {margin:g}"),
         ("inconclusive", InconclusiveError, f"too few questions to tell a loss from {margin:g}"),
     ):
-        lines = [f"{one.artifact}: {one.task}, {one.metric}: {text}" for one in found if one.outcome == outcome]
+        lines = [f"{one.artifact}: {one.task}, {one.metric}: {text}" for one in results if one.outcome == outcome]
         if lines:
             raise error("\n".join(lines))

@@ -69,10 +69,10 @@ def identity() -> dict[str, Any]:
 
 def _owner(descriptor: int) -> dict[str, Any] | None:
     try:
-        found = json.loads(os.pread(descriptor, LIMIT, 0))
+        owner = json.loads(os.pread(descriptor, LIMIT, 0))
     except ValueError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else None
+    return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
 
 
 def _lives(owner: dict[str, Any], descriptor: int) -> bool:

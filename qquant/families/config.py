@@ -66,7 +66,7 @@ def rope_theta(raw: Mapping[str, Any], where: str) -> float:
     Raises:
         InputError: frequencies are scaled, partial, or differ by layer, or two places name two bases.
     """
-    found = {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
+    stated = {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
         if not isinstance(rope, dict):
@@ -81,13 +81,13 @@ def rope_theta(raw: Mapping[str, Any], where: str) -> float:
             raise InputError(f"{where}: {key} holds another rope for {layers[:80]!r}; qquant knows one for all layers")
         _require_whole(rope, f"{where}: {key}")
         if rope.get("rope_theta") is not None:
-            found[f"rope_theta in {key}"] = rope["rope_theta"]
+            stated[f"rope_theta in {key}"] = rope["rope_theta"]
     _require_whole(raw, where)
-    if len({float(number(found, key, float, where)) for key in found}) > 1:
+    if len({float(number(stated, key, float, where)) for key in stated}) > 1:
         raise InputError(
-            f"{where}: {', '.join(f'{key} is {value}' for key, value in found.items())}; keep the one that the model was made with"
+            f"{where}: {', '.join(f'{key} is {value}' for key, value in stated.items())}; keep the one that the model was made with"
         )
-    return float(next(iter(found.values()), 10000.0))
+    return float(next(iter(stated.values()), 10000.0))
 
 
 def _require_whole(rope: Mapping[str, Any], where: str) -> None:

@@ -153,10 +153,10 @@ def detect(path: Path) -> str | None:
     quantization = read_json(path / "config.json").get("quantization_config")
     if quantization is None:
         return None
-    found = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-    method = repr(found.get("quant_method"))[:80]
+    method_config = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    method = repr(method_config.get("quant_method"))[:80]
     fault = f"{path / 'config.json'}: quant_method {method}"
-    return _known((name for name, known in FORMATS.items() if known.recognises(found)), fault)
+    return _known((name for name, known in FORMATS.items() if known.recognises(method_config)), fault)
 
 
 def _known(names: Iterator[str], fault: str) -> str:

@@ -330,9 +330,9 @@ class FolderSource:
                 if stored_name not in self.tensors:
                     raise InputError(f"{self.path}: tensor {stored_name} is missing")
                 if self.tensors[stored_name].shape != stored:
-                    found = list(self.tensors[stored_name].shape)
+                    stored_shape = list(self.tensors[stored_name].shape)
                     raise InputError(
-                        f"{self.path}: tensor {stored_name} is {found}; config.json implies {list(stored)}"
+                        f"{self.path}: tensor {stored_name} is {stored_shape}; config.json implies {list(stored)}"
                     )
                 allowed = FLOATS if dtype in FLOATS else (dtype,)
                 if self.tensors[stored_name].dtype not in allowed:

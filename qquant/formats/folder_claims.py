@@ -136,13 +136,13 @@ def compare(path: Path, checkpoint: Checkpoint) -> Claims:
     Raises:
         InputError: a file of it, or of the checkpoint, is damaged.
     """
-    found = _config(path, checkpoint) + _keys("generation_config.json", *_generation(path, checkpoint))
-    found += claims(
+    differences = _config(path, checkpoint) + _keys("generation_config.json", *_generation(path, checkpoint))
+    differences += claims(
         warnings=[f"{file.name}: missing" for file in checkpoint.side_files if not (path / file.name).exists()]
     )
     if any(os.path.lexists(path / name) for name in ("tokenizer.json", "vocab.json")):
-        found += _tokenizer(path, checkpoint.path)
-    return found
+        differences += _tokenizer(path, checkpoint.path)
+    return differences
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -151,13 +151,13 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _config(path: Path, checkpoint: Checkpoint) -> Claims:
     mine, theirs = read_json(path / "config.json"), dict(checkpoint.raw_config)
-    found = _keys("config.json", mine, theirs)
+    differences = _keys("config.json", mine, theirs)
     ropes = rope(mine), rope(theirs)
     if not same(*ropes):
-        found += claims([differs("config.json: rope", *ropes, "every position is rotated otherwise")])
+        differences += claims([differs("config.json: rope", *ropes, "every position is rotated otherwise")])
     elif "rope_theta" in theirs and "rope_theta" not in mine and not same(theirs["rope_theta"], 10000.0):
-        found += claims(warnings=["config.json: rope_theta: missing; readers before transformers 5 take 10000"])
-    return found
+        differences += claims(warnings=["config.json: rope_theta: missing; readers before transformers 5 take 10000"])
+    return differences
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,22 +245,22 @@ def _tokenizer(path: Path, source: Path) -> Claims:
     if all(_bytes(path / name) == _bytes(source / name) for name in names):
         return claims()
     mine, theirs = Tokenizer.open(path), Tokenizer.open(source)
-    found = _behaviour(mine, theirs) + _parts(_file(path / "tokenizer.json"), _file(source / "tokenizer.json"))
+    differences = _behaviour(mine, theirs) + _parts(_file(path / "tokenizer.json"), _file(source / "tokenizer.json"))
     settings = [_file(folder / "tokenizer_config.json") for folder in (path, source)]
     if all(settings):
-        found += _keys("tokenizer_config.json", *settings)
+        differences += _keys("tokenizer_config.json", *settings)
     for name in OTHERS:
         pair = [_file(folder / name) for folder in (path, source)]
         if pair[0] and pair[1] and not same(*pair):
-            found += claims(warnings=[f"{name}: is not the checkpoint's; some versions of transformers read it"])
+            differences += claims(warnings=[f"{name}: is not the checkpoint's; some versions of transformers read it"])
     for name in SLOW:
         if all(os.path.lexists(folder / name) for folder in (path, source)):
             texts = [read_text(folder / name) for folder in (path, source)]
             if texts[0] != texts[1]:
-                found += claims(
+                differences += claims(
                     [f"{name}: is not the checkpoint's; tokenizers that read it give the same text other tokens"]
                 )
-    return found
+    return differences
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -269,19 +269,19 @@ def _bytes(path: Path) -> bytes | None:
 
 def _behaviour(mine: Tokenizer, theirs: Tokenizer) -> Claims:
     """What the two do with a sample, and with every id."""
-    found = []
+    faults = []
     alike = mine.size == theirs.size and mine.added == theirs.added and mine.special == theirs.special
     if (
         not alike
         or any(mine.encode(text) != theirs.encode(text) for text in SAMPLE)
         or mine.decode(range(mine.size)) != theirs.decode(range(theirs.size))
     ):
-        found.append(f"tokenizer: is not the checkpoint's; {READS}")
+        faults.append(f"tokenizer: is not the checkpoint's; {READS}")
     if mine.template is not None and mine.template != theirs.template:  # none at all is a file that is missing
-        found.append("chat template: is not the checkpoint's")
+        faults.append("chat template: is not the checkpoint's")
     if set(mine.eos) != set(theirs.eos):
-        found.append(f"stop tokens: {sorted(mine.eos)}, the checkpoint's are {sorted(theirs.eos)}")
-    return claims(found)
+        faults.append(f"stop tokens: {sorted(mine.eos)}, the checkpoint's are {sorted(theirs.eos)}")
+    return claims(faults)
 
 
 def _parts(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Claims:

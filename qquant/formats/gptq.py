@@ -121,7 +121,7 @@ class GptqLayout(QuantizedLayout):
         natural = torch.arange(columns, device=quantized.codes.device) // quantized.grid.width
         if index is None or bool((index.to(natural) == natural).all()):
             return quantized.dequantize()
-        step, offset = quantized.params.levels()
+        step, offset = quantized.params.step_and_offset()
         _require_groups(index, step.shape[1])
         return quantized.codes.float() * step[:, index.long()] - offset[:, index.long()]
 

@@ -90,8 +90,8 @@ class Call:
         self._grid = blocks(outputs, config.rows), config.splits
         middle = (weights.qweight, weights.params, y if weights.bias is None else weights.bias)
         kernel = wq_mm._kernel
-        found = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **chosen)
-        self._kernel = found.result() if hasattr(found, "result") else found
+        launched = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **chosen)
+        self._kernel = launched.result() if hasattr(launched, "result") else launched
         self._run = self._kernel.run
         self._keep = counters, sums
         bias = None if weights.bias is None else weights.bias.data_ptr()
@@ -143,8 +143,8 @@ class Unpacking:
         chosen = dequant.constants(columns, weights.bits, weights.params.dtype == torch.float16)
         grid, kernel = dequant.grid(rows, tiles), dequant._kernel
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-        found = kernel[grid](weights.qweight, weights.params, out, *sizes, **chosen)
-        self._kernel = found.result() if hasattr(found, "result") else found
+        launched = kernel[grid](weights.qweight, weights.params, out, *sizes, **chosen)
+        self._kernel = launched.result() if hasattr(launched, "result") else launched
         self._shape = rows, columns
         launch = (*grid, 1, self._stream, self._kernel.function, self._kernel.packed_metadata, None, None, None)
         self._head = (*launch, weights.qweight.data_ptr(), weights.params.data_ptr())

@@ -47,7 +47,7 @@ class SplitMatrix:
         return SplitMatrix(self.whole[rows, columns], halves)
 
 
-def factor(matrix: Tensor) -> SplitMatrix:
+def split_matrix(matrix: Tensor) -> SplitMatrix:
     """`matrix` as the second factor of several products."""
     return SplitMatrix(matrix, halves(matrix) if matrix.is_cuda else None)
 
@@ -61,8 +61,8 @@ def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
     """The product with h + l by the formula at the head of this file."""
     upper, lower = halves(a.flatten(0, -2))
     with tensor_cores():
-        found = (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
-    return found.view(*a.shape[:-1], -1)
+        products = (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
+    return products.view(*a.shape[:-1], -1)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

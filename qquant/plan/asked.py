@@ -55,10 +55,10 @@ class Asked:
             return self.checkpoint
         if self.recipe is None:
             raise UsageError("give a checkpoint: a folder, or a hub id such as Qwen/Qwen1.5-0.5B-Chat")
-        found = _loaded(self.recipe)
-        if found.checkpoint is None:
-            raise UsageError(f"recipe {found.name} names no checkpoint; give one: a folder, or a hub id")
-        return found.checkpoint
+        recipe = _loaded(self.recipe)
+        if recipe.checkpoint is None:
+            raise UsageError(f"recipe {recipe.name} names no checkpoint; give one: a folder, or a hub id")
+        return recipe.checkpoint
 
     def proposal(self) -> Proposal | None:
         """The recipe to use where none was named; None if one was."""
@@ -71,8 +71,8 @@ class Asked:
 
         Raises UsageError where it is not valid.
         """
-        found = self.proposal()
-        known = recipes.load(found.name) if found else _loaded(self.recipe or BASE)
+        proposal = self.proposal()
+        known = recipes.load(proposal.name) if proposal else _loaded(self.recipe or BASE)
         sources = tuple({"path": str(path), "kind": kind_of_text(path)} for path in self.calibration)
         return changed(known, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
 

@@ -97,18 +97,18 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What does not stop a build, and will make it worse."""
-        found = list(self.texts.warnings)
+        warnings = list(self.texts.warnings)
         if self.tokens < self.inputs:
             asked = f"give at least {self.inputs:,}, better ten times as many"
-            found.append(f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}")
+            warnings.append(f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}")
         if self.wide:
             sizes = {one.name: one.bits_per_weight for one in self.artifacts}
             told = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.wide)
-            found.append(
+            warnings.append(
                 f"the checkpoint is float32, and what is not quantized stays so: {told}. Save the checkpoint in bfloat16 first "
                 "(transformers: from_pretrained(FOLDER, dtype='bfloat16').save_pretrained(OTHER))"
             )
-        return tuple(found)
+        return tuple(warnings)
 
     def missing(self, out: Path) -> int:
         """Bytes that are still to be written: files that are finished, or have their place in an interrupted build, are there."""

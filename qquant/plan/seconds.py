@@ -101,7 +101,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
     texts, models = 1 + len(checks.texts), 1 + len(specs)
     read = plan.looks[0] * checks.length * texts
-    found = {
+    by_phase = {
         "curvature": seen * ((1 + BACKWARD) * forward + 3 * head) if any(spec.feedback for spec in specs) else 0.0,
         "embedding and head": sum(_tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if seen),
         "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
@@ -109,7 +109,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
         **_slices(checks, checkpoint, models, forward + head, rates),
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
-    return {phase: took for phase, took in found.items() if took}
+    return {phase: took for phase, took in by_phase.items() if took}
 
 
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:
@@ -134,9 +134,9 @@ def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, r
 
 
 def _solving(linears: list[tuple[int, int]], sweeps: int, rates: Rates, device: torch.device) -> float:
-    found = 0.0
+    total = 0.0
     for rows, columns in linears:
         products = 2 * rows * columns * columns * (1 + SWEEP * sweeps) + columns**3
         calls = columns * (COLUMN if device.type == "cpu" else 1)
-        found += products / rates.exact + calls / rates.small + SEARCH * rows * columns / rates.elements
-    return found
+        total += products / rates.exact + calls / rates.small + SEARCH * rows * columns / rates.elements
+    return total

@@ -27,7 +27,7 @@ def slice_reaches(tokenizer: Tokenizer, positions: int, limit: float) -> tuple[S
     """Every slice that stands beside another, for a context of `positions` tokens and `gates.worst_slice`."""
     text = sliced(tokenizer, positions)
     english = next(one.windows for one in text.slices if one.name == REFERENCE)
-    found = [
+    reaches = [
         SliceReach(one.name, one.windows, one.windows * LENGTH, limit, slice_reach(limit, SCORED, one.windows, english))
         for one in text.slices
         if one.name != REFERENCE
@@ -35,5 +35,5 @@ def slice_reaches(tokenizer: Tokenizer, positions: int, limit: float) -> tuple[S
     own = math.sqrt(limit)
     for name, start, stop in text.stretches():
         windows = len(text.long) * (stop - start)
-        found.append(SliceReach(name, windows, 2 * windows * LENGTH, own, slice_reach(own, SCORED, windows, None)))
-    return tuple(found)
+        reaches.append(SliceReach(name, windows, 2 * windows * LENGTH, own, slice_reach(own, SCORED, windows, None)))
+    return tuple(reaches)

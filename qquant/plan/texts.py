@@ -99,12 +99,12 @@ def _windows(checks: Checks, folder: Path) -> tuple[int | None, tuple[str, ...]]
     tokens = size
     if bundled is None and size <= READ:
         tokens = len(calibration.heldout(name, Tokenizer.open(folder))[0])
-    found = tokens // checks.length
-    if found == 0:
+    windows = tokens // checks.length
+    if windows == 0:
         raise InputError(f"{name}: {tokens:,} tokens are less than one window of {checks.length}. Lower checks.length")
-    if found >= checks.windows:
-        return (found if bundled is None else None), ()
-    return found, (f"{name}: {found} of {checks.windows} windows of {checks.length} tokens: the text has no more",)
+    if windows >= checks.windows:
+        return (windows if bundled is None else None), ()
+    return windows, (f"{name}: {windows} of {checks.windows} windows of {checks.length} tokens: the text has no more",)
 
 
 def _calibration(asked: Calibration, folder: Path) -> tuple[str, ...]:
@@ -113,10 +113,10 @@ def _calibration(asked: Calibration, folder: Path) -> tuple[str, ...]:
         return ()
     if all(_small(source, size) for source, size in zip(asked.sources, sizes, strict=True)):
         try:
-            found = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
+            samples = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
         except InputError as error:
             return (f"the build will refuse the calibration: {error}",)
-        return shortfall(len(found.tokens), sum(map(len, found.tokens)), asked)
+        return shortfall(len(samples.tokens), sum(map(len, samples.tokens)), asked)
     total = sum(size or 0 for size in sizes)
     if total >= asked.samples * asked.length:
         return ()

@@ -110,16 +110,16 @@ class Reach:
 def reach(gates: Gates, windows: int, scored: int, looks: int = 1) -> tuple[Reach, ...]:
     """The detectable effect of every gate of `gates` (resolved) with windows of `scored` tokens."""
     factor = (normal_quantile(1 - ASKED / looks) + normal_quantile(POWER)) / math.sqrt(windows)
-    found = []
+    reaches = []
     ratio, kl, top1 = gates.perplexity_ratio, gates.kl_divergence, gates.top1_agreement
     if ratio is not None:
         spread = 1.4 * math.sqrt(2 * (kl if kl is not None else math.log(ratio)) / scored)
-        found.append(Reach("perplexity ratio", ratio, ratio * math.expm1(factor * spread)))
+        reaches.append(Reach("perplexity ratio", ratio, ratio * math.expm1(factor * spread)))
     if kl is not None:
-        found.append(Reach("mean KL divergence", kl, factor * 0.3 * kl * (255 / scored) ** 0.25))
+        reaches.append(Reach("mean KL divergence", kl, factor * 0.3 * kl * (255 / scored) ** 0.25))
     if top1 is not None:
-        found.append(Reach("top-1 agreement", top1, factor * 1.1 * math.sqrt(top1 * (1 - top1) / scored)))
-    return tuple(found)
+        reaches.append(Reach("top-1 agreement", top1, factor * 1.1 * math.sqrt(top1 * (1 - top1) / scored)))
+    return tuple(reaches)
 
 
 def slice_reach(limit: float, scored: int, windows: int, beside: int | None) -> float:

@@ -199,10 +199,10 @@ class Checks(Strict):
     def looks(self, available: int) -> list[int]:
         """Windows read at each look, twice as many every time, where a text has `available` of them."""
         most = min(self.max_windows or self.windows, available)
-        found = [min(self.windows, most)]
-        while found[-1] < most:
-            found.append(min(2 * found[-1], most))
-        return found
+        looks = [min(self.windows, most)]
+        while looks[-1] < most:
+            looks.append(min(2 * looks[-1], most))
+        return looks
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -256,13 +256,13 @@ class Recipe(Strict):
     def clashes(self) -> tuple[str, ...]:
         """Pairs of artifacts that write the same files; `plan` and `build` take one of each with `--only`."""
         first: dict[tuple[str, ...], str] = {}
-        found = []
+        clashes = []
         for spec in self.artifacts:
             place = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
             other = first.setdefault(place, spec.name)
             if other != spec.name:
-                found.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(place)}")
-        return tuple(found)
+                clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(place)}")
+        return tuple(clashes)
 
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -2,7 +2,7 @@
 
     solver: gptq   ->   rtn  ->  gptq  ->  sweeps  ->  coupled        a step takes what the one before it found, and gives something better
 
-The module of a step has a function `step(problem, found) -> Solution` (`qquant.algorithms.problem` calls it); it is imported when it is
+The module of a step has a function `step(problem, earlier) -> Solution` (`qquant.algorithms.problem` calls it); it is imported when it is
 first needed, so that this table costs a plan nothing. To add a step: a module in `qquant/algorithms`, a line in STEPS, and its name in a
 solver's sequence. A solver without steps leaves the weight to the format's own quantizer.
 """

@@ -106,11 +106,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def _formats(manifest: Manifest) -> list[str]:
-    found = list(dict.fromkeys(entry.format for entry in manifest.artifacts.values()))
-    for name in found:
+    formats = list(dict.fromkeys(entry.format for entry in manifest.artifacts.values()))
+    for name in formats:
         if name not in FORMATS:
             raise InputError(f"{MANIFEST}: names the format {name[:40]!r}; this version knows {', '.join(FORMATS)}")
-    return found
+    return formats
 
 
 def _models(kind: str, manifest: Manifest) -> list[ModelFile]:
@@ -303,13 +303,13 @@ def problems(folder: Path) -> list[str]:
     parts = re.split(f"{re.escape(BEGIN)}\n|\n{re.escape(END)}", text)
     if len(parts) != 3:
         return [f"{path}: the marks around the generated part are missing or doubled"]
-    found = _head_problems(path, parts[0], head(manifest, report))
-    found += _body_problems(path, parts[0].count("\n") + 1, parts[1], generated)
+    mistakes = _head_problems(path, parts[0], head(manifest, report))
+    mistakes += _body_problems(path, parts[0].count("\n") + 1, parts[1], generated)
     numbers = set(DECIMAL.findall(generated))
     for number in DECIMAL.findall(parts[2]):
         if number not in numbers:
-            found.append(f"{path}: {number} in the added text is not a number of the generated part")
-    return found
+            mistakes.append(f"{path}: {number} in the added text is not a number of the generated part")
+    return mistakes
 
 
 def _head_problems(path: Path, text: str, expected: Mapping[str, Any]) -> list[str]:
@@ -318,23 +318,23 @@ def _head_problems(path: Path, text: str, expected: Mapping[str, Any]) -> list[s
 
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
-        found = YAML(typ="safe", pure=True).load(match[1]) if match else None
+        stated = YAML(typ="safe", pure=True).load(match[1]) if match else None
     except YAMLError as error:
         return [f"{path}: the head is not valid YAML: {error}"]
-    if not isinstance(found, dict):
+    if not isinstance(stated, dict):
         return [f"{path}: has no YAML head"]
     return [
-        f"{path}: {key} is {json.dumps(found.get(key), default=str)}, {REPORT} and {MANIFEST} give {json.dumps(value)}"
+        f"{path}: {key} is {json.dumps(stated.get(key), default=str)}, {REPORT} and {MANIFEST} give {json.dumps(value)}"
         for key, value in expected.items()
-        if found.get(key) != value
+        if stated.get(key) != value
     ]
 
 
 def _body_problems(path: Path, above: int, text: str, expected: str) -> list[str]:
-    found = []
+    mistakes = []
     have, want = text.split("\n"), expected.split("\n")
     for change, start, stop, first, last in difflib.SequenceMatcher(None, have, want, autojunk=False).get_opcodes():
         if change != "equal":
             is_text, should = " / ".join(have[start:stop]) or "nothing", " / ".join(want[first:last]) or "nothing"
-            found.append(f"{path}:{above + start + 1}: is {is_text!r}, {REPORT} and {MANIFEST} give {should!r}")
-    return found
+            mistakes.append(f"{path}:{above + start + 1}: is {is_text!r}, {REPORT} and {MANIFEST} give {should!r}")
+    return mistakes

@@ -181,18 +181,18 @@ def lines(job: Job) -> list[str]:
     if job.plan is None:
         return [f"{job.model}: cannot be built: {job.problem}"]
     size = "" if job.facts["padded_to"] is None else f", padded {job.facts['intermediate']} -> {job.facts['padded_to']}"
-    found = [
+    text = [
         f"{job.model}: licence {job.facts['licence'] or 'unknown'}, {'tied' if job.facts['tied_head'] else 'own'} head{size}"
     ]
     for artifact in job.plan.artifacts:
         sizes = job.facts["tensor_parallel"].get(artifact.name)
         parallel = f"; TP {_shown(sizes['vllm'])} (unpadded {_shown(sizes['without_padding'])})" if sizes else ""
         fallbacks = f"; {len(artifact.fallbacks)} K-quant fallbacks" if artifact.fallbacks else ""
-        found.append(
+        text.append(
             f"  {artifact.size:>15,}  {artifact.folder}/ {artifact.name}, {len(artifact.files)} files{parallel}{fallbacks}"
         )
-    found.append(f"  memory about {job.plan.memory / 1e9:.1f} GB, disk {job.plan.disk:,} bytes")
-    return found
+    text.append(f"  memory about {job.plan.memory / 1e9:.1f} GB, disk {job.plan.disk:,} bytes")
+    return text
 
 
 def _shown(sizes: Sequence[int]) -> str:

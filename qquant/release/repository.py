@@ -146,12 +146,12 @@ class ReleaseSource:
         """
         if content.get("schema") != SOURCE_SCHEMA:
             raise InputError(f"{where}: is not a record that this version of qquant understands")
-        found = typed(cls, dict(content), where)
-        if found.licence_file and found.licence_file.name not in LICENCES:
+        facts = typed(cls, dict(content), where)
+        if facts.licence_file and facts.licence_file.name not in LICENCES:
             raise InputError(
-                f"{where}: licence_file.name: {shortened(found.licence_file.name)} is not one of {', '.join(LICENCES)}"
+                f"{where}: licence_file.name: {shortened(facts.licence_file.name)} is not one of {', '.join(LICENCES)}"
             )
-        return found
+        return facts
 
     def to_json(self) -> bytes:
         """The file."""
@@ -161,14 +161,14 @@ class ReleaseSource:
 def card_facts(path: Path) -> dict[str, str | tuple[str, ...]]:
     """Licence, language and tags of a card's YAML head; empty where there is no card, or no readable head."""
     head = card_head(path)
-    found: dict[str, str | tuple[str, ...]] = {}
+    facts: dict[str, str | tuple[str, ...]] = {}
     for key in CARD_KEYS:
         value = head.get(key)
         if isinstance(value, str):
-            found[key] = value
+            facts[key] = value
         elif isinstance(value, list | tuple):
-            found[key] = tuple(str(item) for item in value if isinstance(item, str | int | float))
-    return found
+            facts[key] = tuple(str(item) for item in value if isinstance(item, str | int | float))
+    return facts
 
 
 def read_release(folder: Path, only: Sequence[str] = ()) -> Release:

@@ -51,18 +51,18 @@ class Axis:
     def ticks(self, most: int = 7) -> list[float]:
         """Round values inside, 1-2-5 where there is room, else powers of ten; finer ones where an axis is short."""
         for steps in ((1, 2, 5), (1, 3), (1,)):
-            found = self._inside(steps)
-            if len(found) <= most:
+            ticks = self._inside(steps)
+            if len(ticks) <= most:
                 break
-        found = found or self._inside((1.5, 3, 4, 6, 7, 8, 9))
-        stride = -(-len(found) // most)
-        return found[::stride]
+        ticks = ticks or self._inside((1.5, 3, 4, 6, 7, 8, 9))
+        stride = -(-len(ticks) // most)
+        return ticks[::stride]
 
     def _inside(self, steps: Sequence[float]) -> list[float]:
         """Multiples of powers of ten that the axis shows."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        found = [step * 10.0**power for power in powers for step in steps]
-        return [value for value in found if self.low <= value <= self.high]
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        return [value for value in ticks if self.low <= value <= self.high]
 
 
 def render(report: Report) -> str:
@@ -203,8 +203,8 @@ def _marks(axis: Axis) -> list[tuple[float, float]]:
 
 def _place(name: str) -> tuple[int, str] | None:
     """(block, linear) of a weight's name, such as (3, "mlp.up_proj")."""
-    found = re.search(r"(?:^|\.)(\d{1,4})\.(.{1,80})\.weight$", name)
-    return (int(found[1]), found[2]) if found else None
+    match = re.search(r"(?:^|\.)(\d{1,4})\.(.{1,80})\.weight$", name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def _heat(artifact: ArtifactReport) -> dict[str, Any]:
@@ -250,8 +250,8 @@ def _slices(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
     shown = [artifact for artifact in artifacts if artifact.slices]
     if not shown:
         return None
-    found = slices.by_name(shown)
-    rows = [[(artifact, one, _shade(one)) for artifact, one in zip(shown, row, strict=True) if one] for row in found]
+    by_row = slices.by_name(shown)
+    rows = [[(artifact, one, _shade(one)) for artifact, one in zip(shown, row, strict=True) if one] for row in by_row]
     return {"artifacts": shown, "rows": rows, "legend": slices.LEGEND, "title": slices.TITLE}
 
 
@@ -268,12 +268,12 @@ def _shade(one: SliceReport) -> int | None:
 
 def _headroom(artifacts: Sequence[ArtifactReport]) -> list[tuple[ArtifactReport, float, int]]:
     """Per artifact its largest share of what fp16 can hold, and the block."""
-    found = []
+    worst = []
     for artifact in artifacts:
         if artifact.headroom:
             block = max(range(len(artifact.headroom)), key=artifact.headroom.__getitem__)
-            found.append((artifact, artifact.headroom[block], block))
-    return found
+            worst.append((artifact, artifact.headroom[block], block))
+    return worst
 
 
 def _histogram(artifact: ArtifactReport) -> dict[str, Any]:

@@ -284,9 +284,9 @@ class Report:
             lines += ["", f"## {title}", "", *entries] if entries else []
         kept = slices.table(self.artifacts)
         lines += ["", f"## {slices.TITLE}", "", *kept] if kept else []
-        for title, found in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
-            if found:
-                lines += ["", f"## {title}", "", *(f"- {markdown(line)}" for line in found)]
+        for title, lines_of in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
+            if lines_of:
+                lines += ["", f"## {title}", "", *(f"- {markdown(line)}" for line in lines_of)]
         return "\n".join(lines) + "\n"
 
     def condition_lines(self) -> list[str]:

@@ -58,11 +58,11 @@ def _share(one: SliceReport) -> float:
 
 def line(artifact: ArtifactReport) -> str:
     """One line on the worst slice; empty where none was judged."""
-    found = worst(artifact.slices)
-    if found is None or found.relative is None:
+    reading = worst(artifact.slices)
+    if reading is None or reading.relative is None:
         return ""
     return in_line(
-        f"{artifact.name}: worst slice {found.name}, {comparison(found)} (limit {found.limit:.3g}): {found.standing}"
+        f"{artifact.name}: worst slice {reading.name}, {comparison(reading)} (limit {reading.limit:.3g}): {reading.standing}"
     )
 
 

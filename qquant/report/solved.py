@@ -76,11 +76,11 @@ def checksums(entries: Iterable[Solved]) -> dict[str, str]:
 
 def warnings_of(entries: Sequence[Solved]) -> list[str]:
     """What a reader should know of the solve: fallbacks, raised damping, dead channels, too few tokens, range."""
-    found = _too_few_tokens([linear for linear in linears(entries) if _above(linear.inputs, linear.tokens)])
+    warnings = _too_few_tokens([linear for linear in linears(entries) if _above(linear.inputs, linear.tokens)])
     for entry in entries:
         lines = _of_linear(entry) if isinstance(entry, LinearRecord) else _of_block(entry)
-        found += [f"{entry.name}: {line}" for line in lines]
-    return found
+        warnings += [f"{entry.name}: {line}" for line in lines]
+    return warnings
 
 
 def _too_few_tokens(short: Sequence[LinearRecord]) -> list[str]:

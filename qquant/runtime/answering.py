@@ -73,11 +73,11 @@ class Answerer:
 
     def _stops(self) -> list[int]:
         settings = self.model.generation_config.eos_token_id
-        found = list(settings) if isinstance(settings, list | tuple) else [settings]
-        found += self.tokenizer.eos
+        stops = list(settings) if isinstance(settings, list | tuple) else [settings]
+        stops += self.tokenizer.eos
         if self.tokenizer.template is not None:
-            found.append(self.tokenizer.end_of_turn)
-        return sorted({stop for stop in found if stop is not None})
+            stops.append(self.tokenizer.end_of_turn)
+        return sorted({stop for stop in stops if stop is not None})
 
     def paths(self) -> dict[str, str]:
         """What runs for every linear."""

@@ -152,8 +152,8 @@ class GraphDecoder:
             return
         for row, (rest, start) in enumerate(zip(rests, starts, strict=True)):
             for first in range(0, len(rest), PREFILL):
-                found = stepper.extend([rest[first : first + PREFILL]], [start + first], [row])
-            self.logits[row].copy_(found[0])
+                logits = stepper.extend([rest[first : first + PREFILL]], [start + first], [row])
+            self.logits[row].copy_(logits[0])
 
     # -- the cache
 

@@ -31,9 +31,9 @@ class _Outputs(tuple[Tensor, ...]):
 
     @classmethod
     def of(cls, whole: Tensor, widths: Sequence[int]) -> _Outputs:
-        found = cls(whole.split(list(widths), dim=-1) if len(widths) > 1 else (whole,))
-        found.whole = whole
-        return found
+        outputs = cls(whole.split(list(widths), dim=-1) if len(widths) > 1 else (whole,))
+        outputs.whole = whole
+        return outputs
 
 
 def _whole(outputs: Sequence[Tensor]) -> Tensor:

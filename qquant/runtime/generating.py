@@ -115,7 +115,7 @@ def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> ModelWe
     for index in range(config.layers):
         prefix, shapes = family.block.format(index), family.linear_shapes(config, index)
         held = {stage.name: _held([module(prefix + name) for name in stage.linears]) for stage in family.stages}
-        linears = {name: found for name, found in held.items() if found is not None}
+        linears = {name: stage for name, stage in held.items() if stage is not None}
         if len(linears) < len(held):
             return None
         layers.append(
@@ -202,15 +202,15 @@ def _is_batch(ids: Any) -> bool:
 def _settings(models: Any, config: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Every setting of the generation, None if one is not known here."""
     usual: dict[str, Any] = getattr(models, "_get_default_generation_params", dict)()
-    found: dict[str, Any] = dict.fromkeys(READ) | usual
+    settings: dict[str, Any] = dict.fromkeys(READ) | usual
     for source in (models, config):
         values = source.to_dict() if source is not None else {}
-        found |= {key: value for key, value in values.items() if value is not None}
-    found |= given
-    for key, value in found.items():
+        settings |= {key: value for key, value in values.items() if value is not None}
+    settings |= given
+    for key, value in settings.items():
         if key not in READ | WITHOUT_EFFECT and value is not None and value != usual.get(key):
             return None
-    return found if found.get("use_cache", True) else None
+    return settings if settings.get("use_cache", True) else None
 
 
 def _room(settings: Mapping[str, Any], length: int, given: Mapping[str, Any]) -> int | None:
@@ -254,13 +254,13 @@ def _prompts(ids: Tensor, mask: Any, pad: int | None, stops: Sequence[int]) -> t
         return tuple(map(tuple, rows))
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return None
-    found = []
+    prompts = []
     for row, there in zip(rows, mask.tolist(), strict=True):
         count = sum(map(bool, there))
         if not count or not all(there[len(row) - count :]):
             return None
-        found.append(tuple(row[len(row) - count :]))
-    return tuple(found)
+        prompts.append(tuple(row[len(row) - count :]))
+    return tuple(prompts)
 
 
 # -- the answer

@@ -107,14 +107,14 @@ def _fill(
     source: WeightSource,
     layer: int,
     vectors: Mapping[str, Tensor],
-    found: Mapping[str, Sequence[nn.Module]],
+    by_stage: Mapping[str, Sequence[nn.Module]],
 ) -> None:
     family, prefix = source.family, source.family.block.format(layer)
     shapes = family.linear_shapes(source.config, layer)
     for name, vector in vectors.items():
         _give(model, prefix + name, vector)
     for stage in family.stages:
-        modules = found[stage.name]
+        modules = by_stage[stage.name]
         if len(modules) == len(stage.linears):
             for linear, module in zip(stage.linears, modules, strict=True):
                 _place(model, prefix + linear, module)
@@ -134,10 +134,10 @@ def _open(path: str | Path) -> WeightSource:
 def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
     if wanted is None:
         wanted = raw.get("dtype", raw.get("torch_dtype")) or "bfloat16"
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(found, torch.dtype) or found not in DTYPES:
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise UsageError(f"dtype {wanted!r}: activations are bfloat16, float16 or float32")
-    return found
+    return dtype
 
 
 def _raw_config(source: Any) -> dict[str, Any]:
@@ -165,13 +165,13 @@ SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
 
 def paths(model: nn.Module) -> dict[str, str]:
     """Linear (or fused linears, or embedding) -> what the file holds and what runs, in words."""
-    found = {}
+    by_module = {}
     for name, module in model.named_modules():
         if isinstance(module, RuntimeLinear):
-            found[name.removesuffix(".whole")] = module.extra_repr()
+            by_module[name.removesuffix(".whole")] = module.extra_repr()
         elif isinstance(module, QuantEmbedding):
-            found[name] = f"{module.bits} bit; rows dequantized when they are asked for"
-    return found
+            by_module[name] = f"{module.bits} bit; rows dequantized when they are asked for"
+    return by_module
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -87,8 +87,8 @@ class Loader:
 
     def integers(self, name: str) -> Integers | None:
         """What the operators take, if they take it."""
-        found = self.artifact.integers(name, self.device) if self.artifact else None
-        return found if found is not None and _fits(found) else None
+        integers = self.artifact.integers(name, self.device) if self.artifact else None
+        return integers if integers is not None and _fits(integers) else None
 
     def stored_as(self, names: Sequence[str]) -> str:
         """For people: what the file holds."""

@@ -82,11 +82,11 @@ class RowFactors(Mapping[str, tuple[Tensor, ...]]):
         return RowFactors(self.parts, self.device, scales)
 
     def __getitem__(self, linear: str) -> tuple[Tensor, ...]:
-        found = [read_tensor(part).to(self.device).float() for part in self.parts[linear]]
+        factors = [read_tensor(part).to(self.device).float() for part in self.parts[linear]]
         if linear in self.scales:
-            scales = self.scales[linear].split([len(part) for part in found])
-            found = [part * scale[:, None] * scale for part, scale in zip(found, scales, strict=True)]
-        return tuple(found)
+            scales = self.scales[linear].split([len(part) for part in factors])
+            factors = [part * scale[:, None] * scale for part, scale in zip(factors, scales, strict=True)]
+        return tuple(factors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -125,10 +125,10 @@ class Curvature:
 
     def tables(self, device: torch.device) -> Tables:
         """What is known of the embedding and the head, on `device`."""
-        found = {key: read_tensor(info) for key, info in read_header(_path(self.folder, OUTSIDE))[0].items()}
-        tokens, spread, largest = found["sums"].tolist()
-        lookup, head = (found[key].to(device) for key in ("lookup", "head"))
-        return Tables(lookup, head, found["counts"], found["predicted"], int(tokens), spread, largest)
+        stored = {key: read_tensor(info) for key, info in read_header(_path(self.folder, OUTSIDE))[0].items()}
+        tokens, spread, largest = stored["sums"].tolist()
+        lookup, head = (stored[key].to(device) for key in ("lookup", "head"))
+        return Tables(lookup, head, stored["counts"], stored["predicted"], int(tokens), spread, largest)
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ def measure(
     Raises:
         NumericalError: a gradient is not finite.
     """
-    found = Curvature(folder, {place: len(sample) for place, sample in samples.items()})
+    curvature = Curvature(folder, {place: len(sample) for place, sample in samples.items()})
     layers = source.config.layers
     if _complete(folder, layers):
-        return found
+        return curvature
     make_folder(folder)
     head = head_share(source.family, source.config)
 
@@ -216,7 +216,7 @@ def measure(
             tell(layers + head + BACKWARD * (layers - layer))
         later(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
     write_synced(folder / "complete", json.dumps(digests).encode())
-    return found
+    return curvature
 
 
 def head_share(family: Family, config: ModelConfig) -> int:

@@ -58,7 +58,7 @@ class Layers:
 
     def _placed(self, layer: int, block: dict[str, Tensor]) -> dict[str, Tensor]:
         """A dictionary of the caller's own; copies to the card are made here, in the main thread."""
-        found = self.kept.get(layer) or {name: value.to(self.device) for name, value in block.items()}
+        weights = self.kept.get(layer) or {name: value.to(self.device) for name, value in block.items()}
         if self.keeps:
-            self.kept[layer] = found
-        return dict(found)
+            self.kept[layer] = weights
+        return dict(weights)

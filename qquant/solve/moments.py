@@ -82,7 +82,7 @@ def require_fit(given: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
     for layer in range(checkpoint.config.layers):
         for linear, (_, columns) in family.linear_shapes(checkpoint.config, layer).items():
             name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")
-            found = given.importance(name)
-            if found is None or len(found) != columns:
-                has = "no entry" if found is None else f"{len(found)} values"
+            importance = given.importance(name)
+            if importance is None or len(importance) != columns:
+                has = "no entry" if importance is None else f"{len(importance)} values"
                 raise InputError(f"{path}: {has} for {name}, which has {columns} inputs; was it made from this model?")

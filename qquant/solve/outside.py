@@ -183,9 +183,9 @@ class _Table:
             if not len(chosen):
                 continue
             problem = Problem({self.name: weight[chosen]}, kind.gram, self.grid, self.draft.plan.spec)
-            found = solve(problem, self.draft.plan.spec.steps)
-            self._note(problem, found)
-            quantized = found.quantized(problem)[self.name]
+            solution = solve(problem, self.draft.plan.spec.steps)
+            self._note(problem, solution)
+            quantized = solution.quantized(problem)[self.name]
             values[chosen] = quantized.dequantize()
             for name, piece in self.format.pack(self.draft.plan, self.name, quantized).items():
                 whole = stored.setdefault(name, piece.new_empty((len(weight), *piece.shape[1:])))
@@ -198,13 +198,13 @@ class _Table:
             self.draft.later(partial(self.filling.put, name, offset, whole.cpu()))
             self.offsets[name] = offset + whole.nbytes
 
-    def _note(self, problem: Problem, found: Solution) -> None:
+    def _note(self, problem: Problem, solution: Solution) -> None:
         energy = problem.energy[self.name]
         self.energy += energy
-        for step, errors in found.steps.items():
+        for step, errors in solution.steps.items():
             self.errors[step] = self.errors.get(step, 0.0) + errors[self.name] * energy
-        self.damping.append(found.damping)
-        self.fallbacks += found.fallbacks.values()
+        self.damping.append(solution.damping)
+        self.fallbacks += solution.fallbacks.values()
 
     def finish(self, kinds: Sequence[Kind]) -> None:
         """Have the unit journalled, with what a record says of a linear; errors are means over the rows by their energy."""

@@ -43,7 +43,7 @@ def rounding_of(damping: float) -> Rounding:
     """How a search for folded scales foresees what will be written."""
 
     def cost(gram: Gram) -> Tensor:
-        return rounding_weight(replace(gram, factors={}), damping)
+        return rounding_weight(replace(gram, cholesky={}), damping)
 
     def solve(linears: Mapping[str, Tensor], gram: Gram, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
         values = {}
@@ -51,7 +51,7 @@ def rounding_of(damping: float) -> Rounding:
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             codes, params = on_searched_scales(same, gram, grid, damping)
             for linear, part in parts(same, codes).items():
-                values[linear] = value_of(part, *params[linear].levels(), grid)
+                values[linear] = value_of(part, *params[linear].step_and_offset(), grid)
         return values
 
     return Rounding(cost, solve)
@@ -83,8 +83,8 @@ def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor] |
     """Kept on a GPU, which has room for it."""
     if not rows:
         return None
-    found = _Curvatures(linears, rows)
-    return list(found) if next(iter(linears.values())).is_cuda else found
+    curvatures = _Curvatures(linears, rows)
+    return list(curvatures) if next(iter(linears.values())).is_cuda else curvatures
 
 
 def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
@@ -164,15 +164,15 @@ class Solver:
             gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
         spec = self.draft.plan.spec
         problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone)
-        found = solve(problem, spec.steps)
+        solution = solve(problem, spec.steps)
         values = {}
-        for linear, quantized in found.quantized(problem).items():
+        for linear, quantized in solution.quantized(problem).items():
             chosen = widened_codes(quantized, self.shapes[linear])
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
             if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
-            self._note(linear, value, gram, **found.facts(linear), damping_asked=spec.damping)
+            self._note(linear, value, gram, **solution.facts(linear), damping_asked=spec.damping)
         return values
 
     def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:

@@ -91,8 +91,8 @@ class Checkpoint:
             raise InputError(f"{path}: is already quantized ({method}); give the 16-bit checkpoint")
         family = family_of(raw, str(path / "config.json"))
         config = parse_config(raw, str(path / "config.json"))
-        found, digest = read_tensors(path)
-        tensors, ignored = _verify(path, family, config, found)
+        present, digest = read_tensors(path)
+        tensors, ignored = _verify(path, family, config, present)
         digest.update(json.dumps(raw, sort_keys=True).encode())
         base = digest.hexdigest()
         lora = Adapter.open(adapter, {name: info.shape for name, info in tensors.items()}) if adapter else None
@@ -243,15 +243,15 @@ def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
 
 
 def _single(path: Path) -> dict[Path, set[str]]:
-    found = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors"))
     model = path / "model.safetensors"
-    if model in found:
+    if model in files:
         return {model: set()}
-    if len(found) == 1 and "-of-" not in found[0].name:
-        return {found[0]: set()}
-    if found:
+    if len(files) == 1 and "-of-" not in files[0].name:
+        return {files[0]: set()}
+    if files:
         raise InputError(
-            f"{path}: {len(found)} safetensors files without model.safetensors.index.json. Download the index"
+            f"{path}: {len(files)} safetensors files without model.safetensors.index.json. Download the index"
         )
     pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if pickles:
@@ -263,30 +263,30 @@ def _single(path: Path) -> dict[Path, set[str]]:
 
 
 def _verify(
-    path: Path, family: Family, config: ModelConfig, found: Mapping[str, TensorInfo]
+    path: Path, family: Family, config: ModelConfig, present: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     expected = family.shapes(config)
     problems = []
     for name, shape in expected.items():
-        if name not in found:
+        if name not in present:
             problems.append(f"{name} is missing; the config implies {list(shape)}")
-        elif found[name].shape != shape:
+        elif present[name].shape != shape:
             problems.append(
-                f"{name} in {found[name].file.name} is {list(found[name].shape)}; the config implies {list(shape)}"
+                f"{name} in {present[name].file.name} is {list(present[name].shape)}; the config implies {list(shape)}"
             )
-        elif found[name].dtype not in FLOATS:
+        elif present[name].dtype not in FLOATS:
             problems.append(
-                f"{name} in {found[name].file.name} is {found[name].dtype}; expected one of {', '.join(FLOATS)}"
+                f"{name} in {present[name].file.name} is {present[name].dtype}; expected one of {', '.join(FLOATS)}"
             )
-    extra = sorted(name for name in found if name not in expected and not name.endswith(family.ignored))
+    extra = sorted(name for name in present if name not in expected and not name.endswith(family.ignored))
     tied_copy = [
         name
         for name in extra
-        if name == family.head and config.tied and found[name].shape == expected[family.embedding]
+        if name == family.head and config.tied and present[name].shape == expected[family.embedding]
     ]
     unknown = [name for name in extra if name not in tied_copy]
-    problems += [f"{name} in {found[name].file.name} is not a tensor of this model" for name in unknown]
-    dtypes = {found[name].dtype for name in family.matrices(config) if name in found}
+    problems += [f"{name} in {present[name].file.name} is not a tensor of this model" for name in unknown]
+    dtypes = {present[name].dtype for name in family.matrices(config) if name in present}
     if len(dtypes & set(FLOATS)) > 1:
         problems.append(f"linear weights have several dtypes: {', '.join(sorted(dtypes))}")
     if problems:
@@ -295,4 +295,4 @@ def _verify(
         raise InputError(
             f"{path}: tensors and config.json disagree ({len(problems)}):{shown}{more}\nCheck the numbers in config.json"
         )
-    return {name: found[name] for name in expected} | {name: found[name] for name in tied_copy}, tuple(tied_copy)
+    return {name: present[name] for name in expected} | {name: present[name] for name in tied_copy}, tuple(tied_copy)

@@ -163,10 +163,10 @@ def tokenizer_maker() -> Callable[[str], Any]:
     import tokenizers
 
     def made(text: str) -> Any:
-        found = tokenizers.Tokenizer.from_str(text)
-        found.no_truncation()
-        found.no_padding()
-        return found
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     return made
 
@@ -175,13 +175,13 @@ def serve_tokenizer(tokenizer: Any, request: dict[str, Any], content: bytes) -> 
     """`describe`; `encode` texts of these `sizes` to u32 ids; `decode` u32 ids to text."""
     if request["do"] == "encode":
         tokenizer.encode_special_tokens = not request["special"]
-        found, place = [], 0
+        encoded, place = [], 0
         for size in request["sizes"]:
             text = content[place : place + size].decode("utf-8", "surrogatepass")
-            found.append(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            encoded.append(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
             place += size
-        ids = [number for one in found for number in one]
-        return {"counts": [len(one) for one in found]}, struct.pack(f"<{len(ids)}I", *ids)
+        ids = [number for one in encoded for number in one]
+        return {"counts": [len(one) for one in encoded]}, struct.pack(f"<{len(ids)}I", *ids)
     if request["do"] == "decode":
         given = struct.unpack(f"<{len(content) // 4}I", content)
         return {}, tokenizer.decode(given, skip_special_tokens=False).encode("utf-8", "surrogatepass")

@@ -62,8 +62,8 @@ def transport_error() -> type[Exception]:
     """What the hub's client raises when a request fails, HTTP statuses among them; which library is below depends on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    found: type[Exception] = HfHubHTTPError.__mro__[1]
-    return found
+    error: type[Exception] = HfHubHTTPError.__mro__[1]
+    return error
 
 
 def require_model_folder(path: Path) -> None:
@@ -73,10 +73,10 @@ def require_model_folder(path: Path) -> None:
     models = sorted(file.name for file in path.glob("*.gguf"))
     folders = sorted(f"{file.parent.name}/" for file in path.glob("*/config.json"))
     folders += sorted(f"{file.parent.name}/{file.name}" for file in path.glob("*/*.gguf"))
-    for found in (models, folders):
-        if found:
-            more = f", and {len(found) - 6} more" if len(found) > 6 else ""
-            raise InputError(f"{path}: holds {', '.join(found[:6])}{more}; name one, e.g. {path / found[0]}")
+    for names in (models, folders):
+        if names:
+            more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+            raise InputError(f"{path}: holds {', '.join(names[:6])}{more}; name one, e.g. {path / names[0]}")
     raise InputError(f"{path}: has no config.json, so it is no model folder. Copy it from the original checkpoint")
 
 

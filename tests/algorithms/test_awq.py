@@ -86,10 +86,10 @@ def test_loss_is_the_output_error_over_all_tokens(make_checkpoint):
     for linear in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
         weight = weights[linear].float()
         wide = weight * scale
-        levels = GRID.fit(wide).levels()
+        levels = GRID.fit(wide).step_and_offset()
         rounded = value_of(nearest(wide, *levels, GRID), *levels, GRID) / scale
         error += float((inputs["gate_up"] @ (rounded - weight).T).square().sum())
-        levels = GRID.fit(weight).levels()
+        levels = GRID.fit(weight).step_and_offset()
         plain += float(
             (inputs["gate_up"] @ (value_of(nearest(weight, *levels, GRID), *levels, GRID) - weight).T).square().sum()
         )
@@ -104,7 +104,7 @@ def test_a_pair_that_gains_nothing_is_left_alone(make_checkpoint):
     exact = UniformGrid(8, 32, symmetric=False, search="minmax")
     for stage in checkpoint.family.stages:  # weights already on the grid: rounding costs nothing without scaling
         for linear in stage.linears:
-            levels = exact.fit(weights[f"{linear}.weight"].float()).levels()
+            levels = exact.fit(weights[f"{linear}.weight"].float()).step_and_offset()
             weights[f"{linear}.weight"] = value_of(
                 nearest(weights[f"{linear}.weight"].float(), *levels, exact), *levels, exact
             )

@@ -30,16 +30,16 @@ def solved(request):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(4, 32, request.param, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
     return weight, gram, with_damping(gram.matrix, 0.01), codes, params, grid
 
 
 def test_a_sweep_lowers_the_loss_of_every_row_it_changes(solved):
     weight, _, damped, codes, params, grid = solved
-    before = loss(weight, damped, codes, params.levels(), grid)
+    before = loss(weight, damped, codes, params.step_and_offset(), grid)
     for shift in (False, True):
-        codes, earlier = descent.sweep(weight, damped, codes, params.levels(), grid, shift), codes
-        after = loss(weight, damped, codes, params.levels(), grid)
+        codes, earlier = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift), codes
+        after = loss(weight, damped, codes, params.step_and_offset(), grid)
         changed = (codes != earlier).any(1)
         assert bool((after <= before * (1 + 1e-5)).all())
         assert bool((after[~changed] == before[~changed]).all())
@@ -48,10 +48,10 @@ def test_a_sweep_lowers_the_loss_of_every_row_it_changes(solved):
 
 def test_sweeps_gain_on_gptq(solved):
     weight, _, damped, codes, params, grid = solved
-    before = float(loss(weight, damped, codes, params.levels(), grid).sum())
+    before = float(loss(weight, damped, codes, params.step_and_offset(), grid).sum())
     for count in range(2):
-        codes = descent.sweep(weight, damped, codes, params.levels(), grid, count == 1)
-    assert float(loss(weight, damped, codes, params.levels(), grid).sum()) < 0.99 * before
+        codes = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, count == 1)
+    assert float(loss(weight, damped, codes, params.step_and_offset(), grid).sum()) < 0.99 * before
 
 
 @pytest.mark.parametrize(("bits", "sizes"), [(2, [32] * 5), (4, [128, 32])], ids=["few levels", "wide, a rest"])
@@ -59,13 +59,13 @@ def test_blocks_are_narrower_where_levels_are_few(bits, sizes):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(bits, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes, damped = gptq(weight, gram, params.levels(), grid, 0.01), with_damping(gram.matrix, 0.01)
+    codes, damped = gptq(weight, gram, params.step_and_offset(), grid, 0.01), with_damping(gram.matrix, 0.01)
     stacks = descent.blocks_of(damped, False, grid).blocks[::3]
     assert [len(block) for stack in stacks for block in stack] == sizes
-    before = loss(weight, damped, codes, params.levels(), grid)
+    before = loss(weight, damped, codes, params.step_and_offset(), grid)
     for shift in (False, True):
-        codes = descent.sweep(weight, damped, codes, params.levels(), grid, shift)
-    assert float(loss(weight, damped, codes, params.levels(), grid).sum()) < 0.99 * float(before.sum())
+        codes = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift)
+    assert float(loss(weight, damped, codes, params.step_and_offset(), grid).sum()) < 0.99 * float(before.sum())
 
 
 def test_a_block_target_is_the_least_squares_answer(solved, monkeypatch):
@@ -74,11 +74,11 @@ def test_a_block_target_is_the_least_squares_answer(solved, monkeypatch):
     seen = []
     block = descent.gptq_block
     monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
-    descent.sweep(weight, damped, codes, params.levels(), grid, shift=False)
+    descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift=False)
     first = torch.arange(descent.BLOCK)
     first = first[torch.argsort(damped.diagonal()[first], descending=True, stable=True)]
     rest = torch.arange(descent.BLOCK, weight.shape[1])
-    h, error = damped.double(), (value_of(codes, *params.levels(), grid) - weight).double()
+    h, error = damped.double(), (value_of(codes, *params.step_and_offset(), grid) - weight).double()
     answer = weight[:, first].double() - torch.linalg.solve(h[first][:, first], h[first][:, rest] @ error[:, rest].T).T
     assert torch.allclose(seen[0].double(), answer, atol=1e-3)
 
@@ -103,8 +103,8 @@ def test_refit_keeps_rows_that_would_lose(solved):
     again = descent.refit(weight, damped, codes, best)
     assert bool(
         (
-            loss(weight, damped, codes, again.levels(), grid)
-            <= loss(weight, damped, codes, best.levels(), grid) * (1 + 1e-6)
+            loss(weight, damped, codes, again.step_and_offset(), grid)
+            <= loss(weight, damped, codes, best.step_and_offset(), grid) * (1 + 1e-6)
         ).all()
     )
     silent = descent.refit(
@@ -148,7 +148,7 @@ def curvature(*sizes):
 def test_a_coupled_sweep_lowers_the_loss_over_rows_and_columns(solved):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(16, 8)
-    levels = params.levels()
+    levels = params.step_and_offset()
     damped = [part + coupled.DAMPING * part.diagonal().mean() * torch.eye(len(part)) for part in rows]
     before = coupled_loss(weight, gram, damped, codes, levels, grid)
     for shift in (False, True, False):
@@ -161,7 +161,7 @@ def test_a_coupled_sweep_lowers_the_loss_over_rows_and_columns(solved):
 def test_coupled_rows_gain_where_the_curvature_says_so(solved):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(16, 8)
-    levels = params.levels()
+    levels = params.step_and_offset()
     alone = both = codes
     for count in range(2):
         alone = descent.sweep(weight, gram, alone, levels, grid, count == 1)
@@ -177,9 +177,9 @@ def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved, monkeypa
     seen = []
     block = descent.gptq_block
     monkeypatch.setattr(descent, "gptq_block", lambda target, *rest: seen.append(target) or block(target, *rest))
-    coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    coupled.sweep(weight, gram, codes, params.step_and_offset(), grid, False, rows)
     columns = descent.blocks_of(gram, False, grid).order[: descent.BLOCK]
-    value = value_of(codes, *params.levels(), grid).double()
+    value = value_of(codes, *params.step_and_offset(), grid).double()
     for place in (0, 1):
         damped = (rows[place] + coupled.DAMPING * rows[place].diagonal().mean() * torch.eye(12)).double()
         mine, subset = slice(12 * place, 12 * place + 12), torch.arange(0, 12, coupled.PARTS)
@@ -193,10 +193,12 @@ def test_the_target_of_coupled_rows_is_the_least_squares_answer(solved, monkeypa
 def test_batches_of_rows_give_the_codes_of_each_alone(solved, monkeypatch):
     weight, _, gram, codes, params, grid = solved
     rows = curvature(8, 5, 8, 3)
-    together = coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    together = coupled.sweep(weight, gram, codes, params.step_and_offset(), grid, False, rows)
     monkeypatch.setitem(POLICIES, "cpu", replace(POLICIES["cpu"], swept=1))
     assert (
-        float((coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows) == together).float().mean())
+        float(
+            (coupled.sweep(weight, gram, codes, params.step_and_offset(), grid, False, rows) == together).float().mean()
+        )
         > 0.999
     )
 
@@ -204,7 +206,7 @@ def test_batches_of_rows_give_the_codes_of_each_alone(solved, monkeypatch):
 def test_rows_without_curvature_are_left_alone(solved):
     weight, _, gram, codes, params, grid = solved
     rows = [curvature(16)[0], torch.zeros(8, 8)]
-    swept = coupled.sweep(weight, gram, codes, params.levels(), grid, False, rows)
+    swept = coupled.sweep(weight, gram, codes, params.step_and_offset(), grid, False, rows)
     assert torch.equal(swept[16:], codes[16:])
     assert not torch.equal(swept[:16], codes[:16])
 
@@ -214,28 +216,32 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
     weight, gram = problem(12, 512, 900)
     grid = quantize.grid(kind)
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
     damped = with_damping(gram.matrix, 0.01)
-    values = value_of(codes, *params.levels(), grid)
-    factors = params.factors(codes)
+    values = value_of(codes, *params.step_and_offset(), grid)
+    factors = params.linear_form(codes)
     made = sum(c.float().repeat_interleave(512 // c.shape[1], 1) * basis for c, basis in factors)
     assert torch.allclose(made, values, atol=1e-5)
     for integers in params.integers(codes):
         one_more = params.with_integers(integers.name, integers.values + 1)
-        assert torch.allclose(value_of(codes, *one_more.levels(), grid) - values, integers.unit, atol=1e-5)
-    before = loss(weight, damped, codes, params.levels(), grid)
+        assert torch.allclose(value_of(codes, *one_more.step_and_offset(), grid) - values, integers.unit, atol=1e-5)
+    before = loss(weight, damped, codes, params.step_and_offset(), grid)
     fitted = descent.refit(weight, damped, codes, params)
-    after = loss(weight, damped, codes, fitted.levels(), grid)
+    after = loss(weight, damped, codes, fitted.step_and_offset(), grid)
     assert bool((after <= before * (1 + 1e-5)).all())
-    chosen = descent.choose_integers(weight, damped, codes, fitted, lambda p: value_of(codes, *p.levels(), grid))
-    last = loss(weight, damped, codes, chosen.levels(), grid)
+    chosen = descent.choose_integers(
+        weight, damped, codes, fitted, lambda p: value_of(codes, *p.step_and_offset(), grid)
+    )
+    last = loss(weight, damped, codes, chosen.step_and_offset(), grid)
     assert bool((last <= after * (1 + 1e-5)).all())
     if kind in ("q2_k", "q3_k", "q4_k"):
         assert float(last.sum()) < 0.99 * float(before.sum())
     blocks = grid.pack(codes, chosen)
     again, stored = grid.unpack(blocks)
     assert torch.equal(again, codes)
-    assert torch.equal(value_of(again, *stored.levels(), grid), value_of(codes, *chosen.levels(), grid))
+    assert torch.equal(
+        value_of(again, *stored.step_and_offset(), grid), value_of(codes, *chosen.step_and_offset(), grid)
+    )
 
 
 @pytest.mark.gpu
@@ -244,12 +250,12 @@ def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
     weight, gram = problem(sum(rows), 256, 900)
     grid = UniformGrid(4, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.levels(), grid, 0.01)
+    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
     damped, matrices = with_damping(gram.matrix, 0.01), curvature(*rows)
     ends = []
     for device in ("cpu", "cuda"):
         given = [x.to(device) for x in (weight, damped, codes)]
-        levels = tuple(level.to(device) for level in params.levels())
+        levels = tuple(level.to(device) for level in params.step_and_offset())
         found = coupled.sweep(*given, levels, grid, False, [matrix.to(device) for matrix in matrices]).cpu()
-        ends.append(coupled_loss(weight, damped, matrices, found, params.levels(), grid))
+        ends.append(coupled_loss(weight, damped, matrices, found, params.step_and_offset(), grid))
     assert ends[1] == pytest.approx(ends[0], rel=0.01)

@@ -47,7 +47,7 @@ def by_definition(weight, gram, levels, grid, damping):
 def test_codes_are_those_of_the_definition(rows, columns, width, symmetric):
     weight, gram = problem(rows, columns, 4 * columns)
     grid = UniformGrid(4, width, symmetric, "minmax")
-    levels = grid.fit(weight).levels()
+    levels = grid.fit(weight).step_and_offset()
     ours = gptq(weight, gram, levels, grid, 0.01)
     slow = by_definition(weight, gram, levels, grid, 0.01)
     assert (ours == slow).float().mean() > 0.995  # ties apart
@@ -56,7 +56,7 @@ def test_codes_are_those_of_the_definition(rows, columns, width, symmetric):
 def test_blocks_do_not_change_the_answer(monkeypatch):
     weight, gram = problem(6, 128, 500)
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
-    levels = grid.fit(weight).levels()
+    levels = grid.fit(weight).step_and_offset()
     whole = gptq(weight, gram, levels, grid, 0.01)
     monkeypatch.setattr(sys.modules[factorize.__module__], "BLOCK", 16)
     assert (gptq(weight, gram, levels, grid, 0.01) == whole).float().mean() > 0.995
@@ -66,7 +66,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
 def test_output_error_is_far_below_round_to_nearest(seed):
     weight, gram = problem(32, 128, 600, seed)
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
-    levels = grid.fit(weight).levels()
+    levels = grid.fit(weight).step_and_offset()
 
     def loss(codes):
         return float(gram.energy(value_of(codes, *levels, grid) - weight).sum())
@@ -111,7 +111,7 @@ def test_dead_channels_are_rounded_to_nearest():
     weight, gram = problem(4, 32, 200)
     gram.matrix[7, :] = gram.matrix[:, 7] = 0
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
-    levels = grid.fit(weight).levels()
+    levels = grid.fit(weight).step_and_offset()
     assert torch.equal(gptq(weight, gram, levels, grid, 0.01)[:, 7], nearest(weight, *levels, grid)[:, 7])
 
 
@@ -119,7 +119,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     weight, gram = problem(4, 32, 200)
     gram.matrix = torch.diag(gram.matrix.diagonal())
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
-    levels = grid.fit(weight).levels()
+    levels = grid.fit(weight).step_and_offset()
     assert torch.equal(gptq(weight, gram, levels, grid, 0.01), nearest(weight, *levels, grid))
 
 

@@ -173,7 +173,7 @@ def test_what_cannot_be_told_is_inconclusive_and_without_a_limit_nothing_is_aske
     rows, verdict = slices.judge(found, None)
     assert verdict is None
     assert [row.standing for row in rows] == ["reference", "measured"]
-    assert rows[1].relative.value == pytest.approx(found[1].found.mean_kl / found[0].found.mean_kl)
+    assert rows[1].relative.value == pytest.approx(found[1].fidelity.mean_kl / found[0].fidelity.mean_kl)
     assert slices.judge([], 3.0) == ((), None)
 
 

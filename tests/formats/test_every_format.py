@@ -112,7 +112,7 @@ def test_round_trip(name, checkpoint, planned):
         grid = layout.grid_for(planned, weight, value.shape[1])
         assert not planned.stored[weight].numbers
         params = grid.fit(value, torch.rand(value.shape[1]) + 0.1)
-        found = QuantizedTensor(nearest(value, *params.levels(), grid), params, grid)
+        found = QuantizedTensor(nearest(value, *params.step_and_offset(), grid), params, grid)
         packed = layout.pack(planned, weight, found)
         for stored, tensor in packed.items():
             assert tensor.nbytes == places[stored].nbytes, stored

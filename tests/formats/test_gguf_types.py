@@ -90,7 +90,9 @@ def test_threads_do_not_matter():
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append((quantize(weight, "q4_k", importance), grid("q4_k").fit(weight, importance).levels()))
+            results.append(
+                (quantize(weight, "q4_k", importance), grid("q4_k").fit(weight, importance).step_and_offset())
+            )
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -152,7 +154,7 @@ def test_unpack_and_pack_are_inverse_on_any_bytes(name):
 def test_levels_give_the_decoded_values(name):
     for blocks in (random_blocks(name), quantize(WEIGHT[:16], name, IMPORTANCE)):
         codes, params = unpack(blocks, name)
-        step, offset = params.levels()
+        step, offset = params.step_and_offset()
         assert int(codes.max()) < grid(name).levels
         shape = (len(codes), -1, grid(name).width)
         values = codes.view(shape).float() * step.unsqueeze(-1) - offset.unsqueeze(-1)
@@ -213,7 +215,7 @@ def test_no_rows(name):
     assert blocks.shape == (0, 512 // kind.block * kind.bytes)
     assert dequantize(blocks, name).shape == (0, 512)
     if kind.levels:
-        assert grid(name).fit(torch.empty(0, 512)).levels()[0].shape == (0, 512 // kind.width)
+        assert grid(name).fit(torch.empty(0, 512)).step_and_offset()[0].shape == (0, 512 // kind.width)
 
 
 def test_bfloat16_is_upcast():
@@ -245,7 +247,7 @@ def test_pack_keeps_codes_and_params(name, seed, rows, blocks):
     )
     again, stored = unpack(pack(codes, params), name)
     assert torch.equal(again, codes)
-    for a, b in zip(stored.levels(), params.levels(), strict=True):
+    for a, b in zip(stored.step_and_offset(), params.step_and_offset(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -339,7 +341,7 @@ def test_slow_rounding_agrees_with_fast_rounding():
         (lambda: grid("iq4_nl"), UsageError, "not an evenly spaced grid"),
         (lambda: grid("f16"), UsageError, "not an evenly spaced grid"),
         (lambda: unpack(torch.zeros(1, 32, dtype=torch.uint8), "f16"), UsageError, "plain number format"),
-        (lambda: unpack(random_blocks("iq4_xs"), "iq4_xs")[1].levels(), UsageError, "not evenly spaced"),
+        (lambda: unpack(random_blocks("iq4_xs"), "iq4_xs")[1].step_and_offset(), UsageError, "not evenly spaced"),
         (
             lambda: pack(torch.zeros(2, 64, dtype=torch.uint8), BlockParams(TYPES["q4_0"], torch.zeros(2, 1).half())),
             InputError,

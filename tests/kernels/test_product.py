@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qquant.kernels.product import SplitMatrix, factor, halves, product, tensor_cores, three
+from qquant.kernels.product import SplitMatrix, halves, product, split_matrix, tensor_cores, three
 
 
 def ill_matched(rows, columns, seed):
@@ -42,7 +42,7 @@ def test_stacks_and_parts():
     a, b = ill_matched(24, 70, 2).view(2, 12, 70), ill_matched(90, 41, 3)
     some = SplitMatrix(b, halves(b)).part(slice(10, 80), slice(3, 37))
     assert error(product(a, some).view(24, 34), a.view(24, 70), b[10:80, 3:37]) < 2.0**-20
-    assert torch.equal(product(a, factor(b[10:80])), a @ b[10:80])
+    assert torch.equal(product(a, split_matrix(b[10:80])), a @ b[10:80])
 
 
 def test_the_switch_goes_back():
@@ -64,7 +64,7 @@ def test_the_switch_goes_back():
 @pytest.mark.parametrize("columns", [128, 1000, 4096])
 def test_a_gpu_keeps_the_precision_of_float32(columns):
     a, b = ill_matched(256, columns, 4).cuda(), ill_matched(columns, 512, 5).cuda()
-    whole, found = error(a @ b, a, b), error(product(a, factor(b)), a, b)
+    whole, found = error(a @ b, a, b), error(product(a, split_matrix(b)), a, b)
     with tensor_cores():
         once = error(a @ b, a, b)
     print(f"{columns} columns: float32 {whole:.2e}, three products {found:.2e}, one {once:.2e}")

@@ -170,7 +170,7 @@ def test_widened_codes_mean_zero(symmetric, width):
     grid = UniformGrid(4, width, symmetric, "minmax")
     weight = torch.randn(6, 32)
     params = grid.fit(weight)
-    quantized = QuantizedTensor(nearest(weight, *params.levels(), grid), params, grid)
+    quantized = QuantizedTensor(nearest(weight, *params.step_and_offset(), grid), params, grid)
     wide = widened_codes(quantized, (9, 48)).dequantize()
     assert torch.equal(wide[:6, :32], quantized.dequantize())
     assert wide.count_nonzero() == quantized.dequantize().count_nonzero()

@@ -45,7 +45,7 @@ class BlockParams:
     scales: Tensor | None = None  # int8 (symmetric types, IQ4) or uint8 [N, G]
     mins: Tensor | None = None  # uint8 [N, G]
 
-    def levels(self) -> tuple[Tensor, Tensor]:
+    def step_and_offset(self) -> tuple[Tensor, Tensor]:
         """(step, offset), both float32 [N, G]: `value = step * code - offset`.
 
         Raises:
@@ -66,32 +66,32 @@ class BlockParams:
             return None
         return self.dmin.float() if self.mins is None else -scaled(self.dmin, self.mins)
 
-    def factors(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def linear_form(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
         """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
         columns = codes.shape[1]
         centred = codes.float() - (self.type.centre if self.dmin is None else 0)
-        found = [(self.d, centred if self.scales is None else centred * wide(self.scales, columns))]
+        terms = [(self.d, centred if self.scales is None else centred * wide(self.scales, columns))]
         if self.dmin is not None:
             basis = torch.ones_like(centred) if self.mins is None else -wide(self.mins, columns)
-            found.append((self.dmin, basis))
-        return found
+            terms.append((self.dmin, basis))
+        return terms
 
-    def with_factors(self, coefficients: Sequence[Tensor]) -> BlockParams:
+    def with_coefficients(self, coefficients: Sequence[Tensor]) -> BlockParams:
         """Other d and dmin."""
         return replace(self, d=coefficients[0], dmin=coefficients[1] if self.dmin is not None else None)
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
         """The sub-scales and sub-minima of a K-quant."""
         columns = codes.shape[1]
-        found = []
+        multipliers = []
         if self.scales is not None:
             lowest, highest = self.type.scale_range
             unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * wide(self.d, columns)
-            found.append(Multipliers("scales", self.scales, unit, lowest, highest))
+            multipliers.append(Multipliers("scales", self.scales, unit, lowest, highest))
         if self.mins is not None and self.dmin is not None:
             lowest, highest = self.type.scale_range
-            found.append(Multipliers("mins", self.mins, -wide(self.dmin, columns), lowest, highest))
-        return found
+            multipliers.append(Multipliers("mins", self.mins, -wide(self.dmin, columns), lowest, highest))
+        return multipliers
 
     def with_integers(self, name: str, values: Tensor) -> BlockParams:
         """Other sub-scales or sub-minima."""
@@ -327,9 +327,9 @@ class Symmetric(Legacy):
         return BlockParams(self, per_row_half(d, rows)), code
 
     def searched(self, rows: Rows) -> tuple[BlockParams, Callable[[Tensor, slice], Tensor]]:
-        found = search.symmetric(rows.pieces(self), self.centre)
-        code = lambda x, blocks: found.codes(x, self.centre, self.levels - 1, blocks)
-        return BlockParams(self, per_row_half(found.scale, rows)), code
+        result = search.symmetric(rows.pieces(self), self.centre)
+        code = lambda x, blocks: result.codes(x, self.centre, self.levels - 1, blocks)
+        return BlockParams(self, per_row_half(result.scale, rows)), code
 
 
 class Affine(Legacy):
@@ -346,16 +346,16 @@ class Affine(Legacy):
         return BlockParams(self, per_row_half(d, rows), per_row_half(low, rows)), code
 
     def searched(self, rows: Rows) -> tuple[BlockParams, Callable[[Tensor, slice], Tensor]]:
-        found = search.affine(rows.pieces(self), self.levels - 1, search.IMPORTANCE)
-        code = lambda x, blocks: found.codes(x, 0, self.levels - 1, blocks)
-        return BlockParams(self, per_row_half(found.scale, rows), per_row_half(given(found.low), rows)), code
+        result = search.affine(rows.pieces(self), self.levels - 1, search.IMPORTANCE)
+        code = lambda x, blocks: result.codes(x, 0, self.levels - 1, blocks)
+        return BlockParams(self, per_row_half(result.scale, rows), per_row_half(given(result.low), rows)), code
 
 
 class _KQuant(BlockType):
     block = 256
 
     def choose(self, rows: Rows) -> tuple[BlockParams, Callable[[slice], Tensor]]:
-        params, found = self.fit(rows)
+        params, result = self.fit(rows)
         step, low = params.step().view(-1, 1), params.low()
         groups = rows.x.shape[1] // self.width
         top = self.levels - 1
@@ -367,7 +367,7 @@ class _KQuant(BlockType):
             codes = exact.nearest_code(scaled, self.centre, top)
             kept = exact.indices((step[at] == 0).squeeze(1))
             if kept.numel():
-                codes[kept] = found.codes(x[kept], self.centre, top, kept + at.start)
+                codes[kept] = result.codes(x[kept], self.centre, top, kept + at.start)
             return codes.view(rows.x[some].shape)
 
         return params, codes
@@ -384,20 +384,20 @@ class KAffine(_KQuant):
 
     def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
         schedule = self.schedule if rows.importance is None else search.IMPORTANCE
-        found = search.affine(rows.pieces(self), self.levels - 1, schedule)
+        result = search.affine(rows.pieces(self), self.levels - 1, schedule)
         parts = []
-        for values in (found.scale, -given(found.low)):
+        for values in (result.scale, -given(result.low)):
             if rows.importance is None:
                 d, integers = _by_maximum(values, self.limit)
             else:
-                d, integers = search.positive(values, given(found.weight), self.limit)
+                d, integers = search.positive(values, given(result.weight), self.limit)
             parts.append((per_row_half(d, rows), per_row(integers, rows, torch.uint8)))
         (d, scales), (dmin, mins) = parts
         params = BlockParams(self, d, dmin, scales, mins)
         if bool((scales > self.limit).any() or (mins > self.limit).any()):  # ggml lets them spill over their bits
             empty = torch.zeros_like(rows.x, dtype=torch.uint8)
             params = self.unpack(self.pack(empty, params))[1]
-        return params, found
+        return params, result
 
 
 def _by_maximum(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -412,15 +412,15 @@ def _by_maximum(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 class KSymmetric(_KQuant):
     def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
-        found = self.search(rows)
-        d, integers = self.rounded(found)
-        return BlockParams(self, per_row_half(d, rows), scales=per_row(integers, rows, torch.int8)), found
+        result = self.search(rows)
+        d, integers = self.rounded(result)
+        return BlockParams(self, per_row_half(d, rows), scales=per_row(integers, rows, torch.int8)), result
 
     def search(self, rows: Rows) -> SearchResult:
         """The scale of each group."""
         return search.symmetric(rows.pieces(self), self.centre)
 
-    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
+    def rounded(self, result: SearchResult) -> tuple[Tensor, Tensor]:
         """(d float32 [S], scales int32 [J, S])."""
         raise NotImplementedError
 

@@ -115,22 +115,22 @@ def _expected(header: Header, expected: Mapping[str, Field], checkpoint: Checkpo
     for key, field in expected.items():
         if key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
             continue
-        short, found = _short(key, arch), header.fields.get(key)
+        short, stored = _short(key, arch), header.fields.get(key)
         consequence = CONSEQUENCES.get(short, "answers are drawn otherwise")
-        if found is None:
+        if stored is None:
             if not (short in absent and same(absent[short], field.value)):
                 soft = key in ONLY_WARNED or key.startswith(SAMPLING) or key == "tokenizer.chat_template"
                 (warnings if soft else faults).append(f"{key}: missing; a runtime takes its own, so {consequence}")
-        elif found.kind != field.kind:
-            faults.append(f"{key} is of kind {found.kind}, readers expect {field.kind}: it does not load")
-        elif not same(found.value, field.value):
+        elif stored.kind != field.kind:
+            faults.append(f"{key} is of kind {stored.kind}, readers expect {field.kind}: it does not load")
+        elif not same(stored.value, field.value):
             if field.kind.startswith("["):
                 faults.append(f"{key}: are not the checkpoint's; {consequence}")
-            elif key == "tokenizer.ggml.eos_token_id" and found.value in _stops(checkpoint):
-                warnings.append(differs(key, found.value, field.value, "one of its stop tokens, and not the first"))
+            elif key == "tokenizer.ggml.eos_token_id" and stored.value in _stops(checkpoint):
+                warnings.append(differs(key, stored.value, field.value, "one of its stop tokens, and not the first"))
             else:
                 soft = key in ONLY_WARNED
-                (warnings if soft else faults).append(differs(key, found.value, field.value, consequence))
+                (warnings if soft else faults).append(differs(key, stored.value, field.value, consequence))
     return claims(faults, warnings)
 
 
@@ -177,17 +177,17 @@ def _further(header: Header, expected: Mapping[str, Field], checkpoint: Checkpoi
     tokenizer = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
     tokenizer |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.remove_extra_whitespaces": False}
     faults, warnings = [], []
-    for key, found in header.fields.items():
+    for key, stored in header.fields.items():
         if key in expected or any(re.fullmatch(pattern, key) for pattern in HARMLESS):
             continue
         short = _short(key, arch)
         known = neutral if key.startswith(f"{arch}.") else tokenizer
-        if short in known and same(found.value, known[short]):
+        if short in known and same(stored.value, known[short]):
             continue
         if key.startswith((f"{arch}.", "tokenizer.", SAMPLING, "adapter.")):
-            faults += [f"{key} is {shown(found.value)}: {NO_SUCH}, and a runtime that reads it answers otherwise"]
+            faults += [f"{key} is {shown(stored.value)}: {NO_SUCH}, and a runtime that reads it answers otherwise"]
         else:
-            warnings.append(f"{key} is {shown(found.value)}: no key that qquant knows; a runtime may read it")
+            warnings.append(f"{key} is {shown(stored.value)}: no key that qquant knows; a runtime may read it")
     return claims(faults, warnings)
 
 
@@ -215,9 +215,9 @@ def _tokens(header: Header, expected: Mapping[str, Field]) -> Claims:
     changed = [number for number in used if kinds.value[number] != types[number]]
     added = {CONTROL, USER_DEFINED}
     hard = [number for number in changed if not {kinds.value[number], types[number]} <= added]
-    for found, numbers in ((faults, hard), (warnings, [] if hard else changed)):
+    for lines, numbers in ((faults, hard), (warnings, [] if hard else changed)):
         if numbers:
-            found.append(
+            lines.append(
                 f"tokenizer.ggml.token_type: of {shown(texts[numbers[0]])} is {kinds.value[numbers[0]]}, not {types[numbers[0]]} "
                 f"({len(numbers)} such): special tokens and text are told apart by it"
             )

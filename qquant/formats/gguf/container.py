@@ -183,12 +183,12 @@ class _Reader:
         if not 1 <= dimensions <= 4:
             raise self.fail(f"tensor {name[:80]!r} with {dimensions} dimensions")
         shape = tuple(reversed([self.unpack("<Q") for _ in range(dimensions)]))
-        found = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"), self.path)
+        tensor = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"), self.path)
         if not 1 <= math.prod(shape) < 1 << 60:
             raise self.fail(f"tensor {name[:80]!r} of shape {shape}")
-        if found.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[found.type_id][0]:
-            raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {type_name(found.type_id)}")
-        return found
+        if tensor.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[tensor.type_id][0]:
+            raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {type_name(tensor.type_id)}")
+        return tensor
 
 
 def nbytes(tensor: StoredTensor) -> int:
@@ -213,9 +213,9 @@ def read_header(path: Path) -> Header:
         tensors, fields = reader.unpack("<Q"), reader.unpack("<Q")
         if tensors > min(TENSOR_LIMIT, reader.size // 24) or fields > min(FIELD_LIMIT, reader.size // 13):
             raise reader.fail(f"{tensors:,} tensors and {fields:,} fields")
-        found = [reader.field() for _ in range(fields)]
+        entries = [reader.field() for _ in range(fields)]
         stored = [reader.tensor() for _ in range(tensors)]
-        named, placed = {field.key: field for field in found}, {tensor.name: tensor for tensor in stored}
+        named, placed = {field.key: field for field in entries}, {tensor.name: tensor for tensor in stored}
         if len(named) != fields or len(placed) != tensors:
             raise reader.fail("a field or tensor name appears twice")
         alignment = _alignment(reader, named)

@@ -75,19 +75,19 @@ class Imatrix:
         flat = [
             name for name in zeros if len(self.sums[name]) > 1 and bool((self.sums[name] == self.sums[name][0]).all())
         ]
-        found = []
+        remarks = []
         if any(zeros.values()):
-            found.append(
+            remarks.append(
                 f"{self.file}: {sum(zeros.values())} channels of {sum(map(bool, zeros.values()))} weights are zero; "
                 f"{sum(groups.values())} whole groups of {GROUP} are, and count {FLOOR:g} of the mean"
             )
         if unknown:
-            found.append(
+            remarks.append(
                 f"{self.file}: {len(unknown)} weights were never used, first {unknown[0]}: all channels count the same"
             )
         if flat:
-            found.append(f"{self.file}: {len(flat)} weights have one value for all channels, first {flat[0]}")
-        return found
+            remarks.append(f"{self.file}: {len(flat)} weights have one value for all channels, first {flat[0]}")
+        return remarks
 
     def gguf_bytes(self) -> bytes:
         """The file in the GGUF format."""
@@ -143,13 +143,13 @@ def read(path: Path) -> Imatrix:
         InputError: neither format, truncated, or values that are not finite or negative.
     """
     with require_regular(path.resolve()).open("rb") as file:
-        found = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
-    for name, sums in found.sums.items():
+        imatrix = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
+    for name, sums in imatrix.sums.items():
         if not bool(torch.isfinite(sums).all()) or bool((sums < 0).any()):
             raise InputError(
                 f"{path}: {name} holds NaN, infinity or a negative value. Compute the importance matrix again"
             )
-    return found
+    return imatrix
 
 
 def _read_gguf(path: Path) -> Imatrix:

@@ -139,13 +139,13 @@ def name_parts(name: str, parameters: int) -> dict[str, str]:
     based = opening
     while opening == len(labelled) and based and labelled[based - 1][1] == "version":
         based -= 1
-    found: dict[str, list[str]] = {"basename": [word for word, _ in labelled[:based]]}
+    by_kind: dict[str, list[str]] = {"basename": [word for word, _ in labelled[:based]]}
     for place, (word, kind) in enumerate(labelled):
         if kind == "version" and place < based:
             continue
         if kind or place >= opening:
-            found.setdefault(kind or "finetune", []).append(word)
-    parts = {kind: "-".join(dict.fromkeys(some) if kind == "size_label" else some) for kind, some in found.items()}
+            by_kind.setdefault(kind or "finetune", []).append(word)
+    parts = {kind: "-".join(dict.fromkeys(some) if kind == "size_label" else some) for kind, some in by_kind.items()}
     return parts if parts.keys() & {"size_label", "finetune", "version"} else {}
 
 
@@ -186,9 +186,9 @@ def _card(head: Mapping[str, Any]) -> Iterator[Field]:
                 for key, value in _reference(reference).items():
                     yield Field(f"general.{kind}.{number}.{key}", "str", value)
     for key, names in (("tags", ("tags", "pipeline_tag")), ("languages", ("languages", "language"))):
-        found = [text for name in names for text in _texts(head.get(name))]
+        texts = [text for name in names for text in _texts(head.get(name))]
         if any(head.get(name) is not None for name in names):
-            yield Field(f"general.{key}", "[str]", found)
+            yield Field(f"general.{key}", "[str]", texts)
 
 
 def _texts(value: Any) -> list[str]:
@@ -201,14 +201,14 @@ def _reference(reference: str) -> dict[str, str]:
     if link and not re.fullmatch(r"https?://huggingface\.co/[^/]+/[^/]+", reference):
         return {"repo_url": reference}
     *owner, name = reference.split("huggingface.co/")[-1].split("/", 1)
-    found = {"name": titled(name)}
+    fields = {"name": titled(name)}
     version = name_parts(name, 0).get("version")
     if version:
-        found["version"] = version
+        fields["version"] = version
     if owner:
-        found["organization"] = titled(owner[0])
-        found["repo_url"] = reference if link else f"{HUB}{reference}"
-    return found
+        fields["organization"] = titled(owner[0])
+        fields["repo_url"] = reference if link else f"{HUB}{reference}"
+    return fields
 
 
 def _numbers(checkpoint: Checkpoint, arch: str) -> Iterator[Field]:
@@ -259,22 +259,22 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Field]:
 
 def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the tokenizer puts a token before (`bos`) and after (`eos`) every text, where its files say so."""
-    found: dict[str, bool] = {}
+    added: dict[str, bool] = {}
     processor = content.get("post_processor") or {}
     for part in _mappings(processor.get("processors", [processor]) if isinstance(processor, dict) else []):
         if part.get("type") == "ByteLevel":
-            found = {"bos": False, "eos": False} | found
+            added = {"bos": False, "eos": False} | added
         single = _mappings(part.get("single")) if part.get("type") == "TemplateProcessing" else []
         for role, place in (("bos", 0), ("eos", -1)):
             special = _mappings([single[place].get("SpecialToken")]) if len(single) > 1 else []
             token = special[0].get("id") if special else None
             if token:
-                found[role] = True
+                added[role] = True
     for role in ("bos", "eos"):
         stated = settings.get(f"add_{role}_token")
         if isinstance(stated, bool):
-            found.setdefault(role, stated)
-    return found
+            added.setdefault(role, stated)
+    return added
 
 
 def _mappings(value: Any) -> list[dict[str, Any]]:
@@ -296,16 +296,16 @@ def chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
 def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str], dict[str, int]]:
     """Tokens padded to the embedding's rows, their types, merges as "a b", and the added tokens with their ids."""
     checkpoint.require_tokenizer()
-    found, size = checkpoint.vocabulary, checkpoint.config.vocab
-    tokens = {number: token for token, number in found.tokens.items()}
+    vocabulary, size = checkpoint.vocabulary, checkpoint.config.vocab
+    tokens = {number: token for token, number in vocabulary.tokens.items()}
     kinds = dict.fromkeys(tokens, NORMAL)
-    for entry in found.added:
+    for entry in vocabulary.added:
         tokens[entry.id], kinds[entry.id] = entry.content, CONTROL if entry.special else USER_DEFINED
     return (
         [tokens.get(number, f"[PAD{number}]") for number in range(size)],
         [kinds.get(number, UNUSED) for number in range(size)],
-        [" ".join(part.replace(" ", chr(288)) for part in merge) for merge in found.merges],
-        {entry.content: entry.id for entry in found.added},
+        [" ".join(part.replace(" ", chr(288)) for part in merge) for merge in vocabulary.merges],
+        {entry.content: entry.id for entry in vocabulary.added},
     )
 
 

@@ -43,8 +43,8 @@ class ModelShape:
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of every matrix by tensor name; those outside the blocks first."""
-        found = {name: (shape[0], shape[1]) for name, shape in self._shapes().items() if len(shape) == 2}
-        return dict(sorted(found.items(), key=lambda item: bool(INSIDE.match(item[0]))))
+        matrices = {name: (shape[0], shape[1]) for name, shape in self._shapes().items() if len(shape) == 2}
+        return dict(sorted(matrices.items(), key=lambda item: bool(INSIDE.match(item[0]))))
 
     def vectors(self) -> dict[str, int]:
         """Length of every norm and bias, by tensor name."""

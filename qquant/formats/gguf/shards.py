@@ -73,14 +73,14 @@ def split(stem: str, fields: Sequence[Field], entries: Sequence[Entry], limit: i
 
 def named(files: Sequence[str]) -> list[ModelFile]:
     """The models among the files of a repository, in that order, by the type in their names; of parts the first."""
-    found = []
+    models = []
     for name in files:
         match = NAMED.search(name)
         if match and match["part"] in (None, "00001"):
             whole, modelfile = NAMED.sub(f"-{match['type']}{SUFFIX}", name), ollama.name(match["type"])
             given = modelfile if modelfile in files else None
-            found.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, given))
-    return found
+            models.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, given))
+    return models
 
 
 def parts(path: Path) -> tuple[Path, ...]:
@@ -115,13 +115,13 @@ def read_model(path: Path) -> Header:
         raise InputError(f"{path}: is one of {count} parts; {', '.join(absent[:3])} is not beside it. Fetch all parts")
     headers = [read_header(other) for other in paths]
     tensors: dict[str, StoredTensor] = {}
-    for part, (other, found) in enumerate(zip(paths, headers, strict=True)):
-        if (found.value(NO), found.value(COUNT)) != (part, count):
-            raise InputError(f"{other}: says it is part {found.value(NO)} of {found.value(COUNT)}, counted from 0")
-        repeated = tensors.keys() & found.tensors.keys()
+    for part, (other, shard) in enumerate(zip(paths, headers, strict=True)):
+        if (shard.value(NO), shard.value(COUNT)) != (part, count):
+            raise InputError(f"{other}: says it is part {shard.value(NO)} of {shard.value(COUNT)}, counted from 0")
+        repeated = tensors.keys() & shard.tensors.keys()
         if repeated:
             raise InputError(f"{other}: tensor {min(repeated)} is in another part, too")
-        tensors |= found.tensors
+        tensors |= shard.tensors
     expected = headers[0].value(TENSORS)
     if expected is not None and expected != len(tensors):
         raise InputError(f"{path}: its {count} parts hold {len(tensors)} tensors, {TENSORS} is {expected}")

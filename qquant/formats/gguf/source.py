@@ -72,10 +72,10 @@ class GgufSource:
         """Raise InputError unless every tensor is there, of a known type, with its data inside the file."""
         expected = {self.family.gguf_name(name): shape for name, shape in self.family.shapes(self.config).items()}
         for name, shape in expected.items():
-            found = self.header.tensors.get(name)
-            if found is None or found.shape != shape:
+            stored = self.header.tensors.get(name)
+            if stored is None or stored.shape != shape:
                 raise InputError(
-                    f"{self.path}: tensor {name} is {list(found.shape) if found else 'missing'}; expected {list(shape)}"
+                    f"{self.path}: tensor {name} is {list(stored.shape) if stored else 'missing'}; expected {list(shape)}"
                 )
         for tensor in self.header.tensors.values():
             if tensor.type_id not in TYPE_NAMES:

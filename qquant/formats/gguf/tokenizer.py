@@ -25,8 +25,8 @@ def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
         InputError: it has none, another kind than Qwen's, or a malformed one.
     """
     kind = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.pre")
-    found = {key: _array(path, header, key) for key in KINDS}
-    tokens, merges, kinds = found.values()
+    arrays = {key: _array(path, header, key) for key in KINDS}
+    tokens, merges, kinds = arrays.values()
     if kind != ("gpt2", "qwen2") or not tokens:
         raise InputError(f"{path}: its tokenizer is {kind[0]!r}/{kind[1]!r}; qquant runs 'gpt2'/'qwen2', Qwen1.5's")
     if len(kinds) != len(tokens):

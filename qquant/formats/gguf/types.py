@@ -207,13 +207,13 @@ class Q3_K(KSymmetric):
             return search.descent(rows.pieces(self), self.centre)
         return search.symmetric(rows.pieces(self), self.centre, weigh=True)
 
-    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
-        if found.settled is not None:
-            d, integers = by_peak(found.scale, 32)
+    def rounded(self, result: SearchResult) -> tuple[Tensor, Tensor]:
+        if result.settled is not None:
+            d, integers = by_peak(result.scale, 32)
         else:
-            outer = search.symmetric([(found.scale.unsqueeze(1), given(found.weight).unsqueeze(1))], 32)
+            outer = search.symmetric([(result.scale.unsqueeze(1), given(result.weight).unsqueeze(1))], 32)
             d = outer.scale.squeeze(0)
-            integers = exact.nearest_int(found.scale * outer.inverse).clamp_(-32, 31)
+            integers = exact.nearest_int(result.scale * outer.inverse).clamp_(-32, 31)
         return d, integers.masked_fill_(d == 0, -32)
 
 
@@ -258,10 +258,10 @@ class Q6_K(KSymmetric):
     fields = (Bits("codes", 256, 4, 64), Bits("codes", 256, 2, 32, shift=4), Bits("scales", 16, 8, 16), Half("d"))
     weights = ("x^2", "importance")
 
-    def rounded(self, found: SearchResult) -> tuple[Tensor, Tensor]:
-        dead = found.scale.abs().amax(0) < search.TINY
-        found.inverse.masked_fill_(dead, 0.0)
-        d, integers = by_peak(found.scale.masked_fill(dead, 0.0), 128)
+    def rounded(self, result: SearchResult) -> tuple[Tensor, Tensor]:
+        dead = result.scale.abs().amax(0) < search.TINY
+        result.inverse.masked_fill_(dead, 0.0)
+        d, integers = by_peak(result.scale.masked_fill(dead, 0.0), 128)
         return d, integers.masked_fill_(dead, 0)
 
 

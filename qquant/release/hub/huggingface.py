@@ -211,9 +211,11 @@ class HuggingFace:
         title = f"Release {request.tag} ({repository.digest[:16]})"
 
         def open_one() -> int:
-            for found in self.api.get_repo_discussions(name, discussion_type="pull_request", discussion_status="open"):
-                if found.title == title:
-                    return found.num
+            for discussion in self.api.get_repo_discussions(
+                name, discussion_type="pull_request", discussion_status="open"
+            ):
+                if discussion.title == title:
+                    return discussion.num
             return self.api.create_pull_request(name, title=title, description="Staged by `qquant publish`.").num
 
         return f"refs/pr/{self.attempt(f'{name}: pull request', open_one)}"
@@ -254,10 +256,10 @@ class HuggingFace:
         self.say(f"{name}: verifying {repository.size:,} bytes at {commit[:12]}")
         for file, payload in repository.files.items():
             with tempfile.TemporaryDirectory() as folder:
-                found = sha256_of(self._fetch(name, commit, file, folder))
-            if found != payload.sha256:
+                digest = sha256_of(self._fetch(name, commit, file, folder))
+            if digest != payload.sha256:
                 raise PublishError(
-                    f"{name}: {file} was downloaded with sha256 {found[:12]}, expected {payload.sha256[:12]}. "
+                    f"{name}: {file} was downloaded with sha256 {digest[:12]}, expected {payload.sha256[:12]}. "
                     "Run the same command again"
                 )
 
@@ -347,11 +349,11 @@ class HuggingFace:
             return
 
         def collect() -> None:
-            found = self.api.create_collection(title, namespace=request.namespace, exists_ok=True)
-            there = {item.item_id for item in found.items}
+            collection = self.api.create_collection(title, namespace=request.namespace, exists_ok=True)
+            there = {item.item_id for item in collection.items}
             for name in (f"{request.namespace}/{repository.name}" for repository in repositories):
                 if name not in there:
-                    self.api.add_collection_item(found.slug, name, "model", exists_ok=True)
+                    self.api.add_collection_item(collection.slug, name, "model", exists_ok=True)
 
         self.attempt(f"collection {title}", collect)
 

@@ -121,11 +121,11 @@ def _matching(client: HuggingFace, patterns: Sequence[str]) -> list[str]:
     owners = dict.fromkeys(pattern.split("/")[0] for pattern in patterns)
     if any("/" not in pattern for pattern in patterns) or any(set("*?[") & set(owner) for owner in owners):
         raise UsageError("--repos: must be OWNER/PATTERN; the owner is a name")
-    found: list[str] = []
+    names: list[str] = []
     for owner in owners:
         listed = client.attempt(f"{owner}: repositories", partial(_models, client, owner))
-        found += [info.id for info in listed]
-    return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        names += [info.id for info in listed]
+    return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _models(client: HuggingFace, owner: str) -> list[Any]:
