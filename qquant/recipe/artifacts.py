@@ -8,16 +8,18 @@ name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds 
 from __future__ import annotations
 
 import datetime
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from qquant.recipe.fields import AtLeast0, AtLeast1, Conflict, Name, Share, Strict, Text, Truth, Whole
 from qquant.recipe.solvers import SOLVERS
-from qquant.recipe.words import shown
+from qquant.recipe.words import hint, nearest, shown
 
 SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
 BLOCK = 32  # columns of a block of the other GGUF types
@@ -26,6 +28,37 @@ GgufType = Literal[
     "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
     "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
+
+TENSOR_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k",
+)  # fmt: skip
+"""What a single tensor of a GGUF file can be."""
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+SIZE = re.compile(rf"(\d{{1,15}}(?:\.\d{{1,6}})?) ?({'|'.join(UNITS)})")
+
+TypeChoice = Annotated[
+    str | tuple[str, ...],
+    PlainValidator(lambda value: value),  # `conflicts` says what is wrong with it
+    PlainSerializer(lambda value: value),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(TENSOR_TYPES), "type": "string"},
+                {"type": "array", "items": {"enum": list(TENSOR_TYPES), "type": "string"}, "minItems": 1},
+            ]
+        }
+    ),
+]
 
 
 def _known_solver(value: object) -> object:
@@ -61,6 +94,8 @@ ScaleSearch = Annotated[
     Literal["minmax", "importance"],
     Field(description="minmax: from the extremes; importance: by weighted error, signed where symmetric"),
 ]
+Bits = Annotated[float, Field(gt=0, le=32)]
+TARGETS = ("type", "size", "bits_per_weight")
 Transform = Annotated[
     Literal["none", "awq"], Field(description="awq: fold scales into the operator before; none: weights as they are")
 ]
@@ -138,6 +173,11 @@ class _Artifact(Strict):
     @abstractmethod
     def kind(self) -> str:
         """The row of `limits.LIMITS`: "int4", "q4_k_m"."""
+
+    @property
+    def sized(self) -> bool:
+        """Whether what its tensors are is to be chosen by how many bytes it may have."""
+        return False
 
     @property
     @abstractmethod
@@ -256,10 +296,21 @@ class AwqArtifact(IntegerArtifact):
 
 
 class GgufArtifact(_Artifact):
-    """One GGUF file of llama.cpp's type mix `type`."""
+    """One GGUF file: of llama.cpp's type mix `type`, or of the types with the least expected loss in a size."""
 
     format: Literal["gguf"] = Field(description="chooses this table")
-    type: GgufType = Field(description="llama.cpp's name of the mix, in lower case")
+    type: GgufType | None = Field(default=None, description="llama.cpp's name of the mix, in lower case")
+    size: Text | None = Field(
+        default=None,
+        description="instead of `type`: at most so many bytes of files, as `4.4GB` or `4300MiB`; each tensor's type is chosen by what it is expected to lose",
+    )
+    bits_per_weight: Bits | None = Field(
+        default=None, description="instead of `type` and `size`: at most so many bits of tensors per parameter"
+    )
+    types: dict[str, TypeChoice] = Field(
+        default={},
+        description='types of single tensors, by name or pattern (`"blk.*.attn_v": q6_k`), the longest that fits counts; beside `size` or `bits_per_weight` also lists of those to choose from',
+    )
     imatrix: bool = Field(default=True, description="weigh errors with diag(H), where the type can use it")
     solver: SolverName = Field(default="ggml", description=SOLVER)
     damping: Damping = 0.01
@@ -268,13 +319,30 @@ class GgufArtifact(_Artifact):
 
     @property
     def kind(self) -> str:
-        """The mix."""
-        return self.type
+        """The mix; "" while types are still to be chosen by size."""
+        return self.type or ""
+
+    @property
+    def label(self) -> str:
+        """What its files are called after the model: the mix, or where types were asked for its own name."""
+        plain = self.type is not None and not self.types
+        return self.kind if plain else re.sub("[^a-z0-9]+", "_", self.name.removeprefix("gguf-"))
+
+    @property
+    def sized(self) -> bool:
+        """Whether types are chosen by size."""
+        return self.type is None
+
+    @property
+    def most(self) -> int | None:
+        """Bytes of `size`."""
+        found = SIZE.fullmatch(self.size or "")
+        return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
 
     @property
     def group(self) -> int:
         """A block of the types that the mix uses."""
-        return SUPER_BLOCK if "_k" in self.type or self.type == "iq4_xs" else BLOCK
+        return SUPER_BLOCK if self.sized or "_k" in self.kind or self.kind == "iq4_xs" else BLOCK
 
     @property
     def propagates(self) -> bool:
@@ -294,6 +362,30 @@ class GgufArtifact(_Artifact):
             yield ("solver",), f"{given['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
         if given["propagate"] is True and steps is not None and len(steps) < 2:
             yield ("propagate",), f"solver: {solver} does not look at the stream, got true; allowed: false"
+        targets = [key for key in TARGETS if given[key] is not None]
+        if len(targets) != 1:
+            got = " and ".join(targets) or "none"
+            yield (), f"needs a type or a size, got {got}; allowed: exactly one of {', '.join(TARGETS)}"
+        if isinstance(given["size"], str) and given["size"] and not SIZE.fullmatch(given["size"]):
+            units = ", ".join(UNITS)
+            yield ("size",), f"not a size, got {shown(given['size'])}; allowed: a number and one of {units}"
+        if isinstance(given["types"], dict):
+            yield from _unknown_types(given["types"], lists=given["type"] is None)
+
+
+def _unknown_types(types: Mapping[str, Any], lists: bool) -> Iterator[Conflict]:
+    """Types that are none; `lists`: several may be named, to choose from."""
+    for pattern, choice in types.items():
+        place = ("types", pattern)
+        if isinstance(choice, tuple | list) and not lists:
+            yield place, "a list is what a size chooses from, and `type` is given; allowed: one type"
+            continue
+        several = choice if isinstance(choice, tuple | list) else (choice,)
+        for name in several or (choice,):
+            if name not in TENSOR_TYPES:
+                meant = hint(nearest(name, TENSOR_TYPES))
+                yield place, f"not a type of a tensor, got {shown(name)}; allowed: {', '.join(TENSOR_TYPES)}{meant}"
+                break
 
 
 ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]

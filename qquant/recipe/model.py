@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=Strict)
 RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
 
-TOLD_APART_BY = {"gptq": ("bits",), "awq": (), "gguf": ("type",)}  # what stands in the names of an artifact's files
+TOLD_APART_BY = {"gptq": ("bits",), "awq": (), "gguf": ("label",)}  # what stands in the names of an artifact's files
 
 # What no single field shows. Values may be of any type here: a file can have several faults at once.
 

@@ -13,6 +13,7 @@ from qquant.recipe import (
     Recipe,
     Source,
 )
+from qquant.recipe.artifacts import TENSOR_TYPES
 from tests.worlds.recipe_text import GOOD, changed, problems
 
 # One problem, one line.
@@ -251,6 +252,39 @@ def test_one_problem_one_line(old, new, line):
             "type: bf16\n    solver: gptq",
             '19:13: artifacts[2].solver: bf16 has no codes to solve for, got "gptq"; allowed: ggml',
         ),
+        (
+            "type: q4_k_m",
+            "type: q4_k_m\n    size: 4GB",
+            "16:5: artifacts[2]: needs a type or a size, got type and size; allowed: exactly one of type, size, bits_per_weight",
+        ),
+        (
+            "type: q4_k_m",
+            "imatrix: true",
+            "16:5: artifacts[2]: needs a type or a size, got none; allowed: exactly one of type, size, bits_per_weight",
+        ),
+        (
+            "type: q4_k_m",
+            "size: 4.4 gigabytes",
+            '18:11: artifacts[2].size: not a size, got "4.4 gigabytes"; allowed: a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB',
+        ),
+        (
+            "type: q4_k_m",
+            "type: q4_k_m\n    types: {output: q4_k_m}",
+            f"19:21: artifacts[2].types.output: not a type of a tensor, got \"q4_k_m\"; allowed: {', '.join(TENSOR_TYPES)}; did you mean 'q4_k'?",
+        ),
+        (
+            "type: q4_k_m",
+            'size: 4GB\n    types: {output: [q8_0, 6], "*": []}',
+            [
+                f"19:21: artifacts[2].types.output: not a type of a tensor, got 6; allowed: {', '.join(TENSOR_TYPES)}",
+                f'19:37: artifacts[2].types."*": not a type of a tensor, got a list; allowed: {", ".join(TENSOR_TYPES)}',
+            ],
+        ),
+        (
+            "type: q4_k_m",
+            "type: q4_k_m\n    types: {output: [q8_0, q6_k]}",
+            "19:21: artifacts[2].types.output: a list is what a size chooses from, and `type` is given; allowed: one type",
+        ),
         ("some/model", '"bundled:"', '3:13: checkpoint: no name, got "bundled:"; allowed: bundled:NAME'),
         (
             "some/model",
@@ -295,12 +329,16 @@ def test_one_problem_one_line(old, new, line):
     ],
 )
 def test_impossible_combinations(old, new, line):
-    assert problems(changed(old, new)) == [f"r.yaml:{line}"]
+    lines = line if isinstance(line, list) else [line]
+    assert problems(changed(old, new)) == [f"r.yaml:{one}" for one in lines]
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("type: q4_k_m", "size: 4.4GB"),
+        ("type: q4_k_m", 'bits_per_weight: 4.85\n    types: {"blk.*.attn_v": [q6_k, q8_0], output: q8_0}'),
+        ("type: q4_k_m", "type: q4_k_m\n    types: {output: q8_0}"),
         ("docs-en", '"None"'),
         ("windows: 8", "text: bundled:None"),
         ("format: awq", "format: awq\n    solver: rtn\n    damping: 0.5"),

@@ -57,6 +57,8 @@ def example(model, name, value):
     }
     if name in ("bundled", "dataset", "path"):
         entries[model] = {}  # a source has one origin
+    if name in ("size", "bits_per_weight"):
+        del entries[model]["type"]  # one of the three
     entries[model][name] = value
 
     def flow(kind, **nested):
@@ -83,7 +85,11 @@ def test_every_field_is_strict(model, name, field):
             rf"[.\s]{name}: (wrong type|out of range|empty list|not an allowed value), got .*; allowed: ", lines[0]
         ), lines
         assert not re.search(r"[Ii]nput|should be|type=|valid ", lines[0]), "the words of pydantic"
-    if "default" in field and name not in ("bundled", "dataset", "path") and model is not Waiver:
+    if (
+        "default" in field
+        and name not in ("bundled", "dataset", "path", "type", "size", "bits_per_weight")
+        and model is not Waiver
+    ):
         recipe.parse(example(model, name, json.dumps(field["default"])))
 
 
@@ -102,7 +108,7 @@ def test_schema_is_closed_and_complete():
     schema = recipe.schema()
     assert schema["$id"] == "urn:qquant:recipe:1"
     assert schema["title"] == "Recipe"
-    found = {shape["title"]: shape for shape in objects(schema)}
+    found = {shape["title"]: shape for shape in objects(schema) if "properties" in shape}
     assert found.keys() == {model.__name__ for model in MODELS}
     for model in MODELS:
         shape = found[model.__name__]

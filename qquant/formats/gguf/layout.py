@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qquant.algorithms.checksum import checksum_of
 from qquant.errors import InputError, QQuantError
 from qquant.formats.claims import Claims
-from qquant.formats.gguf import blocks, inside, mix, quantize, types
+from qquant.formats.gguf import blocks, inside, mix, patterns, quantize, types
 from qquant.formats.gguf import claims as said
 from qquant.formats.gguf.container import MAGIC, header_bytes
 from qquant.formats.gguf.imatrix import Imatrix
@@ -107,15 +107,17 @@ class Gguf:
                 f"artifact {spec.name}: llama.cpp has no architecture for {family.model_type!r}, so a GGUF file of it could not be read. "
                 "Remove the artifact, or give it format: gptq or awq"
             )
+        shape = mix.ModelShape(family, config)
+        given = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.type, mix.ModelShape(family, config), spec.imatrix)
+        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, given)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
         entries = [(tensor, shapes[tensor], types.TYPES[kinds[tensor]].ggml_id, sizes[tensor]) for tensor in kinds]
-        shards = split(stem(name, spec.type), fields, entries, recipe.gguf_split_size)
-        model = modelfile(checkpoint.path, stem(name, spec.type), spec.type, [shard.name for shard in shards])
+        shards = split(stem(name, spec.label), fields, entries, recipe.gguf_split_size)
+        model = modelfile(checkpoint.path, stem(name, spec.label), spec.label, [shard.name for shard in shards])
         return PlannedArtifact(
             name=spec.name,
             spec=spec,

@@ -63,7 +63,7 @@ def metadata(
         *_numbers(checkpoint, arch),
         *_tokenizer(checkpoint),
         Field("general.quantization_version", "u32", QUANTIZATION_VERSION),
-        Field("general.file_type", "u32", FILE_TYPES[spec.type]),
+        Field("general.file_type", "u32", FILE_TYPES[spec.kind]),
         *(_importance(checkpoint, recipe, imatrix) if spec.imatrix and spec.type not in ("f16", "bf16") else ()),
     ]
 

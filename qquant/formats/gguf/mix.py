@@ -6,7 +6,8 @@ A file type such as q4_k_m names a default block type and exceptions by role and
    q3_k or q4_k becomes q5_k (`ROOMY_LAYERS`; llama.cpp takes any such model of 80 layers for a 70B).
 2. The head (`output.weight`, or `token_embd.weight` where it is tied) is q6_k whatever the default; q8_0 if that is the
    default or does not divide the row. An untied `token_embd.weight` has the default type.
-3. A row that the block does not divide falls back to `FALLBACK`, and to f16 if that does not help. This hits ffn_down of
+3. A type that the recipe gives the tensor (`types`, llama-quantize's `--tensor-type`) takes the place of these.
+4. A row that the block does not divide falls back to `FALLBACK`, and to f16 if that does not help. This hits ffn_down of
    Qwen1.5 1.8B (5504) and 14B (13696).
 
 Norms and biases are f32. The rules are those of llama.cpp of October 2026; an importance matrix changes some of them.
@@ -19,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from qquant.errors import UsageError
 from qquant.families import Family, ModelConfig, Shape
@@ -147,8 +149,12 @@ class TypeMap:
     bits_per_weight: float  # over all parameters of the file
 
 
-def tensor_types(file_type: str, shape: ModelShape, imatrix: bool) -> TypeMap:
+def tensor_types(
+    file_type: str, shape: ModelShape, imatrix: bool, given: Mapping[str, str] = MappingProxyType({})
+) -> TypeMap:
     """The types that llama-quantize gives the tensors of a model; `imatrix`: it is given an importance matrix.
+
+    `given`: types that tensors get whatever the mix says, and that their rows can have.
 
     Raises:
         UsageError: unknown file type, or one that needs an importance matrix.
@@ -160,7 +166,10 @@ def tensor_types(file_type: str, shape: ModelShape, imatrix: bool) -> TypeMap:
             f"GGUF file type {file_type} needs an importance matrix: its 2-bit blocks are unusable without one"
         )
     mix = MIXES[file_type]
-    wanted = {name: (_wanted(name, mix, shape.config, imatrix), size) for name, size in shape.matrices().items()}
+    wanted = {
+        name: (given.get(name) or _wanted(name, mix, shape.config, imatrix), size)
+        for name, size in shape.matrices().items()
+    }
     types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}
     nbytes = {name: size[0] * TYPES[types[name]].row_bytes(size[1]) for name, (_, size) in wanted.items()}
     fallbacks = tuple((name, wish, types[name]) for name, (wish, _) in wanted.items() if types[name] != wish)
