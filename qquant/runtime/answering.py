@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
-from qquant.errors import UsageError
+from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.source import GgufSource
 from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.runtime import loading
@@ -57,6 +57,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Tokenizer, name: str, load_seconds: float = 0.0) -> None:
         self.model, self.tokenizer, self.name, self.load_seconds = model, tokenizer, name, load_seconds
         self.model.keeps_history = True
+        self.runs_on = ""  # why answers in a chat may go on after their end
         self.stops = self._stops()
 
     @classmethod
@@ -76,7 +77,10 @@ class Answerer:
         stops = list(settings) if isinstance(settings, list | tuple) else [settings]
         stops += self.tokenizer.eos
         if self.tokenizer.template is not None:
-            stops.append(self.tokenizer.end_of_turn)
+            try:
+                stops.append(self.tokenizer.end_of_turn)
+            except InputError as error:  # a base model's template ends turns with a token that the model never learned
+                self.runs_on = str(error)
         return sorted({stop for stop in stops if stop is not None})
 
     def paths(self) -> dict[str, str]:
