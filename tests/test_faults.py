@@ -439,17 +439,20 @@ def tortured():
 
 def test_builds_that_are_killed(tortured):
     """Every named place once, and a random time; 200 under `slow`, 1,000 by `make torture`."""
-    assert tortured["kills"] == 14
+    assert tortured["builds"] == 14
+    assert tortured["kills by place"] >= 13
     assert 13 <= tortured["named places"] <= 14
 
 
 @pytest.mark.slow
 def test_builds_that_are_killed_200_times():
-    assert torture("kill", 200, 1)["kills"] == 200
+    found = torture("kill", 200, 1)
+    assert found["builds"] == 200
+    assert min(found[f"kills by {way}"] for way in ("place", "time", "call")) > 50
 
 
 def test_calls_that_fail_one_after_another(tortured):
-    """Some of 800 calls; every tenth under `slow`, every single one (two hours) by `make torture`."""
+    """Some of 800 calls; every tenth under `slow`, every single one by `make torture`."""
     assert tortured["ENOSPC: calls"] > 500
     assert tortured["ENOSPC: status 75"] >= 1
 
