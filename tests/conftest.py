@@ -1,6 +1,5 @@
 """Fixtures: the demo checkpoint and its tokenizer, random checkpoints, a text, small releases, and a hub to publish them to."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -52,11 +51,12 @@ artifacts:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
-def pytest_configure():
-    """Signals as in a terminal, however the tests were started: `nohup` and a shell's `&` let a process ignore them."""
-    with contextlib.suppress(ValueError):  # not the main thread of a parallel run's worker
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@pytest.fixture(autouse=True)
+def _signals():
+    """As a terminal gives them: `nohup` and a shell's `&` let a process ignore some, and a stopped command goes deaf before it ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
