@@ -164,12 +164,12 @@ def _normal_equations(
     for group in range(each):
         inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)
         block = gram.part(inside, rest)
-        for place, basis in enumerate(bases):
+        for row, basis in enumerate(bases):
             spread = product(basis[:, inside], block)
             for other, against in enumerate(bases):
                 sums = summed(spread * against[:, rest])
-                system[:, place, group, other, group:] = sums
-                system[:, other, group:, place, group] = sums
+                system[:, row, group, other, group:] = sums
+                system[:, other, group:, row, group] = sums
     return system.view(rows, unknowns, unknowns), right
 
 

@@ -297,14 +297,14 @@ class Draft:
             for path in sorted(folder.rglob("*")):
                 if path.is_dir() or path.name == MANIFEST:
                     continue
-                place = joined / path.relative_to(folder)
-                make_folder(place.parent)
+                linked = joined / path.relative_to(folder)
+                make_folder(linked.parent)
                 try:
-                    os.link(path, place)
+                    os.link(path, linked)
                 except OSError:
-                    shutil.copyfile(path, place)
-                    sync(place)
-                sync(place.parent)
+                    shutil.copyfile(path, linked)
+                    sync(linked)
+                sync(linked.parent)
                 reached("while a folder is joined")
         return joined
 

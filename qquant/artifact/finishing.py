@@ -61,16 +61,16 @@ def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
     manifest = manifest_of(final)
     rest = {name: entry for name, entry in manifest.artifacts.items() if name != plan.name}
     shared = {name for entry in rest.values() for name in entry.files}
-    place = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
-    make_folder(place.parent)
+    aside = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
+    make_folder(aside.parent)
     if not rest:
-        rename(final, place)
+        rename(final, aside)
         return False
-    make_folder(place)
+    make_folder(aside)
     for name in manifest.artifacts[plan.name].files.keys() - shared:
         if os.path.lexists(final / name):
-            make_folder((place / name).parent)
-            rename(final / name, place / name)
+            make_folder((aside / name).parent)
+            rename(final / name, aside / name)
     reached("while a damaged artifact is set aside")
     write_synced(final / MANIFEST, replace(manifest, artifacts=rest).to_json())
     return False

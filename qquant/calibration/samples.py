@@ -181,7 +181,7 @@ def _draw(
             corpus.record.tokens = count * spec.length
         else:
             picked = _pick(corpus, count, spec.default_system_share, tokenizer.default_system, spec.seed)
-            talks += [(corpus.record, f"{corpus.where}, {place}", chat) for place, chat in picked]
+            talks += [(corpus.record, f"{corpus.where}, {location}", chat) for location, chat in picked]
     if not talks:
         return samples, None
     rendered, chats = give_systems([chat for _, _, chat in talks], tokenizer, spec.default_system_share, spec.seed)

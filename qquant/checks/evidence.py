@@ -147,15 +147,15 @@ def read(path: Path) -> Evidence:
     return Evidence(head.facts, expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
 
 
-def of_report(place: Path) -> dict[str, Evidence]:
+def of_report(path: Path) -> dict[str, Evidence]:
     """Evidence by artifact, for a report.json or the folder that holds one.
 
     Raises:
         UsageError: there is no report, or no evidence beside it.
     """
-    report = place / "report.json" if place.is_dir() else place
+    report = path / "report.json" if path.is_dir() else path
     if not report.is_file():
-        raise UsageError(f"{place}: no report.json; give the output folder of a build, or its report.json")
+        raise UsageError(f"{path}: no report.json; give the output folder of a build, or its report.json")
     content = read_report(report)
     require_judged(report.parent, content)
     names = [row.name for row in content.artifacts]

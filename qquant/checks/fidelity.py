@@ -120,7 +120,7 @@ class _Sums:
 
     def add(self, logits: Tensor, first: int, rows: slice, targets: Tensor) -> None:
         """Take in logits float32 [P, V'] of token ids first ... for positions `rows`."""
-        top, place = logits.max(1)
+        top, best = logits.max(1)
         peak = torch.maximum(self.peak[rows], top.double())
         self.total[rows] = self.total[rows] * (self.peak[rows] - peak).exp() + (
             logits - peak[:, None].float()
@@ -128,7 +128,7 @@ class _Sums:
         self.peak[rows] = peak
         better = top > self.best[rows]
         self.best[rows] = torch.where(better, top, self.best[rows])
-        self.best_id[rows] = torch.where(better, place + first, self.best_id[rows])
+        self.best_id[rows] = torch.where(better, best + first, self.best_id[rows])
         inside = (targets >= first) & (targets < first + logits.shape[1])
         picked = logits.gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
         self.target[rows] = torch.where(inside, picked, self.target[rows])

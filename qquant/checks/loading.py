@@ -125,8 +125,8 @@ def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int
     limit = sum((seconds + part.bytes() / BYTES_A_SECOND for part in parts), seconds)
     command = [sys.executable, "-m", "qquant.checks.loading", str(children)]
     command += [word for part in parts for word in (part.what, str(part.path.absolute()))]
-    places = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    search_path = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     if children > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, background.cores() // children))
     pipe = subprocess.PIPE

@@ -120,8 +120,8 @@ def held_out(
     most = checks.max_windows or checks.windows
     windows, facts = _windows(checks.text, checks.length, most, tokenizer, used)
     further: dict[str, torch.Tensor] = {}
-    for place in checks.texts:
-        rows, about = _windows(place, checks.length, checks.windows, tokenizer, used)
+    for name_or_path in checks.texts:
+        rows, about = _windows(name_or_path, checks.length, checks.windows, tokenizer, used)
         name = about["name"]
         further[name if name not in further else f"{name} ({len(further) + 1})"] = rows
     looks = checks.looks(len(windows))
@@ -363,8 +363,8 @@ def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
     scored = measured.kl.shape[1]
     order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
     tokens = []
-    for place in order.tolist():
-        row, column = divmod(place, scored)
+    for flat in order.tolist():
+        row, column = divmod(flat, scored)
         window = text.windows[row].tolist()
         at = text.first + 1 + column
         before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]

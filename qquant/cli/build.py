@@ -61,8 +61,8 @@ def build(
     from qquant.plan.plan import Plan
 
     reference = asked.reference
-    place = _converted(reference, out) if allow_pickle else reference
-    asked = settle(dataclasses.replace(asked, checkpoint=place), question=True)
+    checkpoint = _converted(reference, out) if allow_pickle else reference
+    asked = settle(dataclasses.replace(asked, checkpoint=checkpoint), question=True)
     loaded, source = asked.open()
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)

@@ -166,17 +166,17 @@ def bisect(
 
 
 @command("report", epilog=EXITS, example="report release --html report.html")
-@click.argument("place", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--html", type=OutputFile(), help="Write the page to this file; default: no page.")
 @JUNIT
 @GITHUB
 @JSON
-def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
+def show_report(path: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
     """Show the report of an earlier build or check again: an output folder, or its report.json."""
     from qquant.artifact.manifest import REPORT, read_report
     from qquant.report.html import render
 
-    report = read_report(place / REPORT if place.is_dir() else place)
+    report = read_report(path / REPORT if path.is_dir() else path)
     if html is not None:
         html.write_text(render(report), "utf-8")
     tell_watchers(report, junit, github)

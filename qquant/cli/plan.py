@@ -79,9 +79,9 @@ def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str
     from qquant import devices
     from qquant.plan import seconds
 
-    place = devices.named(device)
-    rates = seconds.probe(source, place)
-    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, place)
+    where = devices.named(device)
+    rates = seconds.probe(source, where)
+    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, where)
 
 
 def _print_efforts(costs: list[Cost]) -> None:

@@ -20,7 +20,7 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EAGAIN}  # 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
-def reached(place: str) -> None:
+def reached(point: str) -> None:
     """A named place on the way to a finished build."""
 
 

@@ -63,10 +63,10 @@ class _Recording(Generic[Result]):
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, given: list[Tensor]) -> Result:
-        for place, (mine, other) in enumerate(zip(self.inputs, given, strict=True)):
-            known = self.known[place]
+        for index, (mine, other) in enumerate(zip(self.inputs, given, strict=True)):
+            known = self.known[index]
             if known is None or known[0]() is not other or known[1] != other._version:
                 mine.copy_(other)
-                self.known[place] = weakref.ref(other), other._version
+                self.known[index] = weakref.ref(other), other._version
         self.graph.replay()
         return self.result

@@ -123,14 +123,14 @@ class Plan:
 
     def require_room(self, out: Path) -> None:
         """Raise EnvironmentMissingError if a file system has less room than the build needs on it."""
-        place = out.absolute()
-        while not place.exists():
-            place = place.parent
-        for folder, need in ((place, self.missing(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
+        nearest = out.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        for folder, need in ((nearest, self.missing(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
             free = shutil.disk_usage(folder).free
             if free < need:
                 raise EnvironmentMissingError(
-                    f"{out if folder == place else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "
+                    f"{out if folder == nearest else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "
                     "Free some space, or choose another --out"
                 )
 

@@ -78,9 +78,9 @@ def _held_out_in_calibration(calibration: Any, checks: Any) -> Iterator[Conflict
         bundled, path = _entry(source, "bundled"), _entry(source, "path")
         origin = path if bundled is None else f"bundled:{bundled}"
         where = key_path(("calibration", "sources", index))
-        for place, text in texts.items():
+        for field, text in texts.items():
             if text is not None and text == origin:
-                yield place, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
+                yield field, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
 
 
 def _with(model: Model, settings: Settings) -> Model:
@@ -258,10 +258,10 @@ class Recipe(Strict):
         first: dict[tuple[str, ...], str] = {}
         clashes = []
         for spec in self.artifacts:
-            place = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
-            other = first.setdefault(place, spec.name)
+            target = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
+            other = first.setdefault(target, spec.name)
             if other != spec.name:
-                clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(place)}")
+                clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(target)}")
         return tuple(clashes)
 
     @staticmethod

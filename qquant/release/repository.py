@@ -228,21 +228,21 @@ def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, s
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])
 
 
-def _repository(place: Path, manifest: Manifest, report: Report, source: ReleaseSource) -> Repository:
-    files = {name: verified(place, name, facts) for name, facts in manifest.files.items()}
+def _repository(folder: Path, manifest: Manifest, report: Report, source: ReleaseSource) -> Repository:
+    files = {name: verified(folder, name, facts) for name, facts in manifest.files.items()}
     licence = source.licence_file
     if licence and licence.name not in files:
         files[licence.name] = Payload.of(licence.text.encode())
     parallel = next((by for name, by in source.tensor_parallel.items() if name in manifest.artifacts), None)
     release = ReleaseEntry(
-        place.name, source.base_model, source.revision, chat=source.chat, card=source.card, tensor_parallel=parallel
+        folder.name, source.base_model, source.revision, chat=source.chat, card=source.card, tensor_parallel=parallel
     )
     rows = tuple(
-        replace(row, path=place.name)  # not where it lay on the machine that built it
+        replace(row, path=folder.name)  # not where it lay on the machine that built it
         for row in report.artifacts
         if row.name in manifest.artifacts
     )
-    return Repository(place.name, files, replace(manifest, release=release), replace(report, artifacts=rows))
+    return Repository(folder.name, files, replace(manifest, release=release), replace(report, artifacts=rows))
 
 
 def complete(

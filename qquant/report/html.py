@@ -145,10 +145,10 @@ def _pareto(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
     points: list[dict[str, Any]] = []
     for artifact in artifacts:
         beaten = any(_beats(other, artifact) for other in artifacts)
-        place = x.at(artifact.size), y.at(max(artifact.kl_divergence, floor))
+        point_at = x.at(artifact.size), y.at(max(artifact.kl_divergence, floor))
         pace = artifact.speed.pace("decode") if artifact.speed else None
         ratio = pace.ratio if pace and math.isfinite(pace.ratio) else 1.0
-        point = {"a": artifact, "x": place[0], "y": place[1], "best": not beaten, "pace": pace}
+        point = {"a": artifact, "x": point_at[0], "y": point_at[1], "best": not beaten, "pace": pace}
         points.append(point | {"r": round(5 * math.sqrt(min(max(ratio, 0.25), 9)), 1), "name": _named(artifact)})
     points.sort(key=lambda point: point["x"])
     _place_labels(points)
@@ -212,11 +212,11 @@ def _heat(artifact: ArtifactReport) -> dict[str, Any]:
     cells: dict[tuple[int, str], float] = {}
     notes: dict[tuple[int, str], str] = {}
     for linear in linears(artifact.layers):
-        place = _place(linear.name)
-        if place and math.isfinite(linear.error):
-            cells[place] = linear.error
+        cell = _place(linear.name)
+        if cell and math.isfinite(linear.error):
+            cells[cell] = linear.error
             steps = ((title(step), error) for step, error in linear.steps.items())
-            notes[place] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[place], 3)
+            notes[cell] = "; ".join(f"{step} {_digits(error, 3)}" for step, error in steps) or _digits(cells[cell], 3)
     blocks = sorted({block for block, _ in cells})
     rows_of = list(dict.fromkeys(row for _, row in cells))
     positive = [value for value in cells.values() if value > 0]

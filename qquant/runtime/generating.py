@@ -94,9 +94,9 @@ class Quick:
         device = weights.final_norm.device
         if device.type not in self.devices:
             return None
-        places = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
-        if self._made is None or self._made[0] != places:
-            self._made = places, GraphDecoder(self.config, weights, device, self.dtype)
+        pointers = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
+        if self._made is None or self._made[0] != pointers:
+            self._made = pointers, GraphDecoder(self.config, weights, device, self.dtype)
         return self._made[1]
 
 

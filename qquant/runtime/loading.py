@@ -51,13 +51,13 @@ def load(
         UsageError: another dtype.
         EnvironmentMissingError: the device is not there.
     """
-    place = devices.named(device, "device")
+    where = devices.named(device, "device")
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype, raw)
-    with ThreadPoolExecutor(_readers(place)) as pool:
+    with ThreadPoolExecutor(_readers(where)) as pool:
         try:
-            return cast("PreTrainedModel", _assembled(source, raw, Loader(source, place, number), pool))
+            return cast("PreTrainedModel", _assembled(source, raw, Loader(source, where, number), pool))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -127,8 +127,8 @@ def _fill(
 
 
 def _open(path: str | Path) -> WeightSource:
-    place = Path(path)
-    return open_weights(place) if place.exists() else Checkpoint.open(path)
+    local = Path(path)
+    return open_weights(local) if local.exists() else Checkpoint.open(path)
 
 
 def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:

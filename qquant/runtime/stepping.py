@@ -121,13 +121,13 @@ class Stepper:
         """Memory of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def _forward(self, ids: Tensor, rows: Tensor, places: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Normed hidden states [M, hidden] of tokens at `places` of `rows`; `mix(layer, q)` is the attention."""
+    def _forward(self, ids: Tensor, rows: Tensor, positions: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Normed hidden states [M, hidden] of tokens at `positions` of `rows`; `mix(layer, q)` is the attention."""
         forward, epsilon = self.weights.family.forward, self.config.epsilon
         x = Sum(self.weights.embedding(ids))
         for index, layer in enumerate(self.weights.layers):
             cache = {"keys": self.keys[index], "values": self.values[index]}
-            turn = partial(rotate, table=self.table, rows=rows, places=places, **cache)
+            turn = partial(rotate, table=self.table, rows=rows, positions=positions, **cache)
             x = through(forward(Fused(layer, epsilon, turn, partial(mix, index)), x))
         return add_norm(x.x, x.y, self.weights.final_norm, epsilon)[1]
 
@@ -144,7 +144,7 @@ class Stepper:
         """
         chosen = range(self.batch) if rows is None else rows
         spans = [(row, len(part), start) for row, part, start in zip(chosen, parts, starts, strict=True)]
-        places = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
+        positions = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
         owners = torch.cat([self.rows[row : row + 1].expand(count) for row, count, _ in spans])
 
         def mix(layer: int, query: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Stepper:
                 mixed[here] = self._attend_part(layer, row, query[here], start)
             return mixed
 
-        hidden = self._forward(torch.cat(list(parts)), owners, places, mix)
+        hidden = self._forward(torch.cat(list(parts)), owners, positions, mix)
         last, ends = -1, []
         for row, count, start in spans:
             self.position[row].fill_(start + count)

@@ -108,7 +108,7 @@ class Curvature:
     """The measured factors of a whole model, in `folder`, for some of the calibration samples."""
 
     folder: Path
-    lengths: Mapping[int, int]  # tokens of every measured sample, by its place among all
+    lengths: Mapping[int, int]  # tokens of every measured sample, by its index among all
 
     def block(self, layer: int, device: torch.device) -> BlockCurvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
@@ -173,14 +173,14 @@ def measure(
     progress: Progress,
     blocks: Layers | None = None,
 ) -> Curvature:
-    """Measure the factors on `samples` (int token ids [T], by place) into `folder`, or take them from there if they are complete.
+    """Measure the factors on `samples` (int token ids [T], by index) into `folder`, or take them from there if they are complete.
 
     `blocks`: the decoder blocks of `source`, where another pass wants them too. `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
 
     Raises:
         NumericalError: a gradient is not finite.
     """
-    curvature = Curvature(folder, {place: len(sample) for place, sample in samples.items()})
+    curvature = Curvature(folder, {index: len(sample) for index, sample in samples.items()})
     layers = source.config.layers
     if _complete(folder, layers):
         return curvature
@@ -269,11 +269,11 @@ class _Inputs:
     """The inputs [T, hidden] of every block, until the way back asks for them."""
 
     folder: Path
-    place: Place
+    kept_on: Place
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # without data where that is in a file
 
     def keep(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        match self.place:
+        match self.kept_on:
             case "device":
                 self.kept[layer] = list(hidden)
             case "host":
@@ -290,7 +290,7 @@ class _Inputs:
     def take(self, layer: int, device: torch.device) -> list[Tensor]:
         """Of block `layer`, which are forgotten here."""
         kept = self.kept.pop(layer)
-        if self.place == "files":
+        if self.kept_on == "files":
             size = sum(x.nbytes for x in kept)
             data = read_tensor(TensorInfo("input", "U8", (size,), self._path(layer), 0, size))
             self._path(layer).unlink()

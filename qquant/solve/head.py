@@ -116,11 +116,11 @@ class Head:
             fade = (before - top).exp()
             total = total * fade + sums[:, -1:]
             squares = squares * fade.double().square() + strips.square().sum((1, 2)).double().unsqueeze(1)
-            for place, chance in enumerate(chances[:, index].split(1, dim=1)):
+            for number, chance in enumerate(chances[:, index].split(1, dim=1)):
                 drawn_rows = _drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)
                 here = chance * total < sums[:, -1:]
-                drawn[place] = torch.where(here, rows[drawn_rows], drawn[place])
-                words[:, place] = torch.where(here[:, 0], part[0] + drawn_rows, words[:, place])
+                drawn[number] = torch.where(here, rows[drawn_rows], drawn[number])
+                words[:, number] = torch.where(here[:, 0], part[0] + drawn_rows, words[:, number])
         spread = (1 - squares / total.square()).clamp_(min=0).float()[:, 0]
         return Drawn((drawn[0] - drawn[1]) * 0.5**0.5, words, spread)
 

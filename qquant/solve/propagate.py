@@ -40,7 +40,7 @@ RIDGE = 0.2  # of the mean of diag(H~)
 class Inputs(NamedTuple):
     """What a sample brings to a stage: without quantization, and with it."""
 
-    place: int  # of the sample
+    sample: int  # its index
     exact: StageInput[Tensor]
     own: StageInput[Tensor]
 
@@ -81,7 +81,7 @@ def _propagated(
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized.
 
-    `before`: the input of the 16-bit block, by the place of the samples that `stream` runs on.
+    `before`: the input of the 16-bit block, by the index of the samples that `stream` runs on.
     """
     layer, family = view.layer, view.checkpoint.family
     if unit(layer) in solver.draft.units:
@@ -94,8 +94,8 @@ def _propagated(
     own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
     passes = {
-        place: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
-        for (place, x), y in zip(before.items(), stream.hidden, strict=True)
+        sample: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
+        for (sample, x), y in zip(before.items(), stream.hidden, strict=True)
     }
     for stage in family.stages:
         gram, targets = _targets(view, stage, transformed.weights, _inputs(passes, last=stage is family.last))
@@ -113,10 +113,10 @@ def _propagated(
 
 def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
     """The next stage's inputs of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
-    for place, both in passes.items():
+    for sample, both in passes.items():
         own = both[-1]
         # Closing is not enough: Python up to 3.12.3 keeps what a closed generator held.
-        yield Inputs(place, next(both.pop(0) if last else both[0]), next(own))
+        yield Inputs(sample, next(both.pop(0) if last else both[0]), next(own))
 
 
 def _targets(
@@ -146,10 +146,10 @@ def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tu
     gram = Gram.zeros(columns, device)
     cross = torch.zeros_like(gram.matrix)
     missing = None
-    for place, (_, x, r), (_, y, q) in inputs:
-        view.add(gram, stage, y, place)
+    for sample, (_, x, r), (_, y, q) in inputs:
+        view.add(gram, stage, y, sample)
         wide = y.float()
-        weights = view.token_weights(stage, place)
+        weights = view.token_weights(stage, sample)
         weighted = wide if weights is None else wide * weights.unsqueeze(1)
         with tensor_cores():
             cross.addmm_((x.float() - wide).T, weighted)

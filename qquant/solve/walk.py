@@ -75,7 +75,9 @@ def quantize(
         if solved and any(
             draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft)) for draft in drafts
         ):
-            chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
+            chosen = {
+                sample: samples[sample] for sample in spread([len(sample) for sample in samples], curvature_tokens)
+            }
             curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
         written()  # two units of a draft are not journalled at once
     with _writing(drafts, device):

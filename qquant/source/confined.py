@@ -110,11 +110,11 @@ class _Child:
 
     def _read(self, count: int, ends: float) -> bytes:
         assert self.process.stdout is not None
-        pieces, left, place = [], count, self.process.stdout.fileno()
+        pieces, left, descriptor = [], count, self.process.stdout.fileno()
         while left:
             if not self.waiting.poll(1000 * max(0.0, ends - time.monotonic())):
                 raise Refused("it does not answer")
-            piece = os.read(place, min(left, 1 << 20))
+            piece = os.read(descriptor, min(left, 1 << 20))
             if not piece:
                 raise EOFError
             pieces.append(piece)

@@ -175,11 +175,11 @@ def serve_tokenizer(tokenizer: Any, request: dict[str, Any], content: bytes) -> 
     """`describe`; `encode` texts of these `sizes` to u32 ids; `decode` u32 ids to text."""
     if request["do"] == "encode":
         tokenizer.encode_special_tokens = not request["special"]
-        encoded, place = [], 0
+        encoded, position = [], 0
         for size in request["sizes"]:
-            text = content[place : place + size].decode("utf-8", "surrogatepass")
+            text = content[position : position + size].decode("utf-8", "surrogatepass")
             encoded.append(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-            place += size
+            position += size
         ids = [number for one in encoded for number in one]
         return {"counts": [len(one) for one in encoded]}, struct.pack(f"<{len(ids)}I", *ids)
     if request["do"] == "decode":

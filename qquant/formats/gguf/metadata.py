@@ -129,7 +129,7 @@ def name_parts(name: str, parameters: int) -> dict[str, str]:
     if " " in name:
         return {}
     words = [word for word in name.split("-") if word]
-    labelled = [_label(word, place, parameters) for place, word in enumerate(words)]
+    labelled = [_label(word, index, parameters) for index, word in enumerate(words)]
     if any(kind == "size_label" and any(c.isdecimal() for c in word) for word, kind in labelled):
         labelled = [(word, "" if kind == "size_label" and word.isalpha() else kind) for word, kind in labelled]
     opening = next(
@@ -140,24 +140,24 @@ def name_parts(name: str, parameters: int) -> dict[str, str]:
     while opening == len(labelled) and based and labelled[based - 1][1] == "version":
         based -= 1
     by_kind: dict[str, list[str]] = {"basename": [word for word, _ in labelled[:based]]}
-    for place, (word, kind) in enumerate(labelled):
-        if kind == "version" and place < based:
+    for index, (word, kind) in enumerate(labelled):
+        if kind == "version" and index < based:
             continue
-        if kind or place >= opening:
+        if kind or index >= opening:
             by_kind.setdefault(kind or "finetune", []).append(word)
     parts = {kind: "-".join(dict.fromkeys(some) if kind == "size_label" else some) for kind, some in by_kind.items()}
     return parts if parts.keys() & {"size_label", "finetune", "version"} else {}
 
 
-def _label(word: str, place: int, parameters: int) -> tuple[str, str]:
+def _label(word: str, index: int, parameters: int) -> tuple[str, str]:
     """(the word, as the converter spells it; its kind, "" if unknown)."""
     if re.fullmatch(VERSION, word, re.IGNORECASE):
         return word, "version"
     if re.fullmatch(STORED_AS, word, re.IGNORECASE):
         return word.upper(), "type"
-    if place and re.fullmatch(SIZE, word, re.IGNORECASE):
+    if index and re.fullmatch(SIZE, word, re.IGNORECASE):
         return _size(word.replace("_", "."), parameters)
-    return word, "finetune" if place and re.fullmatch(TUNING, word, re.IGNORECASE) else ""
+    return word, "finetune" if index and re.fullmatch(TUNING, word, re.IGNORECASE) else ""
 
 
 def _size(word: str, parameters: int) -> tuple[str, str]:
@@ -265,8 +265,8 @@ def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         if part.get("type") == "ByteLevel":
             added = {"bos": False, "eos": False} | added
         single = _mappings(part.get("single")) if part.get("type") == "TemplateProcessing" else []
-        for role, place in (("bos", 0), ("eos", -1)):
-            special = _mappings([single[place].get("SpecialToken")]) if len(single) > 1 else []
+        for role, end in (("bos", 0), ("eos", -1)):
+            special = _mappings([single[end].get("SpecialToken")]) if len(single) > 1 else []
             token = special[0].get("id") if special else None
             if token:
                 added[role] = True

@@ -427,8 +427,8 @@ def codebook(pieces: Iterable[Piece]) -> SearchResult:
         table = _value_table(x.device)
 
         def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
-            place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
-            values = torch.index_select(table, 0, place.view(-1)).view(place.shape)
+            cell = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
+            values = torch.index_select(table, 0, cell.view(-1)).view(cell.shape)
             return dot(w, values, x), dot(w, values, values)
 
         return sums
