@@ -329,8 +329,8 @@ def test_room_is_asked_for_what_is_still_to_be_written(make_checkpoint, build, t
     _, out = build(folder, "gptq-int8")
     loaded, checkpoint = load_recipe(tmp_path, ["gptq-int8"]), Checkpoint.open(folder)
     plan = Plan.of(loaded, checkpoint)
-    assert plan.missing(out) == plan.disk - plan.artifacts[0].size
-    assert plan.missing(tmp_path / "new") == plan.disk
+    assert plan.still_to_write(out) == plan.disk - plan.artifacts[0].size
+    assert plan.still_to_write(tmp_path / "new") == plan.disk
 
 
 @pytest.mark.parametrize("damage", ["head", "copy", "journal", "moments"])
@@ -561,8 +561,8 @@ def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, mo
     for record in (seen, held, solved):
         record.clear()
     _, threaded = build(folder, out="threaded")
-    assert {thread for thread, _, unit in seen if unit != outside.REST} == {"qquant-write-behind"}
-    assert ("qquant-write-behind", NAMES[-1], outside.REST) in seen
+    assert {thread for thread, _, unit in seen if unit != outside.UNSOLVED} == {"qquant-write-behind"}
+    assert ("qquant-write-behind", NAMES[-1], outside.UNSOLVED) in seen
     for name in NAMES:
         assert [unit for _, found, unit in seen if found == name] == [unit for found, unit in in_place if found == name]
     assert contents(threaded) == contents(plain)

@@ -226,5 +226,5 @@ def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> P
 
 def _loss(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """S A s' - 2 b s' of each row."""
-    wide = scale.float()
-    return ((system @ wide.unsqueeze(-1)).squeeze(-1) * wide).sum(1) - 2 * (right * wide).sum(1)
+    coefficients = scale.float()
+    return ((system @ coefficients.unsqueeze(-1)).squeeze(-1) * coefficients).sum(1) - 2 * (right * coefficients).sum(1)

@@ -121,8 +121,8 @@ class _Cache:
         self.shared = _shared(prompts) if len(prompts) > 1 else 0
         room, self.end, self.start = self.longest + length, 0, 0
         shape = (config.layers, len(prompts), config.kv_heads, room, config.head_dim)
-        wide = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
-        self.keys, self.values = (torch.zeros(shape, dtype=wide, device=model.device) for _ in range(2))
+        dtype = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
         self.config, self.given = config, prompts
         self.pads = torch.tensor([[self.longest - len(prompt)] for prompt in prompts], device=model.device)
         self.cosine, self.sine = rotary(config, room, model.device, model.dtype)

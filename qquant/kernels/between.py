@@ -85,7 +85,7 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
     """Run the kernel; arguments as of `add_norm`, contiguous."""
     rows, width = x.shape
     total, norm = x if y is None else torch.empty_like(x), torch.empty_like(x)
-    wide = 1 << (width - 1).bit_length()
+    lanes = 1 << (width - 1).bit_length()
     _add_norm_kernel[(rows,)](
         x,
         x if y is None else y,
@@ -94,9 +94,9 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
         norm,
         width,
         epsilon,
-        WIDTH=wide,
+        WIDTH=lanes,
         ADD=y is not None,
-        num_warps=min(16, max(1, wide // 256)),
+        num_warps=min(16, max(1, lanes // 256)),
         **_options(x),
     )
     return total, norm

@@ -45,8 +45,8 @@ def _check(h: Tensor, x: Tensor) -> None:
 def reference(h: Tensor, x: Tensor) -> None:
     """`gram` in torch."""
     for part in x.split(CHUNK):
-        wide = part.float()
-        h.addmm_(wide.t(), wide)
+        as_float32 = part.float()
+        h.addmm_(as_float32.t(), as_float32)
 
 
 @kernel("T")

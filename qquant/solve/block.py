@@ -17,7 +17,7 @@ from qquant.formats import FORMATS
 from qquant.solve.curvature import BlockCurvature
 from qquant.solve.solver import Rows, rounding_of
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import narrow
+from qquant.source.padding import without_padding
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class View:
 
     def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
         """The block with its own weights, or with others."""
-        source = narrow(self.checkpoint)
+        source = without_padding(self.checkpoint)
         return Block(source.family, source.config, weights or self.weights, self.dtype)
 
     def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
@@ -49,7 +49,7 @@ class View:
 
     def grams(self, device: torch.device) -> dict[str, Gram]:
         """Empty accumulators, by stage."""
-        inputs = self.checkpoint.family.inputs(narrow(self.checkpoint).config, self.layer)
+        inputs = self.checkpoint.family.inputs(without_padding(self.checkpoint).config, self.layer)
         return {stage: Gram.zeros(columns, device) for stage, columns in inputs.items()}
 
     def rows(self, transformed: Transformed) -> Rows:

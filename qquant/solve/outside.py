@@ -37,7 +37,7 @@ from qquant.report.solved import LinearRecord
 from qquant.solve.curvature import Tables
 from qquant.source.checkpoint import Checkpoint
 
-REST = "rest"  # the unit of what is not solved
+UNSOLVED = "rest"  # the unit of what is not solved
 PHASE = "embedding and head"
 ROWS = 4096  # of a table that are solved at a time
 SLACK = 1.0  # times that every word counts as seen besides those that it was
@@ -54,7 +54,7 @@ def solved_tables(checkpoint: Checkpoint, draft: Draft) -> dict[str, Grid]:
     return {name: grid for name, grid in grids.items() if grid is not None}
 
 
-def write_rests(
+def write_unsolved(
     checkpoint: Checkpoint, drafts: Sequence[Draft], solved: bool, device: torch.device, stop: Event
 ) -> None:
     """Write what no solver takes of every draft that does not have it; with `solved` they are not asked for tables that one does.
@@ -63,23 +63,23 @@ def write_rests(
         StoppedError: `stop` was set meanwhile.
     """
     for draft in drafts:
-        if REST not in draft.units:
-            filling = Filling(draft, REST)
-            for name, offset, piece in _rest(checkpoint, draft, solved, device, stop):
+        if UNSOLVED not in draft.units:
+            filling = Filling(draft, UNSOLVED)
+            for name, offset, piece in _unsolved(checkpoint, draft, solved, device, stop):
                 draft.later(partial(filling.put, name, offset, piece.cpu()))
             draft.later(partial(filling.close, []))
 
 
-def _rest(
+def _unsolved(
     checkpoint: Checkpoint, draft: Draft, solved: bool, device: torch.device, stop: Event
 ) -> Iterator[tuple[str, int, Tensor]]:
     """The tensors outside the blocks that are not solved, in slices of rows."""
     family, config = checkpoint.family, checkpoint.config
-    left = solved_tables(checkpoint, draft) if solved else {}
+    solved_names = solved_tables(checkpoint, draft) if solved else {}
     names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
     store = FORMATS[draft.plan.format].store
     for name in names:
-        if name in left:
+        if name in solved_names:
             continue
         offset = 0
         rows = checkpoint.tensors[name].shape[0]

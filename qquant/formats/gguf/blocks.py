@@ -13,7 +13,7 @@ from qquant.algorithms.grid import Multipliers
 from qquant.devices import policy
 from qquant.errors import UsageError
 from qquant.formats.gguf import exact, search
-from qquant.formats.gguf.fields import Field, scaled, wide
+from qquant.formats.gguf.fields import Field, per_column, scaled
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class BlockParams:
         """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
         columns = codes.shape[1]
         centred = codes.float() - (self.type.centre if self.dmin is None else 0)
-        terms = [(self.d, centred if self.scales is None else centred * wide(self.scales, columns))]
+        terms = [(self.d, centred if self.scales is None else centred * per_column(self.scales, columns))]
         if self.dmin is not None:
-            basis = torch.ones_like(centred) if self.mins is None else -wide(self.mins, columns)
+            basis = torch.ones_like(centred) if self.mins is None else -per_column(self.mins, columns)
             terms.append((self.dmin, basis))
         return terms
 
@@ -86,11 +86,11 @@ class BlockParams:
         multipliers = []
         if self.scales is not None:
             lowest, highest = self.type.scale_range
-            unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * wide(self.d, columns)
+            unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * per_column(self.d, columns)
             multipliers.append(Multipliers("scales", self.scales, unit, lowest, highest))
         if self.mins is not None and self.dmin is not None:
             lowest, highest = self.type.scale_range
-            multipliers.append(Multipliers("mins", self.mins, -wide(self.dmin, columns), lowest, highest))
+            multipliers.append(Multipliers("mins", self.mins, -per_column(self.dmin, columns), lowest, highest))
         return multipliers
 
     def with_integers(self, name: str, values: Tensor) -> BlockParams:
