@@ -16,7 +16,7 @@ import click
 
 from qquant import __version__
 from qquant.cli.build import build
-from qquant.cli.check import bisect, check, compare, perplexity, show_report
+from qquant.cli.check import bisect, check, perplexity
 from qquant.cli.command import COMPLETION, Journey
 from qquant.cli.dequantize import dequantize
 from qquant.cli.look import doctor, inspect, verify
@@ -24,6 +24,7 @@ from qquant.cli.options import EXITS
 from qquant.cli.plan import plan
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
+from qquant.cli.reports import compare, show_report
 from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks

@@ -76,7 +76,7 @@ def build(
     if not as_json:
         click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
         click.echo("\n".join(_next(report, plan, out)), err=True)
-    tell_watchers(report, junit, github)
+    tell_watchers([report], junit, github)
     show(report, as_json)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from qquant.report.record import Report
 
 
-def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
+def tell_watchers(reports: Sequence[Report], junit: Path | None, github: bool) -> None:
     """Tell those who watch the build, before the verdict ends it."""
     from qquant.report import ci
 
     if junit is not None:
-        junit.write_text(ci.junit(report), "utf-8")
-    if github:
+        junit.write_text(ci.junit(*reports), "utf-8")
+    for report in reports if github else ():
         click.echo(ci.commands(report), nl=False, err=True)
         summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if summary:
@@ -44,11 +45,13 @@ def console() -> Console:
     return Console(width=shutil.get_terminal_size((140, 24)).columns)
 
 
-def show(report: Report, as_json: bool) -> None:
-    """Print the result, and raise GateFailedError if something failed."""
+def show(report: Report, as_json: bool, *, quiet: bool = False) -> None:
+    """Print the result unless `quiet`, and raise GateFailedError if something failed."""
     from qquant.report.escape import in_line
 
-    if as_json:
+    if quiet:
+        pass
+    elif as_json:
         click.echo(report.to_json(), nl=False)
     else:
         from qquant.cli.tables import table_of

@@ -247,8 +247,8 @@ class Recipe(Strict):
         """What `effort` decides and nobody wrote down, as if it had been."""
         if self.effort is not None:
             decided = EFFORTS[self.effort]
-            found = tuple(_with(spec, decided.of(spec.kind)) if spec.feedback else spec for spec in self.artifacts)
-            object.__setattr__(self, "artifacts", found)
+            filled = tuple(_with(spec, decided.of(spec.kind)) if spec.feedback else spec for spec in self.artifacts)
+            object.__setattr__(self, "artifacts", filled)
             object.__setattr__(self, "calibration", _with(self.calibration, decided.calibration))
         return self
 

@@ -14,6 +14,7 @@ from qquant.errors import InputError
 from qquant.report import slices
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.escape import markdown
+from qquant.report.facts import in_short
 from qquant.report.slices import SliceReport
 from qquant.report.solved import Solved
 from qquant.resources import lazy
@@ -271,7 +272,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """For people and model cards."""
-        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", ""]
+        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", "", *in_short(self), ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
         lines += [f"| {' | '.join(map(markdown, row))} |" for row in self.rows()]
         for title, outcome in HEADINGS.items():
@@ -297,7 +298,8 @@ class Report:
         for artifact, gates in self.conditions.detectable.items():
             told = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
             lines += [f"detectable by plan, {artifact}: {told}"] if told else []
-        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items()]
+        elsewhere = {"calibration"} if self.calibration else set()
+        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items() if key not in elsewhere]
         if self.calibration:
             made = self.calibration
             lines += [
