@@ -22,6 +22,7 @@ from qquant.disk.output import MANIFEST, claim
 from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
+from qquant.processes import start_of
 from qquant.report.solved import LinearRecord, warnings_of
 from qquant.solve import outside, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
@@ -260,7 +261,7 @@ def owner(**changes):
         (json.dumps(owner(pid=2**22 + 5, start="1")).encode(), True),
         (json.dumps(owner(pid=os.getppid(), start="1")).encode(), True),  # the number was used again
         (json.dumps(owner(pid=os.getppid(), boot="another")).encode(), True),
-        (json.dumps(owner(pid=os.getppid(), start=lock._start(os.getppid()))).encode(), False),
+        (json.dumps(owner(pid=os.getppid(), start=start_of(os.getppid()))).encode(), False),
         (json.dumps(owner(host="elsewhere")).encode(), True),  # its beat stands still
     ],
     ids=["empty", "nonsense", "no-process", "number-used-again", "earlier-boot", "alive", "elsewhere-and-still"],

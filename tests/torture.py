@@ -168,14 +168,7 @@ class Range:
         try:
             sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 2)
-            write = draft.Draft.write
-
-            def logged(draft, unit, *rest):
-                append(log, f"begin {draft.plan.name} {unit}")
-                write(draft, unit, *rest)
-                append(log, f"done {draft.plan.name} {unit}")
-
-            draft.Draft.write = logged
+            log_writes(log)
             if prepare:
                 prepare()
             device, quiet = torch.device("cpu"), Quiet()
@@ -230,13 +223,18 @@ class Range:
                 name for name in found.keys() | self.golden.keys() if found.get(name) != self.golden.get(name)
             )
             self.wrong(trial, f"other bytes: {names[:5]}")
+        self.count_solved(trial, before)
+        self.clear()
+
+    def count_solved(self, trial, before):
+        """No unit that the lines `before` of the log call done was begun again since."""
+        log = self.place / "log"
         after = (log.read_text().splitlines() if log.exists() else [])[len(before) :]
         done = {line.removeprefix("done ") for line in before if line.startswith("done ")}
         again = [line for line in after if line.startswith("begin ") and line.removeprefix("begin ") in done]
         if again:
             self.wrong(trial, f"solved again: {again}")
         self.counts["solved before the end"] += len(done)
-        self.clear()
 
     def tail(self, name):
         path = self.place / name
@@ -246,6 +244,18 @@ class Range:
         shutil.rmtree(self.out, ignore_errors=True)
         for name in ("log", "errors", "stderr"):
             (self.place / name).unlink(missing_ok=True)
+
+
+def log_writes(log):
+    """Note when a unit of a draft is begun and done."""
+    write = draft.Draft.write
+
+    def logged(draft, unit, *rest):
+        append(log, f"begin {draft.plan.name} {unit}")
+        write(draft, unit, *rest)
+        append(log, f"done {draft.plan.name} {unit}")
+
+    draft.Draft.write = logged
 
 
 def append(path, line):

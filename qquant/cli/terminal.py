@@ -86,7 +86,8 @@ class Stop:
     Either way what is journalled is kept, and the exit status is 75.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
         self.asked = ""  # the name of the signal
         self.ended = False  # the error is on its way
         self.before: dict[int, Any] = {}
@@ -110,7 +111,8 @@ class Stop:
             raise StoppedError(f"stopped at once by {name}")
         self.asked = name
         clear = "\r\x1b[2K" if os.isatty(2) else ""  # the live line, which is drawn again below
-        os.write(2, f"{clear}{name}: stopping after this block; once more to stop at once\n".encode())
+        if self.speaks:
+            os.write(2, f"{clear}{name}: stopping after this block; once more to stop at once\n".encode())
 
     def check(self) -> None:
         """Raise StoppedError if a signal came."""

@@ -95,7 +95,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
     head = 2 * config.vocab * config.hidden / rates.exact
     tokens = plan.tokens
-    seen = min(tokens, aim.curvature_tokens) if aim.objective == "kl" else 0
+    seen = min(tokens, aim.seen)
     specs = [artifact.spec for artifact in plan.artifacts]
     own = sum(spec.own_stream for spec in specs)
     solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
@@ -110,6 +110,27 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
     return {phase: took for phase, took in by_phase.items() if took}
+
+
+NOMINAL = {  # rates of no machine in particular: good for comparing artifacts with each other
+    "cpu": Rates(1e11, 5e10, 5e8, 3e5),
+    "cuda": Rates(4e14, 1e14, 4e11, 1e5),
+}
+
+
+def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: PlannedArtifact) -> float:
+    """About the seconds that an artifact takes besides what all share, by nominal rates."""
+    family, config, spec = checkpoint.family, checkpoint.config, artifact.spec
+    rates = NOMINAL[device.type]
+    linears = [shape for layer in range(config.layers) for shape in family.linear_shapes(config, layer).values()]
+    weights = sum(map(math.prod, linears))
+    found = SEARCH * (weights + config.vocab * config.hidden) / rates.elements
+    if spec.feedback:
+        found += _solving(linears, spec.sweeps, rates, device) + _tables(artifact, checkpoint, rates, device)
+    if spec.own_stream:
+        squares = sum(k * k for layer in range(config.layers) for k in family.inputs(config, layer).values())
+        found += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
+    return found
 
 
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:

@@ -153,6 +153,11 @@ class Calibration(Strict):
         description="of the samples, on which gradients are measured for `objective: kl`; the solvers see all samples",
     )
 
+    @property
+    def seen(self) -> int:
+        """Tokens on which curvature is asked for; 0 where none is."""
+        return self.curvature_tokens if self.objective == "kl" else 0
+
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
         yield from _too_many_tokens(given, "samples")

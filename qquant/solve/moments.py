@@ -4,7 +4,7 @@
                                             sha256 of the rest | safetensors
 
 They become the importance matrix that a build leaves in DIR/calibration for other tools. A block's file is written before any
-artifact's block is journalled, so an interrupted build finds them again.
+artifact's block is journalled, so an interrupted build finds them again. Of several ranks the first keeps them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,33 @@ from qquant.algorithms.gram import Gram
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError
 from qquant.formats.gguf.imatrix import Imatrix, mended
+from qquant.ranks import ALONE, Ranks
 from qquant.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments by block; `given` is an importance matrix of the user's, used instead of the measured one."""
+    """Second moments by block; `given` is an importance matrix of the user's, used instead of the measured one.
+
+    `folder` is where `ranks`, who walk the same blocks, keep what they measure.
+    """
 
     folder: Path
     given: Imatrix | None = None
+    ranks: Ranks = ALONE
 
     def path(self, layer: int) -> Path:
         """The file of block `layer`."""
         return self.folder / f"block-{layer}"
 
+    def lacks(self, layer: int) -> bool:
+        """Whether this rank should measure a block's."""
+        return self.ranks.first and self.load(layer) is None
+
     def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
-        """Keep the sums of squares of a block's stage inputs."""
+        """Keep the sums of squares of a block's stage inputs, on the first rank."""
+        if not self.ranks.first:
+            return
         make_folder(self.folder)
         tensors = {stage: mended(gram.squares.cpu()).contiguous() for stage, gram in grams.items()}
         tokens = torch.tensor(next(iter(grams.values())).tokens)

@@ -26,7 +26,7 @@ from torch import Tensor
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import finite
 from qquant.devices import free_memory, policy
-from qquant.errors import EnvironmentMissingError, NumericalError
+from qquant.errors import NumericalError, ShortMemoryError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
 
@@ -69,7 +69,7 @@ class Stream:
 
         Raises:
             NumericalError: activations are not finite in float32 either.
-            EnvironmentMissingError: there is not enough memory for one sample.
+            ShortMemoryError: there is not enough memory for one sample.
         """
         self.overflowed = set()
         if not self._unchecked(block, grams, add):
@@ -157,7 +157,7 @@ class Stream:
                 if not is_out_of_memory(error):
                     raise
                 if self.pressure == GRAMS:
-                    raise EnvironmentMissingError(
+                    raise ShortMemoryError(
                         f"block {layer}: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}). What is finished is kept: "
                         "the same command continues where there is more, or with --device cpu"
                     ) from None

@@ -9,6 +9,8 @@ On a GPU a thread of each artifact does the last step, one block behind. Activat
 checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
 Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
+Of several ranks each walks for the drafts that it owns; the first measures the curvature for all, and keeps the moments.
+
 With a `curvature` the tokens of a Gram matrix are weighted, codes are polished for the KL divergence of the whole model, and embedding
 and head are solved before the blocks (`outside`). Samples on which no gradient was measured count with weight 1, which is the mean of
 the measured ones.
@@ -69,23 +71,26 @@ def quantize(
     write = partial(write_unsolved, checkpoint, copied, solved, torch.device("cpu"))
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
-    measured = all(moments.load(layer) is not None for layer in range(layers))
-    curvature, blocks = None, Layers.of(source, device)
+    unmeasured = any(moments.lacks(layer) for layer in range(layers))
+    curvature, blocks, ranks = None, Layers.of(source, device), moments.ranks
     with background.start_early(write, devices.threads_help(device)) as written:
-        if solved and any(
-            draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft)) for draft in drafts
-        ):
+        asked = [
+            draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))
+        ]
+        work = ranks.gather([bool(asked), bool(drafts)])  # of every rank
+        if solved and any(measures for measures, _ in work):
             chosen = {
                 sample: samples[sample] for sample in spread([len(sample) for sample in samples], curvature_tokens)
             }
-            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
+            scratch = moments.folder / "curvature"
+            curvature = ranks.after_first(lambda: measure(source, chosen, scratch, dtype, device, progress, blocks))
         written()  # two units of a draft are not journalled at once
     with _writing(drafts, device):
         write_unsolved(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
         if curvature is not None:
             solve_tables(checkpoint, drafts, curvature.tables(device), device, progress)
     with _writing(drafts, device):
-        if waiting or (drafts and not measured):
+        if waiting or (unmeasured and any(owns for _, owns in work)):
             _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
 
 
@@ -153,7 +158,8 @@ def _shared(
     """Move the 16-bit stream on, solve the block for every draft that follows it; the block's statistics, if any draft needs them."""
     layer, family = view.layer, view.checkpoint.family
     todo = [draft for draft in drafts if unit(layer) not in draft.units]
-    needed = todo or moments.load(layer) is None or any(unit(layer) not in draft.units for draft in others)
+    scaled = [draft for draft in others if draft.plan.spec.transforms and unit(layer) not in draft.units]
+    needed = todo or scaled or moments.lacks(layer)
     grams = view.grams(stream.device) if needed else {}
     stream.advance(layer, view.block(), grams, view.add)
     if grams:
