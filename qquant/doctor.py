@@ -180,8 +180,8 @@ def numbers(device: torch.device) -> Iterator[Finding]:
     upper = torch.linalg.cholesky(x.T @ x + torch.eye(128)).T.contiguous()
     step = here[0].repeat_interleave(32, 1)
     offset = torch.full_like(step, 8.0) * step
-    given = (w, upper, step, offset)
-    one, two = (gptq_block(*(value.to(d) for value in given), 16) for d in (torch.device("cpu"), device))
+    inputs = (w, upper, step, offset)
+    one, two = (gptq_block(*(value.to(d) for value in inputs), 16) for d in (torch.device("cpu"), device))
     yield _same("error feedback", [(one[0], two[0].cpu())])
 
 

@@ -31,7 +31,7 @@ from qquant.checks.review import (
     require_same_numbers,
     review,
 )
-from qquant.checks.structure import Remembered
+from qquant.checks.structure import CachedWeights
 from qquant.disk.output import DAMAGED, TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
@@ -164,8 +164,8 @@ def _judge(
             kept.record(out, measured, asked.text, checkpoint)
     names = [candidate.name for candidate in candidates]
     left, lost = kept.others(out, before, conditions, names)
-    told = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
-    conditions = replace(conditions, detectable={**told, **conditions.detectable})
+    text = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
+    conditions = replace(conditions, detectable={**text, **conditions.detectable})
     return kept.together(known, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
 
 
@@ -179,9 +179,9 @@ def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
 
 def _aside(out: Path, before: set[str]) -> list[str]:
     """What was no longer what its manifest said."""
-    told = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
+    text = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
     return [
-        f"{name.rpartition('-')[0]}: {told.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
+        f"{name.rpartition('-')[0]}: {text.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
     ]
 
 
@@ -293,7 +293,9 @@ def bisect(
     source = open_weights(artifact)
     require_same_numbers(artifact, source, checkpoint)
     candidates = (
-        bisection.whole_blocks(source) if structure.folds(source, Remembered(checkpoint)) else bisection.parts(source)
+        bisection.whole_blocks(source)
+        if structure.folds(source, CachedWeights(checkpoint))
+        else bisection.parts(source)
     )
     search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
     return bisection.bisect(search, candidates, limit)

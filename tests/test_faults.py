@@ -526,13 +526,13 @@ def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_ch
 
 def blocks_written(monkeypatch, work):
     """`work(thread, draft, unit)` before a block of an artifact is synced."""
-    close = draft.Filling.close
+    close = draft.UnitWriter.close
 
     def closing(filling, *rest):
         work(threading.current_thread().name, filling.draft.plan.name, filling.unit)
         close(filling, *rest)
 
-    monkeypatch.setattr(draft.Filling, "close", closing)
+    monkeypatch.setattr(draft.UnitWriter, "close", closing)
 
 
 def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, monkeypatch):

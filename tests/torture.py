@@ -1,7 +1,7 @@
 """Builds that are killed, starved and crowded: python -m tests.torture MODE [COUNT] [SEED] prints one JSON line of what happened.
 
     sample      some of all that follows, in one process (COUNT kills)
-    kill        COUNT builds get SIGKILL: at a random time, at a random call of `writes.reached` (every named place at least once), and
+    kill        COUNT builds get SIGKILL: at a random time, at a random call of `writes.crash_point` (every named place at least once), and
                 before a random call that changes the file system
     calls       the n-th open, write, fsync, rename, link or mkdir fails with ENOSPC, EIO, EINTR, or a short write; n = 1, 2, ... until
                 the build passes untouched (COUNT: only every so manieth n)
@@ -265,17 +265,17 @@ def append(path, line):
 
 
 def hook(function):
-    """`writes.reached` in every module that has it."""
+    """`writes.crash_point` in every module that has it."""
     for name, module in sys.modules.items():
-        if name.startswith("qquant.") and hasattr(module, "reached"):
-            module.reached = function
+        if name.startswith("qquant.") and hasattr(module, "crash_point"):
+            module.crash_point = function
 
 
 # --- SIGKILL ------------------------------------------------------------------------------------------------------------
 
 
 def places(range_):
-    """Every call of `reached` in an undisturbed build, by name, in order."""
+    """Every call of `crash_point` in an undisturbed build, by name, in order."""
     trace = range_.place / "trace"
 
     def prepare():
@@ -302,7 +302,7 @@ def kill(range_, count, random_):
         range_.settle(f"kill {trial} at {way} {at}")
         if trial % 50 == 49:
             print(f"{trial + 1} kills, {len(range_.violations)} violations", file=sys.stderr, flush=True)
-    counts = {"builds": count, "named places": len(first), "calls of reached": len(called)}
+    counts = {"builds": count, "named places": len(first), "calls of crash_point": len(called)}
     range_.counts |= counts | {"calls of the file system": changes}
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from qquant.artifact.draft import REPLACED
 from qquant.artifact.manifest import manifest_of, matches, read_manifest
 from qquant.disk.output import DAMAGED, MANIFEST, empty
-from qquant.disk.writes import make_folder, reached, rename, write_synced
+from qquant.disk.writes import crash_point, make_folder, rename, write_synced
 from qquant.errors import UsageError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact
@@ -71,7 +71,7 @@ def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
         if os.path.lexists(final / name):
             make_folder((aside / name).parent)
             rename(final / name, aside / name)
-    reached("while a damaged artifact is set aside")
+    crash_point("while a damaged artifact is set aside")
     write_synced(final / MANIFEST, replace(manifest, artifacts=rest).to_json())
     return False
 

@@ -123,14 +123,14 @@ class _Cache:
         shape = (config.layers, len(prompts), config.kv_heads, room, config.head_dim)
         dtype = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
-        self.config, self.given = config, prompts
+        self.config, self.prompts = config, prompts
         self.pads = torch.tensor([[self.longest - len(prompt)] for prompt in prompts], device=model.device)
         self.cosine, self.sine = rotary(config, room, model.device, model.dtype)
         self.tables, self.allowed = (self.cosine, self.sine), self.pads  # of what is being read; `place` sets both
 
     def rest(self, draft: Sequence[int]) -> Tensor:
         """What follows the shared beginning, int64 [B, T], with the draft."""
-        rows = [[0] * (self.longest - len(prompt)) + list(prompt[self.shared :]) for prompt in self.given]
+        rows = [[0] * (self.longest - len(prompt)) + list(prompt[self.shared :]) for prompt in self.prompts]
         return torch.tensor([row + list(draft) for row in rows])
 
     def place(self, count: int) -> None:

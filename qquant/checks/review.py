@@ -25,7 +25,7 @@ from qquant.checks import evidence, figures, gate, loading, sanity, slices, stru
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
 from qquant.checks.slices import SliceReading
-from qquant.checks.structure import Remembered, Watched
+from qquant.checks.structure import CachedWeights, InspectedWeights
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
@@ -184,11 +184,11 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources, baseline = {}, Remembered(checkpoint, device)
+    sources, baseline = {}, CachedWeights(checkpoint, device)
     for candidate in candidates:
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
-        sources[candidate.name] = Watched(source, baseline, structure.folds(source, baseline))
+        sources[candidate.name] = InspectedWeights(source, baseline, structure.folds(source, baseline))
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
@@ -225,12 +225,12 @@ def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tu
         *fallback_note(candidate.fallbacks),
         *warnings_of(candidate.layers),
         *sanity.warnings(answered.runs),
-        *_loud(measured.headroom[candidate.name], measured.headroom[""]),
+        *_fp16_warnings(measured.headroom[candidate.name], measured.headroom[""]),
         *_lossy(candidate, measured.main[candidate.name].perplexity_ratio),
     )
 
 
-def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
+def _fp16_warnings(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
     """A word on the block that comes nearest to the end of fp16."""
     block = max(range(len(shares)), key=lambda index: math.inf if math.isnan(shares[index]) else shares[index])
     if shares[block] < LOUD:
@@ -264,11 +264,11 @@ def _read(
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
     peaks = Peaks()
     joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress, peaks)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    main = {name: whole.part(slice(0, ends[0])) for name, whole in joined.items()}
+    stops = np.cumsum([len(piece) for piece in pieces]).tolist()
+    main = {name: whole.part(slice(0, stops[0])) for name, whole in joined.items()}
     further = {
         title: {name: whole.part(slice(start, stop)) for name, whole in joined.items()}
-        for title, start, stop in zip(text.further, ends, ends[1:], strict=False)
+        for title, start, stop in zip(text.further, stops, stops[1:], strict=False)
     }
     verdicts = _judge(candidates, main, {}, len(text.looks))
     for start, stop in zip(text.looks, text.looks[1:], strict=False):
@@ -332,7 +332,7 @@ def _row(
 ) -> ArtifactReport:
     fidelity = measured.main[candidate.name]
     kept, worst = slices.judge(parts, candidate.gates.worst_slice)
-    verdict = gate.also(slices.also(measured.verdicts[candidate.name], worst), faults)
+    verdict = gate.with_faults(slices.with_slices(measured.verdicts[candidate.name], worst), faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),

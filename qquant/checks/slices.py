@@ -257,7 +257,7 @@ def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> t
     )
 
 
-def also(verdict: Verdict, slices: Verdict | None) -> Verdict:
+def with_slices(verdict: Verdict, slices: Verdict | None) -> Verdict:
     """The verdict of the other gates with that on the worst slice."""
     if slices is None:
         return verdict

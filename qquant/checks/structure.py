@@ -33,7 +33,7 @@ FOLDED = 0.01  # root mean square of the log of folded scales; rounding a norm t
 
 
 @dataclass
-class Remembered:
+class CachedWeights:
     """A checkpoint that keeps the tensors of the block it was last asked for, so that artifacts are compared without reading twice."""
 
     source: WeightSource
@@ -63,11 +63,11 @@ class Remembered:
 
 
 @dataclass
-class Watched:
+class InspectedWeights:
     """An artifact whose weights are compared with the checkpoint's as they are read; `problems` gathers what is found."""
 
     source: WeightSource
-    checkpoint: Remembered
+    checkpoint: CachedWeights
     folds: bool  # scales are folded into neighbouring weights
     problems: dict[str, str] = field(default_factory=dict)  # by tensor
 
@@ -121,7 +121,7 @@ def fault(value: Tensor, truth: Tensor, folds: bool) -> str:
     return ""
 
 
-def folds(source: WeightSource, checkpoint: Remembered) -> bool:
+def folds(source: WeightSource, checkpoint: CachedWeights) -> bool:
     """Whether scales are folded into the weights of an artifact: into the norms of any block, or into the linears of the first."""
     family, config = checkpoint.family, checkpoint.config
     stages = {stage.name: stage for stage in family.stages}

@@ -96,15 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
             signal.signal(number, _terminated)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with together.joined(os.environ, given) as ranks:
-            status = _run(given, ranks)
+        with together.joined(os.environ, words) as ranks:
+            status = _run(words, ranks)
             if ranks.world > 1:
                 _deaf()  # the launcher ends all when one has ended
     except (KeyboardInterrupt, StoppedError) as error:  # a signal while the first one was being told
         _deaf()
-        status = _stopped(error, given)
+        status = _stopped(error, words)
     except UsageError as error:
         status = _refused(error)
     sys.exit(status)

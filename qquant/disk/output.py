@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from qquant.disk.lock import PATIENCE, hold
-from qquant.disk.writes import failure, reached, rename
+from qquant.disk.writes import crash_point, failure, rename
 from qquant.errors import EnvironmentMissingError, InputError, LockedError, QQuantError, UsageError
 from qquant.ranks import ALONE, Ranks
 
@@ -88,9 +88,9 @@ def _claimed(out: Path) -> Iterator[Path]:
                 if partial in fresh:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-            reached("before removing the partial folder")
+            crash_point("before removing the partial folder")
             rename(partial, out / DONE)
-            reached("while removing the partial folder")
+            crash_point("while removing the partial folder")
             shutil.rmtree(out / DONE)
     except QQuantError:
         if out in fresh and out.is_dir() and not os.listdir(out):

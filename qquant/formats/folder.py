@@ -236,11 +236,11 @@ class ModelFolder(ABC, Generic[Spec]):
         known, faults, warnings = self.stated(source), [], []
         for where, content in contents.items() if known else ():
             for key in sorted({*content, *known} - self.harmless):
-                told = f"{where}: {key} is {shown(content.get(key))}: "
+                subject = f"{where}: {key} is {shown(content.get(key))}: "
                 if key not in known:
-                    warnings.append(f"{told}qquant does not know whether a runtime reads it")
+                    warnings.append(f"{subject}qquant does not know whether a runtime reads it")
                 elif content.get(key, known[key].absent) not in known[key].true:
-                    faults.append(told + known[key].otherwise)
+                    faults.append(subject + known[key].otherwise)
         warnings += [
             f"tensor {name}: the checkpoint has no such thing; some runtimes refuse it" for name in source.further()
         ]

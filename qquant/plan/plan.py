@@ -114,9 +114,9 @@ class Plan:
             warnings.append(f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}")
         if self.in_float32:
             sizes = {one.name: one.bits_per_weight for one in self.artifacts}
-            told = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.in_float32)
+            listed = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.in_float32)
             warnings.append(
-                f"the checkpoint is float32, and what is not quantized stays so: {told}. Save the checkpoint in bfloat16 first "
+                f"the checkpoint is float32, and what is not quantized stays so: {listed}. Save the checkpoint in bfloat16 first "
                 "(transformers: from_pretrained(FOLDER, dtype='bfloat16').save_pretrained(OTHER))"
             )
         return tuple(warnings)

@@ -50,9 +50,9 @@ def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:
     if samples >= asked.samples:
         return ()
     wanted = asked.samples * asked.length
-    given = f"{samples:,} of {asked.samples:,} samples, {tokens:,} of {wanted:,} tokens"
+    counts = f"{samples:,} of {asked.samples:,} samples, {tokens:,} of {wanted:,} tokens"
     why = "the texts have no more, and nothing is repeated. Give more text, or lower calibration.samples"
-    return (f"calibration: {given}: {why}",)
+    return (f"calibration: {counts}: {why}",)
 
 
 def _require_file(path: str | None, key: str) -> None:

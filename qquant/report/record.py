@@ -296,8 +296,8 @@ class Report:
         scored = "every token scored" if text.whole else "second half scored"
         lines = [f"text: {text.name}, {text.windows} windows of {text.length} tokens, {scored}"]
         for artifact, gates in self.conditions.detectable.items():
-            told = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
-            lines += [f"detectable by plan, {artifact}: {told}"] if told else []
+            limits = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
+            lines += [f"detectable by plan, {artifact}: {limits}"] if limits else []
         elsewhere = {"calibration"} if self.calibration else set()
         lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items() if key not in elsewhere]
         if self.calibration:

@@ -124,11 +124,11 @@ class Answerer:
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         streamer = Text(self.tokenizer, self.stops, len(ids), write)
-        given = torch.tensor([list(ids)], device=self.model.device)
+        prompt = torch.tensor([list(ids)], device=self.model.device)
         began = time.perf_counter()
         out = self.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             streamer=streamer,
             logits_processor=[require_finite],
             max_new_tokens=min(settings.max_new_tokens, positions - len(ids)),
@@ -139,8 +139,8 @@ class Answerer:
         return Answer(streamer.text, len(made), stopped, streamer.first - began, streamer.last - began)
 
     def _sampling(self, settings: AnswerSettings) -> dict[str, Any]:
-        given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        stated = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        chosen = {name: value for name, value in stated.items() if value is not None}
         asked = any(name != "repetition_penalty" for name in chosen)
         sample = not settings.greedy and (asked or bool(self.model.generation_config.do_sample))
         if not sample:

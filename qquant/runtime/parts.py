@@ -164,7 +164,9 @@ def linears(
     }
 
 
-def ends(source: WeightSource, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RuntimeLinear]:
+def embedding_and_head(
+    source: WeightSource, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, RuntimeLinear]:
     """The token embedding and the output head."""
     loader = Loader(source, device, dtype)
     embedding = loader.embedding()

@@ -82,7 +82,7 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
                 vectors={v.name: loader.vector(prefix + v.name) for stage in family.stages for v in stage.vectors},
             )
         )
-    embedding, head = parts.ends(source, device, dtype)
+    embedding, head = parts.embedding_and_head(source, device, dtype)
     return ModelWeights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
@@ -157,12 +157,12 @@ class Stepper:
             return mixed
 
         hidden = self._forward(torch.cat(list(parts)), owners, positions, mix)
-        last, ends = -1, []
+        last, lasts = -1, []
         for row, count, start in spans:
             self.position[row].fill_(start + count)
             last += count
-            ends.append(hidden[last : last + 1])
-        return self.weights.head(torch.cat(ends))
+            lasts.append(hidden[last : last + 1])
+        return self.weights.head(torch.cat(lasts))
 
     def _attend_part(self, layer: int, row: int, query: Tensor, start: int) -> Tensor:
         """[T, heads * d] of the query [T, heads * d] of tokens from `start` on, each over itself and what stands before it."""

@@ -72,10 +72,10 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
         assert grid is not None
         return grid
 
-    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
+    arguments = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
     if not spec.feedback:
-        return awq(*given)
+        return awq(*arguments)
     try:
-        return awq(*given, rounding_of(spec.damping))
+        return awq(*arguments, rounding_of(spec.damping))
     except NotPositiveDefiniteError:  # what is written will be rounded too
-        return awq(*given)
+        return awq(*arguments)

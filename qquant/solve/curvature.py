@@ -206,15 +206,15 @@ def measure(
     gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of))
     del stream, hidden
     digests: dict[str, str] = {}
-    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as later:
+    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as submit:
         for layer in reversed(range(layers)):
-            given = inputs.take(layer, device)
+            inputs_of_block = inputs.take(layer, device)
             block = _Watched(source.family, source.config, next(back), dtype)
-            gradients, factors = _backward(block, layer, given, gradients)
-            later(partial(_write, folder, str(layer), factors, digests))
+            gradients, factors = _backward(block, layer, inputs_of_block, gradients)
+            submit(partial(_write, folder, str(layer), factors, digests))
             del factors
             tell(layers + head + BACKWARD * (layers - layer))
-        later(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
+        submit(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
     write_synced(folder / "complete", json.dumps(digests).encode())
     return curvature
 

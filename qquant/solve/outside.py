@@ -28,7 +28,7 @@ from qquant.algorithms.checksum import Checksum
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, solve
-from qquant.artifact.draft import Draft, Filling
+from qquant.artifact.draft import Draft, UnitWriter
 from qquant.errors import QQuantError, StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
@@ -64,10 +64,10 @@ def write_unsolved(
     """
     for draft in drafts:
         if UNSOLVED not in draft.units:
-            filling = Filling(draft, UNSOLVED)
+            writer = UnitWriter(draft, UNSOLVED)
             for name, offset, piece in _unsolved(checkpoint, draft, solved, device, stop):
-                draft.later(partial(filling.put, name, offset, piece.cpu()))
-            draft.later(partial(filling.close, []))
+                draft.submit(partial(writer.put, name, offset, piece.cpu()))
+            draft.submit(partial(writer.close, []))
 
 
 def _unsolved(
@@ -171,7 +171,7 @@ class _Table:
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.filling = Filling(self.draft, self.name)
+        self.writer = UnitWriter(self.draft, self.name)
         self.format = FORMATS[self.draft.plan.format]
 
     def solve(self, rows: slice, kinds: Sequence[Kind], device: torch.device) -> None:
@@ -195,7 +195,7 @@ class _Table:
         self.checksum.add(values)
         for name, whole in stored.items():
             offset = self.offsets.get(name, 0)
-            self.draft.later(partial(self.filling.put, name, offset, whole.cpu()))
+            self.draft.submit(partial(self.writer.put, name, offset, whole.cpu()))
             self.offsets[name] = offset + whole.nbytes
 
     def _note(self, problem: Problem, solution: Solution) -> None:
@@ -225,4 +225,4 @@ class _Table:
             damping_asked=self.draft.plan.spec.damping,
         )
         seconds = {self.name: round(time.perf_counter() - self.began, 4)}
-        self.draft.later(partial(self.filling.close, [record], seconds))
+        self.draft.submit(partial(self.writer.close, [record], seconds))

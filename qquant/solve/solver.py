@@ -214,4 +214,4 @@ class Solver:
             if name not in linears:
                 self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
         pieces = [(name, 0, value) for name, value in self.tensors.items()]
-        self.draft.later(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))
+        self.draft.submit(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))

@@ -76,22 +76,22 @@ def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
             f"recipe {recipe.name}: pad_intermediate is {recipe.pad_intermediate}, but the MLPs of {checkpoint.family.model_type!r} "
             "have widths that config.json does not give in one number. Remove pad_intermediate"
         )
-    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     mark = f"{checkpoint.fingerprint} padded to {size}"
-    given |= {
+    fields_of |= {
         "config": replace(checkpoint.config, intermediate=size),
         "raw_config": dict(checkpoint.raw_config) | {key: size},
         "fingerprint": hashlib.sha256(mark.encode()).hexdigest(),
     }
-    return PaddedCheckpoint(**given, unpadded=checkpoint.config.intermediate)
+    return PaddedCheckpoint(**fields_of, unpadded=checkpoint.config.intermediate)
 
 
 def without_padding(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without padding."""
     if not isinstance(checkpoint, PaddedCheckpoint):
         return checkpoint
-    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    return Checkpoint(**given | {"config": checkpoint.narrow})
+    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    return Checkpoint(**fields_of | {"config": checkpoint.narrow})
 
 
 def zero_padded(value: Tensor, shape: tuple[int, ...]) -> Tensor:

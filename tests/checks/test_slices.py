@@ -161,7 +161,7 @@ def test_the_lost_language_is_named():
     assert verdict.reasons[0].startswith("worst slice: Thai has ")
     assert "times the KL divergence of English, above the limit 3" in verdict.reasons[0]
     assert worst(rows).name == "Thai"
-    whole = slices.also(Verdict("pass"), verdict)
+    whole = slices.with_slices(Verdict("pass"), verdict)
     assert (whole.outcome, whole.reasons, whole.gates) == ("fail", verdict.reasons, verdict.gates)
 
 
@@ -337,7 +337,7 @@ def test_report_page_table_and_card_line_show_what_is_kept():
     ]
     rows, verdict = slices.judge(found, 3.0)
     one = ArtifactReport(
-        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, slices.also(Verdict("pass"), verdict), slices=rows
+        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, slices.with_slices(Verdict("pass"), verdict), slices=rows
     )
     other = replace(one, name="few", slices=rows[:2])
     conditions = Conditions(TextFacts("wiki", 4, 512))

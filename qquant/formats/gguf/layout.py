@@ -108,10 +108,10 @@ class Gguf:
                 "Remove the artifact, or give it format: gptq or awq"
             )
         shape = mix.ModelShape(family, config)
-        given = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
+        fixed = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, given)
+        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, fixed)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
@@ -126,7 +126,7 @@ class Gguf:
             parameters=family.parameters(config),
             file_names={tensor: name for name, tensor in names.items()},
             stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
-            fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in chosen.fallbacks),
+            fallbacks=tuple(f"{tensor}: {wanted} -> {fixed}" for tensor, wanted, fixed in chosen.fallbacks),
         )
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:

@@ -178,9 +178,9 @@ def _card(head: Mapping[str, Any]) -> Iterator[Field]:
         if head.get(key) is not None:
             yield Field(f"general.{key.replace('_', '.')}", "str", ",".join(_texts(head[key])))
     for kind, keys in (("base_model", ("base_model", "base_models")), ("dataset", ("datasets", "dataset"))):
-        given = next((head[key] for key in keys if key in head), None)
-        if given is not None:
-            references = _texts(given)
+        stated = next((head[key] for key in keys if key in head), None)
+        if stated is not None:
+            references = _texts(stated)
             yield Field(f"general.{kind}.count", "u32", len(references))
             for number, reference in enumerate(references):
                 for key, value in _reference(reference).items():
@@ -286,11 +286,11 @@ def chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of the checkpoint in `path`, whose tokenizer_config.json holds `settings`; the default of several."""
     if (path / "chat_template.jinja").is_file():
         return read_text(path / "chat_template.jinja")
-    given = settings.get("chat_template")
-    if isinstance(given, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str], dict[str, int]]:
@@ -309,11 +309,11 @@ def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str]
     )
 
 
-def _importance(checkpoint: Checkpoint, recipe: Recipe, given: Imatrix | None) -> Iterator[Field]:
+def _importance(checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Iterator[Field]:
     tokens = recipe.calibration.samples * recipe.calibration.length
-    file, dataset = (given.file, given.dataset) if given else (FILE, f"qquant recipe {recipe.name}")
-    entries = len(given.sums) if given else checkpoint.config.layers * len(checkpoint.family.linears)
-    chunks = given.chunks if given else -(-tokens // CHUNK)
+    file, dataset = (imatrix.file, imatrix.dataset) if imatrix else (FILE, f"qquant recipe {recipe.name}")
+    entries = len(imatrix.sums) if imatrix else checkpoint.config.layers * len(checkpoint.family.linears)
+    chunks = imatrix.chunks if imatrix else -(-tokens // CHUNK)
     yield Field("quantize.imatrix.file", "str", _cut(file))
     if dataset:
         yield Field("quantize.imatrix.dataset", "str", _cut(dataset))
