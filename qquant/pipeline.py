@@ -114,6 +114,7 @@ def build(
             *(plan.imatrix.remarks() if plan.imatrix else ()),
             *_short(recipe, tokens, text),
             *beyond(recipe.checks.length, checkpoint),
+            *filter(None, [str(conditions.tokenizer or "")]),
             *_aside(out, aside),
         ]
         report = Report(
@@ -165,7 +166,8 @@ def _judge(
     names = [candidate.name for candidate in candidates]
     left, lost = kept.others(out, before, conditions, names)
     text = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
-    conditions = replace(conditions, detectable={**text, **conditions.detectable})
+    read = reviewed.tokenizer or (before.conditions.tokenizer if before else None)
+    conditions = replace(conditions, detectable={**text, **conditions.detectable}, tokenizer=read)
     return kept.together(known, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
 
 
@@ -236,10 +238,14 @@ def check(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
-        conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
+        conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device), reviewed.tokenizer),
         baseline_perplexity=reviewed.baseline_perplexity,
         artifacts=reviewed.artifacts,
-        warnings=(*beyond(checks.length, checkpoint), *reviewed.warnings),
+        warnings=(
+            *beyond(checks.length, checkpoint),
+            *filter(None, [str(reviewed.tokenizer or "")]),
+            *reviewed.warnings,
+        ),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

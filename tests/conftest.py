@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
+from qquant.checks.loading import Loaded
 from qquant.families import FAMILIES
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
@@ -74,7 +75,7 @@ def _wide(monkeypatch):
 def _no_children():
     """A new process for every check would cost minutes; tests/checks/test_loading.py starts it, and so does the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda *_: {}))
+        patch.setattr("qquant.checks.review.loading", SimpleNamespace(examine=lambda *_: Loaded({})))
         yield
 
 

@@ -54,6 +54,22 @@ class CalibrationSet:
         lengths = np.array([len(self.tokens), *map(len, self.tokens)], dtype="<i4")
         return hashlib.sha256(lengths.tobytes() + np.concatenate(self.tokens).astype("<i4").tobytes()).hexdigest()
 
+    def by_source(self) -> dict[str, list[NDArray[np.int32]]]:
+        """The samples of every source that gave any, in the order in which they were drawn: texts, then chats."""
+        drawn = [
+            sample
+            for _, sample in sorted(
+                zip(shuffled(self.seed, "samples", len(self.tokens)), self.tokens, strict=True),
+                key=lambda pair: pair[0],
+            )
+        ]
+        found: dict[str, list[NDArray[np.int32]]] = {}
+        for source in sorted(self.sources, key=lambda record: record.kind == "chat"):
+            taken, drawn = drawn[: source.samples], drawn[source.samples :]
+            if taken:
+                found.setdefault(source.name, []).extend(taken)
+        return found
+
     def provenance(self) -> dict[str, Any]:
         """Everything but the tokens, for the report."""
         return {

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from qquant import background, calibration, devices
 from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.calibration.slices import Sliced, sliced
-from qquant.checks import evidence, figures, gate, loading, sanity, slices, structure
+from qquant.checks import evidence, figures, gate, loading, reading, sanity, slices, structure
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
+from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
 from qquant.checks.structure import CachedWeights, InspectedWeights
 from qquant.errors import InputError, UsageError
@@ -32,7 +33,7 @@ from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
-from qquant.report.conditions import TextFacts
+from qquant.report.conditions import TextFacts, TokensRead
 from qquant.report.record import (
     Answers,
     ArtifactReport,
@@ -79,6 +80,7 @@ class HeldOut:
     facts: TextFacts
     answers: int = 0  # tokens per answer to the bundled prompts
     sliced: Sliced | None = None  # by language, kind and position, if the profile asks for it
+    stretches: Stretches = field(default_factory=dict)  # of all texts, calibration too, for transformers' tokenizer
 
     def scored(self, windows: torch.Tensor) -> Scored:
         """Some windows, with what surrounds them."""
@@ -92,6 +94,7 @@ class Review:
     baseline_perplexity: float
     artifacts: tuple[ArtifactReport, ...]
     remarks: tuple[str, ...] = ()  # on no artifact in particular
+    tokenizer: TokensRead | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -130,7 +133,8 @@ def held_out(
     text = TextFacts(facts["name"], looks[0], checks.length, checks.protocol, facts["sha256"], digest, counts)
     first = first_scored(checks.protocol, checks.length)
     parts = _sliced(tokenizer, positions, used) if checks.profile == "release" and positions is not None else None
-    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length, parts)
+    texts = reading.stretches(tokenizer, {facts["name"]: windows, **further}, parts, used)
+    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length, parts, texts)
 
 
 def _sliced(tokenizer: Tokenizer, positions: int, used: CalibrationSet | None) -> Sliced:
@@ -195,13 +199,14 @@ def review(
     parts: dict[str, list[SliceReading]] = {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
-    with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
+    spoken = reading.asked(checkpoint.path, text.stretches)
+    with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
         if text.sliced:
             parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
-        unloaded = loaded()
+        unloaded, ids = loaded()
     for candidate in candidates:
         if candidate.path in unloaded:
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
@@ -217,7 +222,8 @@ def review(
         row = _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, []))
         rows.append(replace(row, answers=answered, warnings=warnings))
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
-    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks), found
+    read = reading.compare(text.tokenizer, text.stretches, ids)
+    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), found
 
 
 def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tuple[str, ...]:

@@ -207,6 +207,7 @@ def body(manifest: Manifest, report: Report) -> str:
         "fallbacks": [(row.name, note) for row in report.artifacts for note in fallback_note(row.fallbacks)],
         "gates": [_cells(_gate(row, gate)) for row in report.artifacts for gate in row.verdict.gates],
         "short": [Markup(line) for line in in_short(report)],
+        "read": str(report.conditions.tokenizer or ""),
         "kept": slices.table(report.artifacts),
         "waivers": [(row.name, row.verdict.waiver) for row in report.artifacts if row.verdict.waiver],
         "made": list(_made(manifest, report)),

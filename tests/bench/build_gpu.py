@@ -144,7 +144,7 @@ def main():
         (outside, "_unsolved", "other tensors"),
         (outside._Table, "solve", "embedding and head"),
         (review, "_read", "check: windows"),
-        (review.loading, "faults", "check: clean processes, beside the windows"),
+        (review.loading, "examine", "check: clean processes, beside the windows"),
         (pipeline, "review", "check"),
     ):
         clock.watch(owner, name, label)
