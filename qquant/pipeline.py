@@ -188,7 +188,7 @@ def _aside(out: Path, before: set[str]) -> list[str]:
 
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
-    """Where texts held less than the recipe asks for."""
+    """Warnings where texts held less than the recipe asks for."""
     warnings = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
     asked, read = recipe.checks.windows, text.looks[0]
     if read < asked:
@@ -261,7 +261,7 @@ def _tensor_bytes(path: Path) -> int:
 
 
 def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:
-    """By artifact and gate, what was expected of the text before it was read."""
+    """By artifact and gate, the loss that was expected to be told before the text was read."""
     return {
         candidate.name: {
             loss.gate: loss.detectable for loss in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))

@@ -65,7 +65,7 @@ class _JournalHead:
 
 
 def in_place(work: Callable[[], None]) -> None:
-    """Do it now."""
+    """Do `work` now: what `Draft.submit` is without a thread."""
     work()
 
 
@@ -81,12 +81,12 @@ class Draft:
 
     @property
     def folder(self) -> Path:
-        """Where the files are until they are complete."""
+        """The folder where the files are until they are complete."""
         return self.partial / self.plan.name
 
     @property
     def journal(self) -> Path:
-        """Units that are done."""
+        """The file that lists units that are done, one JSON object a line."""
         return self.partial / f"{self.plan.name}.journal"
 
     @property

@@ -82,5 +82,5 @@ def set_aside(target: Path) -> set[str]:
 
 
 def installed(target: Path, plan: PlannedArtifact) -> Path:
-    """Where a finished artifact is: a file, or a model folder."""
+    """The path of a finished artifact: a file, or a model folder."""
     return FORMATS[plan.format].path_of(target / plan.folder, [file.name for file in plan.files])

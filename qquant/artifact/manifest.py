@@ -45,7 +45,7 @@ class Payload:
 
     @classmethod
     def of(cls, content: bytes) -> Payload:
-        """A file in memory."""
+        """Size and sha256 of a file whose bytes are in memory."""
         return cls(len(content), hashlib.sha256(content).hexdigest(), None, content)
 
     def read(self) -> bytes:
@@ -191,7 +191,7 @@ class Manifest:
     patches: tuple[Patch, ...] = ()
 
     def with_artifact(self, name: str, entry: ArtifactEntry) -> Manifest:
-        """The same with one artifact more, or another."""
+        """This manifest with one artifact more, or another in its place."""
         return replace(self, artifacts={**self.artifacts, name: entry})
 
     def judged(self, name: str) -> str:
@@ -208,7 +208,7 @@ class Manifest:
         return {name: facts for entry in self.artifacts.values() for name, facts in entry.files.items()}
 
     def to_json(self) -> bytes:
-        """The file."""
+        """The bytes of the manifest's file."""
         content = {"schema": SCHEMA, **to_plain(self)}
         for optional in ("release", "patches"):
             if not content[optional]:

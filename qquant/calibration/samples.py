@@ -50,7 +50,7 @@ class CalibrationSet:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the number of samples, their lengths and their ids, as little-endian int32."""
+        """Hex sha256 of the number of samples, their lengths and their ids, as little-endian int32."""
         lengths = np.array([len(self.tokens), *map(len, self.tokens)], dtype="<i4")
         return hashlib.sha256(lengths.tobytes() + np.concatenate(self.tokens).astype("<i4").tobytes()).hexdigest()
 

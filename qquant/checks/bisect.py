@@ -39,11 +39,11 @@ class PatchedWeights:
         self.config: ModelConfig = self.artifact.config
 
     def tensor(self, name: str) -> Tensor:
-        """From whichever it is to come."""
+        """Tensor `name` of the checkpoint if it is restored, else of the artifact."""
         return (self.checkpoint if name in self.restored else self.artifact).tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """From whichever it is to come."""
+        """Rows of tensor `name` of the checkpoint if it is restored, else of the artifact."""
         return (self.checkpoint if name in self.restored else self.artifact).rows(name, start, stop)
 
 
@@ -136,7 +136,7 @@ def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bi
 
 
 def _thinned(search: Search, bisection: Bisection) -> Bisection:
-    """Without the parts that turn out not to be needed; the largest is tried first."""
+    """The bisection without the parts that turn out not to be needed; the largest is tried first."""
     chosen, kl_reached = list(bisection.chosen), bisection.kl_chosen
     if kl_reached > bisection.limit:
         return bisection

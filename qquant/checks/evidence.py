@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def of(cls, text: TextFacts, checkpoint: str) -> Facts:
-        """For a text, and the fingerprint of a checkpoint."""
+        """The facts of a text, with the fingerprint of a checkpoint."""
         return cls(text.name, text.sha256, text.length, text.protocol, text.tokens_sha256, checkpoint)
 
 
@@ -94,7 +94,7 @@ def compress(value: NDArray[np.float64], scale: float, codes: int) -> NDArray[np
 
 
 def expand(code: NDArray[Any], scale: float, codes: int) -> NDArray[np.float64]:
-    """The values of codes."""
+    """The values that codes stand for, float64."""
     return np.sinh(code.astype(np.float64) * np.arcsinh(LARGEST / scale) / codes) * scale
 
 
@@ -114,7 +114,7 @@ def write(path: Path, measured: Fidelity, facts: Facts) -> None:
 
 
 def read(path: Path) -> Evidence:
-    """Evidence of a file.
+    """The evidence that a file holds.
 
     Raises:
         InputError: damaged, or of another kind.

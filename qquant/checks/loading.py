@@ -120,7 +120,7 @@ def _examine(paths: Sequence[Path], more: Sequence[LoadTask], stop: Event, child
 
 
 def _metadata(path: Path) -> object:
-    """The same for artifacts of which transformers reads the same: GGUF files whose fields differ in their type alone."""
+    """A key that artifacts share of which transformers reads the same: GGUF files whose fields differ in their type alone."""
     if path.is_file():
         with contextlib.suppress(InputError):  # the child says what is wrong with it
             fields = read_header(path).fields

@@ -89,7 +89,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Review:
-    """What was found."""
+    """The rows of the report, and what is to be said of all of them."""
 
     baseline_perplexity: float
     artifacts: tuple[ArtifactReport, ...]
@@ -327,7 +327,7 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
 
 
 def _alike(theirs: Any, ours: Any) -> bool:
-    """The same; a float may have been through float32."""
+    """Whether two numbers are the same; a float may have been through float32."""
     if isinstance(ours, float) and isinstance(theirs, float | int):
         return math.isclose(theirs, ours, rel_tol=1e-6)
     return bool(theirs == ours)

@@ -46,7 +46,7 @@ class CachedWeights:
         self.config: ModelConfig = self.source.config
 
     def tensor(self, name: str) -> Tensor:
-        """As the source's."""
+        """The source's tensor `name`, kept where several ask for it."""
         if name not in self.kept:
             if self._block(name) != self._block(next(iter(self.kept), name)):
                 self.kept.clear()
@@ -54,7 +54,7 @@ class CachedWeights:
         return self.kept[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """As the source's."""
+        """The source's rows of tensor `name`."""
         return self.source.rows(name, start, stop).to(self.device)
 
     def _block(self, name: str) -> int | str:
@@ -77,13 +77,13 @@ class InspectedWeights:
         self.config: ModelConfig = self.source.config
 
     def tensor(self, name: str) -> Tensor:
-        """As the source's."""
+        """Tensor `name` of the artifact, inspected as it passes."""
         value = self.source.tensor(name)
         self._look(name, value, self.checkpoint.tensor(name))
         return value
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """As the source's."""
+        """Rows of tensor `name` of the artifact, inspected as they pass."""
         value = self.source.rows(name, start, stop)
         self._look(name, value, self.checkpoint.rows(name, start, stop))
         return value

@@ -84,7 +84,7 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, 
 
 
 def _recipe_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """For shell completion."""
+    """Names of published recipes that begin as what was typed, for shell completion."""
     from qquant import recipe
 
     return [name for name in recipe.names() if name.startswith(incomplete)]

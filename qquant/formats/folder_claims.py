@@ -303,7 +303,7 @@ def _parts(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Claims:
 
 
 def _model(model: Any) -> dict[str, Any]:
-    """Without what is as it is where nothing is said, and with merges in one spelling."""
+    """The model of a tokenizer without what is as it is where nothing is said, and with merges in one spelling."""
     content = (
         {key: value for key, value in model.items() if value not in (None, False, "")}
         if isinstance(model, dict)

@@ -46,12 +46,12 @@ class Packed:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return 4 * len(self.nibbles)
 
     @property
     def nbytes(self) -> int:
-        """Memory."""
+        """Bytes of memory that the weights take."""
         return sum(t.nbytes for t in (self.nibbles, self.affine, self.scales, self.zeros) if t is not None)
 
 

@@ -43,7 +43,7 @@ def _check(h: Tensor, x: Tensor) -> None:
 
 
 def reference(h: Tensor, x: Tensor) -> None:
-    """`gram` in torch."""
+    """The Gram matrix by torch: the definition of `gram`."""
     for part in x.split(CHUNK):
         as_float32 = part.float()
         h.addmm_(as_float32.t(), as_float32)

@@ -18,7 +18,7 @@ Clock = Callable[[Recipe, Plan], float]  # seconds of a build
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one effort; `seconds` is None where no clock was asked."""
+    """The cost of one effort; `seconds` is None where no clock was asked."""
 
     effort: str
     chosen: bool  # the recipe says it

@@ -146,7 +146,7 @@ class Plan:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The plan as plain data, for `--json`."""
         return {
             "schema": "qquant-plan-1",
             "model": self.model,

@@ -134,7 +134,7 @@ def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: 
 
 
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:
-    """Of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
+    """Seconds of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
     family, config = checkpoint.family, checkpoint.config
     if not artifact.spec.feedback:
         return 0.0
@@ -145,7 +145,7 @@ def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, dev
 
 
 def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, rates: Rates) -> dict[str, float]:
-    """Of `profile: release`; `token`: seconds of one through a model, without attention."""
+    """Seconds of `profile: release`; `token`: seconds of one through a model, without attention."""
     if checks.profile != "release":
         return {}
     config = checkpoint.config

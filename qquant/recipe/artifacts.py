@@ -238,7 +238,7 @@ class IntegerArtifact(_Artifact):
 
     @property
     def kind(self) -> str:
-        """By bits alone: layouts of the same codes lose the same."""
+        """The row of `limits.LIMITS`, by bits alone: layouts of the same codes lose the same."""
         return f"int{self.bits}"
 
     @property
@@ -248,12 +248,12 @@ class IntegerArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """By `propagate`."""
+        """Whether linears make up for the errors of those before them, as `propagate` says."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """By `transform` and `ratios`."""
+        """Grid points of the search for scales that are folded, as `transform` and `ratios` say."""
         return 0 if self.transform == "none" else self.ratios
 
 
@@ -335,7 +335,7 @@ class GgufArtifact(_Artifact):
 
     @property
     def most(self) -> int | None:
-        """Bytes of `size`."""
+        """The most bytes that the file may have, from `size`."""
         found = SIZE.fullmatch(self.size or "")
         return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
 
@@ -346,12 +346,12 @@ class GgufArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """By `propagate`."""
+        """Whether linears make up for the errors of those before them, as `propagate` says."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """None: no GGUF file has folded scales."""
+        """No folds: no GGUF file has folded scales."""
         return 0
 
     @staticmethod

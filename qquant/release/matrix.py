@@ -47,7 +47,7 @@ class Cell(_Strict):
 
 
 class Matrix(_Strict):
-    """The whole release."""
+    """The checkpoints and recipes of a whole release."""
 
     version: Literal[1]
     name: Text
@@ -160,7 +160,7 @@ def github_matrix(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def to_dict(jobs: Sequence[Job]) -> dict[str, Any]:
-    """For `--json`."""
+    """The jobs as plain data, for `--json`."""
     return {
         "schema": "qquant-release-plan-1",
         "jobs": [

@@ -104,7 +104,7 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """Of the ceiling that was reached."""
+        """Share of the ceiling that was reached, 0 to 1."""
         return self.ratio / self.ceiling if self.ceiling else math.nan
 
 
@@ -235,7 +235,7 @@ class Report:
         return self.outcome in ("pass", "waived")
 
     def to_json(self) -> str:
-        """The record."""
+        """The bytes of report.json."""
         conditions = to_plain(self.conditions)
         content = {
             "schema": SCHEMA,
@@ -271,7 +271,7 @@ class Report:
         return cls(baseline_bits=file.baseline.bits_per_weight, baseline_perplexity=file.baseline.perplexity, **values)
 
     def to_markdown(self) -> str:
-        """For people and model cards."""
+        """The report as Markdown, for people and model cards."""
         lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", "", *in_short(self), ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
         lines += [f"| {' | '.join(map(markdown, row))} |" for row in self.rows()]
@@ -314,7 +314,7 @@ class Report:
         return notebook.as_html(self)
 
     def to_frame(self) -> pandas.DataFrame:
-        """As `notebook.as_frame`."""
+        """A data frame of the report, see `notebook.as_frame`."""
         return notebook.as_frame(self)
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -36,7 +36,7 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A text that the model generated, and how long it took."""
 
     text: str
     tokens: int  # with the one it stopped on, and those that are no text

@@ -249,7 +249,7 @@ class _Told:
         self.waiting.append((buffer, event))
 
     def answer(self) -> list[int]:
-        """The oldest copy."""
+        """The oldest copy that was asked for, once it is there."""
         buffer, event = self.waiting.popleft()
         if event is not None:
             event.synchronize()

@@ -146,7 +146,7 @@ def _held(modules: Sequence[nn.Module]) -> RuntimeLinear | list[RuntimeLinear] |
 
 @contextmanager
 def _quick_attention(model: Any) -> Iterator[None]:
-    """Without cuDNN's attention, which builds a plan for every new length, 50 to 90 ms each."""
+    """A context without cuDNN's attention, which builds a plan for every new length, 50 to 90 ms each."""
     if model.device.type != "cuda":
         yield
         return

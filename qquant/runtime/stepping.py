@@ -204,14 +204,14 @@ class Stepper:
         self.token.fill_(token)
 
     def grown(self, capacity: int) -> Stepper:
-        """The same with more places in the cache; tokens and positions are the same tensors."""
+        """A stepper with more places in the cache; tokens and positions are the same tensors."""
         twin = Stepper(self.config, self.weights, capacity, self.device, self.keys.dtype, self.batch)
         twin.keys[..., : self.capacity, :], twin.values[..., : self.capacity, :] = self.keys, self.values
         twin.position, twin.token, twin.rows = self.position, self.token, self.rows
         return twin
 
     def with_copied_weights(self) -> Stepper:
-        """The same with weights of its own, so that caches that hold the others' do not help."""
+        """A stepper with weights of its own, so that caches that hold the others' do not help."""
         twin = copy.copy(self)
         embedding = self.weights.embedding
         copied = copy.deepcopy(self.weights, {id(embedding): embedding})

@@ -288,7 +288,7 @@ class _Inputs:
                 sync(self._path(layer))
 
     def take(self, layer: int, device: torch.device) -> list[Tensor]:
-        """Of block `layer`, which are forgotten here."""
+        """The inputs of block `layer`, which are forgotten here."""
         kept = self.kept.pop(layer)
         if self.kept_on == "files":
             size = sum(x.nbytes for x in kept)

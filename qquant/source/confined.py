@@ -154,7 +154,7 @@ class Confined:
     """A template or a tokenizer of a stranger, as text, that only the child of `job` compiles and runs."""
 
     def __init__(self, job: str, text: str) -> None:
-        """Nothing is started yet."""
+        """Note what to run; nothing is started yet."""
         self.job, self.source = job, text.encode("utf-8", "surrogatepass")
         self.key = hashlib.sha256(self.source).hexdigest()
 

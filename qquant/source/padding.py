@@ -60,7 +60,7 @@ class PaddedCheckpoint(Checkpoint):
         return zero_padded(real, (max(0, min(stop, shape[0]) - start), *shape[1:]))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """With the padding."""
+        """The shape of tensor `name` with the padding."""
         layer = self.family.layer_of(name)
         return self._info(name).shape if layer is None else self.family.block_shapes(self.config, layer)[name]
 

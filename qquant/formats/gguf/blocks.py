@@ -67,7 +67,7 @@ class BlockParams:
         return self.dmin.float() if self.mins is None else -scaled(self.dmin, self.mins)
 
     def linear_form(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
+        """Coefficient and basis of each term: d with sub-scale times code (less the code of zero), dmin with minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
         columns = codes.shape[1]
         centred = codes.float() - (self.type.centre if self.dmin is None else 0)
         terms = [(self.d, centred if self.scales is None else centred * per_column(self.scales, columns))]
@@ -77,7 +77,7 @@ class BlockParams:
         return terms
 
     def with_coefficients(self, coefficients: Sequence[Tensor]) -> BlockParams:
-        """Other d and dmin."""
+        """These parameters with other d and dmin."""
         return replace(self, d=coefficients[0], dmin=coefficients[1] if self.dmin is not None else None)
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
@@ -310,7 +310,7 @@ class Legacy(BlockType):
         raise NotImplementedError
 
     def searched(self, rows: Rows) -> tuple[BlockParams, Callable[[Tensor, slice], Tensor]]:
-        """The same, by a search with importance weights."""
+        """What `choose` gives, found by a search with importance weights."""
         raise NotImplementedError
 
 

@@ -58,7 +58,7 @@ class Bits:
 
     @property
     def bytes(self) -> int:
-        """Per block."""
+        """Bytes of the field in a block."""
         return self.count * self.bits // 8
 
     @property

@@ -69,7 +69,7 @@ class Gguf:
         return False
 
     def begins(self, head: bytes) -> bool:
-        """By its magic."""
+        """Whether a file begins with the magic of GGUF."""
         return head.startswith(MAGIC)
 
     def kind(self, path: Path) -> str:
@@ -93,7 +93,7 @@ class Gguf:
         return named(files)
 
     def describe(self, path: Path) -> dict[str, Any]:
-        """Metadata and tensors."""
+        """Metadata and tensors of a file, for `qquant inspect`."""
         return inside.describe(path)
 
     def plan(
@@ -163,13 +163,13 @@ class Gguf:
         return GgufSource.open(path)
 
     def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
-        """Where metadata, vocabulary, file type and names of tensors are not what `plan` gives the checkpoint's files."""
+        """Faults and warnings where metadata, vocabulary, file type and names of tensors are not what `plan` gives the checkpoint's files."""
         return said.compare(path, checkpoint)
 
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
     ) -> Iterator[Callable[[], None]]:
-        """Of each tensor its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
+        """Comparisons to run for each tensor: its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
         import gguf  # the independent reader; costs a quarter of a second
 
         names: dict[str, str] = {}

@@ -103,7 +103,7 @@ def _naming(name: str, parameters: int) -> Iterator[Field]:
 
 
 def titled(name: str) -> str:
-    """As llama.cpp's converter writes names: words in lower case get a capital, versions, numbers and mixed case stay."""
+    """A name as llama.cpp's converter writes it: words in lower case get a capital, versions, numbers and mixed case stay."""
     words = name.replace("-", " ").split()
     return " ".join(w.title() if w.islower() and not re.fullmatch(r"v\d+(\.\d+)*|\d.*", w) else w for w in words)
 

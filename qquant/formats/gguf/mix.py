@@ -58,7 +58,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a matrix stands, as far as the conditions ask."""
+    """The layer of a matrix and what else the conditions ask."""
 
     layer: int
     layers: int

@@ -156,7 +156,7 @@ def _search(
     weigh: bool = False,
     fast: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> SearchResult:
-    """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
+    """The best of the candidates `inverses` [C, b] of the signed peaks [b] of blocks.
 
     `prepare(x, w)`, both [E, b], gives a function from c inverses [c, 1, b] and working memory [c, E, b] to <x, l>, <l, l> [c, b].
     `fast` gives (scale, inverse, sum of weights) at once, on a GPU.
