@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import apart
+import behaviour
 import languages
 import retrieval
 import tools
@@ -277,6 +278,7 @@ BUILDERS = {
     "heldout/long-zh-test.txt.gz": long_zh_test,
     "heldout/tools-test.jsonl": lambda _: chat_lines(tools.chats(heldout=True, count=36)),
     "heldout/rag-test.jsonl": rag_test,
+    "heldout/behaviour-test.jsonl": lambda _: chat_lines(behaviour.rows()),
 }
 WIKITEXT = {"corpora/wikitext-2-valid.txt.gz": "wiki.valid.txt", "heldout/wikitext-2-test.txt.gz": "wiki.test.raw"}
 

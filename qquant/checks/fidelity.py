@@ -46,6 +46,8 @@ class Fidelity:
     kl: Tensor
     same_top: Tensor  # bool
     delta_p: Tensor  # probability of the right token, artifact minus baseline
+    right: Tensor  # bool: the artifact ranks the next token of the text first
+    right_baseline: Tensor
 
     def window_means(self) -> dict[str, NDArray[np.float64]]:
         """Per gated loss its mean in each window, float64 [windows]: what the statistics resample."""
@@ -53,7 +55,7 @@ class Fidelity:
         return {name: loss.mean(1).numpy() for name, loss in losses.items()}
 
     def part(self, windows: slice | Tensor) -> Fidelity:
-        """These numbers for some of the windows."""
+        """The same numbers for some of the windows."""
         return Fidelity(**{name: column[windows] for name, column in vars(self).items()})
 
     @classmethod
@@ -63,12 +65,12 @@ class Fidelity:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of the artifact."""
+        """Of the artifact."""
         return float(self.nll.mean().exp())
 
     @property
     def perplexity_baseline(self) -> float:
-        """Perplexity of the checkpoint."""
+        """Of the checkpoint."""
         return float(self.nll_baseline.mean().exp())
 
     @property
@@ -78,7 +80,7 @@ class Fidelity:
 
     @property
     def mean_kl(self) -> float:
-        """Mean KL divergence from the checkpoint, nats per token."""
+        """Nats per token."""
         return float(self.kl.mean())
 
     @property
@@ -120,7 +122,7 @@ class _Sums:
 
     def add(self, logits: Tensor, first: int, rows: slice, targets: Tensor) -> None:
         """Take in logits float32 [P, V'] of token ids first ... for positions `rows`."""
-        top, best = logits.max(1)
+        top, place = logits.max(1)
         peak = torch.maximum(self.peak[rows], top.double())
         self.total[rows] = self.total[rows] * (self.peak[rows] - peak).exp() + (
             logits - peak[:, None].float()
@@ -128,7 +130,7 @@ class _Sums:
         self.peak[rows] = peak
         better = top > self.best[rows]
         self.best[rows] = torch.where(better, top, self.best[rows])
-        self.best_id[rows] = torch.where(better, best + first, self.best_id[rows])
+        self.best_id[rows] = torch.where(better, place + first, self.best_id[rows])
         inside = (targets >= first) & (targets < first + logits.shape[1])
         picked = logits.gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
         self.target[rows] = torch.where(inside, picked, self.target[rows])
@@ -195,12 +197,12 @@ def measure(
 def _measure(
     sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress, peaks: Peaks | None
 ) -> list[Fidelity]:
-    """The fidelity of every source but the first, against the first."""
+    """Of every source but the first, against the first."""
     finals = final_states(sources, text, device, progress, peaks=peaks)
     targets = text.windows[:, text.first + 1 :].to(device)
     sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
     shape = (len(text.windows), text.windows.shape[1] - text.first - 1)
-    return [_fidelity(sums[0], other, shape) for other in sums[1:]]
+    return [_fidelity(sums[0], other, targets.flatten(), shape) for other in sums[1:]]
 
 
 def plain_block(source: WeightSource, layer: int, device: torch.device) -> Block:
@@ -234,7 +236,7 @@ def final_states(
 
 
 def _embedded(source: WeightSource, windows: Tensor, device: torch.device) -> list[Tensor]:
-    """The embeddings [length, hidden] of each window; the table is read once for all of them."""
+    """By window [length, hidden]; the table is read once for all of them."""
     return list(embed(source, windows.flatten(), torch.float32).to(device).split(windows.shape[1]))
 
 
@@ -289,8 +291,9 @@ def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor
     return sums
 
 
-def _fidelity(base: _Sums, other: _Sums, shape: tuple[int, int]) -> Fidelity:
+def _fidelity(base: _Sums, other: _Sums, targets: Tensor, shape: tuple[int, int]) -> Fidelity:
     kl = other.cross / base.total - base.log_z + other.log_z
     probability = (-other.nll).exp() - (-base.nll).exp()
-    columns = (other.nll, base.nll, kl.clamp(min=0), base.best_id == other.best_id, probability)
+    right = (other.best_id == targets, base.best_id == targets)
+    columns = (other.nll, base.nll, kl.clamp(min=0), base.best_id == other.best_id, probability, *right)
     return Fidelity(*(column.cpu().view(shape) for column in columns))

@@ -130,7 +130,7 @@ def waived(verdict: Verdict, gates: Gates, today: datetime.date) -> Verdict:
     return replace(verdict, outcome="waived", waiver=text)
 
 
-def with_faults(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
+def also(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
     """The verdict with findings that are no matter of degree (structure, answers): any of them fails."""
     if not problems:
         return verdict

@@ -52,9 +52,10 @@ def _ended(gates: Gates) -> bool:
 
 
 def _tokens(text: HeldOut) -> list[str]:
+    asked = [text.asked.digest] if text.asked else []
     arrays = [rows.numpy() for rows in (text.windows, *text.further.values())]
     arrays += [text.sliced.short, text.sliced.long] if text.sliced else []
-    return [hashlib.sha256(rows.tobytes()).hexdigest() for rows in arrays]
+    return [*(hashlib.sha256(rows.tobytes()).hexdigest() for rows in arrays), *asked]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

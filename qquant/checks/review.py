@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ import torch
 from qquant import background, calibration, devices
 from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
+from qquant.calibration.behaviour import BehaviourText, behaviour_text
 from qquant.calibration.slices import Sliced, sliced
-from qquant.checks import evidence, figures, gate, loading, reading, sanity, slices, structure
+from qquant.checks import behaviour, evidence, figures, gate, loading, sanity, slices, structure
+from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
-from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
-from qquant.checks.structure import CachedWeights, InspectedWeights
+from qquant.checks.structure import Remembered, Watched
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
-from qquant.report.conditions import TextFacts, TokensRead
+from qquant.report.conditions import TextFacts
 from qquant.report.record import (
     Answers,
     ArtifactReport,
@@ -80,7 +81,7 @@ class HeldOut:
     facts: TextFacts
     answers: int = 0  # tokens per answer to the bundled prompts
     sliced: Sliced | None = None  # by language, kind and position, if the profile asks for it
-    stretches: Stretches = field(default_factory=dict)  # of all texts, calibration too, for transformers' tokenizer
+    asked: BehaviourText | None = None  # as far as the profile does
 
     def scored(self, windows: torch.Tensor) -> Scored:
         """Some windows, with what surrounds them."""
@@ -89,12 +90,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Review:
-    """The rows of the report, and what is to be said of all of them."""
+    """What was found."""
 
     baseline_perplexity: float
     artifacts: tuple[ArtifactReport, ...]
     remarks: tuple[str, ...] = ()  # on no artifact in particular
-    tokenizer: TokensRead | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ class Measured:
 def held_out(
     checks: Checks, tokenizer: Tokenizer, used: CalibrationSet | None = None, positions: int | None = None
 ) -> HeldOut:
-    """The first windows of the held-out texts, and the slices of `profile: release` for a context of `positions` tokens.
+    """The first windows of the held-out texts; slices and questions of `profile: release` for a context of `positions` tokens.
 
     Raises:
         InputError: one is shorter than a window, or shares text with the calibration tokens `used`.
@@ -123,8 +123,8 @@ def held_out(
     most = checks.max_windows or checks.windows
     windows, facts = _windows(checks.text, checks.length, most, tokenizer, used)
     further: dict[str, torch.Tensor] = {}
-    for name_or_path in checks.texts:
-        rows, about = _windows(name_or_path, checks.length, checks.windows, tokenizer, used)
+    for place in checks.texts:
+        rows, about = _windows(place, checks.length, checks.windows, tokenizer, used)
         name = about["name"]
         further[name if name not in further else f"{name} ({len(further) + 1})"] = rows
     looks = checks.looks(len(windows))
@@ -132,17 +132,14 @@ def held_out(
     counts = {name: len(rows) for name, rows in further.items()}
     text = TextFacts(facts["name"], looks[0], checks.length, checks.protocol, facts["sha256"], digest, counts)
     first = first_scored(checks.protocol, checks.length)
-    parts = _sliced(tokenizer, positions, used) if checks.profile == "release" and positions is not None else None
-    texts = reading.stretches(tokenizer, {facts["name"]: windows, **further}, parts, used)
-    return HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length, parts, texts)
-
-
-def _sliced(tokenizer: Tokenizer, positions: int, used: CalibrationSet | None) -> Sliced:
-    text = sliced(tokenizer, positions)
+    plain = HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length)
+    if checks.profile != "release" or positions is None:
+        return plain
+    parts, asked = sliced(tokenizer, positions), behaviour_text(tokenizer, positions)
     if used is not None:
-        for rows in (text.short, text.long):
-            calibration.require_apart(used, rows.ravel(), tokenizer)
-    return text
+        for ids in (parts.short, parts.long, asked.calls.windows):
+            calibration.require_apart(used, ids.ravel(), tokenizer)
+    return replace(plain, sliced=parts, asked=asked)
 
 
 def _windows(
@@ -188,25 +185,27 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources, baseline = {}, CachedWeights(checkpoint, device)
+    sources, baseline = {}, Remembered(checkpoint, device)
     for candidate in candidates:
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
-        sources[candidate.name] = InspectedWeights(source, baseline, structure.folds(source, baseline))
+        sources[candidate.name] = Watched(source, baseline, structure.folds(source, baseline))
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
     parts: dict[str, list[SliceReading]] = {}
+    pairs: dict[str, list[AnswerPairs]] = {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
-    spoken = reading.asked(checkpoint.path, text.stretches)
-    with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
+    with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
         if text.sliced:
             parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress)
+        if text.asked:
+            pairs = behaviour.pairs(checkpoint, plain, text.asked, text.tokenizer, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
-        unloaded, ids = loaded()
+        unloaded = loaded()
     for candidate in candidates:
         if candidate.path in unloaded:
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
@@ -220,10 +219,10 @@ def review(
         answered = answers.get(candidate.name, Answers())
         warnings = (*said[candidate.name].warnings, *_warnings(candidate, found, answered))
         row = _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, []))
+        row = _behaving(row, candidate, pairs.get(candidate.name, []))
         rows.append(replace(row, answers=answered, warnings=warnings))
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
-    read = reading.compare(text.tokenizer, text.stretches, ids)
-    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), found
+    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks), found
 
 
 def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tuple[str, ...]:
@@ -231,12 +230,12 @@ def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tu
         *fallback_note(candidate.fallbacks),
         *warnings_of(candidate.layers),
         *sanity.warnings(answered.runs),
-        *_fp16_warnings(measured.headroom[candidate.name], measured.headroom[""]),
+        *_loud(measured.headroom[candidate.name], measured.headroom[""]),
         *_lossy(candidate, measured.main[candidate.name].perplexity_ratio),
     )
 
 
-def _fp16_warnings(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
+def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
     """A word on the block that comes nearest to the end of fp16."""
     block = max(range(len(shares)), key=lambda index: math.inf if math.isnan(shares[index]) else shares[index])
     if shares[block] < LOUD:
@@ -270,11 +269,11 @@ def _read(
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
     peaks = Peaks()
     joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress, peaks)
-    stops = np.cumsum([len(piece) for piece in pieces]).tolist()
-    main = {name: whole.part(slice(0, stops[0])) for name, whole in joined.items()}
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    main = {name: whole.part(slice(0, ends[0])) for name, whole in joined.items()}
     further = {
         title: {name: whole.part(slice(start, stop)) for name, whole in joined.items()}
-        for title, start, stop in zip(text.further, stops, stops[1:], strict=False)
+        for title, start, stop in zip(text.further, ends, ends[1:], strict=False)
     }
     verdicts = _judge(candidates, main, {}, len(text.looks))
     for start, stop in zip(text.looks, text.looks[1:], strict=False):
@@ -327,7 +326,7 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
 
 
 def _alike(theirs: Any, ours: Any) -> bool:
-    """Whether two numbers are the same; a float may have been through float32."""
+    """The same; a float may have been through float32."""
     if isinstance(ours, float) and isinstance(theirs, float | int):
         return math.isclose(theirs, ours, rel_tol=1e-6)
     return bool(theirs == ours)
@@ -338,7 +337,7 @@ def _row(
 ) -> ArtifactReport:
     fidelity = measured.main[candidate.name]
     kept, worst = slices.judge(parts, candidate.gates.worst_slice)
-    verdict = gate.with_faults(slices.with_slices(measured.verdicts[candidate.name], worst), faults)
+    verdict = gate.also(slices.also(measured.verdicts[candidate.name], worst), faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
@@ -365,12 +364,18 @@ def _row(
     )
 
 
+def _behaving(row: ArtifactReport, candidate: Candidate, pairs: Sequence[AnswerPairs]) -> ArtifactReport:
+    """The row with what the artifact still does, and a verdict that knows of it."""
+    asked, worst = behaviour.judge(pairs, candidate.gates.behaviour)
+    return replace(row, behaviour=asked, verdict=slices.also(row.verdict, worst))
+
+
 def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
     scored = measured.kl.shape[1]
     order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
     tokens = []
-    for flat in order.tolist():
-        row, column = divmod(flat, scored)
+    for place in order.tolist():
+        row, column = divmod(place, scored)
         window = text.windows[row].tolist()
         at = text.first + 1 + column
         before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]

@@ -160,7 +160,7 @@ def answer(
     progress: Progress,
 ) -> dict[str, report.Answers]:
     """Per artifact its counts by dtype beside the checkpoint's; empty if the model does not fit in memory."""
-    if not _fits(checkpoint, device):
+    if not fits(checkpoint, device):
         return {}
     by_name: dict[str, list[AnswerRun]] = {name: [] for name in artifacts}
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
@@ -225,7 +225,8 @@ def _prompt(tokenizer: Tokenizer, system: str | None, question: str) -> list[int
     return tokenizer.encode(tokenizer.render([*turns, {"role": "user", "content": question}], True))
 
 
-def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
+def fits(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the whole model fits into memory in 16 bits."""
     needed = 3 * checkpoint.family.parameters(checkpoint.config)  # 16 bits each, and half as much for everything else
     return needed < free_memory(device)
 

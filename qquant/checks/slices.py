@@ -7,7 +7,7 @@ is that of English, or, for a stretch of positions, that of the same tokens in s
     pass          every ratio is proven within it: an intersection, each at `ASKED`
     inconclusive  neither
 
-`SLICES` and `ASKED` together are `LEVEL`, so the chance that a harmless artifact fails, here or at another gate, is that. A language that the
+`ASKED`, `SLICES` and `BEHAVIOUR` together are `LEVEL`, so the chance that a harmless artifact fails, here or at another gate, is that. A language that the
 checkpoint itself does not know is measured and not judged; where English is such a language, there is nothing to stand beside, and no gate.
 
 Memory: one block of each model, and the residual streams of the windows that `fidelity` takes at a time. A document of 32,768 tokens is one
@@ -41,7 +41,7 @@ MEASURED: Standing = "measured"
 
 
 @dataclass(frozen=True)
-class _NamedPhase:
+class NamedPhase:
     """Shows the work of a reading under the name of its phase."""
 
     whole: Progress
@@ -52,7 +52,7 @@ class _NamedPhase:
         self.whole.advance(self.name, done, of)
 
     def check_stop(self) -> None:
-        """Raise StoppedError where the progress of the whole says so."""
+        """That of the whole."""
         self.whole.check_stop()
 
 
@@ -86,13 +86,13 @@ def parts(
     Raises NumericalError as `measure`.
     """
     rows = torch.as_tensor(np.concatenate([text.short, text.again]), dtype=torch.int64)
-    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, _NamedPhase(progress, "slices"))
+    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, NamedPhase(progress, "slices"))
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
     readings = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
-        phase = _NamedPhase(progress, "long documents")
-        for group in _turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
+        phase = NamedPhase(progress, "long documents")
+        for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
             for name, whole in measure(baseline, group, documents, device, phase).items():
                 readings[name] += _stretches(
                     text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
@@ -100,10 +100,10 @@ def parts(
     return readings
 
 
-def _turns(
+def turns(
     artifacts: Mapping[str, WeightSource], values: int, device: torch.device, memory: float | None = None
 ) -> Iterator[dict[str, WeightSource]]:
-    """Artifacts in groups of as many as may hold `values` activations each beside the checkpoint, at least one."""
+    """As many artifacts at a time as may hold `values` activations each beside the checkpoint, at least one."""
     room = SHARE * free_memory(device) if memory is None else memory
     together = max(1, int(room / (4 * STATES * values)) - 1)
     names = list(artifacts)
@@ -147,7 +147,7 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
 
 
 def _described(reading: SliceReading, letters: Sequence[str]) -> SliceReading:
-    """The reading with the bits that the checkpoint, and frequencies alone, need for a character."""
+    """With what the checkpoint, and frequencies alone, need for a character."""
     said = "".join(letters)
     needed = float(reading.fidelity.nll_baseline.sum()) / math.log(2)
     return replace(reading, bits=needed / max(1, len(said)), frequencies=frequencies(said))
@@ -257,7 +257,7 @@ def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> t
     )
 
 
-def with_slices(verdict: Verdict, slices: Verdict | None) -> Verdict:
+def also(verdict: Verdict, slices: Verdict | None) -> Verdict:
     """The verdict of the other gates with that on the worst slice."""
     if slices is None:
         return verdict

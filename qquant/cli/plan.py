@@ -79,9 +79,9 @@ def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str
     from qquant import devices
     from qquant.plan import seconds
 
-    where = devices.named(device)
-    rates = seconds.probe(source, where)
-    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, where)
+    place = devices.named(device)
+    rates = seconds.probe(source, place)
+    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, place)
 
 
 def _print_efforts(costs: list[Cost]) -> None:
@@ -147,20 +147,25 @@ def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
     read = f"{windows} windows of {checks.length} tokens ({windows * checks.scored:,} scored){more}"
     click.echo(f"check:  {checks.text}, {read}")
     if checks.profile == "release":
+        from qquant.calibration import behaviour
         from qquant.calibration.slices import most_tokens
 
         short, long = most_tokens(source.config.positions)
         click.echo(
             f"slices: languages, kinds of text, positions: at most {short + long:,} tokens, {long:,} of them in long documents"
         )
+        hidden, answers = behaviour.most_tokens(source.config.positions)
+        click.echo(
+            f"behaviour: facts in documents of {hidden:,} tokens, {behaviour.ANSWERS} answers of at most {answers:,} tokens"
+        )
     if not gates:
         return
     for artifact in planned.artifacts:
-        limits = [
+        told = [
             f"{gate.gate} {SIGNS.get(gate.gate, 'at most')} {gate.limit:g} (detectable {gate.detectable:.2g})"
             for gate in planned.reach(artifact.name)
         ]
-        click.echo(f"  {artifact.name}: {', '.join(limits) or 'measured, not gated'}")
+        click.echo(f"  {artifact.name}: {', '.join(told) or 'measured, not gated'}")
     click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
     if checks.profile == "release":
         _print_slices(planned, source)

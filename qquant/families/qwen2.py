@@ -75,7 +75,7 @@ def forward(ops: Operators[Stream], x: Stream) -> Passage[Stream]:
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of `Qwen2Config` that the config implies."""
+    """Of `Qwen2Config`."""
     return {
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,

@@ -22,12 +22,12 @@ class Claims:
     warnings: tuple[str, ...] = ()
 
     def __add__(self, other: Claims) -> Claims:
-        """The claims of both."""
+        """Both."""
         return Claims(self.faults + other.faults, self.warnings + other.warnings)
 
 
 def claims(faults: Sequence[str] = (), warnings: Sequence[str] = ()) -> Claims:
-    """Claims of these faults and warnings."""
+    """As given."""
     return Claims(tuple(faults), tuple(warnings))
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from qquant.families import Family, ModelConfig
 from qquant.recipe import ArtifactSpec
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import RANKS, without_padding
+from qquant.source.padding import RANKS, narrow
 
 
 def rank_sizes(checkpoint: Checkpoint, spec: ArtifactSpec) -> dict[str, list[int]]:
     """Numbers of ranks that each server accepts, and what they would be without padding; both want whole heads and groups."""
     family = checkpoint.family
-    after, before = (
-        list(parallel_sizes(family, one.config, spec.group)) for one in (checkpoint, without_padding(checkpoint))
-    )
+    after, before = (list(parallel_sizes(family, one.config, spec.group)) for one in (checkpoint, narrow(checkpoint)))
     return {"vllm": after, "sglang": after, "without_padding": before}
 
 

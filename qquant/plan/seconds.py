@@ -6,6 +6,7 @@
                 for each linear [N, K]: COLUMN small operations a column, SEARCH elementwise ones a weight, and products of N K K
     check       a forward pass and the head for checkpoint and artifacts, window by window
     slices      the same for the windows of `profile: release`; its long documents with attention over 2 T hidden a token and block
+    retrieval   the same for its documents with hidden facts; behaviour: its answers, DECODE times as slow a token as reading
     answer      ANSWERS of checkpoint and artifacts in two dtypes, DECODE times as slow a token as reading
 
 The counts of operations are fitted to builds of the demo checkpoint on one core, and hold within a factor of about two there; on a GPU,
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qquant.calibration import behaviour
 from qquant.calibration.slices import documents_length, most_tokens
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
@@ -95,7 +97,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
     head = 2 * config.vocab * config.hidden / rates.exact
     tokens = plan.tokens
-    seen = min(tokens, aim.seen)
+    seen = min(tokens, aim.curvature_tokens) if aim.objective == "kl" else 0
     specs = [artifact.spec for artifact in plan.artifacts]
     own = sum(spec.own_stream for spec in specs)
     solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
@@ -107,34 +109,14 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
         "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
         "check": models * read * (forward + head),
         **_slices(checks, checkpoint, models, forward + head, rates),
+        **_behaviour(checks, checkpoint, models, forward, rates),
         "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
     return {phase: took for phase, took in by_phase.items() if took}
 
 
-NOMINAL = {  # rates of no machine in particular: good for comparing artifacts with each other
-    "cpu": Rates(1e11, 5e10, 5e8, 3e5),
-    "cuda": Rates(4e14, 1e14, 4e11, 1e5),
-}
-
-
-def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: PlannedArtifact) -> float:
-    """About the seconds that an artifact takes besides what all share, by nominal rates."""
-    family, config, spec = checkpoint.family, checkpoint.config, artifact.spec
-    rates = NOMINAL[device.type]
-    linears = [shape for layer in range(config.layers) for shape in family.linear_shapes(config, layer).values()]
-    weights = sum(map(math.prod, linears))
-    found = SEARCH * (weights + config.vocab * config.hidden) / rates.elements
-    if spec.feedback:
-        found += _solving(linears, spec.sweeps, rates, device) + _tables(artifact, checkpoint, rates, device)
-    if spec.own_stream:
-        squares = sum(k * k for layer in range(config.layers) for k in family.inputs(config, layer).values())
-        found += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
-    return found
-
-
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:
-    """Seconds of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
+    """Of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
     family, config = checkpoint.family, checkpoint.config
     if not artifact.spec.feedback:
         return 0.0
@@ -145,13 +127,27 @@ def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, dev
 
 
 def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, rates: Rates) -> dict[str, float]:
-    """Seconds of `profile: release`; `token`: seconds of one through a model, without attention."""
+    """Of `profile: release`; `token`: seconds of one through a model, without attention."""
     if checks.profile != "release":
         return {}
     config = checkpoint.config
     short, long = most_tokens(config.positions)
     attention = 2 * documents_length(config.positions) * config.heads * config.head_dim * config.layers / rates.exact
     return {"slices": models * short * token, "long documents": models * long * (token + attention)}
+
+
+def _behaviour(checks: Checks, checkpoint: Checkpoint, models: int, forward: float, rates: Rates) -> dict[str, float]:
+    """Of the questions of `profile: release`; `forward`: seconds of a token through all blocks, without attention."""
+    if checks.profile != "release":
+        return {}
+    config = checkpoint.config
+    _, answers = behaviour.most_tokens(config.positions)
+    attention = 2 * config.heads * config.head_dim * config.layers / rates.exact  # a token and one before it
+    read = [
+        length * (forward + length * attention) * len(behaviour.HAYSTACKS)
+        for length in behaviour.depths(config.positions)
+    ]
+    return {"retrieval": models * sum(read), "behaviour": models * answers * forward * DECODE}
 
 
 def _solving(linears: list[tuple[int, int]], sweeps: int, rates: Rates, device: torch.device) -> float:

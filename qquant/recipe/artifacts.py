@@ -110,14 +110,14 @@ class Waiver(Strict):
     until: str = Field(default="", max_length=10, description="last day it holds, YYYY-MM-DD")
 
     @staticmethod
-    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
-        if not all(isinstance(value, str) for value in values.values()):
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if not all(isinstance(value, str) for value in given.values()):
             return
-        if any(values.values()) and not all(values.values()):
-            missing = ", ".join(key for key in values if not values[key])
+        if any(given.values()) and not all(given.values()):
+            missing = ", ".join(key for key in given if not given[key])
             yield (), f"incomplete, got no {missing}; allowed: reason, who and until, or none of them"
-        elif values["until"] and not _is_day(values["until"]):
-            yield ("until",), f"not a day, got {shown(values['until'])}; allowed: YYYY-MM-DD"
+        elif given["until"] and not _is_day(given["until"]):
+            yield ("until",), f"not a day, got {shown(given['until'])}; allowed: YYYY-MM-DD"
 
 
 def _is_day(text: str) -> bool:
@@ -146,6 +146,10 @@ class Gates(Strict):
     worst_slice: AtLeast1 | None = Field(
         default=None,
         description="with `profile: release`: at most this times the KL divergence of English in any language or kind of text; its square root for positions",
+    )
+    behaviour: Share | None = Field(
+        default=None,
+        description="with `profile: release`: at most this share of what the checkpoint answers rightly may be lost, in any kind of question",
     )
     defaults: bool = Field(
         default=True, description="false: what is null is measured and not gated, instead of held to the default"
@@ -231,14 +235,14 @@ class IntegerArtifact(_Artifact):
         propagate: bool
 
     @staticmethod
-    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
-        if values["solver"] == "ggml":
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        if given["solver"] == "ggml":
             words = ", ".join(name for name, steps in SOLVERS.items() if steps)
             yield ("solver",), f'llama-quantize has no such layout, got "ggml"; allowed: {words}'
 
     @property
     def kind(self) -> str:
-        """The row of `limits.LIMITS`, by bits alone: layouts of the same codes lose the same."""
+        """By bits alone: layouts of the same codes lose the same."""
         return f"int{self.bits}"
 
     @property
@@ -248,12 +252,12 @@ class IntegerArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """Whether linears make up for the errors of those before them, as `propagate` says."""
+        """By `propagate`."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """Grid points of the search for scales that are folded, as `transform` and `ratios` say."""
+        """By `transform` and `ratios`."""
         return 0 if self.transform == "none" else self.ratios
 
 
@@ -335,7 +339,7 @@ class GgufArtifact(_Artifact):
 
     @property
     def most(self) -> int | None:
-        """The most bytes that the file may have, from `size`."""
+        """Bytes of `size`."""
         found = SIZE.fullmatch(self.size or "")
         return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
 
@@ -346,31 +350,31 @@ class GgufArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """Whether linears make up for the errors of those before them, as `propagate` says."""
+        """By `propagate`."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """No folds: no GGUF file has folded scales."""
+        """None: no GGUF file has folded scales."""
         return 0
 
     @staticmethod
-    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
-        solver = values["solver"]
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
+        solver = given["solver"]
         steps = SOLVERS.get(solver) if isinstance(solver, str) else None
-        if steps and values["type"] in ("f16", "bf16"):
-            yield ("solver",), f"{values['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
-        if values["propagate"] is True and steps is not None and len(steps) < 2:
+        if steps and given["type"] in ("f16", "bf16"):
+            yield ("solver",), f"{given['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
+        if given["propagate"] is True and steps is not None and len(steps) < 2:
             yield ("propagate",), f"solver: {solver} does not look at the stream, got true; allowed: false"
-        targets = [key for key in TARGETS if values[key] is not None]
+        targets = [key for key in TARGETS if given[key] is not None]
         if len(targets) != 1:
             got = " and ".join(targets) or "none"
             yield (), f"needs a type or a size, got {got}; allowed: exactly one of {', '.join(TARGETS)}"
-        if isinstance(values["size"], str) and values["size"] and not SIZE.fullmatch(values["size"]):
+        if isinstance(given["size"], str) and given["size"] and not SIZE.fullmatch(given["size"]):
             units = ", ".join(UNITS)
-            yield ("size",), f"not a size, got {shown(values['size'])}; allowed: a number and one of {units}"
-        if isinstance(values["types"], dict):
-            yield from _unknown_types(values["types"], lists=values["type"] is None)
+            yield ("size",), f"not a size, got {shown(given['size'])}; allowed: a number and one of {units}"
+        if isinstance(given["types"], dict):
+            yield from _unknown_types(given["types"], lists=given["type"] is None)
 
 
 def _unknown_types(types: Mapping[str, Any], lists: bool) -> Iterator[Conflict]:

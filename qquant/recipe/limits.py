@@ -19,6 +19,9 @@ model (tests/bench/gate_simulation.py prints these; tokens of a window hang toge
 The worst slice (`checks.profile: release`): its KL divergence over that of English, in logarithms, so its error is that of both.
 Languages and kinds of text differ in how much there is to lose, and twice was seen on harmless artifacts; a stretch of positions is
 compared with the same tokens in short windows, so its limit is half as far, in logarithms. Below `RESOLVED` nats nobody is told apart.
+
+Behaviour (the same profile): of what the checkpoint answers rightly, how much may be lost on balance. A few dozen questions of a kind resolve
+a tenth to a quarter; an artifact that may choose another token more often than that may lose as much.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from qquant.recipe import Gates
 LEVEL = 0.05  # chance of a wrong verdict that is promised for one artifact, over its gates and looks
 ASKED = 0.8 * LEVEL  # what p-values are held to: with 40 windows, up to 5.8 % of those of real texts are below 5 %
 POWER = 0.8  # of the detectable effect
-SLICES = LEVEL - ASKED  # of `LEVEL`, for the worst of all slices
+SLICES = 0.006  # of `LEVEL`, for the worst of all slices
+BEHAVIOUR = LEVEL - ASKED - SLICES  # of `LEVEL`, for the worst of all kinds of questions
 WORST_SLICE = 3.0  # default of `gates.worst_slice`
+LOST = 0.25  # default of `gates.behaviour`, or the disagreement that is allowed where that is more
 RESOLVED = (
     0.001  # nats, what 16-bit artifacts may lose: English counts as at least this where slices are compared with it
 )
@@ -88,7 +93,8 @@ def resolved(gates: Gates, kind: str, parameters: int) -> Gates:
     if not gates.defaults or kind not in LIMITS:
         return gates
     limits = LIMITS[kind][parameters >= LARGE]
-    known = vars(limits) | {"worst_slice": WORST_SLICE}
+    lost = max(LOST, round(1 - limits.top1_agreement, 6))
+    known = vars(limits) | {"worst_slice": WORST_SLICE, "behaviour": lost}
     open_ones = {key: value for key, value in known.items() if getattr(gates, key) is None}
     return gates.model_copy(update=open_ones)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qquant.disk.records import Count, Number, shortened, to_plain, typed
 from qquant.disk.writes import finite
 from qquant.errors import InputError
-from qquant.report import slices
+from qquant.report import behaviour, slices
+from qquant.report.behaviour import BehaviourReport
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.escape import markdown
-from qquant.report.facts import in_short
 from qquant.report.slices import SliceReport
 from qquant.report.solved import Solved
 from qquant.resources import lazy
@@ -104,7 +104,7 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """Share of the ceiling that was reached, 0 to 1."""
+        """Of the ceiling that was reached."""
         return self.ratio / self.ceiling if self.ceiling else math.nan
 
 
@@ -184,6 +184,7 @@ class ArtifactReport:
     headroom: tuple[Number, ...] = ()  # by block: largest |activation| as a share of what fp16 holds
     speed: SpeedReport | None = None  # null: not measured
     slices: tuple[SliceReport, ...] = ()  # languages, kinds of text, positions: `checks.profile: release`
+    behaviour: tuple[BehaviourReport, ...] = ()  # retrieval, tool calls, code, loops, scripts: the same
     warnings: tuple[str, ...] = ()
     sha256: str = ""  # of its files, as `ArtifactEntry.digest`; empty: not an artifact of a build
     question: str = ""  # digest of everything else that the verdict depends on
@@ -235,7 +236,7 @@ class Report:
         return self.outcome in ("pass", "waived")
 
     def to_json(self) -> str:
-        """The bytes of report.json."""
+        """The record."""
         conditions = to_plain(self.conditions)
         content = {
             "schema": SCHEMA,
@@ -271,8 +272,8 @@ class Report:
         return cls(baseline_bits=file.baseline.bits_per_weight, baseline_perplexity=file.baseline.perplexity, **values)
 
     def to_markdown(self) -> str:
-        """The report as Markdown, for people and model cards."""
-        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", "", *in_short(self), ""]
+        """For people and model cards."""
+        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
         lines += [f"| {' | '.join(map(markdown, row))} |" for row in self.rows()]
         for title, outcome in HEADINGS.items():
@@ -283,8 +284,9 @@ class Report:
                 for reason in artifact.verdict.lines
             ]
             lines += ["", f"## {title}", "", *entries] if entries else []
-        kept = slices.table(self.artifacts)
-        lines += ["", f"## {slices.TITLE}", "", *kept] if kept else []
+        for view in (slices, behaviour):
+            shown = view.table(self.artifacts)
+            lines += ["", f"## {view.TITLE}", "", *shown] if shown else []
         for title, lines_of in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
             if lines_of:
                 lines += ["", f"## {title}", "", *(f"- {markdown(line)}" for line in lines_of)]
@@ -296,10 +298,9 @@ class Report:
         scored = "every token scored" if text.whole else "second half scored"
         lines = [f"text: {text.name}, {text.windows} windows of {text.length} tokens, {scored}"]
         for artifact, gates in self.conditions.detectable.items():
-            limits = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
-            lines += [f"detectable by plan, {artifact}: {limits}"] if limits else []
-        elsewhere = {"calibration"} if self.calibration else set()
-        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items() if key not in elsewhere]
+            told = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
+            lines += [f"detectable by plan, {artifact}: {told}"] if told else []
+        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items()]
         if self.calibration:
             made = self.calibration
             lines += [
@@ -314,7 +315,7 @@ class Report:
         return notebook.as_html(self)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A data frame of the report, see `notebook.as_frame`."""
+        """As `notebook.as_frame`."""
         return notebook.as_frame(self)
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -219,7 +219,8 @@ def measured(seed=0, shape=(5, 13)):
     base = torch.rand(shape, generator=draw, dtype=torch.float64) * 5
     nll = base + torch.randn(shape, generator=draw, dtype=torch.float64) * 0.1
     kl = torch.rand(shape, generator=draw, dtype=torch.float64).pow(4)
-    return Fidelity(nll, base, kl, torch.rand(shape, generator=draw) < 0.9, (-nll).exp() - (-base).exp())
+    same = torch.rand(shape, generator=draw) < 0.9
+    return Fidelity(nll, base, kl, same, (-nll).exp() - (-base).exp(), same, same)
 
 
 def test_evidence_says_the_same_later(tmp_path):

@@ -24,7 +24,7 @@ RECIPE_KEYS = (
     "version, name, description, checkpoint, revision, effort, pad_intermediate, calibration, artifacts, checks, shard_size, "
     "gguf_split_size"
 )
-GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, defaults, waiver"
+GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, behaviour, defaults, waiver"
 CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
 SOURCE_KEYS = "bundled, dataset, path, config, split, revision, field, kind, weight"
 AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"

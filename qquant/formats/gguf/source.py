@@ -55,7 +55,7 @@ class GgufSource:
     device: torch.device | None = None  # where blocks are dequantized; None: on the CPU
 
     def on(self, device: torch.device) -> GgufSource:
-        """This source, dequantizing on `device`."""
+        """The same, dequantizing on `device`."""
         return replace(self, device=device)
 
     @classmethod
@@ -84,7 +84,7 @@ class GgufSource:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor `name`, dequantized to float32."""
+        """float32, dequantized."""
         stored = self._stored(name)
         return self._rows(stored, 0, math.prod(stored.shape[:-1])).view(stored.shape)
 
@@ -108,7 +108,7 @@ class GgufSource:
         return Integers(codes, params.d, None, bits)
 
     def stored_as(self, name: str) -> str:
-        """The file's type of `name`, in words for people."""
+        """For people: the file's type of `name`."""
         return TYPE_NAMES[self._stored(name).type_id]
 
     def _stored(self, name: str) -> StoredTensor:
