@@ -148,7 +148,7 @@ def check(
         InputError: a file is missing, damaged, or of another model.
         EnvironmentMissingError: memory, a device or the hub is missing.
     """
-    given = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
+    paths = [artifacts] if isinstance(artifacts, str | PathLike) else artifacts
     numbers = {
         "profile": profile,
         "windows": windows,
@@ -163,7 +163,7 @@ def check(
     kept = None if out is None else Path(out)
     with _shown(progress) as display:
         return pipeline.check(
-            [Path(path) for path in given], source, checks, gates, devices.named(device), display, kept
+            [Path(path) for path in paths], source, checks, gates, devices.named(device), display, kept
         )
 
 

@@ -28,6 +28,8 @@ from typing import TypeVar
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 Work = Callable[[], None]
+Task = Callable[[], Value]  # gives a value
+Tasks = Callable[[], Iterable[Task[Value]]]  # of a group, listed when its turn comes near
 
 
 def cores() -> int:
@@ -99,9 +101,7 @@ def start_early(work: Callable[[Event], Value], threaded: bool) -> Iterator[Call
 
 
 @contextmanager
-def in_parallel(
-    groups: Iterable[Callable[[], Iterable[Callable[[], Value]]]], threads: int
-) -> Iterator[Iterator[list[Value]]]:
+def in_parallel(groups: Iterable[Tasks[Value]], threads: int) -> Iterator[Iterator[list[Value]]]:
     """The values of the works of each group in turn; so many threads do the works of a group and of the next, in any order.
 
     The first error in the order of the works is raised in the turn of its group. With one thread each group is worked on in its turn,
@@ -121,10 +121,8 @@ def in_parallel(
         torch.set_num_threads(spread)
 
 
-def _one_group_ahead(
-    pool: ThreadPoolExecutor, groups: Iterable[Callable[[], Iterable[Callable[[], Value]]]]
-) -> Iterator[list[Value]]:
-    coming: deque[tuple[Future[list[Callable[[], Value]]], Sequence[Future[Value]]]] = deque()
+def _one_group_ahead(pool: ThreadPoolExecutor, groups: Iterable[Tasks[Value]]) -> Iterator[list[Value]]:
+    coming: deque[tuple[Future[list[Task[Value]]], Sequence[Future[Value]]]] = deque()
     for group in groups:
         listed = pool.submit(_listed, group)
         coming.append((listed, [] if listed.exception() else [pool.submit(work) for work in listed.result()]))
@@ -134,10 +132,10 @@ def _one_group_ahead(
         yield _values(*coming.popleft())
 
 
-def _listed(group: Callable[[], Iterable[Callable[[], Value]]]) -> list[Callable[[], Value]]:
+def _listed(group: Tasks[Value]) -> list[Task[Value]]:
     return list(group())
 
 
-def _values(listed: Future[list[Callable[[], Value]]], works: Sequence[Future[Value]]) -> list[Value]:
+def _values(listed: Future[list[Task[Value]]], works: Sequence[Future[Value]]) -> list[Value]:
     listed.result()  # its error, if it has one
     return [work.result() for work in works]

@@ -142,7 +142,7 @@ def _described(artifact: Path, source: ArtifactSource) -> tuple[dict[str, Any], 
 
 
 def _of_metadata(artifact: Path, source: GgufSource) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The same, of a GGUF file."""
+    """Config, tokenizer and generation settings of a GGUF file, from its metadata."""
     family, value = source.family, source.header.value
     if family.transformers is None:
         raise InputError(f"{artifact}: transformers has no class for {family.model_type!r}")

@@ -82,60 +82,60 @@ def _memory(device: torch.device) -> Iterator[Finding]:
 
 def folder(out: Path) -> Iterator[Finding]:
     """What the file system of `out` does, tried in a temporary folder there."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        yield Finding("folder", FAILURE, f"{place}: is no folder")
+    nearest = out.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        yield Finding("folder", FAILURE, f"{nearest}: is no folder")
         return
-    free = shutil.disk_usage(place).free
-    yield Finding("room", OK if free >= ROOM else WARNING, f"{place}: {free / 1e9:.1f} GB free")
+    free = shutil.disk_usage(nearest).free
+    yield Finding("room", OK if free >= ROOM else WARNING, f"{nearest}: {free / 1e9:.1f} GB free")
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".qquant-doctor-") as name:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".qquant-doctor-") as name:
             for title, attempt, need in ATTEMPTS:
                 yield _tried(title, attempt, Path(name), need)
     except OSError as error:
-        yield Finding("folder", FAILURE, f"{place}: {error.strerror}. Choose another --out")
+        yield Finding("folder", FAILURE, f"{nearest}: {error.strerror}. Choose another --out")
 
 
-def _tried(title: str, attempt: Callable[[Path], None], place: Path, need: str) -> Finding:
+def _tried(title: str, attempt: Callable[[Path], None], scratch: Path, need: str) -> Finding:
     try:
-        attempt(place)
+        attempt(scratch)
     except OSError as error:
         return Finding(title, need, f"{error.strerror or error}")
     return Finding(title, OK, "works")
 
 
-def _write(place: Path) -> None:
-    writes.create(place / "file", 1 << 20, b"first")
-    writes.put(place / "file", 1 << 19, b"middle")
-    writes.sync(place / "file")
-    data = (place / "file").read_bytes()
+def _write(scratch: Path) -> None:
+    writes.create(scratch / "file", 1 << 20, b"first")
+    writes.put(scratch / "file", 1 << 19, b"middle")
+    writes.sync(scratch / "file")
+    data = (scratch / "file").read_bytes()
     if len(data) != 1 << 20 or not data.startswith(b"first") or data[1 << 19 :][:6] != b"middle":
         raise OSError("what was written is not what is read back")
 
 
-def _preallocate(place: Path) -> None:
-    descriptor = os.open(place / "room", os.O_WRONLY | os.O_CREAT)
+def _preallocate(scratch: Path) -> None:
+    descriptor = os.open(scratch / "room", os.O_WRONLY | os.O_CREAT)
     try:
         os.posix_fallocate(descriptor, 0, 1 << 20)
     finally:
         os.close(descriptor)
 
 
-def _rename(place: Path) -> None:
-    (place / "new").write_bytes(b"new")
-    (place / "old").write_bytes(b"old")
-    writes.sync(place / "new")
-    writes.rename(place / "new", place / "old")
-    (place / "a").mkdir()
-    writes.rename(place / "a", place / "b")
-    if (place / "old").read_bytes() != b"new" or (place / "new").exists() or not (place / "b").is_dir():
+def _rename(scratch: Path) -> None:
+    (scratch / "new").write_bytes(b"new")
+    (scratch / "old").write_bytes(b"old")
+    writes.sync(scratch / "new")
+    writes.rename(scratch / "new", scratch / "old")
+    (scratch / "a").mkdir()
+    writes.rename(scratch / "a", scratch / "b")
+    if (scratch / "old").read_bytes() != b"new" or (scratch / "new").exists() or not (scratch / "b").is_dir():
         raise OSError("a rename did not replace the old file")
 
 
-def _lock(place: Path) -> None:
-    first, second = (os.open(place / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
+def _lock(scratch: Path) -> None:
+    first, second = (os.open(scratch / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
     try:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -148,9 +148,9 @@ def _lock(place: Path) -> None:
         os.close(second)
 
 
-def _link(place: Path) -> None:
-    (place / "one").write_bytes(b"")
-    os.link(place / "one", place / "two")
+def _link(scratch: Path) -> None:
+    (scratch / "one").write_bytes(b"")
+    os.link(scratch / "one", scratch / "two")
 
 
 ATTEMPTS: tuple[tuple[str, Callable[[Path], None], str], ...] = (  # title, attempt, what it means if it fails
@@ -180,8 +180,8 @@ def numbers(device: torch.device) -> Iterator[Finding]:
     upper = torch.linalg.cholesky(x.T @ x + torch.eye(128)).T.contiguous()
     step = here[0].repeat_interleave(32, 1)
     offset = torch.full_like(step, 8.0) * step
-    given = (w, upper, step, offset)
-    one, two = (gptq_block(*(value.to(d) for value in given), 16) for d in (torch.device("cpu"), device))
+    inputs = (w, upper, step, offset)
+    one, two = (gptq_block(*(value.to(d) for value in inputs), 16) for d in (torch.device("cpu"), device))
     yield _same("error feedback", [(one[0], two[0].cpu())])
 
 

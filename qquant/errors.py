@@ -40,6 +40,10 @@ class EnvironmentMissingError(QQuantError):
     exit_code = 6
 
 
+class ShortMemoryError(EnvironmentMissingError):
+    """Memory ran out in the middle of the work; what is finished is kept."""
+
+
 class NumericalError(QQuantError):
     """NaN or infinity beyond what the recipe allows."""
 

@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import torch
 
-from qquant import __version__, background, calibration, devices
-from qquant.artifact.draft import Draft
-from qquant.artifact.finishing import finished, installed, restore, set_aside
+from qquant import __version__, calibration
+from qquant.artifact import owning
+from qquant.artifact.finishing import installed, restore, set_aside
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
@@ -31,7 +31,7 @@ from qquant.checks.review import (
     require_same_numbers,
     review,
 )
-from qquant.checks.structure import Remembered
+from qquant.checks.structure import CachedWeights
 from qquant.disk.output import DAMAGED, TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
@@ -39,10 +39,12 @@ from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file, weight_files
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
+from qquant.plan import seconds
 from qquant.plan.places import require_outside
 from qquant.plan.plan import Plan
 from qquant.plan.texts import shortfall
 from qquant.progress import Progress
+from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
 from qquant.release.repository import SOURCE, ReleaseSource
@@ -57,57 +59,62 @@ from qquant.source.untrusted import read_json
 
 
 def build(
-    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, out: Path, device: torch.device, progress: Progress
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Make every planned artifact in `out`, check each against the checkpoint, and write the report.
 
-    Artifacts of an earlier run with the same inputs are kept after their hashes were verified; an interrupted build continues.
+    Artifacts of an earlier run with the same inputs are kept after their hashes were verified; an interrupted build continues. Several
+    `ranks` share out the artifacts; the bytes are the same, and all return the report.
     """
     require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
     plan.require_room(out)
-    with claim(out) as partial:
-        restore(out, partial)
+    with claim(out, ranks) as folder:
+        ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)
         tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
-        aim = recipe.calibration
-        seen = aim.curvature_tokens if aim.objective == "kl" else 0
-        inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
-        inputs["objective"] = f"{aim.objective} {seen}"
         adapter = _adapter(checkpoint)
-        if checkpoint.base_hash() != inputs["checkpoint"]:
-            inputs["base"] = checkpoint.base_hash()
-        if adapter:
-            inputs["adapter"] = adapter.sha256
-        if plan.imatrix:
-            inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
+        inputs = _inputs(recipe, checkpoint, plan, tokens, device)
+        ranks.agree(inputs | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
         progress.advance("read", 2, 3)
         aside = set_aside(out)
         earlier = {
             artifact.name: earlier_release(artifact.spec.gates, artifact.name, text) for artifact in plan.artifacts
         }
-        drafts = [draft for artifact in plan.artifacts if (draft := _draft(artifact, plan.model, out, partial, inputs))]
+        keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
+        mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
+        drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
         progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
-        moments = Moments(partial / f"moments-{_key(inputs)[:16]}", plan.imatrix)
-        walk.quantize(checkpoint, samples, drafts, moments, device, progress, seen)
-        write_timings(drafts, out)
-        write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
-        _finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device)
-        tokens.save(out / "calibration")
-        write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
+        moments = Moments(folder / f"moments-{_key(inputs)[:16]}", plan.imatrix, ranks)
+        walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.seen)
+        took = owning.seconds(drafts, ranks)
+        if ranks.first:
+            write_timings(took, out)
+            write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
+        owning.finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device, ranks)
+        if ranks.first:
+            tokens.save(out / "calibration")
+            write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
         candidates = [
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
         asked = kept.Question(recipe.checks, text, inputs)
         conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
-        reviewed, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress)
+        reviewed, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress, ranks)
         remarks = [
             *(plan.imatrix.remarks() if plan.imatrix else ()),
             *_short(recipe, tokens, text),
             *beyond(recipe.checks.length, checkpoint),
+            *filter(None, [str(conditions.tokenizer or "")]),
             *_aside(out, aside),
         ]
         report = Report(
@@ -120,7 +127,8 @@ def build(
             artifacts=reviewed.artifacts,
             warnings=(*remarks, *reviewed.warnings),
         )
-        _write(report, out)
+        if ranks.first:
+            _write(report, out)
     return report
 
 
@@ -139,23 +147,27 @@ def _judge(
     question: tuple[kept.Question, Conditions],
     device: torch.device,
     progress: Progress,
+    ranks: Ranks,
 ) -> tuple[Review, Conditions]:
     """Rows for all candidates, measured now unless their verdicts still hold, and for artifacts that were left alone."""
     asked, conditions = question
     before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
     known = kept.answered(out, before, candidates)
     fresh = [candidate for candidate in candidates if candidate.name not in known]
+    ranks.agree({"list of what is to be judged": ", ".join(candidate.name for candidate in fresh)})
     reviewed = Review(before.baseline_perplexity if before else 0.0, ())
     if fresh:
         reviewed, measured = review(checkpoint, fresh, asked.text, device, progress)
         if asked.checks.speed:
             speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, device, progress)
             reviewed = with_speed(reviewed, speeds)
-        kept.record(out, measured, asked.text, checkpoint)
+        if ranks.first:
+            kept.record(out, measured, asked.text, checkpoint)
     names = [candidate.name for candidate in candidates]
     left, lost = kept.others(out, before, conditions, names)
-    told = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
-    conditions = replace(conditions, detectable={**told, **conditions.detectable})
+    text = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
+    read = reviewed.tokenizer or (before.conditions.tokenizer if before else None)
+    conditions = replace(conditions, detectable={**text, **conditions.detectable}, tokenizer=read)
     return kept.together(known, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
 
 
@@ -169,14 +181,14 @@ def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
 
 def _aside(out: Path, before: set[str]) -> list[str]:
     """What was no longer what its manifest said."""
-    told = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
+    text = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
     return [
-        f"{name.rpartition('-')[0]}: {told.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
+        f"{name.rpartition('-')[0]}: {text.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
     ]
 
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
-    """Where texts held less than the recipe asks for."""
+    """Warnings where texts held less than the recipe asks for."""
     warnings = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
     asked, read = recipe.checks.windows, text.looks[0]
     if read < asked:
@@ -226,10 +238,14 @@ def check(
         model=checkpoint.name,
         recipe="check",
         baseline_bits=8 * SIZES[checkpoint.dtype],
-        conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device)),
+        conditions=Conditions(text.facts, _detectable(candidates, checks, text), versions(device), reviewed.tokenizer),
         baseline_perplexity=reviewed.baseline_perplexity,
         artifacts=reviewed.artifacts,
-        warnings=(*beyond(checks.length, checkpoint), *reviewed.warnings),
+        warnings=(
+            *beyond(checks.length, checkpoint),
+            *filter(None, [str(reviewed.tokenizer or "")]),
+            *reviewed.warnings,
+        ),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -245,7 +261,7 @@ def _tensor_bytes(path: Path) -> int:
 
 
 def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:
-    """By artifact and gate, what was expected of the text before it was read."""
+    """By artifact and gate, the loss that was expected to be told before the text was read."""
     return {
         candidate.name: {
             loss.gate: loss.detectable for loss in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))
@@ -254,14 +270,14 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
     }
 
 
-def write_timings(drafts: Sequence[Draft], out: Path) -> None:
+def write_timings(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
     path = out / TIMINGS
     known = read_json(path).get("artifacts") if path.is_file() else None
     timings = known if isinstance(known, dict) else {}
-    for draft in drafts:
-        timings[draft.plan.name] = {name: took for unit in draft.units.values() for name, took in unit.seconds.items()}
-    write_synced(path, (json.dumps({"schema": "qquant-timings-1", "artifacts": timings}, indent=2) + "\n").encode())
+    write_synced(
+        path, (json.dumps({"schema": "qquant-timings-1", "artifacts": {**timings, **took}}, indent=2) + "\n").encode()
+    )
 
 
 def write_imatrix(importance: Imatrix | None, folder: Path) -> None:
@@ -283,7 +299,9 @@ def bisect(
     source = open_weights(artifact)
     require_same_numbers(artifact, source, checkpoint)
     candidates = (
-        bisection.whole_blocks(source) if structure.folds(source, Remembered(checkpoint)) else bisection.parts(source)
+        bisection.whole_blocks(source)
+        if structure.folds(source, CachedWeights(checkpoint))
+        else bisection.parts(source)
     )
     search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
     return bisection.bisect(search, candidates, limit)
@@ -332,22 +350,25 @@ def versions(device: torch.device) -> dict[str, str]:
     return {"qquant": __version__, "torch": torch.__version__, "device": device.type, "machine": platform.machine()}
 
 
-def _draft(artifact: PlannedArtifact, model: str, out: Path, partial: Path, inputs: Mapping[str, str]) -> Draft | None:
-    """A draft, new or continued; None if `out` holds the artifact already."""
-    key = _key({"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": model, **inputs})
-    if finished(out, artifact, key):
-        return None
-    draft = Draft(artifact, partial, key)
-    draft.open()
-    return draft
+def _inputs(
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationSet, device: torch.device
+) -> dict[str, str]:
+    """What the bytes of every artifact depend on besides its own entry."""
+    aim = recipe.calibration
+    found = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+    found["objective"] = f"{aim.objective} {aim.seen}"
+    if checkpoint.base_hash() != found["checkpoint"]:
+        found["base"] = checkpoint.base_hash()
+    if checkpoint.adapter:
+        found["adapter"] = checkpoint.adapter.fingerprint
+    if plan.imatrix:
+        found["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
+    return found
 
 
-def _finish(drafts: Sequence[Draft], out: Path, origin: Origin, device: torch.device) -> None:
-    """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
-    groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as results:
-        for draft, read in zip(drafts, results, strict=True):
-            draft.finish(out, origin, read)
+def _key_of(artifact: PlannedArtifact, plan: Plan, inputs: Mapping[str, str]) -> str:
+    """What a draft or artifact is known by: everything its bytes depend on."""
+    return _key({"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": plan.model, **inputs})
 
 
 def _adapter(checkpoint: Checkpoint) -> AdapterFacts | None:

@@ -26,10 +26,10 @@ class Quiet:
     """Shows nothing, and never stops."""
 
     def advance(self, phase: str, done: int, of: int) -> None:
-        """Nothing."""
+        """Show nothing."""
 
     def check_stop(self) -> None:
-        """Nothing."""
+        """Never stop."""
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ class Share:
         self.whole.advance(phase, self.part * of + done, self.parts * of)
 
     def check_stop(self) -> None:
-        """That of the whole."""
+        """Raise StoppedError where the progress of the whole says so."""
         self.whole.check_stop()

@@ -1,6 +1,5 @@
 """Fixtures: the demo checkpoint and its tokenizer, random checkpoints, a text, small releases, and a hub to publish them to."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from qquant import pipeline, recipe
 from qquant.calibration import Tokenizer
+from qquant.checks.loading import Loaded
 from qquant.families import FAMILIES
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
@@ -52,11 +52,12 @@ artifacts:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
-def pytest_configure():
-    """Signals as in a terminal, however the tests were started: `nohup` and a shell's `&` let a process ignore them."""
-    with contextlib.suppress(ValueError):  # not the main thread of a parallel run's worker
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@pytest.fixture(autouse=True)
+def _signals():
+    """As a terminal gives them: `nohup` and a shell's `&` let a process ignore some, and a stopped command goes deaf before it ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def _wide(monkeypatch):
 def _no_children():
     """A new process for every check would cost minutes; tests/checks/test_loading.py starts it, and so does the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qquant.checks.review.loading", SimpleNamespace(faults=lambda *_: {}))
+        patch.setattr("qquant.checks.review.loading", SimpleNamespace(examine=lambda *_: Loaded({})))
         yield
 
 

@@ -80,14 +80,14 @@ def test_an_artifact_that_is_taken_away_while_it_is_checked_is_built_again(
 ):
     folder = make_checkpoint()
     _, whole = build(folder, "gptq-int4", out="whole")
-    finish = pipeline._finish
+    finish = pipeline.owning.finish
 
     def taken(drafts, out, *given):
         finish(drafts, out, *given)
         for path in (out / "model-GPTQ-Int4").iterdir():
             path.unlink()
 
-    monkeypatch.setattr(pipeline, "_finish", taken)
+    monkeypatch.setattr(pipeline.owning, "finish", taken)
     with pytest.raises(InputError):
         build(folder, "gptq-int4")
     monkeypatch.undo()

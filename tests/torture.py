@@ -1,15 +1,17 @@
 """Builds that are killed, starved and crowded: python -m tests.torture MODE [COUNT] [SEED] prints one JSON line of what happened.
 
     sample      some of all that follows, in one process (COUNT kills)
-    kill        COUNT builds get SIGKILL, at a random time or at a random call of `writes.reached`, every named place at least once
+    kill        COUNT builds get SIGKILL: at a random time, at a random call of `writes.crash_point` (every named place at least once), and
+                before a random call that changes the file system
     calls       the n-th open, write, fsync, rename, link or mkdir fails with ENOSPC, EIO, EINTR, or a short write; n = 1, 2, ... until
                 the build passes untouched (COUNT: only every so manieth n)
     full        a real full disk: a tmpfs of a few sizes, too small for the build (needs root)
     crowd       eight builds at once into one folder, then into eight folders
 
+`kill` and `calls` build two formats and two files of one folder on one narrow layer (QUICK), the others all that is solved (RECIPE).
 After each: nothing stands at a final path without its manifest and matching hashes; the inputs are untouched; the same command finishes;
 every byte of the output is that of an undisturbed build; no unit that was journalled is solved again. Torch is imported once, and every
-build is a fork of this process.
+build is a fork of this process, which knows what templates compile to and what tokenizers answered in the undisturbed build.
 """
 
 import errno
@@ -29,6 +31,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jinja2
 import torch
 
 from qquant import pipeline, recipe
@@ -39,6 +42,7 @@ from qquant.errors import QQuantError
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.resources import data_dir
+from qquant.source import confined
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 
@@ -53,14 +57,50 @@ artifacts:
   - {name: gguf-q8_0, format: gguf, type: q8_0, solver: ggml}
   - {name: gguf-q4_k_m, format: gguf, type: q4_k_m, solver: ggml}
 """
+QUICK = """
+version: 1
+name: torture
+calibration: {sources: [{path: PLACE/read.txt}], samples: 1, length: 32, default_system_share: 0}
+checks: {text: "PLACE/judge.txt", windows: 2, length: 16}
+artifacts:
+  - {name: gptq-int4, format: gptq, bits: 4, group_size: 64, solver: rtn, scale_search: minmax}
+  - {name: gguf-q8_0, format: gguf, type: q8_0, solver: ggml, imatrix: false}
+  - {name: gguf-q4_0, format: gguf, type: q4_0, solver: ggml, imatrix: false}
+"""
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+}  # for K-quants
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 VOCABULARY = 640
 BUG = 70  # exit status of a child that met an error which is no QQuantError
 
 
-def small_checkpoint(folder):
-    """Two layers wide enough for K-quants."""
-    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": True}
-    return cut_vocabulary(write_checkpoint(folder, vocab_size=VOCABULARY, **shape))
+def remember():
+    """What costs time and is the same in every build is done once, in the process that forks them: templates, tokenizers."""
+    known, compile_, ask = {}, jinja2.Environment.compile, confined.Confined.ask
+
+    def compiled(self, source, *rest, **named):
+        return kept(("template", type(self), str(source)), lambda: compile_(self, source, *rest, **named))
+
+    def asked(self, work, content=b"", **arguments):
+        key = (self.job, self.key, work, content, json.dumps(arguments, sort_keys=True, default=str))
+        return kept(key, lambda: ask(self, work, content, **arguments))
+
+    def kept(key, make):
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    jinja2.Environment.compile, confined.Confined.ask = compiled, asked
 
 
 def cut_vocabulary(folder):
@@ -90,15 +130,16 @@ def digests(folder):
 class Range:
     """A place for builds, the undisturbed result, and what went wrong."""
 
-    def __init__(self, place):
+    def __init__(self, place, text=RECIPE, shape=WIDE):
+        remember()
         self.place, self.out = place, place / "out"
-        self.model = small_checkpoint(place / "Torture-Chat")
+        self.model = cut_vocabulary(write_checkpoint(place / "Torture-Chat", vocab_size=VOCABULARY, **shape))
         for name in ("read", "judge"):
             (place / f"{name}.txt").write_text(
                 "\n\n".join(" ".join(f"{name}{i * j}" for i in range(60)) for j in range(1, 9))
             )
-        (place / "torture.yaml").write_text(RECIPE.replace("PLACE", str(place)))
-        loading.faults = lambda *_: {}  # a process that imports transformers is not what is tried here
+        (place / "torture.yaml").write_text(text.replace("PLACE", str(place)))
+        loading.examine = lambda *_: loading.Loaded({})  # a process that imports transformers is not what is tried here
         self.recipe = recipe.load(str(place / "torture.yaml"))
         self.checkpoint = Checkpoint.open(self.model)
         self.plan = Plan.of(self.recipe, self.checkpoint)
@@ -127,14 +168,7 @@ class Range:
         try:
             sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 2)
-            write = draft.Draft.write
-
-            def logged(draft, unit, *rest):
-                append(log, f"begin {draft.plan.name} {unit}")
-                write(draft, unit, *rest)
-                append(log, f"done {draft.plan.name} {unit}")
-
-            draft.Draft.write = logged
+            log_writes(log)
             if prepare:
                 prepare()
             device, quiet = torch.device("cpu"), Quiet()
@@ -189,13 +223,18 @@ class Range:
                 name for name in found.keys() | self.golden.keys() if found.get(name) != self.golden.get(name)
             )
             self.wrong(trial, f"other bytes: {names[:5]}")
+        self.count_solved(trial, before)
+        self.clear()
+
+    def count_solved(self, trial, before):
+        """No unit that the lines `before` of the log call done was begun again since."""
+        log = self.place / "log"
         after = (log.read_text().splitlines() if log.exists() else [])[len(before) :]
         done = {line.removeprefix("done ") for line in before if line.startswith("done ")}
         again = [line for line in after if line.startswith("begin ") and line.removeprefix("begin ") in done]
         if again:
             self.wrong(trial, f"solved again: {again}")
         self.counts["solved before the end"] += len(done)
-        self.clear()
 
     def tail(self, name):
         path = self.place / name
@@ -207,6 +246,18 @@ class Range:
             (self.place / name).unlink(missing_ok=True)
 
 
+def log_writes(log):
+    """Note when a unit of a draft is begun and done."""
+    write = draft.Draft.write
+
+    def logged(draft, unit, *rest):
+        append(log, f"begin {draft.plan.name} {unit}")
+        write(draft, unit, *rest)
+        append(log, f"done {draft.plan.name} {unit}")
+
+    draft.Draft.write = logged
+
+
 def append(path, line):
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     REAL["write"](descriptor, (line + "\n").encode())
@@ -214,17 +265,17 @@ def append(path, line):
 
 
 def hook(function):
-    """`writes.reached` in every module that has it."""
+    """`writes.crash_point` in every module that has it."""
     for name, module in sys.modules.items():
-        if name.startswith("qquant.") and hasattr(module, "reached"):
-            module.reached = function
+        if name.startswith("qquant.") and hasattr(module, "crash_point"):
+            module.crash_point = function
 
 
 # --- SIGKILL ------------------------------------------------------------------------------------------------------------
 
 
 def places(range_):
-    """Every call of `reached` in an undisturbed build, by name, in order."""
+    """Every call of `crash_point` in an undisturbed build, by name, in order."""
     trace = range_.place / "trace"
 
     def prepare():
@@ -237,24 +288,27 @@ def places(range_):
 
 
 def kill(range_, count, random_):
-    called = places(range_)
+    called, changes = places(range_), calls_of(range_)
     first = [called.index(name) for name in dict.fromkeys(called)]
     for trial in range(count):
-        at = None
-        if trial < len(first):
-            at = first[trial]
-        elif trial % 2:
-            at = random_.randrange(len(called))
-        rounds = 1 + (trial % 5 == 4)
-        for _ in range(rounds):
-            strike(range_, at, random_)
-            range_.look(f"kill {trial} at {called[at] if at is not None else 'a random time'}")
-            at = random_.randrange(len(called))
-        range_.settle(f"kill {trial}")
-    range_.counts |= {"kills": count, "named places": len(first), "calls": len(called)}
+        ways = [("place", random_.randrange(len(called))), ("time", random_.uniform(0, range_.seconds))]
+        ways.append(("call", random_.randrange(1, changes + 1)))
+        way, at = ("place", first[trial]) if trial < len(first) else ways[trial % 3]
+        for _ in range(1 + (trial % 5 == 4)):
+            strike(range_, way, at)
+            range_.counts[f"kills by {way}"] += 1
+            range_.look(f"kill {trial} at {way} {called[at] if way == 'place' else at}")
+            way, at = ("place", random_.randrange(len(called)))
+        range_.settle(f"kill {trial} at {way} {at}")
+        if trial % 50 == 49:
+            print(f"{trial + 1} kills, {len(range_.violations)} violations", file=sys.stderr, flush=True)
+    counts = {"builds": count, "named places": len(first), "calls of crash_point": len(called)}
+    range_.counts |= counts | {"calls of the file system": changes}
 
 
-def strike(range_, at, random_):
+def strike(range_, way, at):
+    """A build that gets SIGKILL at a `place`, a `time` or a `call`."""
+
     def prepare():
         left = [at]
 
@@ -263,12 +317,14 @@ def strike(range_, at, random_):
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        if at is not None:
+        if way == "place":
             hook(die)
+        elif way == "call":
+            starve("kill", at, range_.out)
 
     child = range_.start(prepare)
-    if at is None:
-        time.sleep(random_.uniform(0, range_.seconds))
+    if way == "time":
+        time.sleep(at)
         os.kill(child, signal.SIGKILL)
     if range_.finish(child) == 0:
         range_.counts["ended before the signal"] += 1
@@ -298,6 +354,8 @@ def starve(fault, n, under):
             if concerns(name, arguments):
                 left[0] -= 1
                 if left[0] == 0:
+                    if fault == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
                     if fault != "short":
                         number = getattr(errno, fault)
                         raise OSError(number, os.strerror(number), str(arguments[0]))
@@ -311,6 +369,26 @@ def starve(fault, n, under):
     for name in CALLS:
         setattr(os, name, wrapped(name))
     return left
+
+
+def calls_of(range_):
+    """How many calls of an undisturbed build change something."""
+    trace = range_.place / "calls"
+
+    def prepare():
+        left, build = starve("short", 1 << 40, range_.out), pipeline.build
+
+        def counted(*arguments):
+            build(*arguments)
+            append(trace, str((1 << 40) - left[0]))
+
+        pipeline.build = counted
+
+    assert range_.finish(range_.start(prepare)) == 0
+    number = int(trace.read_text())
+    trace.unlink()
+    range_.clear()
+    return number
 
 
 def calls(range_, step, random_):
@@ -412,6 +490,7 @@ def sample(range_, kills, random_):
 
 
 MODES = {"sample": (sample, 14), "kill": (kill, 200), "calls": (calls, 1), "full": (full, 6), "crowd": (crowd, 8)}
+NARROWLY = ("kill", "calls")
 
 
 def main():
@@ -422,7 +501,7 @@ def main():
     began = time.monotonic()
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
-        range_ = Range(Path(place))
+        range_ = Range(Path(place), *((QUICK, NARROW) if mode in NARROWLY else ()))
         run(range_, count, random.Random(seed))
         content = {"mode": mode, "seed": seed, "build_s": round(range_.seconds, 2), **range_.counts}
         content |= {"seconds": round(time.monotonic() - began, 1), "violations": range_.violations}

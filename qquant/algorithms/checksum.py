@@ -52,13 +52,13 @@ class Checksum:
     values: int = 0  # so far
 
     def add(self, piece: Tensor) -> None:
-        """The next piece."""
+        """Add the next piece of the value, in order."""
         for part in piece.contiguous().view(-1).split(policy(piece.device).checksummed):
             self.total += _weighted(part, self.values)
             self.values += len(part)
 
     def hexdigest(self) -> str:
-        """Of what was added so far."""
+        """The checksum of what was added so far, 16 hex digits."""
         return f"{self.total & (1 << 64) - 1:016x}"
 
 

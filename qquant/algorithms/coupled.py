@@ -51,8 +51,8 @@ def sweep(
     for spans, matrices in _batches(rows, weight):
         chosen = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
         step, offset = (level[chosen].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
-        given = (weight[chosen][:, columns.order], codes[chosen][:, columns.order], step, offset)
-        batched = [x.view(len(spans), -1, x.shape[1]) for x in given]
+        chosen_rows = (weight[chosen][:, columns.order], codes[chosen][:, columns.order], step, offset)
+        batched = [x.view(len(spans), -1, x.shape[1]) for x in chosen_rows]
         visited_codes = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)
         swept[chosen] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
     return swept
@@ -91,8 +91,8 @@ def _swept(
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
         pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky_ex(inside).L).flatten(0, 1)
-        given = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
-        visited_codes, change = visited(count, pull, inside, *given, columns.gram.whole, *columns.blocks)
+        subsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
+        visited_codes, change = visited(count, pull, inside, *subsets, columns.gram.whole, *columns.blocks)
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes

@@ -75,13 +75,13 @@ def sweep(
     swept = torch.empty_like(codes)
     rows = max(1, policy(weight.device).swept // weight.shape[1])
     for start in range(0, len(weight), rows):
-        part = slice(start, min(start + rows, len(weight)))
-        step, offset = (level[part].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
-        known = codes[part][:, columns.order]
-        slope = product(step * known - offset - weight[part][:, columns.order], columns.gram)
-        given = columns.gram.whole, columns.blocks, grid.levels
-        blocks = [block for block, _ in visit(*given, slope, known, (step, offset), _row_by_row)]
-        swept[part, columns.order] = torch.cat(blocks, 1)
+        span = slice(start, min(start + rows, len(weight)))
+        step, offset = (level[span].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
+        known = codes[span][:, columns.order]
+        slope = product(step * known - offset - weight[span][:, columns.order], columns.gram)
+        fixed = columns.gram.whole, columns.blocks, grid.levels
+        blocks = [block for block, _ in visit(*fixed, slope, known, (step, offset), _row_by_row)]
+        swept[span, columns.order] = torch.cat(blocks, 1)
     return swept
 
 
@@ -135,16 +135,16 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     rows = max(1, min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
     split_gram = split_matrix(gram)
     for start in range(0, len(weight), rows):
-        part = slice(start, min(start + rows, len(weight)))
+        span = slice(start, min(start + rows, len(weight)))
         system, right = _normal_equations(
-            [basis[part] for _, basis in linear_form], product(weight[part], split_gram), split_gram, old.shape[1]
+            [basis[span] for _, basis in linear_form], product(weight[span], split_gram), split_gram, old.shape[1]
         )
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
-        solved = torch.where(used, as_scale(torch.linalg.solve_ex(system, right).result), old[part])
-        gain = _loss(system, right, old[part]) - _loss(system, right, solved)
-        new[part] = torch.where((gain > 0).unsqueeze(1), solved, old[part])
+        solved = torch.where(used, as_scale(torch.linalg.solve_ex(system, right).result), old[span])
+        gain = _loss(system, right, old[span]) - _loss(system, right, solved)
+        new[span] = torch.where((gain > 0).unsqueeze(1), solved, old[span])
     return params.with_coefficients(list(new.split([coefficients.shape[1] for coefficients, _ in linear_form], dim=1)))
 
 
@@ -164,12 +164,12 @@ def _normal_equations(
     for group in range(each):
         inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)
         block = gram.part(inside, rest)
-        for place, basis in enumerate(bases):
+        for row, basis in enumerate(bases):
             spread = product(basis[:, inside], block)
             for other, against in enumerate(bases):
                 sums = summed(spread * against[:, rest])
-                system[:, place, group, other, group:] = sums
-                system[:, other, group:, place, group] = sums
+                system[:, row, group, other, group:] = sums
+                system[:, other, group:, row, group] = sums
     return system.view(rows, unknowns, unknowns), right
 
 
@@ -215,8 +215,8 @@ def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> P
     """The parameters that suit the codes best: coefficients, integers, and coefficients for these integers."""
     weight, gram = problem.linears[linear], problem.damped
 
-    def values(given: Params) -> Tensor:
-        return value_of(codes, *given.step_and_offset(), problem.grid)
+    def values(params: Params) -> Tensor:
+        return value_of(codes, *params.step_and_offset(), problem.grid)
 
     refitted = refit(weight, gram, codes, params)
     if not refitted.integers(codes):
@@ -226,5 +226,5 @@ def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> P
 
 def _loss(system: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """S A s' - 2 b s' of each row."""
-    wide = scale.float()
-    return ((system @ wide.unsqueeze(-1)).squeeze(-1) * wide).sum(1) - 2 * (right * wide).sum(1)
+    coefficients = scale.float()
+    return ((system @ coefficients.unsqueeze(-1)).squeeze(-1) * coefficients).sum(1) - 2 * (right * coefficients).sum(1)

@@ -40,7 +40,7 @@ class Params(Protocol):
         ...
 
     def with_coefficients(self, coefficients: Sequence[Tensor]) -> Params:
-        """The same with other coefficients."""
+        """These parameters with other coefficients, in the order of `linear_form`."""
         ...
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
@@ -48,7 +48,7 @@ class Params(Protocol):
         ...
 
     def with_integers(self, name: str, values: Tensor) -> Params:
-        """The same with other integers `name`."""
+        """These parameters with other integers `name`."""
         ...
 
 
@@ -142,16 +142,16 @@ class UniformParams:
         return [(self.scales, codes.float() - self.zeros.repeat_interleave(width, dim=1))]
 
     def with_coefficients(self, coefficients: Sequence[Tensor]) -> UniformParams:
-        """Other scales."""
+        """These parameters with other scales."""
         return UniformParams(coefficients[0], self.zeros)
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
-        """None: zeros stay where the search put them."""
+        """No multipliers: zeros stay where the search put them."""
         del codes
         return []
 
     def with_integers(self, name: str, values: Tensor) -> UniformParams:
-        """Not asked for."""
+        """Never called, since there are no multipliers."""
         raise AssertionError(f"{name}: {values.shape}")
 
 
@@ -170,7 +170,7 @@ class UniformGrid:
 
     @property
     def levels(self) -> int:
-        """2^bits."""
+        """Number of codes, 2^bits."""
         return 1 << self.bits
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> UniformParams:

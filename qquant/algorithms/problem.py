@@ -84,9 +84,9 @@ class Solution:
     def facts(self, linear: str) -> dict[str, Any]:
         """What a record says of a linear."""
         steps = {step: errors[linear] for step, errors in self.steps.items()}
-        ends = list(steps.values())
+        errors = list(steps.values())
         fallback = self.fallbacks.get(linear)
-        error = ends[0] if fallback else ends[-1]
+        error = errors[0] if fallback else errors[-1]
         return {"error": error, "steps": steps, "damping": self.damping, "fallback": fallback}
 
 
@@ -138,9 +138,9 @@ def _errors(problem: Problem, solution: Solution) -> dict[str, float]:
 def _no_worse(problem: Problem, name: str, first: Solution, last: Solution) -> Solution:
     """`last`, but for linears that `first` was better for."""
     codes, params, fallbacks = problem.split(last.codes), dict(last.params), {}
-    ends = list(last.steps.values())[-1]
+    errors = list(last.steps.values())[-1]
     for linear, error in first.steps[name].items():
-        if error < ends[linear]:
+        if error < errors[linear]:
             codes[linear], params[linear] = problem.split(first.codes)[linear], first.params[linear]
-            fallbacks[linear] = f"{name}: solved error {ends[linear]:.3g} was not below {error:.3g}"
+            fallbacks[linear] = f"{name}: solved error {errors[linear]:.3g} was not below {error:.3g}"
     return replace(last, codes=stacked(codes), params=params, fallbacks=fallbacks) if fallbacks else last

@@ -36,7 +36,7 @@ from qquant.algorithms.checksum import as_bytes
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import to_plain, typed
-from qquant.disk.writes import copy, create, make_folder, put, reached, rename, sync, write_synced
+from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
 from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
@@ -47,7 +47,7 @@ REPLACED = "replaced"
 
 
 @dataclass
-class Unit:
+class JournalUnit:
     """One journalled piece of an artifact; a line of the journal."""
 
     unit: str  # "block 3" or "rest"
@@ -65,7 +65,7 @@ class _JournalHead:
 
 
 def in_place(work: Callable[[], None]) -> None:
-    """Do it now."""
+    """Do `work` now: what `Draft.submit` is without a thread."""
     work()
 
 
@@ -76,17 +76,17 @@ class Draft:
     plan: PlannedArtifact
     partial: Path
     key: str
-    units: dict[str, Unit] = field(default_factory=dict)  # journalled; not one that `later` has
-    later: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
+    units: dict[str, JournalUnit] = field(default_factory=dict)  # journalled; not one that `submit` has
+    submit: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
 
     @property
     def folder(self) -> Path:
-        """Where the files are until they are complete."""
+        """The folder where the files are until they are complete."""
         return self.partial / self.plan.name
 
     @property
     def journal(self) -> Path:
-        """Units that are done."""
+        """The file that lists units that are done, one JSON object a line."""
         return self.partial / f"{self.plan.name}.journal"
 
     @property
@@ -108,7 +108,7 @@ class Draft:
             else:
                 create(path, file.size, file.head)
             sync(path.parent)
-            reached("while a draft is prepared")
+            crash_point("while a draft is prepared")
         self._append([{"key": self.key, "plan": self._plan_digest()}])
 
     def _plan_digest(self) -> str:
@@ -134,13 +134,13 @@ class Draft:
         if not all(self._intact(file) for file in self.plan.files):
             return False
         for line in lines[1:]:
-            unit = typed(Unit, line, str(self.journal))
+            unit = typed(JournalUnit, line, str(self.journal))
             if all(self._stored_sha256(name) == value for name, value in unit.checksums.items()):
                 self.units[unit.unit] = unit
         kept = [to_plain(unit) for unit in self.units.values()]
         if [*lines[:1], *kept] != lines or not self.journal.read_bytes().endswith(b"\n"):
             self.journal.unlink()
-            reached("while a journal is written again")
+            crash_point("while a journal is written again")
             self._append([lines[0], *kept])
         return True
 
@@ -152,7 +152,7 @@ class Draft:
         for line in self.journal.read_bytes().split(b"\n")[:-1]:
             try:
                 content = json.loads(line)
-                typed(Unit if lines else _JournalHead, content, str(self.journal))
+                typed(JournalUnit if lines else _JournalHead, content, str(self.journal))
             except (ValueError, RecursionError, InputError):
                 break
             lines.append(content)
@@ -186,13 +186,13 @@ class Draft:
 
     @contextmanager
     def write_behind(self, threaded: bool) -> Iterator[None]:
-        """With `threaded` a thread does what `later` is given meanwhile, one piece of work in flight; all of it at the end."""
-        with background.write_behind(threaded) as later:
-            self.later = later
+        """With `threaded` a thread does what `submit` is given meanwhile, one piece of work in flight; all of it at the end."""
+        with background.write_behind(threaded) as submit:
+            self.submit = submit
             try:
                 yield
             finally:
-                self.later = in_place
+                self.submit = in_place
 
     def write(
         self,
@@ -206,17 +206,17 @@ class Draft:
         Raises:
             EnvironmentMissingError: the disk is full.
         """
-        filling = Filling(self, unit)
+        writer = UnitWriter(self, unit)
         for name, offset, piece in pieces:
-            filling.put(name, offset, piece)
-        filling.close(record, seconds)
+            writer.put(name, offset, piece)
+        writer.close(record, seconds)
 
-    def journalled(self, unit: Unit) -> None:
+    def journalled(self, unit: JournalUnit) -> None:
         """Note that the bytes of a unit are there, after they were synced."""
-        reached("before a unit is journalled")
+        crash_point("before a unit is journalled")
         self._append([to_plain(unit)])
         self.units[unit.unit] = unit
-        reached("after a unit is journalled")
+        crash_point("after a unit is journalled")
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
         """Read back what was written and compare it: pieces of work for `finish`, which threads may do; (file, sha256 or "") each.
@@ -273,18 +273,18 @@ class Draft:
         if final.exists():
             joined = self._joined(final)
             write_synced(joined / MANIFEST, content)
-            reached("before a folder is replaced")
+            crash_point("before a folder is replaced")
             replaced = self.partial / REPLACED / self.plan.folder
             make_folder(replaced.parent)
             rename(final, replaced)
-            reached("while a folder is replaced")
+            crash_point("while a folder is replaced")
             rename(joined, final)
             shutil.rmtree(replaced)
         else:
             write_synced(self.folder / MANIFEST, content)
-            reached("before a folder gets its name")
+            crash_point("before a folder gets its name")
             rename(self.folder, final)
-        reached("after a folder got its name")
+        crash_point("after a folder got its name")
         self.journal.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
         return final
@@ -297,20 +297,20 @@ class Draft:
             for path in sorted(folder.rglob("*")):
                 if path.is_dir() or path.name == MANIFEST:
                     continue
-                place = joined / path.relative_to(folder)
-                make_folder(place.parent)
+                linked = joined / path.relative_to(folder)
+                make_folder(linked.parent)
                 try:
-                    os.link(path, place)
+                    os.link(path, linked)
                 except OSError:
-                    shutil.copyfile(path, place)
-                    sync(place)
-                sync(place.parent)
-                reached("while a folder is joined")
+                    shutil.copyfile(path, linked)
+                    sync(linked)
+                sync(linked.parent)
+                crash_point("while a folder is joined")
         return joined
 
 
 @dataclass
-class Filling:
+class UnitWriter:
     """A unit that is being written, piece by piece: `put` for each tensor from its beginning to its end, then `close`."""
 
     draft: Draft
@@ -341,11 +341,11 @@ class Filling:
             raise AssertionError(
                 f"{short[0]}: only {self.filled[short[0]]} of {self.places[short[0]][1].nbytes} bytes written"
             )
-        reached("before a unit is synced")
+        crash_point("before a unit is synced")
         for path in sorted(self.touched):
             sync(path)
         checksums = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        self.draft.journalled(Unit(self.unit, checksums, tuple(record), dict(seconds or {})))
+        self.draft.journalled(JournalUnit(self.unit, checksums, tuple(record), dict(seconds or {})))
 
 
 def _nameless(work: Callable[[], None]) -> tuple[str, str]:

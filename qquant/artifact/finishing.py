@@ -12,7 +12,7 @@ from typing import Literal
 from qquant.artifact.draft import REPLACED
 from qquant.artifact.manifest import manifest_of, matches, read_manifest
 from qquant.disk.output import DAMAGED, MANIFEST, empty
-from qquant.disk.writes import make_folder, reached, rename, write_synced
+from qquant.disk.writes import crash_point, make_folder, rename, write_synced
 from qquant.errors import UsageError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact
@@ -61,17 +61,17 @@ def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
     manifest = manifest_of(final)
     rest = {name: entry for name, entry in manifest.artifacts.items() if name != plan.name}
     shared = {name for entry in rest.values() for name in entry.files}
-    place = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
-    make_folder(place.parent)
+    aside = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
+    make_folder(aside.parent)
     if not rest:
-        rename(final, place)
+        rename(final, aside)
         return False
-    make_folder(place)
+    make_folder(aside)
     for name in manifest.artifacts[plan.name].files.keys() - shared:
         if os.path.lexists(final / name):
-            make_folder((place / name).parent)
-            rename(final / name, place / name)
-    reached("while a damaged artifact is set aside")
+            make_folder((aside / name).parent)
+            rename(final / name, aside / name)
+    crash_point("while a damaged artifact is set aside")
     write_synced(final / MANIFEST, replace(manifest, artifacts=rest).to_json())
     return False
 
@@ -82,5 +82,5 @@ def set_aside(target: Path) -> set[str]:
 
 
 def installed(target: Path, plan: PlannedArtifact) -> Path:
-    """Where a finished artifact is: a file, or a model folder."""
+    """The path of a finished artifact: a file, or a model folder."""
     return FORMATS[plan.format].path_of(target / plan.folder, [file.name for file in plan.files])

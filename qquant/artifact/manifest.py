@@ -45,7 +45,7 @@ class Payload:
 
     @classmethod
     def of(cls, content: bytes) -> Payload:
-        """A file in memory."""
+        """Size and sha256 of a file whose bytes are in memory."""
         return cls(len(content), hashlib.sha256(content).hexdigest(), None, content)
 
     def read(self) -> bytes:
@@ -191,7 +191,7 @@ class Manifest:
     patches: tuple[Patch, ...] = ()
 
     def with_artifact(self, name: str, entry: ArtifactEntry) -> Manifest:
-        """The same with one artifact more, or another."""
+        """This manifest with one artifact more, or another in its place."""
         return replace(self, artifacts={**self.artifacts, name: entry})
 
     def judged(self, name: str) -> str:
@@ -208,7 +208,7 @@ class Manifest:
         return {name: facts for entry in self.artifacts.values() for name, facts in entry.files.items()}
 
     def to_json(self) -> bytes:
-        """The file."""
+        """The bytes of the manifest's file."""
         content = {"schema": SCHEMA, **to_plain(self)}
         for optional in ("release", "patches"):
             if not content[optional]:
@@ -233,15 +233,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verified(place: Path, name: str, facts: FileFacts) -> Payload:
+def verified(folder: Path, name: str, facts: FileFacts) -> Payload:
     """A file that a manifest names, after it was hashed and compared.
 
     Raises:
         InputError: it is missing, differs, or lies elsewhere.
     """
-    path = place / name
+    path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
-        raise InputError(f"{place / MANIFEST}: {name!r} is not a file of this folder")
+        raise InputError(f"{folder / MANIFEST}: {name!r} is not a file of this folder")
     if not matches(path, facts):
         raise InputError(
             f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
@@ -294,15 +294,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 def artifacts_below(folder: Path) -> list[tuple[Path, str, ArtifactEntry]]:
     """(folder, name, entry) of every artifact in `folder`, or in a folder of it."""
-    places = [path.parent for path in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))) if path.is_file()]
-    return [(place, name, entry) for place in places for name, entry in manifest_of(place).artifacts.items()]
+    folders = [path.parent for path in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))) if path.is_file()]
+    return [(below, name, entry) for below in folders for name, entry in manifest_of(below).artifacts.items()]
 
 
 def require_judged(folder: Path, report: Report) -> None:
     """Raise InputError if artifacts of `folder` have other bytes than those that its report judged."""
     digests: dict[str, set[str]] = {}
-    for place in {place for place, _, _ in artifacts_below(folder)}:
-        manifest = manifest_of(place)
+    for below in {below for below, _, _ in artifacts_below(folder)}:
+        manifest = manifest_of(below)
         for name in manifest.artifacts:
             digests.setdefault(name, set()).add(manifest.judged(name))
     for row in report.artifacts:

@@ -40,7 +40,7 @@ class ChatRecord:
 
     @property
     def default_system_share(self) -> float:
-        """Of the chats."""
+        """Share of the chats that got the template's default system turn."""
         return self.default_system / self.count
 
 
@@ -137,7 +137,7 @@ def _marked(chat: Messages, marks: list[str]) -> Messages:
 def _answer_ends(
     tokenizer: Tokenizer, chat: Messages, text: str, frame: str, marks: list[str], where: str
 ) -> list[int]:
-    """Where in the rendered `text` each assistant message ends.
+    """The positions in the rendered `text` where assistant messages end.
 
     `frame` is the chat rendered with a mark in place of each answer; what stands between the marks is the template's own.
     """

@@ -51,7 +51,7 @@ def heldout(name_or_path: str, tokenizer: Tokenizer) -> tuple[NDArray[np.int32],
     if kind == "chat":
         corpus = Corpus(SourceRecord(path.name, kind, licence), name_or_path)
         collect(corpus, file_rows(path, content), Reading(frozenset(tokenizer.special)))
-        placed = [(f"{name_or_path}, {place}", chat) for place, chat in corpus.chats]
+        placed = [(f"{name_or_path}, {location}", chat) for location, chat in corpus.chats]
         ids = [i for chat in chat_tokens(tokenizer, placed) for i in chat]
     else:
         ids = tokenizer.encode(decoded(content, path), special=False)
@@ -79,15 +79,17 @@ def shared_runs(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], 
         return np.zeros(0, np.int64)
     ids = np.concatenate(samples)
     starts = np.cumsum([0, *map(len, samples)])[:-1]
-    places = np.concatenate([at + np.arange(len(sample) - run + 1) for at, sample in zip(starts, samples, strict=True)])
+    positions = np.concatenate(
+        [at + np.arange(len(sample) - run + 1) for at, sample in zip(starts, samples, strict=True)]
+    )
     hashes = np.concatenate([_run_hashes(sample, run) for sample in samples])
     order = np.argsort(hashes, kind="stable")
-    hashes, places = hashes[order], places[order]
+    hashes, positions = hashes[order], positions[order]
     wanted = _run_hashes(heldout_tokens, run)
     nearest = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
     candidates = np.flatnonzero(hashes[nearest] == wanted)
     span = np.arange(run)
-    equal = [bool((ids[places[nearest[at]] + span] == heldout_tokens[at + span]).all()) for at in candidates]
+    equal = [bool((ids[positions[nearest[at]] + span] == heldout_tokens[at + span]).all()) for at in candidates]
     return candidates[np.array(equal, bool)]
 
 

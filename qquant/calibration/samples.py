@@ -50,9 +50,25 @@ class CalibrationSet:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the number of samples, their lengths and their ids, as little-endian int32."""
+        """Hex sha256 of the number of samples, their lengths and their ids, as little-endian int32."""
         lengths = np.array([len(self.tokens), *map(len, self.tokens)], dtype="<i4")
         return hashlib.sha256(lengths.tobytes() + np.concatenate(self.tokens).astype("<i4").tobytes()).hexdigest()
+
+    def by_source(self) -> dict[str, list[NDArray[np.int32]]]:
+        """The samples of every source that gave any, in the order in which they were drawn: texts, then chats."""
+        drawn = [
+            sample
+            for _, sample in sorted(
+                zip(shuffled(self.seed, "samples", len(self.tokens)), self.tokens, strict=True),
+                key=lambda pair: pair[0],
+            )
+        ]
+        found: dict[str, list[NDArray[np.int32]]] = {}
+        for source in sorted(self.sources, key=lambda record: record.kind == "chat"):
+            taken, drawn = drawn[: source.samples], drawn[source.samples :]
+            if taken:
+                found.setdefault(source.name, []).extend(taken)
+        return found
 
     def provenance(self) -> dict[str, Any]:
         """Everything but the tokens, for the report."""
@@ -181,7 +197,7 @@ def _draw(
             corpus.record.tokens = count * spec.length
         else:
             picked = _pick(corpus, count, spec.default_system_share, tokenizer.default_system, spec.seed)
-            talks += [(corpus.record, f"{corpus.where}, {place}", chat) for place, chat in picked]
+            talks += [(corpus.record, f"{corpus.where}, {location}", chat) for location, chat in picked]
     if not talks:
         return samples, None
     rendered, chats = give_systems([chat for _, _, chat in talks], tokenizer, spec.default_system_share, spec.seed)

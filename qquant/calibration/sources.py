@@ -64,9 +64,9 @@ class SourceRecord:
     truncated: int = 0  # of the samples
     tokens: int = 0  # in the set
 
-    def drop(self, reason: str, place: str, malformed: bool = True) -> None:
+    def drop(self, reason: str, location: str, malformed: bool = True) -> None:
         """Count one row as dropped."""
-        entry = self.dropped.setdefault(reason, Drop(0, place, malformed))
+        entry = self.dropped.setdefault(reason, Drop(0, location, malformed))
         entry.count += 1
 
 
@@ -245,7 +245,7 @@ def collect(
     Raises InputError above 5 % malformed rows, or if no row is left.
     """
     record, size = corpus.record, 0
-    for place, row in rows:
+    for location, row in rows:
         record.taken += 1
         try:
             if isinstance(row, _Unusable):
@@ -253,9 +253,9 @@ def collect(
             name = column or next((key for key in FIELDS if key in row), None)
             if name not in row:
                 raise _Unusable(f"no column {column!r}" if column else f"none of the columns {', '.join(FIELDS)}")
-            size += _keep(corpus, place, row, row[name], reading)
+            size += _keep(corpus, location, row, row[name], reading)
         except _Unusable as error:
-            record.drop(str(error), place)
+            record.drop(str(error), location)
         if enough is not None and size >= enough:
             break
     malformed = {reason: drop for reason, drop in record.dropped.items() if drop.malformed}
@@ -274,7 +274,7 @@ def collect(
         )
 
 
-def _keep(corpus: Corpus, place: str, row: Mapping[str, Any], value: Any, reading: Reading) -> int:
+def _keep(corpus: Corpus, location: str, row: Mapping[str, Any], value: Any, reading: Reading) -> int:
     """Add one row to `corpus` unless it is empty or repeated; the size it adds, in chats or characters. Raises _Unusable."""
     chat = _messages(row, value) if corpus.record.kind == "chat" else []
     if corpus.record.kind == "text" and not isinstance(value, str):
@@ -287,14 +287,14 @@ def _keep(corpus: Corpus, place: str, row: Mapping[str, Any], value: Any, readin
     except UnicodeEncodeError:
         raise _Unusable("half of a surrogate pair, which is no text") from None
     if not chat and not value.strip():
-        corpus.record.drop("empty", place, malformed=False)
+        corpus.record.drop("empty", location, malformed=False)
     elif key in reading.seen:
-        corpus.record.drop("repeated", place, malformed=False)
+        corpus.record.drop("repeated", location, malformed=False)
     else:
         reading.seen.add(key)
         corpus.record.kept += 1
         if chat:
-            corpus.chats.append((place, chat))
+            corpus.chats.append((location, chat))
         else:
             corpus.texts.append(value)
         return 1 if chat else len(value)

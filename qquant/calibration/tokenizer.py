@@ -132,17 +132,17 @@ def _template(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
     if os.path.lexists(file):
         return read_text(file), file.name
     origin = "tokenizer_config.json"
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
-        if given is None:
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
             raise InputError(f"{path / origin}: chat_template names {sorted(named)}, none of them is `default`")
-    if given is not None and not isinstance(given, str):
+    if template is not None and not isinstance(template, str):
         raise InputError(
-            f"{path / origin}: chat_template is a {type(given).__name__}, expected text or a list of named templates"
+            f"{path / origin}: chat_template is a {type(template).__name__}, expected text or a list of named templates"
         )
-    return given, origin
+    return template, origin
 
 
 class Tokenizer:
@@ -175,8 +175,8 @@ class Tokenizer:
         """Ids on which generation stops, by any of the three files that say so."""
         stops: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            given = _json(self.path / name).get("eos_token_id")
-            stops += [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
+            eos = _json(self.path / name).get("eos_token_id")
+            stops += [i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)]
         name = self._variables.get("eos_token", "")
         token = self.added.get(name)
         if token is None and name:

@@ -26,7 +26,7 @@ TOGETHER = 16  # mixtures read at a time
 
 
 @dataclass
-class Mixed:
+class PatchedWeights:
     """An artifact with some weights taken from the checkpoint."""
 
     artifact: WeightSource
@@ -39,11 +39,11 @@ class Mixed:
         self.config: ModelConfig = self.artifact.config
 
     def tensor(self, name: str) -> Tensor:
-        """From whichever it is to come."""
+        """Tensor `name` of the checkpoint if it is restored, else of the artifact."""
         return (self.checkpoint if name in self.restored else self.artifact).tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """From whichever it is to come."""
+        """Rows of tensor `name` of the checkpoint if it is restored, else of the artifact."""
         return (self.checkpoint if name in self.restored else self.artifact).rows(name, start, stop)
 
 
@@ -83,7 +83,9 @@ class Search:
         for start in range(0, len(sets), TOGETHER):
             group = sets[start : start + TOGETHER]
             mixed: Mapping[str, WeightSource] = {
-                str(index): Mixed(self.artifact, self.checkpoint, frozenset(n for part in parts for n in part.weights))
+                str(index): PatchedWeights(
+                    self.artifact, self.checkpoint, frozenset(n for part in parts for n in part.weights)
+                )
                 for index, parts in enumerate(group)
             }
             measured = measure(self.checkpoint, mixed, self.text, self.device, self.progress)
@@ -125,22 +127,22 @@ def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bi
         return Bisection(start, limit, tuple(gains), (), start)
     order = [part for part, gain in sorted(gains, key=lambda pair: -pair[1] / pair[0].size)]
     low, high = 0, len(order)
-    reached = search.kl([order])[0]
+    kl_reached = search.kl([order])[0]
     while high - low > 1:
         middle = (low + high) // 2
         kl = search.kl([order[:middle]])[0]
-        low, high, reached = (low, middle, kl) if kl <= limit else (middle, high, reached)
-    return _thinned(search, Bisection(start, limit, tuple(gains), tuple(order[:high]), reached))
+        low, high, kl_reached = (low, middle, kl) if kl <= limit else (middle, high, kl_reached)
+    return _thinned(search, Bisection(start, limit, tuple(gains), tuple(order[:high]), kl_reached))
 
 
 def _thinned(search: Search, bisection: Bisection) -> Bisection:
-    """Without the parts that turn out not to be needed; the largest is tried first."""
-    chosen, reached = list(bisection.chosen), bisection.kl_chosen
-    if reached > bisection.limit:
+    """The bisection without the parts that turn out not to be needed; the largest is tried first."""
+    chosen, kl_reached = list(bisection.chosen), bisection.kl_chosen
+    if kl_reached > bisection.limit:
         return bisection
     for part in sorted(bisection.chosen, key=lambda part: -part.size):
         fewer = [other for other in chosen if other != part]
         kl = search.kl([fewer])[0]
         if fewer and kl <= bisection.limit:
-            chosen, reached = fewer, kl
-    return Bisection(bisection.kl, bisection.limit, bisection.gains, tuple(chosen), reached)
+            chosen, kl_reached = fewer, kl
+    return Bisection(bisection.kl, bisection.limit, bisection.gains, tuple(chosen), kl_reached)

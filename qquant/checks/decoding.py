@@ -56,9 +56,9 @@ class PromptDecoder:
             self._read(torch.tensor([prompts[0][: cache.shared]]), cache, 1)
         logits = self._read(cache.rest(draft), cache, 1 + len(draft))
         talk = _Talk(len(prompts), chooser)
-        for place in range(len(draft)):
-            if talk.add(logits[:, place]) != [draft[place]] or talk.over:
-                cache.end -= len(draft) - place
+        for position in range(len(draft)):
+            if talk.add(logits[:, position]) != [draft[position]] or talk.over:
+                cache.end -= len(draft) - position
                 break
         else:
             talk.add(logits[:, -1])
@@ -121,16 +121,16 @@ class _Cache:
         self.shared = _shared(prompts) if len(prompts) > 1 else 0
         room, self.end, self.start = self.longest + length, 0, 0
         shape = (config.layers, len(prompts), config.kv_heads, room, config.head_dim)
-        wide = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
-        self.keys, self.values = (torch.zeros(shape, dtype=wide, device=model.device) for _ in range(2))
-        self.config, self.given = config, prompts
+        dtype = torch.float32 if model.device.type == "cpu" else model.dtype  # what torch's attention is fast in
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
+        self.config, self.prompts = config, prompts
         self.pads = torch.tensor([[self.longest - len(prompt)] for prompt in prompts], device=model.device)
         self.cosine, self.sine = rotary(config, room, model.device, model.dtype)
         self.tables, self.allowed = (self.cosine, self.sine), self.pads  # of what is being read; `place` sets both
 
     def rest(self, draft: Sequence[int]) -> Tensor:
         """What follows the shared beginning, int64 [B, T], with the draft."""
-        rows = [[0] * (self.longest - len(prompt)) + list(prompt[self.shared :]) for prompt in self.given]
+        rows = [[0] * (self.longest - len(prompt)) + list(prompt[self.shared :]) for prompt in self.prompts]
         return torch.tensor([row + list(draft) for row in rows])
 
     def place(self, count: int) -> None:
@@ -139,8 +139,8 @@ class _Cache:
         pads = self.pads if self.start >= self.shared else self.pads[:1] * 0  # all rows begin with the same tokens
         columns = torch.arange(self.end, device=pads.device)
         rows = columns[self.start :]
-        places = (rows - pads).clamp(min=0)
-        self.tables = self.cosine[places][:, None], self.sine[places][:, None]
+        positions = (rows - pads).clamp(min=0)
+        self.tables = self.cosine[positions][:, None], self.sine[positions][:, None]
         pad = (columns >= self.shared) & (columns < self.shared + pads[:, :, None])
         seen = (columns <= rows[:, None]) & ~pad
         self.allowed = (seen | (columns == rows[:, None]))[:, None]
@@ -163,7 +163,7 @@ class _Cache:
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all of them begin with, short of the whole of any."""
     shortest = min(map(len, prompts)) - 1
-    differing = (place for place in range(shortest) if len({prompt[place] for prompt in prompts}) > 1)
+    differing = (position for position in range(shortest) if len({prompt[position] for prompt in prompts}) > 1)
     return max(next(differing, shortest), 0)
 
 

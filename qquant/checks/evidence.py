@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def of(cls, text: TextFacts, checkpoint: str) -> Facts:
-        """For a text, and the fingerprint of a checkpoint."""
+        """The facts of a text, with the fingerprint of a checkpoint."""
         return cls(text.name, text.sha256, text.length, text.protocol, text.tokens_sha256, checkpoint)
 
 
@@ -94,7 +94,7 @@ def compress(value: NDArray[np.float64], scale: float, codes: int) -> NDArray[np
 
 
 def expand(code: NDArray[Any], scale: float, codes: int) -> NDArray[np.float64]:
-    """The values of codes."""
+    """The values that codes stand for, float64."""
     return np.sinh(code.astype(np.float64) * np.arcsinh(LARGEST / scale) / codes) * scale
 
 
@@ -114,7 +114,7 @@ def write(path: Path, measured: Fidelity, facts: Facts) -> None:
 
 
 def read(path: Path) -> Evidence:
-    """Evidence of a file.
+    """The evidence that a file holds.
 
     Raises:
         InputError: damaged, or of another kind.
@@ -147,15 +147,15 @@ def read(path: Path) -> Evidence:
     return Evidence(head.facts, expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
 
 
-def of_report(place: Path) -> dict[str, Evidence]:
+def of_report(path: Path) -> dict[str, Evidence]:
     """Evidence by artifact, for a report.json or the folder that holds one.
 
     Raises:
         UsageError: there is no report, or no evidence beside it.
     """
-    report = place / "report.json" if place.is_dir() else place
+    report = path / "report.json" if path.is_dir() else path
     if not report.is_file():
-        raise UsageError(f"{place}: no report.json; give the output folder of a build, or its report.json")
+        raise UsageError(f"{path}: no report.json; give the output folder of a build, or its report.json")
     content = read_report(report)
     require_judged(report.parent, content)
     names = [row.name for row in content.artifacts]

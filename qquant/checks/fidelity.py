@@ -55,7 +55,7 @@ class Fidelity:
         return {name: loss.mean(1).numpy() for name, loss in losses.items()}
 
     def part(self, windows: slice | Tensor) -> Fidelity:
-        """The same numbers for some of the windows."""
+        """These numbers for some of the windows."""
         return Fidelity(**{name: column[windows] for name, column in vars(self).items()})
 
     @classmethod
@@ -65,12 +65,12 @@ class Fidelity:
 
     @property
     def perplexity(self) -> float:
-        """Of the artifact."""
+        """Perplexity of the artifact."""
         return float(self.nll.mean().exp())
 
     @property
     def perplexity_baseline(self) -> float:
-        """Of the checkpoint."""
+        """Perplexity of the checkpoint."""
         return float(self.nll_baseline.mean().exp())
 
     @property
@@ -80,7 +80,7 @@ class Fidelity:
 
     @property
     def mean_kl(self) -> float:
-        """Nats per token."""
+        """Mean KL divergence from the checkpoint, nats per token."""
         return float(self.kl.mean())
 
     @property
@@ -122,7 +122,7 @@ class _Sums:
 
     def add(self, logits: Tensor, first: int, rows: slice, targets: Tensor) -> None:
         """Take in logits float32 [P, V'] of token ids first ... for positions `rows`."""
-        top, place = logits.max(1)
+        top, best = logits.max(1)
         peak = torch.maximum(self.peak[rows], top.double())
         self.total[rows] = self.total[rows] * (self.peak[rows] - peak).exp() + (
             logits - peak[:, None].float()
@@ -130,7 +130,7 @@ class _Sums:
         self.peak[rows] = peak
         better = top > self.best[rows]
         self.best[rows] = torch.where(better, top, self.best[rows])
-        self.best_id[rows] = torch.where(better, place + first, self.best_id[rows])
+        self.best_id[rows] = torch.where(better, best + first, self.best_id[rows])
         inside = (targets >= first) & (targets < first + logits.shape[1])
         picked = logits.gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
         self.target[rows] = torch.where(inside, picked, self.target[rows])
@@ -197,7 +197,7 @@ def measure(
 def _measure(
     sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress, peaks: Peaks | None
 ) -> list[Fidelity]:
-    """Of every source but the first, against the first."""
+    """The fidelity of every source but the first, against the first."""
     finals = final_states(sources, text, device, progress, peaks=peaks)
     targets = text.windows[:, text.first + 1 :].to(device)
     sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
@@ -236,7 +236,7 @@ def final_states(
 
 
 def _embedded(source: WeightSource, windows: Tensor, device: torch.device) -> list[Tensor]:
-    """By window [length, hidden]; the table is read once for all of them."""
+    """The embeddings [length, hidden] of each window; the table is read once for all of them."""
     return list(embed(source, windows.flatten(), torch.float32).to(device).split(windows.shape[1]))
 
 

@@ -15,7 +15,7 @@ BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long window
 
 
 def percentiles(values: torch.Tensor, at: Sequence[float]) -> dict[str, float]:
-    """By linear interpolation at f (n - 1), as llama-perplexity does."""
+    """The percentiles of values, by linear interpolation at f (n - 1), as llama-perplexity does."""
     return dict(zip([f"{f:g}" for f in at], np.percentile(values.numpy(), at).tolist(), strict=True))
 
 
@@ -44,7 +44,7 @@ def text(name: str, measured: Fidelity) -> TextReport:
 
 
 def positions(measured: Fidelity, first: int) -> tuple[TextReport, ...]:
-    """By position in the window, where windows are long enough to tell."""
+    """The loss by position in the window, where windows are long enough to tell."""
     length = first + measured.kl.shape[1]
     stretches = []
     for start, stop in zip(BUCKETS, (*BUCKETS[1:], math.inf), strict=True):

@@ -130,7 +130,17 @@ def waived(verdict: Verdict, gates: Gates, today: datetime.date) -> Verdict:
     return replace(verdict, outcome="waived", waiver=text)
 
 
-def also(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
+def with_gates(verdict: Verdict, *others: Verdict | None) -> Verdict:
+    """The verdict with those of further gates, where there are any: the worst outcome, all reasons."""
+    for other in others:
+        if other is not None:
+            outcome = statistics.worst([one.outcome for one in (verdict, other) if one.outcome != "waived"])
+            reasons, gates = (*verdict.reasons, *other.reasons), (*verdict.gates, *other.gates)
+            verdict = replace(verdict, outcome=outcome, reasons=reasons, gates=gates)
+    return verdict
+
+
+def with_faults(verdict: Verdict, problems: tuple[str, ...]) -> Verdict:
     """The verdict with findings that are no matter of degree (structure, answers): any of them fails."""
     if not problems:
         return verdict

@@ -82,7 +82,7 @@ class RoundedBlock(Block):
     kinds: Mapping[str, str | None]  # by linear
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """As in every block, of rounded inputs."""
+        """Linear `name` as in every block, of rounded inputs."""
         return super().linear(name, rounded_inputs(x, self.kinds[name]))
 
 

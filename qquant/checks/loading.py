@@ -5,6 +5,7 @@
                tokens three times, which takes longer than the weights.
     weights    qquant.load: the model on its packed weights, one forward pass, finite logits over the whole vocabulary; where the
                model does not fit in memory, the first block and some rows of the head instead
+    tokens     the ids that transformers gives to texts, once: for some checkpoints it takes another pre-tokenizer than their file's
 
 A child process takes its parts in turn and says one line after each. One that is missing failed: by an error (its last line is the
 finding), a signal, or the limit of time. The rest go on in a new child. Several children share out the parts, the cores and the
@@ -21,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -44,25 +46,62 @@ HOME = str(Path(__file__).parents[2])  # where the child finds qquant
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
+class Texts(NamedTuple):
+    """What the tokenizer in a folder is asked to encode."""
+
+    folder: Path
+    texts: tuple[str, ...]
+
+
+class Loaded(NamedTuple):
+    """What children found."""
+
+    faults: dict[Path, str]  # what keeps an artifact from loading; those that load are missing
+    ids: tuple[tuple[int, ...], ...] | None = None  # of every text; None: transformers did not say
+
+
 class LoadTask(NamedTuple):
-    """What a child loads at a time: `what` is "metadata" or "weights"."""
+    """What a child loads at a time: `what` is "metadata", "weights" or "tokens"."""
 
     what: str
     path: Path
 
     def bytes(self) -> int:
         """The size of it, for how long it may take and for who takes it."""
-        return METADATA if self.what == "metadata" else _size(self.path)
+        return _size(self.path) if self.what == "weights" else METADATA
+
+
+Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
+"""What went wrong, and the line that was said, by part."""
 
 
 def faults(
     paths: Sequence[Path], stop: Event | None = None, children: int = 1, seconds: float = SECONDS
 ) -> dict[Path, str]:
-    """What keeps each of `paths` from loading; those that load are missing.
+    """The faults of `examine`."""
+    return examine(paths, None, stop, children, seconds).faults
+
+
+def examine(
+    paths: Sequence[Path],
+    texts: Texts | None,
+    stop: Event | None = None,
+    children: int = 1,
+    seconds: float = SECONDS,
+) -> Loaded:
+    """What keeps each of `paths` from loading, and the ids that transformers gives to `texts`.
 
     `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time.
     """
-    stop = stop or Event()
+    if texts is None:
+        return _examine(paths, [], stop or Event(), children, seconds)
+    with tempfile.TemporaryDirectory(prefix="qquant-") as place:
+        asked = Path(place, "texts.json")
+        asked.write_text(json.dumps({"folder": str(texts.folder.absolute()), "texts": texts.texts}), "utf-8")
+        return _examine(paths, [LoadTask("tokens", asked)], stop or Event(), children, seconds)
+
+
+def _examine(paths: Sequence[Path], more: Sequence[LoadTask], stop: Event, children: int, seconds: float) -> Loaded:
     alike: dict[object, Path] = {}
     speaks = {path: alike.setdefault(_metadata(path), path) for path in paths}
     parts = [
@@ -71,16 +110,17 @@ def faults(
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
-    by_task = _shared(parts, seconds, stop, children)
+    by_task, said = _shared([*parts, *more], seconds, stop, children)
     problems = {
         path: by_task.get(LoadTask("metadata", speaks[path])) or by_task.get(LoadTask("weights", path))
         for path in paths
     }
-    return {path: problem for path, problem in problems.items() if problem}
+    ids = next((json.loads(said[part]).get("ids") for part in more if part in said), None)
+    return Loaded({path: problem for path, problem in problems.items() if problem}, ids and tuple(map(tuple, ids)))
 
 
 def _metadata(path: Path) -> object:
-    """The same for artifacts of which transformers reads the same: GGUF files whose fields differ in their type alone."""
+    """A key that artifacts share of which transformers reads the same: GGUF files whose fields differ in their type alone."""
     if path.is_file():
         with contextlib.suppress(InputError):  # the child says what is wrong with it
             fields = read_header(path).fields
@@ -89,14 +129,18 @@ def _metadata(path: Path) -> object:
     return path
 
 
-def _shared(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> dict[LoadTask, str]:
+def _shared(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
     shares = _dealt(parts, children)
     if len(shares) <= 1:
         return _in_turn(parts, seconds, stop, 1)
     with ThreadPoolExecutor(len(shares), "qquant-loading") as pool:
         doing = [pool.submit(_in_turn, share, seconds, stop, len(shares)) for share in shares]
         try:
-            return {part: problem for done in as_completed(doing) for part, problem in done.result().items()}
+            problems, said = dict[LoadTask, str](), dict[LoadTask, bytes]()
+            for done in as_completed(doing):
+                problems |= done.result()[0]
+                said |= done.result()[1]
+            return problems, said
         except BaseException:
             stop.set()
             raise
@@ -110,30 +154,31 @@ def _dealt(parts: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
     return shares
 
 
-def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> dict[LoadTask, str]:
-    left, problems = list(parts), dict[LoadTask, str]()
+def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
+    left, problems, said = list(parts), dict[LoadTask, str](), dict[LoadTask, bytes]()
     while left and not stop.is_set():
-        done, problem = _child(left, seconds, stop, children)
-        left = left[done:]
+        lines, problem = _child(left, seconds, stop, children)
+        said |= zip(left, lines, strict=False)
+        left = left[len(lines) :]
         if left:
             problems[left.pop(0)] = problem
-    return problems
+    return problems, said
 
 
-def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[int, str]:
-    """(how many of `parts` loaded, what happened to the next)."""
+def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[list[bytes], str]:
+    """(what it said of each of `parts` that loaded, what happened to the next)."""
     limit = sum((seconds + part.bytes() / BYTES_A_SECOND for part in parts), seconds)
     command = [sys.executable, "-m", "qquant.checks.loading", str(children)]
     command += [word for part in parts for word in (part.what, str(part.path.absolute()))]
-    places = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    search_path = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     if children > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, background.cores() // children))
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd="/", env=environment, stdout=pipe, stderr=pipe) as child:
         in_time = _wait(child, limit, stop)
-        lines, errors = child.communicate()
-    done = lines.count(b"\n")
+        output, errors = child.communicate()
+    done = output.split(b"\n")[:-1]
     if not in_time:
         return done, f"not loaded after {limit:.0f} s"
     if child.returncode < 0:
@@ -205,11 +250,24 @@ def weights(path: Path, children: int = 1) -> dict[str, Any]:
     return {"loaded": loaded}
 
 
+def tokens(path: Path) -> dict[str, Any]:
+    """What transformers' tokenizer makes of the texts in the file `path`; nothing where it has none for the family."""
+    import transformers
+
+    asked = json.loads(path.read_text("utf-8"))
+    folder = Path(asked["folder"])
+    if family_of(read_config(folder), str(folder / "config.json")).transformers is None:
+        return {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return {"ids": tokenizer(asked["texts"], add_special_tokens=False, verbose=False).input_ids}
+
+
 def main() -> None:
     """The child: a line for each part that loads; the first that does not ends it."""
     children, *words = sys.argv[1:]
+    load = {"metadata": metadata, "weights": lambda path: weights(path, int(children)), "tokens": tokens}
     for what, path in zip(words[::2], words[1::2], strict=True):
-        said = metadata(Path(path)) if what == "metadata" else weights(Path(path), int(children))
+        said = load[what](Path(path))
         sys.stdout.write(json.dumps({"path": path} | said) + "\n")
         sys.stdout.flush()
 

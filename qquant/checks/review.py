@@ -10,31 +10,33 @@ import datetime
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qquant import background, calibration, devices
 from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.calibration.behaviour import BehaviourText, behaviour_text
 from qquant.calibration.slices import Sliced, sliced
-from qquant.checks import behaviour, evidence, figures, gate, loading, sanity, slices, structure
+from qquant.checks import behaviour, evidence, figures, gate, loading, reading, sanity, slices, structure
 from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
+from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
-from qquant.checks.structure import Remembered, Watched
+from qquant.checks.structure import CachedWeights, InspectedWeights
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
-from qquant.report.conditions import TextFacts
+from qquant.report.conditions import TextFacts, TokensRead
 from qquant.report.record import (
     Answers,
     ArtifactReport,
@@ -81,6 +83,7 @@ class HeldOut:
     facts: TextFacts
     answers: int = 0  # tokens per answer to the bundled prompts
     sliced: Sliced | None = None  # by language, kind and position, if the profile asks for it
+    stretches: Stretches = field(default_factory=dict)  # of all texts, calibration too, for transformers' tokenizer
     asked: BehaviourText | None = None  # as far as the profile does
 
     def scored(self, windows: torch.Tensor) -> Scored:
@@ -90,11 +93,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Review:
-    """What was found."""
+    """The rows of the report, and what is to be said of all of them."""
 
     baseline_perplexity: float
     artifacts: tuple[ArtifactReport, ...]
     remarks: tuple[str, ...] = ()  # on no artifact in particular
+    tokenizer: TokensRead | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -123,8 +127,8 @@ def held_out(
     most = checks.max_windows or checks.windows
     windows, facts = _windows(checks.text, checks.length, most, tokenizer, used)
     further: dict[str, torch.Tensor] = {}
-    for place in checks.texts:
-        rows, about = _windows(place, checks.length, checks.windows, tokenizer, used)
+    for name_or_path in checks.texts:
+        rows, about = _windows(name_or_path, checks.length, checks.windows, tokenizer, used)
         name = about["name"]
         further[name if name not in further else f"{name} ({len(further) + 1})"] = rows
     looks = checks.looks(len(windows))
@@ -133,13 +137,18 @@ def held_out(
     text = TextFacts(facts["name"], looks[0], checks.length, checks.protocol, facts["sha256"], digest, counts)
     first = first_scored(checks.protocol, checks.length)
     plain = HeldOut(windows, tuple(looks), further, first, tokenizer, text, checks.answer_length)
-    if checks.profile != "release" or positions is None:
-        return plain
-    parts, asked = sliced(tokenizer, positions), behaviour_text(tokenizer, positions)
-    if used is not None:
+    parts, asked = None, None
+    if checks.profile == "release" and positions is not None:
+        parts, asked = sliced(tokenizer, positions), behaviour_text(tokenizer, positions)
         for ids in (parts.short, parts.long, asked.calls.windows):
-            calibration.require_apart(used, ids.ravel(), tokenizer)
-    return replace(plain, sliced=parts, asked=asked)
+            _require_apart(used, ids.ravel(), tokenizer)
+    texts = reading.stretches(tokenizer, {facts["name"]: windows, **further}, parts, used)
+    return replace(plain, sliced=parts, asked=asked, stretches=texts)
+
+
+def _require_apart(used: CalibrationSet | None, ids: NDArray[np.int32], tokenizer: Tokenizer) -> None:
+    if used is not None:
+        calibration.require_apart(used, ids, tokenizer)
 
 
 def _windows(
@@ -150,8 +159,7 @@ def _windows(
     if count == 0:
         raise InputError(f"{name}: {len(ids)} tokens are less than one window of {length}. Lower checks.length")
     ids = ids[: count * length]
-    if used is not None:
-        calibration.require_apart(used, ids, tokenizer)
+    _require_apart(used, ids, tokenizer)
     return torch.as_tensor(ids, dtype=torch.int64).view(count, length), facts
 
 
@@ -185,11 +193,11 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources, baseline = {}, Remembered(checkpoint, device)
+    sources, baseline = {}, CachedWeights(checkpoint, device)
     for candidate in candidates:
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
-        sources[candidate.name] = Watched(source, baseline, structure.folds(source, baseline))
+        sources[candidate.name] = InspectedWeights(source, baseline, structure.folds(source, baseline))
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, {}
@@ -197,7 +205,8 @@ def review(
     pairs: dict[str, list[AnswerPairs]] = {}
     paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
-    with background.start_early(lambda stop: loading.faults(paths, stop, children), beside) as loaded:
+    spoken = reading.asked(checkpoint.path, text.stretches)
+    with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
         found = _read(baseline, candidates, sources, text, device, progress)
         if text.sliced:
             parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress)
@@ -205,7 +214,7 @@ def review(
             pairs = behaviour.pairs(checkpoint, plain, text.asked, text.tokenizer, device, progress)
         if text.answers:
             answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
-        unloaded = loaded()
+        unloaded, ids = loaded()
     for candidate in candidates:
         if candidate.path in unloaded:
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
@@ -218,11 +227,13 @@ def review(
     for candidate in candidates:
         answered = answers.get(candidate.name, Answers())
         warnings = (*said[candidate.name].warnings, *_warnings(candidate, found, answered))
-        row = _row(candidate, found, faults[candidate.name], text, parts.get(candidate.name, []))
-        row = _behaving(row, candidate, pairs.get(candidate.name, []))
+        row = _row(
+            candidate, found, faults[candidate.name], text, parts.get(candidate.name, []), pairs.get(candidate.name, [])
+        )
         rows.append(replace(row, answers=answered, warnings=warnings))
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
-    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks), found
+    read = reading.compare(text.tokenizer, text.stretches, ids)
+    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), found
 
 
 def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tuple[str, ...]:
@@ -230,12 +241,12 @@ def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tu
         *fallback_note(candidate.fallbacks),
         *warnings_of(candidate.layers),
         *sanity.warnings(answered.runs),
-        *_loud(measured.headroom[candidate.name], measured.headroom[""]),
+        *_fp16_warnings(measured.headroom[candidate.name], measured.headroom[""]),
         *_lossy(candidate, measured.main[candidate.name].perplexity_ratio),
     )
 
 
-def _loud(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
+def _fp16_warnings(shares: tuple[float, ...], checkpoint: tuple[float, ...]) -> list[str]:
     """A word on the block that comes nearest to the end of fp16."""
     block = max(range(len(shares)), key=lambda index: math.inf if math.isnan(shares[index]) else shares[index])
     if shares[block] < LOUD:
@@ -269,11 +280,11 @@ def _read(
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
     peaks = Peaks()
     joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress, peaks)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    main = {name: whole.part(slice(0, ends[0])) for name, whole in joined.items()}
+    stops = np.cumsum([len(piece) for piece in pieces]).tolist()
+    main = {name: whole.part(slice(0, stops[0])) for name, whole in joined.items()}
     further = {
         title: {name: whole.part(slice(start, stop)) for name, whole in joined.items()}
-        for title, start, stop in zip(text.further, ends, ends[1:], strict=False)
+        for title, start, stop in zip(text.further, stops, stops[1:], strict=False)
     }
     verdicts = _judge(candidates, main, {}, len(text.looks))
     for start, stop in zip(text.looks, text.looks[1:], strict=False):
@@ -326,18 +337,25 @@ def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
 
 
 def _alike(theirs: Any, ours: Any) -> bool:
-    """The same; a float may have been through float32."""
+    """Whether two numbers are the same; a float may have been through float32."""
     if isinstance(ours, float) and isinstance(theirs, float | int):
         return math.isclose(theirs, ours, rel_tol=1e-6)
     return bool(theirs == ours)
 
 
 def _row(
-    candidate: Candidate, measured: Measured, faults: tuple[str, ...], text: HeldOut, parts: Sequence[SliceReading]
+    candidate: Candidate,
+    measured: Measured,
+    faults: tuple[str, ...],
+    text: HeldOut,
+    parts: Sequence[SliceReading],
+    pairs: Sequence[AnswerPairs],
 ) -> ArtifactReport:
     fidelity = measured.main[candidate.name]
     kept, worst = slices.judge(parts, candidate.gates.worst_slice)
-    verdict = gate.also(slices.also(measured.verdicts[candidate.name], worst), faults)
+    asked, lost = behaviour.judge(pairs, candidate.gates.behaviour)
+    verdict = gate.with_gates(measured.verdicts[candidate.name], worst, lost)
+    verdict = gate.with_faults(verdict, faults)
     return ArtifactReport(
         name=candidate.name,
         path=str(candidate.path),
@@ -361,21 +379,16 @@ def _row(
         headroom=measured.headroom[candidate.name],
         worst=_worst(fidelity, text),
         slices=kept,
+        behaviour=asked,
     )
-
-
-def _behaving(row: ArtifactReport, candidate: Candidate, pairs: Sequence[AnswerPairs]) -> ArtifactReport:
-    """The row with what the artifact still does, and a verdict that knows of it."""
-    asked, worst = behaviour.judge(pairs, candidate.gates.behaviour)
-    return replace(row, behaviour=asked, verdict=slices.also(row.verdict, worst))
 
 
 def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
     scored = measured.kl.shape[1]
     order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
     tokens = []
-    for place in order.tolist():
-        row, column = divmod(place, scored)
+    for flat in order.tolist():
+        row, column = divmod(flat, scored)
         window = text.windows[row].tolist()
         at = text.first + 1 + column
         before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]

@@ -52,7 +52,7 @@ class NamedPhase:
         self.whole.advance(self.name, done, of)
 
     def check_stop(self) -> None:
-        """That of the whole."""
+        """Raise StoppedError where the progress of the whole says so."""
         self.whole.check_stop()
 
 
@@ -103,7 +103,7 @@ def parts(
 def turns(
     artifacts: Mapping[str, WeightSource], values: int, device: torch.device, memory: float | None = None
 ) -> Iterator[dict[str, WeightSource]]:
-    """As many artifacts at a time as may hold `values` activations each beside the checkpoint, at least one."""
+    """Artifacts in groups of as many as may hold `values` activations each beside the checkpoint, at least one."""
     room = SHARE * free_memory(device) if memory is None else memory
     together = max(1, int(room / (4 * STATES * values)) - 1)
     names = list(artifacts)
@@ -147,7 +147,7 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
 
 
 def _described(reading: SliceReading, letters: Sequence[str]) -> SliceReading:
-    """With what the checkpoint, and frequencies alone, need for a character."""
+    """The reading with the bits that the checkpoint, and frequencies alone, need for a character."""
     said = "".join(letters)
     needed = float(reading.fidelity.nll_baseline.sum()) / math.log(2)
     return replace(reading, bits=needed / max(1, len(said)), frequencies=frequencies(said))
@@ -254,14 +254,4 @@ def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> t
         return (f"{GATE}: {shown.name} has {comparison(shown)}, above the limit {shown.limit:.3g} ({between}){also}",)
     return (
         f"{GATE}: {shown.name} has {comparison(shown)}, which cannot be told from the limit {shown.limit:.3g} ({between}){also}",
-    )
-
-
-def also(verdict: Verdict, slices: Verdict | None) -> Verdict:
-    """The verdict of the other gates with that on the worst slice."""
-    if slices is None:
-        return verdict
-    outcome = _worst_of((verdict.outcome, slices.outcome))
-    return replace(
-        verdict, outcome=outcome, reasons=(*verdict.reasons, *slices.reasons), gates=(*verdict.gates, *slices.gates)
     )

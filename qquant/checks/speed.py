@@ -201,10 +201,10 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        inputs = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         out = function(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and _key(value) not in given | self.known:
+            if isinstance(value, Tensor) and _key(value) not in inputs | self.known:
                 storage = value.untyped_storage()
                 key, size = _key(value), storage.nbytes()
                 self.known.add(key)

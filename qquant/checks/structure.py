@@ -33,7 +33,7 @@ FOLDED = 0.01  # root mean square of the log of folded scales; rounding a norm t
 
 
 @dataclass
-class Remembered:
+class CachedWeights:
     """A checkpoint that keeps the tensors of the block it was last asked for, so that artifacts are compared without reading twice."""
 
     source: WeightSource
@@ -46,7 +46,7 @@ class Remembered:
         self.config: ModelConfig = self.source.config
 
     def tensor(self, name: str) -> Tensor:
-        """As the source's."""
+        """The source's tensor `name`, kept where several ask for it."""
         if name not in self.kept:
             if self._block(name) != self._block(next(iter(self.kept), name)):
                 self.kept.clear()
@@ -54,7 +54,7 @@ class Remembered:
         return self.kept[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """As the source's."""
+        """The source's rows of tensor `name`."""
         return self.source.rows(name, start, stop).to(self.device)
 
     def _block(self, name: str) -> int | str:
@@ -63,11 +63,11 @@ class Remembered:
 
 
 @dataclass
-class Watched:
+class InspectedWeights:
     """An artifact whose weights are compared with the checkpoint's as they are read; `problems` gathers what is found."""
 
     source: WeightSource
-    checkpoint: Remembered
+    checkpoint: CachedWeights
     folds: bool  # scales are folded into neighbouring weights
     problems: dict[str, str] = field(default_factory=dict)  # by tensor
 
@@ -77,13 +77,13 @@ class Watched:
         self.config: ModelConfig = self.source.config
 
     def tensor(self, name: str) -> Tensor:
-        """As the source's."""
+        """Tensor `name` of the artifact, inspected as it passes."""
         value = self.source.tensor(name)
         self._look(name, value, self.checkpoint.tensor(name))
         return value
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """As the source's."""
+        """Rows of tensor `name` of the artifact, inspected as they pass."""
         value = self.source.rows(name, start, stop)
         self._look(name, value, self.checkpoint.rows(name, start, stop))
         return value
@@ -121,7 +121,7 @@ def fault(value: Tensor, truth: Tensor, folds: bool) -> str:
     return ""
 
 
-def folds(source: WeightSource, checkpoint: Remembered) -> bool:
+def folds(source: WeightSource, checkpoint: CachedWeights) -> bool:
     """Whether scales are folded into the weights of an artifact: into the norms of any block, or into the linears of the first."""
     family, config = checkpoint.family, checkpoint.config
     stages = {stage.name: stage for stage in family.stages}

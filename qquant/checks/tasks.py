@@ -35,7 +35,7 @@ Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (task, metric) -> ques
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked."""
+    """Tasks that are asked, how many of their questions, and the margin."""
 
     tasks: tuple[str, ...]
     include: Path | None = None  # a folder of further task definitions

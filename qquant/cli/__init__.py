@@ -5,6 +5,7 @@ Heavy modules are imported by the commands that need them, so that `--help` and 
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import Any, NoReturn
 import click
 
 from qquant import __version__
+from qquant.cli import together
 from qquant.cli.build import build
-from qquant.cli.check import bisect, check, compare, perplexity, show_report
+from qquant.cli.check import bisect, check, perplexity
 from qquant.cli.command import COMPLETION, Journey
 from qquant.cli.dequantize import dequantize
 from qquant.cli.look import doctor, inspect, verify
@@ -24,11 +26,13 @@ from qquant.cli.options import EXITS
 from qquant.cli.plan import plan
 from qquant.cli.publish import matrix, patch, publish, sign
 from qquant.cli.recipes import recipes
+from qquant.cli.reports import compare, show_report
 from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks
 from qquant.cli.terminal import SIGNALS
 from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError, UsageError
+from qquant.ranks import ALONE, Ranks
 from qquant.report.escape import in_lines
 
 
@@ -92,36 +96,50 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
             signal.signal(number, _terminated)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = _run(given)
+        with together.joined(os.environ, words) as ranks:
+            status = _run(words, ranks)
+            if ranks.world > 1:
+                _deaf()  # the launcher ends all when one has ended
     except (KeyboardInterrupt, StoppedError) as error:  # a signal while the first one was being told
         _deaf()
-        status = _stopped(error, given)
+        status = _stopped(error, words)
+    except UsageError as error:
+        status = _refused(error)
     sys.exit(status)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], ranks: Ranks = ALONE) -> int:
     try:
         _require_utf8(arguments)
-        result: Any = cli.main(args=list(arguments), prog_name="qquant", standalone_mode=False)
+        result: Any = cli.main(args=list(arguments), prog_name="qquant", standalone_mode=False, obj=ranks)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt, StoppedError) as error:
         _deaf()
-        return _stopped(error, arguments)
+        told = together.told(error, str(error) or "stopped", ranks)
+        return _stopped(error, arguments) if told is None else told
     except QQuantError as error:
-        click.echo(f"error: {in_lines(str(error))}", err=True)
-        return error.exit_code
+        told = together.told(error, str(error), ranks)
+        return _refused(error) if told is None else told
     except BrokenPipeError:
         return 0
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
+        told = together.told(error, "out of memory", ranks)
+        if told is not None:
+            return told
         click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
         return EnvironmentMissingError.exit_code
+
+
+def _refused(error: QQuantError) -> int:
+    click.echo(f"error: {in_lines(str(error))}", err=True)
+    return error.exit_code
 
 
 def _stopped(error: BaseException, arguments: Sequence[str]) -> int:

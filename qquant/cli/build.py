@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.display import Display, span
+from qquant.cli.display import span
 from qquant.cli.options import (
     DEVICE,
     EXITS,
@@ -26,7 +25,8 @@ from qquant.cli.options import (
     given_imatrix,
     settle,
 )
-from qquant.cli.terminal import Stop, counted, show, tell_watchers
+from qquant.cli.terminal import counted, show, tell_watchers
+from qquant.cli.together import device_of, ranks_here, working
 
 if TYPE_CHECKING:
     from qquant.plan.asked import Asked
@@ -55,14 +55,14 @@ def build(
 ) -> None:  # fmt: skip
     """Build every artifact of a recipe from CHECKPOINT (a folder, or a hub id), and check each one.
 
-    The same command continues an interrupted build. Without a recipe, --format, --bits and --type say what to build, in the same
+    The same command continues an interrupted build, and under `torchrun -m` several processes share out the artifacts. Without a recipe, --format, --bits and --type say what to build, in the same
     words; --calibration and --set change any recipe.
     """
     from qquant.plan.plan import Plan
 
     reference = asked.reference
-    place = _converted(reference, out) if allow_pickle else reference
-    asked = settle(dataclasses.replace(asked, checkpoint=place), question=True)
+    checkpoint = _converted(reference, out) if allow_pickle else reference
+    asked = settle(dataclasses.replace(asked, checkpoint=checkpoint), question=True)
     loaded, source = asked.open()
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)
@@ -70,13 +70,14 @@ def build(
         click.echo(f"warning: {warning}", err=True)
     from qquant import pipeline
 
-    began = time.monotonic()
-    with Stop() as stop, Display(stop, log) as progress:
-        report = pipeline.build(loaded, source, plan, out, devices.named(device), progress)
+    began, ranks = time.monotonic(), ranks_here()
+    with working(ranks, log) as progress:
+        report = pipeline.build(loaded, source, plan, out, device_of(device, ranks), progress, ranks)
     if not as_json:
         click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
         click.echo("\n".join(_next(report, plan, out)), err=True)
-    tell_watchers(report, junit, github)
+    if ranks.first:
+        tell_watchers([report], junit, github)
     show(report, as_json)
 
 

@@ -1,4 +1,4 @@
-"""`qquant check`, `bisect`, `report`, `compare`: what an artifact lost."""
+"""`qquant check`, `bisect`, `perplexity`: what an artifact lost."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def check(
         click.echo(f"warning: {warning}", err=True)
     with Display(log=log) as progress:
         report = pipeline.check(artifacts, source, checks, gates, devices.named(device), progress, out)
-    tell_watchers(report, junit, github)
+    tell_watchers([report], junit, github)
     show(report, as_json)
 
 
@@ -163,54 +163,6 @@ def bisect(
         raise GateFailedError(
             f"{artifact}: {bisection.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere"
         )
-
-
-@command("report", epilog=EXITS, example="report release --html report.html")
-@click.argument("place", type=click.Path(path_type=Path))
-@click.option("--html", type=OutputFile(), help="Write the page to this file; default: no page.")
-@JUNIT
-@GITHUB
-@JSON
-def show_report(place: Path, html: Path | None, junit: Path | None, github: bool, as_json: bool) -> None:
-    """Show the report of an earlier build or check again: an output folder, or its report.json."""
-    from qquant.artifact.manifest import REPORT, read_report
-    from qquant.report.html import render
-
-    report = read_report(place / REPORT if place.is_dir() else place)
-    if html is not None:
-        html.write_text(render(report), "utf-8")
-    tell_watchers(report, junit, github)
-    show(report, as_json)
-
-
-@command(epilog=EXITS, example="compare release-1 release-2")
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("now", type=click.Path(path_type=Path))
-@JSON
-def compare(before: Path, now: Path, as_json: bool) -> None:
-    """What changed from one report to another, token by token on the same text; neither model is needed.
-
-    BEFORE and NOW are output folders, or their report.json with the folder evidence/ beside it. Exit status 3: something is
-    proven worse.
-    """
-    from qquant.checks import regression
-
-    changes = regression.compare(before, now)
-    if as_json:
-        content = {"schema": "qquant-comparison-1", "changes": [vars(change) for change in changes]}
-        click.echo(json.dumps(content, indent=2))
-    else:
-        from rich.table import Table
-
-        table = Table("artifact", "loss", "before", "now", "change", "95 % interval", "windows", "")
-        for change in changes:
-            numbers = f"{change.before:.6f}", f"{change.now:.6f}", f"{change.now - change.before:+.6f}"
-            between = f"{change.low:+.6f} to {change.high:+.6f}"
-            table.add_row(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome)
-        console().print(table)
-    worse = [change for change in changes if change.outcome == "worse"]
-    if worse:
-        raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))
 
 
 @command(epilog=EXITS, example="perplexity model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")

@@ -57,11 +57,11 @@ class _Phase:
         """What a person reads of it."""
         took = now - self.began
         unit = UNITS.get(self.name)
-        place = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
+        done = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
         left = took / self.done * (self.of - self.done) if self.done else 0.0
         rate = f", {took / self.done:.1f} s a {unit}" if unit and self.done and self.of > 1 else ""
         about = f", about {span(left)} left" if self.done < self.of else ""
-        return f"{self.name}: {place}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most"
+        return f"{self.name}: {done}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most"
 
 
 class Display:

@@ -55,11 +55,11 @@ class OutputFolder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        place = path.absolute()
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            self.fail(f"{path}: {place} is no folder that can be written to; name another", param, ctx)
+        nearest = path.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            self.fail(f"{path}: {nearest} is no folder that can be written to; name another", param, ctx)
         return path
 
 
@@ -84,7 +84,7 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, 
 
 
 def _recipe_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """For shell completion."""
+    """Names of published recipes that begin as what was typed, for shell completion."""
     from qquant import recipe
 
     return [name for name in recipe.names() if name.startswith(incomplete)]

@@ -79,9 +79,9 @@ def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str
     from qquant import devices
     from qquant.plan import seconds
 
-    place = devices.named(device)
-    rates = seconds.probe(source, place)
-    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, place)
+    where = devices.named(device)
+    rates = seconds.probe(source, where)
+    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, where)
 
 
 def _print_efforts(costs: list[Cost]) -> None:
@@ -161,11 +161,11 @@ def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
     if not gates:
         return
     for artifact in planned.artifacts:
-        told = [
+        limits = [
             f"{gate.gate} {SIGNS.get(gate.gate, 'at most')} {gate.limit:g} (detectable {gate.detectable:.2g})"
             for gate in planned.reach(artifact.name)
         ]
-        click.echo(f"  {artifact.name}: {', '.join(told) or 'measured, not gated'}")
+        click.echo(f"  {artifact.name}: {', '.join(limits) or 'measured, not gated'}")
     click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
     if checks.profile == "release":
         _print_slices(planned, source)

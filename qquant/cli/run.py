@@ -12,6 +12,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.errors import UsageError
+from qquant.report.escape import in_lines
 
 if TYPE_CHECKING:
     from qquant.runtime.answering import Answerer, AnswerSettings
@@ -60,6 +61,9 @@ def run(
     if show_paths:
         for name, path in answerer.paths().items():
             click.echo(f"{name}: {path}", err=True)
+    if answerer.runs_on and not raw:
+        what = "Answers go on until another stop token or --max-new-tokens; --raw continues plain text"
+        click.echo(f"warning: {in_lines(answerer.runs_on)}. {what}", err=True)
     turns = [] if system is None and not no_system else [{"role": "system", "content": system or ""}]
     if prompt is None:
         _talk(answerer, turns, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from qquant.report.record import Report
 
 
-def tell_watchers(report: Report, junit: Path | None, github: bool) -> None:
+def tell_watchers(reports: Sequence[Report], junit: Path | None, github: bool) -> None:
     """Tell those who watch the build, before the verdict ends it."""
     from qquant.report import ci
 
     if junit is not None:
-        junit.write_text(ci.junit(report), "utf-8")
-    if github:
+        junit.write_text(ci.junit(*reports), "utf-8")
+    for report in reports if github else ():
         click.echo(ci.commands(report), nl=False, err=True)
         summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if summary:
@@ -44,11 +45,13 @@ def console() -> Console:
     return Console(width=shutil.get_terminal_size((140, 24)).columns)
 
 
-def show(report: Report, as_json: bool) -> None:
-    """Print the result, and raise GateFailedError if something failed."""
+def show(report: Report, as_json: bool, *, quiet: bool = False) -> None:
+    """Print the result unless `quiet`, and raise GateFailedError if something failed."""
     from qquant.report.escape import in_line
 
-    if as_json:
+    if quiet:
+        pass
+    elif as_json:
         click.echo(report.to_json(), nl=False)
     else:
         from qquant.cli.tables import table_of
@@ -84,7 +87,8 @@ class Stop:
     Either way what is journalled is kept, and the exit status is 75.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
         self.asked = ""  # the name of the signal
         self.ended = False  # the error is on its way
         self.before: dict[int, Any] = {}
@@ -108,7 +112,8 @@ class Stop:
             raise StoppedError(f"stopped at once by {name}")
         self.asked = name
         clear = "\r\x1b[2K" if os.isatty(2) else ""  # the live line, which is drawn again below
-        os.write(2, f"{clear}{name}: stopping after this block; once more to stop at once\n".encode())
+        if self.speaks:
+            os.write(2, f"{clear}{name}: stopping after this block; once more to stop at once\n".encode())
 
     def check(self) -> None:
         """Raise StoppedError if a signal came."""

@@ -19,7 +19,6 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qquant import processes
 from qquant.errors import EnvironmentMissingError, LockedError
 
 BEAT = 5.0  # seconds
@@ -34,37 +34,9 @@ PATIENCE = 20.0  # seconds
 LIMIT = 4096  # bytes of the file that are read
 
 
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _start(pid: int) -> str | None:
-    """When a process began, in ticks since boot; "" if it lives and nobody says; None if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        return ""
-    return ""
-
-
 def identity() -> dict[str, Any]:
     """This process, as it signs its lock."""
-    return {
-        "host": platform.node(),
-        "boot": _boot(),
-        "pid": os.getpid(),
-        "start": _start(os.getpid()) or "",
-        "beat": 0,
-    }
+    return processes.identity() | {"beat": 0}
 
 
 def _owner(descriptor: int) -> dict[str, Any] | None:
@@ -88,7 +60,7 @@ def _lives(owner: dict[str, Any], descriptor: int) -> bool:
         return False
     if owner.get("boot") != us["boot"] or owner["pid"] == us["pid"]:
         return False
-    return _start(owner["pid"]) in (owner.get("start"), "")
+    return processes.start_of(owner["pid"]) in (owner.get("start"), "")
 
 
 def _try(path: Path, out: Path) -> int | None:

@@ -6,20 +6,22 @@ DIR/report.json, report.md, report.html, evidence/
 DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
 DIR/source.json             which checkpoint, from where, under which licence
 DIR/.damaged/               files that were no longer what their manifest says, set aside by a build that made them again
-DIR/.partial/               a build in progress, with its lock; gone when the build is done
+DIR/.partial/               a build in progress, with its lock (lock-N of rank N, if there are several); gone when the build is done
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from qquant.disk.lock import hold
-from qquant.disk.writes import failure, reached, rename
-from qquant.errors import EnvironmentMissingError, InputError, QQuantError, UsageError
+from qquant.disk.lock import PATIENCE, hold
+from qquant.disk.writes import crash_point, failure, rename
+from qquant.errors import EnvironmentMissingError, InputError, LockedError, QQuantError, UsageError
+from qquant.ranks import ALONE, Ranks
 
 PARTIAL = ".partial"
 DONE = ".partial.done"  # what is left of a build that is done, while it is removed
@@ -41,10 +43,10 @@ OURS = {
 
 
 @contextmanager
-def claim(out: Path) -> Iterator[Path]:
+def claim(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
     """Hold `out` for one build; yields the folder for unfinished work, which is removed when the build succeeds.
 
-    A rejected input leaves the output folder as it was found.
+    A rejected input leaves the output folder as it was found. Of several ranks the first claims it for all.
 
     Raises:
         UsageError: `out` is a file, or holds what qquant did not write.
@@ -53,6 +55,21 @@ def claim(out: Path) -> Iterator[Path]:
         StoppedError: a write failed in a way that need not last; what is finished is kept.
     """
     require_utf8(out)
+    with _claimed(out) if ranks.first else nullcontext(out / PARTIAL) as partial:
+        if ranks.first:
+            _await_earlier(partial, out)
+        ranks.meet()
+        try:
+            with nullcontext() if ranks.first else hold(partial / f"lock-{ranks.rank}", out):
+                yield partial
+                ranks.meet()  # nobody writes into what is removed
+        except OSError as error:
+            raise failure(error, out) from error
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[Path]:
+    """Hold `out` as the only process, or the first of several."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out takes a folder")
     _only_ours(out)
@@ -71,9 +88,9 @@ def claim(out: Path) -> Iterator[Path]:
                 if partial in fresh:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-            reached("before removing the partial folder")
+            crash_point("before removing the partial folder")
             rename(partial, out / DONE)
-            reached("while removing the partial folder")
+            crash_point("while removing the partial folder")
             shutil.rmtree(out / DONE)
     except QQuantError:
         if out in fresh and out.is_dir() and not os.listdir(out):
@@ -81,6 +98,24 @@ def claim(out: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise failure(error, out) from error
+
+
+def _await_earlier(partial: Path, out: Path) -> None:
+    """Wait until the last rank of an earlier build in `out`, whose first one is gone, has noticed that and ended.
+
+    Raises:
+        LockedError: one is still there after PATIENCE seconds.
+    """
+    until = time.monotonic() + PATIENCE
+    for path in sorted(partial.glob("lock-*")):
+        while path.exists():
+            try:
+                with hold(path, out):
+                    path.unlink()
+            except LockedError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(PATIENCE / 40)
 
 
 def require_utf8(path: Path) -> None:

@@ -50,9 +50,9 @@ def typed(kind: type[Record], content: Any, where: str) -> Record:
         record: Record = _adapter(cast(Any, kind)).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the record"
+        field = ".".join(str(part) for part in first["loc"]) or "the record"
         value = "" if first["type"] == "missing" else f", got {shortened(first['input'])}"
-        raise InputError(f"{where}: {shortened(place)}: {first['msg']}{value}. Make it again, or take a copy") from None
+        raise InputError(f"{where}: {shortened(field)}: {first['msg']}{value}. Make it again, or take a copy") from None
     return record
 
 

@@ -1,7 +1,7 @@
 """Every write to an output folder: create, fill in place, sync, rename, and what a failure of the file system means.
 
 Nothing becomes visible under its final name before it is whole: bytes are written to a temporary name and synced, then renamed, then
-the folder that holds the name is synced. `reached` marks the places between which a build can die; tests stop it there.
+the folder that holds the name is synced. `crash_point` marks the places between which a build can die; tests stop it there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINTR, errno.EAGAIN}  # 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
-def reached(place: str) -> None:
+def crash_point(point: str) -> None:
     """A named place on the way to a finished build."""
 
 
@@ -56,7 +56,7 @@ def make_folder(path: Path) -> None:
 def rename(old: Path, new: Path) -> None:
     """Rename a synced file or folder, and sync the folder of the new name."""
     os.rename(old, new)
-    reached("after a rename")
+    crash_point("after a rename")
     sync(new.parent)
 
 
@@ -102,7 +102,7 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a small file whole: temporary sibling, sync, rename, sync the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     create(temporary, len(content), content)
-    reached("before a rename")
+    crash_point("before a rename")
     rename(temporary, path)
 
 

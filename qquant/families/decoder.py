@@ -27,9 +27,9 @@ HEAD_ROWS = 16384  # rows of the head that are float32 at a time
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32, rounded to `x.dtype` before the weight is applied."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    as_float32 = x.float()
+    as_float32 = as_float32 * torch.rsqrt(as_float32.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * as_float32.to(x.dtype)
 
 
 def rms_norm_heads(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -61,7 +61,7 @@ class Block:
         self.dtype = dtype
         self.weights = {name: value.to(dtype) for name, value in weights.items()}
 
-    def widened(self) -> Block:
+    def in_float32(self) -> Block:
         """The same block with activations in float32."""
         return self if self.dtype == torch.float32 else Block(self.family, self.config, self.weights, torch.float32)
 

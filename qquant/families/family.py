@@ -122,7 +122,7 @@ class Family:
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:
-        """The norms of a block."""
+        """The norms and biases of a block, by name."""
         return tuple(
             name for stage in self.stages for name in (stage.norm, *(vector.name for vector in stage.vectors)) if name
         )

@@ -75,7 +75,7 @@ def forward(ops: Operators[Stream], x: Stream) -> Passage[Stream]:
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:
-    """Of `Qwen2Config`."""
+    """The arguments of `Qwen2Config` that the config implies."""
     return {
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,

@@ -43,7 +43,7 @@ class ArtifactSource(WeightSource, Protocol):
     """The weights of an artifact, and what they are made of."""
 
     def on(self, device: torch.device) -> ArtifactSource:
-        """The same, dequantizing on `device`."""
+        """This source, dequantizing on `device`."""
         ...
 
     def integers(self, name: str, device: torch.device) -> Integers | None:
@@ -51,7 +51,7 @@ class ArtifactSource(WeightSource, Protocol):
         ...
 
     def stored_as(self, name: str) -> str:
-        """For people: what the file holds."""
+        """What the file holds of `name`, in words for people."""
         ...
 
 
@@ -78,7 +78,7 @@ class Format(Protocol):
         ...
 
     def path_of(self, folder: Path, files: Iterable[str]) -> Path:
-        """Where readers find an artifact of which `folder` holds `files`: the folder, or one of them."""
+        """The path at which readers find an artifact of which `folder` holds `files`: the folder, or one of them."""
         ...
 
     def weight_files(self, path: Path) -> tuple[Path, ...]:

@@ -50,12 +50,12 @@ class AwqLayout(QuantizedLayout):
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The format, its bits and its groups, in words for people."""
         return f"AWQ 4 bit, groups of {self.group_size}"
 
     @property
     def kind(self) -> str:
-        """Four bits."""
+        """The row of `recipe.limits.LIMITS`: four bits."""
         return "int4"
 
     def problems(self, shape: tuple[int, int]) -> str | None:
@@ -112,7 +112,7 @@ class Awq(ModelFolder[AwqArtifact]):
     harmless = frozenset(("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "backend", "meta"))
 
     def folder_suffix(self, spec: AwqArtifact) -> str:
-        """As in Qwen's repository names."""
+        """The suffix of its folder, as in Qwen's repository names."""
         return "AWQ"
 
     def layout(self, spec: AwqArtifact) -> AwqLayout:
@@ -124,11 +124,11 @@ class Awq(ModelFolder[AwqArtifact]):
         return UniformGrid(4, spec.group_size, symmetric=False, search=spec.scale_search)
 
     def label(self, spec: AwqArtifact) -> str:
-        """For people."""
+        """The format, its bits and its groups, in words for people."""
         return f"int4 g{spec.group_size} asymmetric"
 
     def quantization_config(self, spec: AwqArtifact) -> dict[str, Any]:
-        """AutoAWQ's keys."""
+        """The keys that AutoAWQ writes."""
         return {
             "bits": 4,
             "group_size": spec.group_size,

@@ -22,12 +22,12 @@ class Claims:
     warnings: tuple[str, ...] = ()
 
     def __add__(self, other: Claims) -> Claims:
-        """Both."""
+        """The claims of both."""
         return Claims(self.faults + other.faults, self.warnings + other.warnings)
 
 
 def claims(faults: Sequence[str] = (), warnings: Sequence[str] = ()) -> Claims:
-    """As given."""
+    """Claims of these faults and warnings."""
     return Claims(tuple(faults), tuple(warnings))
 
 

@@ -52,7 +52,7 @@ class QuantizedLayout(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """For people: the format, its bits and its groups."""
+        """The format, its bits and its groups, in words for people."""
 
     def holds(self, module: str, names: Container[str]) -> bool:
         """Whether a folder with tensors `names` has the weight of `module` in this layout, and not as numbers."""
@@ -122,7 +122,7 @@ class ModelFolder(ABC, Generic[Spec]):
         return {}
 
     def recognises(self, quantization: Mapping[str, Any]) -> bool:
-        """By its quant_method."""
+        """Whether `quantization` has the quant_method of this format."""
         return quantization.get("quant_method") == self.method
 
     def begins(self, head: bytes) -> bool:
@@ -130,11 +130,11 @@ class ModelFolder(ABC, Generic[Spec]):
         return False
 
     def kind(self, path: Path) -> str:
-        """By the bits of its layout."""
+        """The row of `recipe.limits.LIMITS` for its layout."""
         return self._layout_of(path).kind
 
     def path_of(self, folder: Path, files: Iterable[str]) -> Path:
-        """The folder."""
+        """The folder itself: readers open it as a whole."""
         return folder
 
     def weight_files(self, path: Path) -> tuple[Path, ...]:
@@ -142,11 +142,11 @@ class ModelFolder(ABC, Generic[Spec]):
         return tuple(sorted(path.glob("*.safetensors")))
 
     def models(self, files: Sequence[str]) -> list[ModelFile]:
-        """None: the folder is the model."""
+        """No further models: the folder is the model."""
         return []
 
     def describe(self, path: Path) -> dict[str, Any]:
-        """Config and tensors."""
+        """Config and tensors of a folder, for `qquant inspect`."""
         return beside.describe(path)
 
     def _own(self, spec: ArtifactSpec) -> Spec:
@@ -224,11 +224,11 @@ class ModelFolder(ABC, Generic[Spec]):
         return layout.dequantize({suffix: stored[f"{module}.{suffix}"] for suffix in layout.suffixes})
 
     def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
-        """Where config.json and the files beside it are not what `plan` would have written for the checkpoint."""
+        """Faults and warnings where config.json and the files beside it are not what `plan` would have written for the checkpoint."""
         return folder_claims.compare(path, checkpoint) + self._quantization_claims(path)
 
     def _quantization_claims(self, path: Path) -> Claims:
-        """Of quantization_config, of its copy, and of the names of tensors."""
+        """Faults and warnings of quantization_config, of its copy, and of the names of tensors."""
         source, copy = self.read(path), self.config_copy
         contents = {"quantization_config": read_config(path)["quantization_config"]}
         if copy and (path / copy).is_file():
@@ -236,11 +236,11 @@ class ModelFolder(ABC, Generic[Spec]):
         known, faults, warnings = self.stated(source), [], []
         for where, content in contents.items() if known else ():
             for key in sorted({*content, *known} - self.harmless):
-                told = f"{where}: {key} is {shown(content.get(key))}: "
+                subject = f"{where}: {key} is {shown(content.get(key))}: "
                 if key not in known:
-                    warnings.append(f"{told}qquant does not know whether a runtime reads it")
+                    warnings.append(f"{subject}qquant does not know whether a runtime reads it")
                 elif content.get(key, known[key].absent) not in known[key].true:
-                    faults.append(told + known[key].otherwise)
+                    faults.append(subject + known[key].otherwise)
         warnings += [
             f"tensor {name}: the checkpoint has no such thing; some runtimes refuse it" for name in source.further()
         ]
@@ -309,7 +309,7 @@ class FolderSource:
     device: torch.device | None = None  # where weights are dequantized; None: on the CPU
 
     def on(self, device: torch.device) -> FolderSource:
-        """The same, dequantizing on `device`."""
+        """This source, dequantizing on `device`."""
         return replace(self, device=device)
 
     def verify(self) -> None:
@@ -378,7 +378,7 @@ class FolderSource:
         return self.layout.integers({suffix: value.to(device) for suffix, value in self._stored(module).items()})
 
     def stored_as(self, name: str) -> str:
-        """For people: the file's type of `name`."""
+        """The file's type of `name`, in words for people."""
         module = name.removesuffix(".weight")
         if self.layout.holds(module, self.tensors):
             return self.layout.label

@@ -166,9 +166,9 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("rope_theta") is not None:
         parameters["rope_theta"] = config["rope_theta"]
     for key in ("rope_scaling", "rope_parameters"):
-        given = config.get(key)
-        if isinstance(given, Mapping):
-            parameters |= {"rope_type" if name == "type" else name: value for name, value in given.items()}
+        stated = config.get(key)
+        if isinstance(stated, Mapping):
+            parameters |= {"rope_type" if name == "type" else name: value for name, value in stated.items()}
     return parameters
 
 
@@ -205,8 +205,8 @@ def _keys(file: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Clai
 def _dtype(file: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Both spellings of the dtype say one thing."""
     stated = [config.get("dtype") or config.get("torch_dtype") for config in (mine, theirs)]
-    told = differs(f"{file}: dtype", stated[0], stated[1], "activations are rounded otherwise")
-    return [] if same(*stated) else [told]
+    difference = differs(f"{file}: dtype", stated[0], stated[1], "activations are rounded otherwise")
+    return [] if same(*stated) else [difference]
 
 
 def _head_dim(config: Mapping[str, Any]) -> Any:
@@ -303,7 +303,7 @@ def _parts(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Claims:
 
 
 def _model(model: Any) -> dict[str, Any]:
-    """Without what is as it is where nothing is said, and with merges in one spelling."""
+    """The model of a tokenizer without what is as it is where nothing is said, and with merges in one spelling."""
     content = (
         {key: value for key, value in model.items() if value not in (None, False, "")}
         if isinstance(model, dict)

@@ -54,13 +54,13 @@ class GptqLayout(QuantizedLayout):
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The format, its bits and its groups, in words for people."""
         groups = "one group a row" if self.group_size == -1 else f"groups of {self.group_size}"
         return f"GPTQ {self.bits} bit, {groups}"
 
     @property
     def kind(self) -> str:
-        """By bits."""
+        """The row of `recipe.limits.LIMITS`, by bits."""
         return f"int{self.bits}"
 
     @property
@@ -178,7 +178,7 @@ class Gptq(ModelFolder[GptqArtifact]):
     method = "gptq"
 
     def folder_suffix(self, spec: GptqArtifact) -> str:
-        """As in Qwen's repository names."""
+        """The suffix of its folder, as in Qwen's repository names."""
         return f"GPTQ-Int{spec.bits}"
 
     def layout(self, spec: GptqArtifact) -> GptqLayout:
@@ -190,7 +190,7 @@ class Gptq(ModelFolder[GptqArtifact]):
         return UniformGrid(spec.bits, self.layout(spec).width(columns), symmetric=True, search=spec.scale_search)
 
     def label(self, spec: GptqArtifact) -> str:
-        """For people."""
+        """The format, its bits and its groups, in words for people."""
         return f"int{spec.bits} g{spec.group_size}"
 
     def quantization_config(self, spec: GptqArtifact) -> dict[str, Any]:

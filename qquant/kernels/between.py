@@ -85,7 +85,7 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
     """Run the kernel; arguments as of `add_norm`, contiguous."""
     rows, width = x.shape
     total, norm = x if y is None else torch.empty_like(x), torch.empty_like(x)
-    wide = 1 << (width - 1).bit_length()
+    lanes = 1 << (width - 1).bit_length()
     _add_norm_kernel[(rows,)](
         x,
         x if y is None else y,
@@ -94,9 +94,9 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
         norm,
         width,
         epsilon,
-        WIDTH=wide,
+        WIDTH=lanes,
         ADD=y is not None,
-        num_warps=min(16, max(1, wide // 256)),
+        num_warps=min(16, max(1, lanes // 256)),
         **_options(x),
     )
     return total, norm
@@ -105,25 +105,25 @@ def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float)
 # -- rotary positions and the cache
 
 
-def rotate(qkv: Tensor, table: Tensor, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def rotate(qkv: Tensor, table: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Turned q [M, heads * d] of the fused qkv [M, (heads + 2 kv) * d] of M tokens, each with its row of the cache and its place in it.
 
-    table: float32 [positions, d], the cosines of d / 2 angles and then their sines. rows, places: int32 [M]. keys, values:
+    table: float32 [positions, d], the cosines of d / 2 angles and then their sines. rows, positions: int32 [M]. keys, values:
     [B, kv, capacity, d], written.
     """
     if _on_gpu(qkv):
-        return launch_rotate(qkv, table, rows, places, keys, values)
+        return launch_rotate(qkv, table, rows, positions, keys, values)
     _, kv, _, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
-    cosine, sine = (half.unsqueeze(1) for half in table[places].chunk(2, -1))
+    cosine, sine = (half.unsqueeze(1) for half in table[positions].chunk(2, -1))
     query, key, value = qkv.view(len(qkv), -1, width).split([heads, kv, kv], dim=1)
 
     def turned(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, -1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).to(x.dtype)
 
-    keys[rows, :, places] = turned(key)
-    values[rows, :, places] = value
+    keys[rows, :, positions] = turned(key)
+    values[rows, :, positions] = value
     return turned(query).reshape(len(qkv), -1)
 
 
@@ -145,34 +145,36 @@ def _rotate_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     m, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, HALF)
     _start(EARLY)
-    place = tl.load(places_at + m)
+    position = tl.load(places_at + m)
     row = tl.load(rows_at + m).to(tl.int64)
     at = qkv_at + (m * (HEADS + 2 * KV) + head) * (2 * HALF) + c
     first, second = tl.load(at), tl.load(at + HALF)
     if head < HEADS + KV:
-        cosine = tl.load(table_at + place * (2 * HALF) + c)
-        sine = tl.load(table_at + place * (2 * HALF) + HALF + c)
+        cosine = tl.load(table_at + position * (2 * HALF) + c)
+        sine = tl.load(table_at + position * (2 * HALF) + HALF + c)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first = (a * cosine - b * sine).to(first.dtype)
         second = (b * cosine + a * sine).to(second.dtype)
     if head < HEADS:
         to = q_at + (m * HEADS + head) * (2 * HALF) + c
     elif head < HEADS + KV:
-        to = keys_at + ((row * KV + head - HEADS) * capacity + place) * (2 * HALF) + c
+        to = keys_at + ((row * KV + head - HEADS) * capacity + position) * (2 * HALF) + c
     else:
-        to = values_at + ((row * KV + head - HEADS - KV) * capacity + place) * (2 * HALF) + c
+        to = values_at + ((row * KV + head - HEADS - KV) * capacity + position) * (2 * HALF) + c
     tl.store(to, first)
     tl.store(to + HALF, second)
 
 
-def launch_rotate(qkv: Tensor, table: Tensor, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def launch_rotate(qkv: Tensor, table: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Run the kernel; arguments as of `rotate`, contiguous."""
     _, kv, capacity, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv
     query = torch.empty((len(qkv), heads * width), dtype=qkv.dtype, device=qkv.device)
     grid = (len(qkv), heads + 2 * kv)
     sizes = {"HEADS": heads, "KV": kv, "HALF": width // 2}
-    _rotate_kernel[grid](qkv, table, rows, places, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv))
+    _rotate_kernel[grid](
+        qkv, table, rows, positions, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv)
+    )
     return query
 
 

@@ -43,9 +43,9 @@ def _check(x: Tensor) -> None:
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`column_sums` in torch."""
-    wide = x.float()
-    magnitude = wide.abs()
-    return magnitude.sum(0), wide.square().sum(0), magnitude.max()
+    as_float32 = x.float()
+    magnitude = as_float32.abs()
+    return magnitude.sum(0), as_float32.square().sum(0), magnitude.max()
 
 
 @kernel("T")

@@ -46,12 +46,12 @@ class Packed:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return 4 * len(self.nibbles)
 
     @property
     def nbytes(self) -> int:
-        """Memory."""
+        """Bytes of memory that the weights take."""
         return sum(t.nbytes for t in (self.nibbles, self.affine, self.scales, self.zeros) if t is not None)
 
 
@@ -143,10 +143,10 @@ def dequantize_cpu(packed: Packed, dtype: torch.dtype, rows: slice = slice(None)
 def few_rows(x: Tensor, packed: Packed) -> Tensor:
     """X [M, K] times packed weights -> [M, N] of x's dtype; bfloat16 activations, float32 sums."""
     group = x.shape[1] // packed.affine.shape[1]
-    wide = x.to(torch.bfloat16).contiguous()
+    as_bfloat16 = x.to(torch.bfloat16).contiguous()
     y: Tensor | None = None
     for nibbles, affine in zip(packed.nibbles, packed.affine, strict=True):
-        part = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, nibbles, group, affine)
+        part = torch.ops.aten._weight_int4pack_mm_for_cpu(as_bfloat16, nibbles, group, affine)
         y = part if y is None else y.float() + part
     assert y is not None
     return y.to(x.dtype)

@@ -84,10 +84,10 @@ def _projected(  # noqa: PLR0913 a candidate, passed by value
     return lx, l2
 
 
-def _launch(search: Any, x: Tensor, w: Tensor, *given: Tensor, **sizes: int) -> None:
-    """Run the kernel `search` on all blocks of contiguous x, w [E, B]; `given`: its further tensors, in its order."""
+def _launch(search: Any, x: Tensor, w: Tensor, *further: Tensor, **sizes: int) -> None:
+    """Run the kernel `search` on all blocks of contiguous x, w [E, B]; `further`: its further tensors, in its order."""
     elements, count = x.shape
-    search[(blocks(count, LANES),)](x, w, *given, count, E=elements, LANES=LANES, **sizes, **OPTIONS)
+    search[(blocks(count, LANES),)](x, w, *further, count, E=elements, LANES=LANES, **sizes, **OPTIONS)
 
 
 @kernel("B", "E", "COUNT", "NMAX")
@@ -128,8 +128,8 @@ def symmetric(x: Tensor, w: Tensor, numerators: Tensor, nmax: int) -> tuple[Tens
     """(scale, inverse, sum of weights), float32 [B] each, for x, w float32 [E, B]; see `gguf_search.symmetric`."""
     x, w = x.contiguous(), w.contiguous()
     scale, inverse, weight = x.new_empty((3, x.shape[1]))
-    given = numerators.to(x.device), scale, inverse, weight
-    _launch(_symmetric_kernel, x, w, *given, COUNT=len(numerators), NMAX=nmax)
+    further = numerators.to(x.device), scale, inverse, weight
+    _launch(_symmetric_kernel, x, w, *further, COUNT=len(numerators), NMAX=nmax)
     return scale, inverse, weight
 
 

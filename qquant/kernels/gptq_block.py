@@ -152,10 +152,10 @@ def in_strips(
     for start in range(0, columns, MAX_COLUMNS):
         stop = min(start + MAX_COLUMNS, columns)
         some = slice(start, stop)
-        column, inside, wide, shift = (
+        column, inside, strip_step, strip_offset = (
             x.contiguous() for x in (left[:, some], u[some, some], step[:, some], offset[:, some])
         )
-        codes[:, some], errors[:, some] = work(column, inside, wide, shift, levels)
+        codes[:, some], errors[:, some] = work(column, inside, strip_step, strip_offset, levels)
         left[:, stop:].addmm_(errors[:, some], u[some, stop:], alpha=-1)
     return codes, errors
 

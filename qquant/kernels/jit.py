@@ -82,7 +82,7 @@ def blocks(size: int, block: int) -> int:
 
 
 def path(op: str, device: torch.device | str) -> str:
-    """Which implementation of operator `op` runs for tensors on `device`.
+    """The name of the implementation of operator `op` that runs for tensors on `device`.
 
     Raises:
         UsageError: no such operator.

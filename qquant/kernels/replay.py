@@ -26,19 +26,19 @@ class Replay(Generic[Result]):
         self.function = function
         self.recordings: OrderedDict[Hashable, _Recording[Result] | None] = OrderedDict()  # None: called once
 
-    def __call__(self, *given: Tensor | int) -> Result:
+    def __call__(self, *arguments: Tensor | int) -> Result:
         """Of tensors on one device; elsewhere than on a GPU just the function."""
-        tensors = [value for value in given if isinstance(value, Tensor)]
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
         if not tensors[0].is_cuda:
-            return self.function(*given)
-        key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in given)
+            return self.function(*arguments)
+        key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in arguments)
         if key not in self.recordings:
             self.recordings[key] = None
             if len(self.recordings) > KEPT:
                 self.recordings.popitem(last=False)
-            return self.function(*given)
+            return self.function(*arguments)
         self.recordings.move_to_end(key)
-        recording = self.recordings[key] or _Recording(self.function, given)
+        recording = self.recordings[key] or _Recording(self.function, arguments)
         self.recordings[key] = recording
         return recording(tensors)
 
@@ -48,8 +48,8 @@ class Replay(Generic[Result]):
 
 
 class _Recording(Generic[Result]):
-    def __init__(self, function: Callable[..., Result], given: tuple[Tensor | int, ...]) -> None:
-        mine = [value.clone() if isinstance(value, Tensor) else value for value in given]
+    def __init__(self, function: Callable[..., Result], arguments: tuple[Tensor | int, ...]) -> None:
+        mine = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
         self.inputs = [value for value in mine if isinstance(value, Tensor)]
         self.known: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.inputs)
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -62,11 +62,11 @@ class _Recording(Generic[Result]):
                 self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def __call__(self, given: list[Tensor]) -> Result:
-        for place, (mine, other) in enumerate(zip(self.inputs, given, strict=True)):
-            known = self.known[place]
+    def __call__(self, tensors: list[Tensor]) -> Result:
+        for index, (mine, other) in enumerate(zip(self.inputs, tensors, strict=True)):
+            known = self.known[index]
             if known is None or known[0]() is not other or known[1] != other._version:
                 mine.copy_(other)
-                self.known[place] = weakref.ref(other), other._version
+                self.known[index] = weakref.ref(other), other._version
         self.graph.replay()
         return self.result

@@ -18,7 +18,7 @@ Clock = Callable[[Recipe, Plan], float]  # seconds of a build
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one effort; `seconds` is None where no clock was asked."""
+    """The cost of one effort; `seconds` is None where no clock was asked."""
 
     effort: str
     chosen: bool  # the recipe says it
@@ -28,14 +28,14 @@ class Cost:
 
 def beside(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | None) -> list[Cost]:
     """Each effort, from the least to the most; before them the recipe as it is, where it names none."""
-    found = []
+    costs = []
     if recipe.effort is None:
-        found.append(_cost("as it is", recipe, checkpoint, plan, clock))
+        costs.append(_cost("as it is", recipe, checkpoint, plan, clock))
     for effort in EFFORTS:
         other = changed(recipe, Flags(effort=effort))
         cost = _cost(effort, other, checkpoint, plan, clock)
-        found.append(dataclasses.replace(cost, chosen=effort == recipe.effort))
-    return found
+        costs.append(dataclasses.replace(cost, chosen=effort == recipe.effort))
+    return costs
 
 
 def _cost(effort: str, recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | None) -> Cost:

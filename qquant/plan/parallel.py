@@ -5,13 +5,15 @@ from __future__ import annotations
 from qquant.families import Family, ModelConfig
 from qquant.recipe import ArtifactSpec
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import RANKS, narrow
+from qquant.source.padding import RANKS, without_padding
 
 
 def rank_sizes(checkpoint: Checkpoint, spec: ArtifactSpec) -> dict[str, list[int]]:
     """Numbers of ranks that each server accepts, and what they would be without padding; both want whole heads and groups."""
     family = checkpoint.family
-    after, before = (list(parallel_sizes(family, one.config, spec.group)) for one in (checkpoint, narrow(checkpoint)))
+    after, before = (
+        list(parallel_sizes(family, one.config, spec.group)) for one in (checkpoint, without_padding(checkpoint))
+    )
     return {"vllm": after, "sglang": after, "without_padding": before}
 
 

@@ -41,7 +41,7 @@ class Plan:
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
     parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
     texts: Texts = NOT_COUNTED
-    wide: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
+    in_float32: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
 
     @classmethod
     def of(
@@ -78,9 +78,20 @@ class Plan:
         inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
         memory = build_memory(recipe, checkpoint)
         texts = examine(recipe, checkpoint.path)
-        wide = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
+        in_float32 = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
         return cls(
-            name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel, texts=texts, wide=wide
+            name,
+            planned,
+            memory,
+            disk,
+            gates,
+            recipe.checks,
+            tokens,
+            inputs,
+            imatrix,
+            parallel,
+            texts=texts,
+            in_float32=in_float32,
         )
 
     @property
@@ -101,16 +112,16 @@ class Plan:
         if self.tokens < self.inputs:
             asked = f"give at least {self.inputs:,}, better ten times as many"
             warnings.append(f"{self.tokens:,} calibration tokens for linears of {self.inputs:,} inputs: {asked}")
-        if self.wide:
+        if self.in_float32:
             sizes = {one.name: one.bits_per_weight for one in self.artifacts}
-            told = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.wide)
+            listed = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.in_float32)
             warnings.append(
-                f"the checkpoint is float32, and what is not quantized stays so: {told}. Save the checkpoint in bfloat16 first "
+                f"the checkpoint is float32, and what is not quantized stays so: {listed}. Save the checkpoint in bfloat16 first "
                 "(transformers: from_pretrained(FOLDER, dtype='bfloat16').save_pretrained(OTHER))"
             )
         return tuple(warnings)
 
-    def missing(self, out: Path) -> int:
+    def still_to_write(self, out: Path) -> int:
         """Bytes that are still to be written: files that are finished, or have their place in an interrupted build, are there."""
         there = 0
         for artifact in self.artifacts:
@@ -123,19 +134,19 @@ class Plan:
 
     def require_room(self, out: Path) -> None:
         """Raise EnvironmentMissingError if a file system has less room than the build needs on it."""
-        place = out.absolute()
-        while not place.exists():
-            place = place.parent
-        for folder, need in ((place, self.missing(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
+        nearest = out.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        for folder, need in ((nearest, self.still_to_write(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
             free = shutil.disk_usage(folder).free
             if free < need:
                 raise EnvironmentMissingError(
-                    f"{out if folder == place else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "
+                    f"{out if folder == nearest else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "
                     "Free some space, or choose another --out"
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The plan as plain data, for `--json`."""
         return {
             "schema": "qquant-plan-1",
             "model": self.model,

@@ -97,7 +97,7 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
     head = 2 * config.vocab * config.hidden / rates.exact
     tokens = plan.tokens
-    seen = min(tokens, aim.curvature_tokens) if aim.objective == "kl" else 0
+    seen = min(tokens, aim.seen)
     specs = [artifact.spec for artifact in plan.artifacts]
     own = sum(spec.own_stream for spec in specs)
     solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
@@ -115,8 +115,29 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     return {phase: took for phase, took in by_phase.items() if took}
 
 
+NOMINAL = {  # rates of no machine in particular: good for comparing artifacts with each other
+    "cpu": Rates(1e11, 5e10, 5e8, 3e5),
+    "cuda": Rates(4e14, 1e14, 4e11, 1e5),
+}
+
+
+def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: PlannedArtifact) -> float:
+    """About the seconds that an artifact takes besides what all share, by nominal rates."""
+    family, config, spec = checkpoint.family, checkpoint.config, artifact.spec
+    rates = NOMINAL[device.type]
+    linears = [shape for layer in range(config.layers) for shape in family.linear_shapes(config, layer).values()]
+    weights = sum(map(math.prod, linears))
+    found = SEARCH * (weights + config.vocab * config.hidden) / rates.elements
+    if spec.feedback:
+        found += _solving(linears, spec.sweeps, rates, device) + _tables(artifact, checkpoint, rates, device)
+    if spec.own_stream:
+        squares = sum(k * k for layer in range(config.layers) for k in family.inputs(config, layer).values())
+        found += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
+    return found
+
+
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:
-    """Of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
+    """Seconds of the embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
     family, config = checkpoint.family, checkpoint.config
     if not artifact.spec.feedback:
         return 0.0
@@ -127,7 +148,7 @@ def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, dev
 
 
 def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, rates: Rates) -> dict[str, float]:
-    """Of `profile: release`; `token`: seconds of one through a model, without attention."""
+    """Seconds of `profile: release`; `token`: seconds of one through a model, without attention."""
     if checks.profile != "release":
         return {}
     config = checkpoint.config

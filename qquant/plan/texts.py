@@ -50,9 +50,9 @@ def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:
     if samples >= asked.samples:
         return ()
     wanted = asked.samples * asked.length
-    given = f"{samples:,} of {asked.samples:,} samples, {tokens:,} of {wanted:,} tokens"
+    counts = f"{samples:,} of {asked.samples:,} samples, {tokens:,} of {wanted:,} tokens"
     why = "the texts have no more, and nothing is repeated. Give more text, or lower calibration.samples"
-    return (f"calibration: {given}: {why}",)
+    return (f"calibration: {counts}: {why}",)
 
 
 def _require_file(path: str | None, key: str) -> None:
@@ -63,7 +63,7 @@ def _require_file(path: str | None, key: str) -> None:
 
 
 def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
-    """What is wrong with the chat template: chats cannot calibrate then, and `run` would not know where an answer ends."""
+    """What is wrong with the chat template: chats cannot calibrate then, and no runtime knows where an answer ends."""
     tokenizer = Tokenizer.open(folder)
     if tokenizer.template is None:
         return ()
@@ -74,7 +74,7 @@ def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
         what = (
             "the build will refuse to calibrate on chats"
             if chats
-            else "`qquant run` will refuse chats, and GGUF files get no template for Ollama"
+            else "answers in chats will not end with their turn, and GGUF files get no template for Ollama"
         )
         return (f"{what}: {error}",)
     return ()

@@ -184,7 +184,7 @@ def _file(name_or_path: str | Path) -> Path:
 
 
 def _short_first(data: Any) -> Any:
-    """The same data with the values of one line before lists and mappings."""
+    """The data with the values of one line before lists and mappings."""
     match data:
         case dict():
             return {

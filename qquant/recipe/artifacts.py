@@ -110,14 +110,14 @@ class Waiver(Strict):
     until: str = Field(default="", max_length=10, description="last day it holds, YYYY-MM-DD")
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if not all(isinstance(value, str) for value in given.values()):
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        if not all(isinstance(value, str) for value in values.values()):
             return
-        if any(given.values()) and not all(given.values()):
-            missing = ", ".join(key for key in given if not given[key])
+        if any(values.values()) and not all(values.values()):
+            missing = ", ".join(key for key in values if not values[key])
             yield (), f"incomplete, got no {missing}; allowed: reason, who and until, or none of them"
-        elif given["until"] and not _is_day(given["until"]):
-            yield ("until",), f"not a day, got {shown(given['until'])}; allowed: YYYY-MM-DD"
+        elif values["until"] and not _is_day(values["until"]):
+            yield ("until",), f"not a day, got {shown(values['until'])}; allowed: YYYY-MM-DD"
 
 
 def _is_day(text: str) -> bool:
@@ -235,14 +235,14 @@ class IntegerArtifact(_Artifact):
         propagate: bool
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        if given["solver"] == "ggml":
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        if values["solver"] == "ggml":
             words = ", ".join(name for name, steps in SOLVERS.items() if steps)
             yield ("solver",), f'llama-quantize has no such layout, got "ggml"; allowed: {words}'
 
     @property
     def kind(self) -> str:
-        """By bits alone: layouts of the same codes lose the same."""
+        """The row of `limits.LIMITS`, by bits alone: layouts of the same codes lose the same."""
         return f"int{self.bits}"
 
     @property
@@ -252,12 +252,12 @@ class IntegerArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """By `propagate`."""
+        """Whether linears make up for the errors of those before them, as `propagate` says."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """By `transform` and `ratios`."""
+        """Grid points of the search for scales that are folded, as `transform` and `ratios` say."""
         return 0 if self.transform == "none" else self.ratios
 
 
@@ -339,7 +339,7 @@ class GgufArtifact(_Artifact):
 
     @property
     def most(self) -> int | None:
-        """Bytes of `size`."""
+        """The most bytes that the file may have, from `size`."""
         found = SIZE.fullmatch(self.size or "")
         return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
 
@@ -350,31 +350,31 @@ class GgufArtifact(_Artifact):
 
     @property
     def propagates(self) -> bool:
-        """By `propagate`."""
+        """Whether linears make up for the errors of those before them, as `propagate` says."""
         return self.propagate
 
     @property
     def fold_points(self) -> int:
-        """None: no GGUF file has folded scales."""
+        """No folds: no GGUF file has folded scales."""
         return 0
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        solver = given["solver"]
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        solver = values["solver"]
         steps = SOLVERS.get(solver) if isinstance(solver, str) else None
-        if steps and given["type"] in ("f16", "bf16"):
-            yield ("solver",), f"{given['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
-        if given["propagate"] is True and steps is not None and len(steps) < 2:
+        if steps and values["type"] in ("f16", "bf16"):
+            yield ("solver",), f"{values['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
+        if values["propagate"] is True and steps is not None and len(steps) < 2:
             yield ("propagate",), f"solver: {solver} does not look at the stream, got true; allowed: false"
-        targets = [key for key in TARGETS if given[key] is not None]
+        targets = [key for key in TARGETS if values[key] is not None]
         if len(targets) != 1:
             got = " and ".join(targets) or "none"
             yield (), f"needs a type or a size, got {got}; allowed: exactly one of {', '.join(TARGETS)}"
-        if isinstance(given["size"], str) and given["size"] and not SIZE.fullmatch(given["size"]):
+        if isinstance(values["size"], str) and values["size"] and not SIZE.fullmatch(values["size"]):
             units = ", ".join(UNITS)
-            yield ("size",), f"not a size, got {shown(given['size'])}; allowed: a number and one of {units}"
-        if isinstance(given["types"], dict):
-            yield from _unknown_types(given["types"], lists=given["type"] is None)
+            yield ("size",), f"not a size, got {shown(values['size'])}; allowed: a number and one of {units}"
+        if isinstance(values["types"], dict):
+            yield from _unknown_types(values["types"], lists=values["type"] is None)
 
 
 def _unknown_types(types: Mapping[str, Any], lists: bool) -> Iterator[Conflict]:

@@ -81,19 +81,19 @@ def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, 
         return
     if flags.types:
         raise UsageError(f"--type belongs to --format gguf, got --format {kind}; give --bits")
-    given: dict[str, Any] = {"format": kind}
+    wanted: dict[str, Any] = {"format": kind}
     if flags.bits is not None or kind == "gptq":
-        given["bits"] = flags.bits
-    if given.get("bits", 0) is None:
+        wanted["bits"] = flags.bits
+    if wanted.get("bits", 0) is None:
         raise UsageError(f"--format {kind} needs --bits: 4 or 8")
     group = {} if flags.group_size is None else {"group_size": flags.group_size}
     name = f"{kind}-int{flags.bits}" if kind == "gptq" else kind
-    yield (_like(known, given) or {"name": name} | given) | group
+    yield (_like(known, wanted) or {"name": name} | wanted) | group
 
 
-def _like(known: list[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of the `known` artifacts of which `given` is true."""
-    return next((dict(data) for data in known if all(data.get(key) == value for key, value in given.items())), None)
+def _like(known: list[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of the `known` artifacts of which `wanted` is true."""
+    return next((dict(data) for data in known if all(data.get(key) == value for key, value in wanted.items())), None)
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

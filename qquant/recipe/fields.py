@@ -47,8 +47,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:  # noqa: ARG004 - for those that have some
-        """What is impossible among the values `given` for every field."""
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:  # noqa: ARG004 - for those that have some
+        """What is impossible among the `values` of every field."""
         yield from ()
 
     @model_validator(mode="after")

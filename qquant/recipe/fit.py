@@ -83,10 +83,10 @@ def _pick(page: Page, data: dict[str, Any], shape: Shape, location: Location) ->
     return (data | {key: name}, shapes[name]) if name else (data, {"properties": fields})
 
 
-def _report_conflicts(page: Page, title: str, given: dict[str, Any], mended: Location) -> None:
+def _report_conflicts(page: Page, title: str, values: dict[str, Any], mended: Location) -> None:
     model = MODELS[title]
     blank = {name: None if field.is_required() else field.default for name, field in model.model_fields.items()}
-    for location, text in model.conflicts(blank | given):
+    for location, text in model.conflicts(blank | values):
         page.report(page.origin((*mended, *location)), text)
 
 

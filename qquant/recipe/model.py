@@ -31,23 +31,23 @@ TOLD_APART_BY = {"gptq": ("bits",), "awq": (), "gguf": ("label",)}  # what stand
 # What no single field shows. Values may be of any type here: a file can have several faults at once.
 
 
-def _entry(given: Any, key: str) -> Any:
+def _entry(values: Any, key: str) -> Any:
     """The value of `key` in a mapping or a model; None where there is none."""
-    return given.get(key) if isinstance(given, dict) else getattr(given, key, None)
+    return values.get(key) if isinstance(values, dict) else getattr(values, key, None)
 
 
-def _listed(given: Any) -> tuple[Any, ...]:
-    return given if isinstance(given, tuple) else ()
+def _listed(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else ()
 
 
-def _too_many_tokens(given: Mapping[str, Any], count: str) -> Iterator[Conflict]:
-    pieces, length = given[count], given["length"]
+def _too_many_tokens(values: Mapping[str, Any], count: str) -> Iterator[Conflict]:
+    pieces, length = values[count], values["length"]
     if type(pieces) is type(length) is int and pieces * length > MAX_TOKENS:
         yield (count,), f"too many tokens, got {shown(pieces)} x length {shown(length)}; allowed: {MAX_TOKENS} in all"
 
 
-def _no_name_after_bundled(given: Mapping[str, Any], key: str) -> Iterator[Conflict]:
-    if given[key] == "bundled:":
+def _no_name_after_bundled(values: Mapping[str, Any], key: str) -> Iterator[Conflict]:
+    if values[key] == "bundled:":
         yield (key,), 'no name, got "bundled:"; allowed: bundled:NAME'
 
 
@@ -78,9 +78,9 @@ def _held_out_in_calibration(calibration: Any, checks: Any) -> Iterator[Conflict
         bundled, path = _entry(source, "bundled"), _entry(source, "path")
         origin = path if bundled is None else f"bundled:{bundled}"
         where = key_path(("calibration", "sources", index))
-        for place, text in texts.items():
+        for field, text in texts.items():
             if text is not None and text == origin:
-                yield place, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
+                yield field, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
 
 
 def _with(model: Model, settings: Settings) -> Model:
@@ -117,19 +117,19 @@ class Source(Strict):
     weight: float = Field(default=1.0, gt=0, le=1000, description="share of the samples, against the other sources")
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        origins = [key for key in ("bundled", "dataset", "path") if given[key] is not None]
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        origins = [key for key in ("bundled", "dataset", "path") if values[key] is not None]
         if len(origins) != 1:
             got = " and ".join(origins) or "none"
             yield (), f"needs one origin, got {got}; allowed: exactly one of bundled, dataset, path"
         for key, unset in {"config": None, "revision": None, "split": "train"}.items():
-            if "dataset" not in origins and given[key] != unset:
-                yield (key,), f"belongs to a dataset, got {shown(given[key])}; allowed: {unset or 'null'}"
-        if str(given["path"]).lower().endswith(".txt"):
-            if given["kind"] == "chat":
+            if "dataset" not in origins and values[key] != unset:
+                yield (key,), f"belongs to a dataset, got {shown(values[key])}; allowed: {unset or 'null'}"
+        if str(values["path"]).lower().endswith(".txt"):
+            if values["kind"] == "chat":
                 yield ("kind",), 'a .txt file has no turns, got "chat"; allowed: text'
-            if given["field"] is not None:
-                yield ("field",), f"a .txt file has no columns, got {shown(given['field'])}; allowed: null"
+            if values["field"] is not None:
+                yield ("field",), f"a .txt file has no columns, got {shown(values['field'])}; allowed: null"
 
 
 class Calibration(Strict):
@@ -153,10 +153,15 @@ class Calibration(Strict):
         description="of the samples, on which gradients are measured for `objective: kl`; the solvers see all samples",
     )
 
+    @property
+    def seen(self) -> int:
+        """Tokens on which curvature is asked for; 0 where none is."""
+        return self.curvature_tokens if self.objective == "kl" else 0
+
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        yield from _too_many_tokens(given, "samples")
-        sources, samples = len(_listed(given["sources"])), given["samples"]
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        yield from _too_many_tokens(values, "samples")
+        sources, samples = len(_listed(values["sources"])), values["samples"]
         if type(samples) is int and 0 < samples < sources:
             yield ("samples",), f"fewer than sources, got {samples}; allowed: {sources} or more"
 
@@ -205,14 +210,14 @@ class Checks(Strict):
         return looks
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        yield from _too_many_tokens(given, "windows")
-        yield from _no_name_after_bundled(given, "text")
-        windows, most = given["windows"], given["max_windows"]
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        yield from _too_many_tokens(values, "windows")
+        yield from _no_name_after_bundled(values, "text")
+        windows, most = values["windows"], values["max_windows"]
         if type(windows) is type(most) is int and most < windows:
             yield ("max_windows",), f"less than windows, got {most}; allowed: {windows} or more"
-        for index, text in enumerate(_listed(given["texts"])):
-            if text == given["text"] or text in given["texts"][:index]:
+        for index, text in enumerate(_listed(values["texts"])):
+            if text == values["text"] or text in values["texts"][:index]:
                 yield ("texts", index), f"repeated text, got {shown(text)}; allowed: each text once"
 
 
@@ -247,8 +252,8 @@ class Recipe(Strict):
         """What `effort` decides and nobody wrote down, as if it had been."""
         if self.effort is not None:
             decided = EFFORTS[self.effort]
-            found = tuple(_with(spec, decided.of(spec.kind)) if spec.feedback else spec for spec in self.artifacts)
-            object.__setattr__(self, "artifacts", found)
+            filled = tuple(_with(spec, decided.of(spec.kind)) if spec.feedback else spec for spec in self.artifacts)
+            object.__setattr__(self, "artifacts", filled)
             object.__setattr__(self, "calibration", _with(self.calibration, decided.calibration))
         return self
 
@@ -258,20 +263,20 @@ class Recipe(Strict):
         first: dict[tuple[str, ...], str] = {}
         clashes = []
         for spec in self.artifacts:
-            place = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
-            other = first.setdefault(place, spec.name)
+            target = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
+            other = first.setdefault(target, spec.name)
             if other != spec.name:
-                clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(place)}")
+                clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(target)}")
         return tuple(clashes)
 
     @staticmethod
-    def conflicts(given: Mapping[str, Any]) -> Iterator[Conflict]:
-        yield from _no_name_after_bundled(given, "checkpoint")
-        if str(given["checkpoint"]).startswith("bundled:") and given["revision"] is not None:
-            yield ("revision",), f"a bundled checkpoint has none, got {shown(given['revision'])}; allowed: null"
-        yield from _repeated_names(given["artifacts"])
-        yield from _reserved_names(given["artifacts"])
-        yield from _held_out_in_calibration(given["calibration"], given["checks"])
+    def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
+        yield from _no_name_after_bundled(values, "checkpoint")
+        if str(values["checkpoint"]).startswith("bundled:") and values["revision"] is not None:
+            yield ("revision",), f"a bundled checkpoint has none, got {shown(values['revision'])}; allowed: null"
+        yield from _repeated_names(values["artifacts"])
+        yield from _reserved_names(values["artifacts"])
+        yield from _held_out_in_calibration(values["calibration"], values["checks"])
 
 
 MODELS: dict[str, type[Strict]] = {

@@ -38,6 +38,7 @@ from qquant.formats.planned import ModelFile
 from qquant.release.repository import Repository
 from qquant.report import behaviour, slices
 from qquant.report.escape import in_line, markdown
+from qquant.report.facts import in_short
 from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
 
 CARD = "README.md"
@@ -205,6 +206,8 @@ def body(manifest: Manifest, report: Report) -> str:
         "baseline_bits": f"{report.baseline_bits:g}",
         "fallbacks": [(row.name, note) for row in report.artifacts for note in fallback_note(row.fallbacks)],
         "gates": [_cells(_gate(row, gate)) for row in report.artifacts for gate in row.verdict.gates],
+        "short": [Markup(line) for line in in_short(report)],
+        "read": str(report.conditions.tokenizer or ""),
         "kept": slices.table(report.artifacts),
         "does": behaviour.table(report.artifacts),
         "waivers": [(row.name, row.verdict.waiver) for row in report.artifacts if row.verdict.waiver],

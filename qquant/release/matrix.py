@@ -47,7 +47,7 @@ class Cell(_Strict):
 
 
 class Matrix(_Strict):
-    """The whole release."""
+    """The checkpoints and recipes of a whole release."""
 
     version: Literal[1]
     name: Text
@@ -122,21 +122,21 @@ def _plan(cell: Cell) -> Job:
     try:
         recipe = recipes.load(cell.recipe)
         source = Checkpoint.open(cell.checkpoint, cell.revision or recipe.revision)
-        wide = padded(source, recipe)
-        planned = Plan.of(recipe, wide, (), cell.model)
+        padded_source = padded(source, recipe)
+        planned = Plan.of(recipe, padded_source, (), cell.model)
     except (InputError, UsageError, EnvironmentMissingError) as error:
         return Job(cell, None, {}, str(error))
-    return Job(cell, planned, facts(source, wide, planned))
+    return Job(cell, planned, facts(source, padded_source, planned))
 
 
-def facts(source: Checkpoint, wide: Checkpoint, planned: Plan) -> dict[str, Any]:
+def facts(source: Checkpoint, padded_source: Checkpoint, planned: Plan) -> dict[str, Any]:
     """What a release engineer asks of a model besides its files."""
     card = card_facts(source.path / "README.md")
     return {
         "licence": card.get("license_name") or card.get("license"),
         "tied_head": source.config.tied,
         "intermediate": source.config.intermediate,
-        "padded_to": wide.config.intermediate if isinstance(wide, PaddedCheckpoint) else None,
+        "padded_to": padded_source.config.intermediate if isinstance(padded_source, PaddedCheckpoint) else None,
         "tensor_parallel": dict(planned.parallel),
     }
 
@@ -160,7 +160,7 @@ def github_matrix(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def to_dict(jobs: Sequence[Job]) -> dict[str, Any]:
-    """For `--json`."""
+    """The jobs as plain data, for `--json`."""
     return {
         "schema": "qquant-release-plan-1",
         "jobs": [

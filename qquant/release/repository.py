@@ -66,7 +66,7 @@ class Repository:
 
     @property
     def first(self) -> ArtifactEntry:
-        """Its first artifact: what is the same for all of them is said there."""
+        """The repository's first artifact: what is the same for all of them is said there."""
         return next(iter(self.manifest.artifacts.values()))
 
     @property
@@ -81,7 +81,7 @@ class Repository:
         return sum(payload.size for payload in self.files.values())
 
     def with_files(self, added: Mapping[str, bytes]) -> Repository:
-        """The same with more files."""
+        """This repository with more files."""
         files = dict(self.files) | {name: Payload.of(content) for name, content in added.items()}
         return replace(self, files=files)
 
@@ -95,7 +95,7 @@ class Release:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """As every JSON file of a release is written."""
+    """Bytes of a JSON file as every one of a release is written."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -122,7 +122,7 @@ class ReleaseSource:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, parallel: Mapping[str, Mapping[str, list[int]]]) -> ReleaseSource:
-        """Of a checkpoint that is being built from; `parallel` as in `Plan`."""
+        """The facts of a checkpoint that is being built from; `parallel` as in `Plan`."""
         licence = next((path for path in checkpoint.side_files if path.name in LICENCES), None)
         return cls(
             model=checkpoint.name,
@@ -139,7 +139,7 @@ class ReleaseSource:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> ReleaseSource:
-        """Of a record; `where` is the file, for messages.
+        """The facts of a record; `where` is the file, for messages.
 
         Raises:
             InputError: it is of another kind, or a field is not what it should be.
@@ -154,7 +154,7 @@ class ReleaseSource:
         return facts
 
     def to_json(self) -> bytes:
-        """The file."""
+        """The bytes of the record's file."""
         return as_json({"schema": SOURCE_SCHEMA, **to_plain(self)})
 
 
@@ -228,21 +228,21 @@ def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, s
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])
 
 
-def _repository(place: Path, manifest: Manifest, report: Report, source: ReleaseSource) -> Repository:
-    files = {name: verified(place, name, facts) for name, facts in manifest.files.items()}
+def _repository(folder: Path, manifest: Manifest, report: Report, source: ReleaseSource) -> Repository:
+    files = {name: verified(folder, name, facts) for name, facts in manifest.files.items()}
     licence = source.licence_file
     if licence and licence.name not in files:
         files[licence.name] = Payload.of(licence.text.encode())
     parallel = next((by for name, by in source.tensor_parallel.items() if name in manifest.artifacts), None)
     release = ReleaseEntry(
-        place.name, source.base_model, source.revision, chat=source.chat, card=source.card, tensor_parallel=parallel
+        folder.name, source.base_model, source.revision, chat=source.chat, card=source.card, tensor_parallel=parallel
     )
     rows = tuple(
-        replace(row, path=place.name)  # not where it lay on the machine that built it
+        replace(row, path=folder.name)  # not where it lay on the machine that built it
         for row in report.artifacts
         if row.name in manifest.artifacts
     )
-    return Repository(place.name, files, replace(manifest, release=release), replace(report, artifacts=rows))
+    return Repository(folder.name, files, replace(manifest, release=release), replace(report, artifacts=rows))
 
 
 def complete(

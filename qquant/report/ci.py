@@ -15,11 +15,11 @@ MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "waived": "⚠️"
 KINDS = {"fail": "failure", "inconclusive": "error"}
 
 
-def junit(report: Report) -> str:
-    """The report as JUnit XML."""
-    suites = ElementTree.Element("testsuites", name=f"qquant {report.model}")
-    for artifact in report.artifacts:
-        suite = ElementTree.SubElement(suites, "testsuite", name=f"{report.model}.{artifact.name}")
+def junit(*reports: Report) -> str:
+    """The reports as JUnit XML."""
+    suites = ElementTree.Element("testsuites", name=f"qquant {', '.join(report.model for report in reports)}")
+    for model, artifact in [(report.model, artifact) for report in reports for artifact in report.artifacts]:
+        suite = ElementTree.SubElement(suites, "testsuite", name=f"{model}.{artifact.name}")
         _whole(suite, artifact)
         for gate in artifact.verdict.gates:
             case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name=gate.name)

@@ -30,6 +30,26 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
+class TokensRead:
+    """What transformers' AutoTokenizer made of a stretch of every text, beside tokenizer.json read literally."""
+
+    tokens: Count  # that were compared
+    differing: Mapping[str, Count] = field(
+        default_factory=dict
+    )  # at least so many tokens, by text; none: all are the same
+    example: str = ""  # the first
+
+    def __str__(self) -> str:
+        """What a reader should know; empty where both read the same."""
+        if not self.differing:
+            return ""
+        return (
+            f"transformers' AutoTokenizer reads at least {sum(self.differing.values()):,} of {self.tokens:,} tokens otherwise than "
+            f"tokenizer.json says, by which the model was calibrated and checked ({', '.join(self.differing)}; {self.example})"
+        )
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What the numbers depend on."""
 
@@ -38,6 +58,7 @@ class Conditions:
         default_factory=dict
     )  # by artifact and gate, before it was read
     inputs: Mapping[str, str] = field(default_factory=dict)  # hashes, versions, device; beside `text` in the file
+    tokenizer: TokensRead | None = None  # null: was not compared
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import html
 from typing import TYPE_CHECKING
 
 from qquant.errors import EnvironmentMissingError
+from qquant.report.facts import facts
 from qquant.report.record import COLUMNS, TITLES
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ def as_text(report: Report) -> str:
 
 
 def as_html(report: Report) -> str:
-    """The verdict, the table and the warnings; texts of the report are text, whatever marks they hold."""
+    """The verdict, what it costs, the table and the warnings; texts of the report are text, whatever marks they hold."""
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in report.rows())
+    short = "".join(f"<li><b>{fact.question}</b> {html.escape(fact.answer)}</li>" for fact in facts(report))
     notes = "".join(f"<li>{html.escape(warning)}</li>" for warning in report.warnings)
     title = f"{html.escape(report.model)}: {TITLES[report.outcome]}"
-    return f"<p>{title}</p><table><tr>{head}</tr>{body}</table><ul>{notes}</ul>"
+    return f"<p>{title}</p><ul>{short}</ul><table><tr>{head}</tr>{body}</table><ul>{notes}</ul>"
 
 
 def as_frame(report: Report) -> pandas.DataFrame:

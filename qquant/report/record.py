@@ -15,6 +15,7 @@ from qquant.report import behaviour, slices
 from qquant.report.behaviour import BehaviourReport
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.escape import markdown
+from qquant.report.facts import in_short
 from qquant.report.slices import SliceReport
 from qquant.report.solved import Solved
 from qquant.resources import lazy
@@ -104,7 +105,7 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """Of the ceiling that was reached."""
+        """Share of the ceiling that was reached, 0 to 1."""
         return self.ratio / self.ceiling if self.ceiling else math.nan
 
 
@@ -236,7 +237,7 @@ class Report:
         return self.outcome in ("pass", "waived")
 
     def to_json(self) -> str:
-        """The record."""
+        """The bytes of report.json."""
         conditions = to_plain(self.conditions)
         content = {
             "schema": SCHEMA,
@@ -272,8 +273,8 @@ class Report:
         return cls(baseline_bits=file.baseline.bits_per_weight, baseline_perplexity=file.baseline.perplexity, **values)
 
     def to_markdown(self) -> str:
-        """For people and model cards."""
-        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", ""]
+        """The report as Markdown, for people and model cards."""
+        lines = [f"# {markdown(self.model)}: {TITLES[self.outcome]}", "", *in_short(self), ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
         lines += [f"| {' | '.join(map(markdown, row))} |" for row in self.rows()]
         for title, outcome in HEADINGS.items():
@@ -298,9 +299,10 @@ class Report:
         scored = "every token scored" if text.whole else "second half scored"
         lines = [f"text: {text.name}, {text.windows} windows of {text.length} tokens, {scored}"]
         for artifact, gates in self.conditions.detectable.items():
-            told = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
-            lines += [f"detectable by plan, {artifact}: {told}"] if told else []
-        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items()]
+            limits = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())
+            lines += [f"detectable by plan, {artifact}: {limits}"] if limits else []
+        elsewhere = {"calibration"} if self.calibration else set()
+        lines += [f"{key}: {value}" for key, value in self.conditions.inputs.items() if key not in elsewhere]
         if self.calibration:
             made = self.calibration
             lines += [
@@ -315,7 +317,7 @@ class Report:
         return notebook.as_html(self)
 
     def to_frame(self) -> pandas.DataFrame:
-        """As `notebook.as_frame`."""
+        """A data frame of the report, see `notebook.as_frame`."""
         return notebook.as_frame(self)
 
     def rows(self) -> list[tuple[str, ...]]:

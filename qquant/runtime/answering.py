@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
-from qquant.errors import UsageError
+from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.source import GgufSource
 from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.runtime import loading
@@ -36,7 +36,7 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A text that the model generated, and how long it took."""
 
     text: str
     tokens: int  # with the one it stopped on, and those that are no text
@@ -57,6 +57,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Tokenizer, name: str, load_seconds: float = 0.0) -> None:
         self.model, self.tokenizer, self.name, self.load_seconds = model, tokenizer, name, load_seconds
         self.model.keeps_history = True
+        self.runs_on = ""  # why answers in a chat may go on after their end
         self.stops = self._stops()
 
     @classmethod
@@ -76,7 +77,10 @@ class Answerer:
         stops = list(settings) if isinstance(settings, list | tuple) else [settings]
         stops += self.tokenizer.eos
         if self.tokenizer.template is not None:
-            stops.append(self.tokenizer.end_of_turn)
+            try:
+                stops.append(self.tokenizer.end_of_turn)
+            except InputError as error:  # a base model's template ends turns with a token that the model never learned
+                self.runs_on = str(error)
         return sorted({stop for stop in stops if stop is not None})
 
     def paths(self) -> dict[str, str]:
@@ -120,11 +124,11 @@ class Answerer:
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         streamer = Text(self.tokenizer, self.stops, len(ids), write)
-        given = torch.tensor([list(ids)], device=self.model.device)
+        prompt = torch.tensor([list(ids)], device=self.model.device)
         began = time.perf_counter()
         out = self.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             streamer=streamer,
             logits_processor=[require_finite],
             max_new_tokens=min(settings.max_new_tokens, positions - len(ids)),
@@ -135,8 +139,8 @@ class Answerer:
         return Answer(streamer.text, len(made), stopped, streamer.first - began, streamer.last - began)
 
     def _sampling(self, settings: AnswerSettings) -> dict[str, Any]:
-        given = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        stated = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        chosen = {name: value for name, value in stated.items() if value is not None}
         asked = any(name != "repetition_penalty" for name in chosen)
         sample = not settings.greedy and (asked or bool(self.model.generation_config.do_sample))
         if not sample:

@@ -120,9 +120,9 @@ class GraphDecoder:
     # -- the prompt
 
     @torch.inference_mode()
-    def _begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, places: int, keep: bool) -> None:
+    def _begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, positions: int, keep: bool) -> None:
         """Read the prompts, and choose the first tokens."""
-        self._prepare(len(prompts), places)
+        self._prepare(len(prompts), positions)
         starts = [self._common(row, prompt) if keep else 0 for row, prompt in enumerate(prompts)]
         self._history = []
         with sdpa_kernel(ATTENTION):
@@ -141,7 +141,7 @@ class GraphDecoder:
             return 0
         pairs = zip(prompt[:-1], self._history[row][:-1], strict=False)
         return next(
-            (place for place, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(self._history[row])) - 1
+            (position for position, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(self._history[row])) - 1
         )
 
     def _read(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
@@ -157,26 +157,26 @@ class GraphDecoder:
 
     # -- the cache
 
-    def _prepare(self, batch: int, places: int) -> None:
+    def _prepare(self, batch: int, positions: int) -> None:
         """A cache for `batch` sequences with at least so many places; what it holds stays where it can."""
         if self.stepper is None or self.stepper.batch != batch:
             self.stepper, self._pass, self._choices, self._history = None, None, {}, []
-            capacity = _blocks(places)
+            capacity = _blocks(positions)
             self.stepper = Stepper(self.config, self.weights, capacity, self.device, self.dtype, batch)
             self.logits = torch.empty((batch, self.config.vocab), dtype=torch.float32, device=self.device)
             self.seen = torch.zeros((batch, self.config.vocab), dtype=torch.bool, device=self.device)
             self.told = torch.zeros(batch + 1, dtype=torch.int64, device=self.device)
-        self._grow(places, places)
+        self._grow(positions, positions)
 
-    def _grow(self, places: int, most: int) -> None:
-        """Room for `places`: by half of what there is, but not for more than `most`."""
+    def _grow(self, positions: int, most: int) -> None:
+        """Room for `positions`: by half of what there is, but not for more than `most`."""
         stepper = _given(self.stepper)
-        if places <= stepper.capacity:
+        if positions <= stepper.capacity:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the pass that is replayed reads the old cache
         self._pass = None
-        self.stepper = stepper.grown(_blocks(max(places, min(stepper.capacity * 3 // 2, most))))
+        self.stepper = stepper.grown(_blocks(max(positions, min(stepper.capacity * 3 // 2, most))))
 
     # -- a token
 
@@ -237,28 +237,28 @@ class _Told:
     def __init__(self, source: Tensor, ahead: int) -> None:
         self.source = source
         self.waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self.places = [torch.empty_like(source, device="cpu", pin_memory=source.is_cuda) for _ in range(ahead + 2)]
+        self.buffers = [torch.empty_like(source, device="cpu", pin_memory=source.is_cuda) for _ in range(ahead + 2)]
 
     def ask(self) -> None:
         """Have what stands there now copied."""
-        place = self.places.pop()
-        place.copy_(self.source, non_blocking=True)
+        buffer = self.buffers.pop()
+        buffer.copy_(self.source, non_blocking=True)
         event = torch.cuda.Event() if self.source.is_cuda else None
         if event is not None:
             event.record()
-        self.waiting.append((place, event))
+        self.waiting.append((buffer, event))
 
     def answer(self) -> list[int]:
-        """The oldest copy."""
-        place, event = self.waiting.popleft()
+        """The oldest copy that was asked for, once it is there."""
+        buffer, event = self.waiting.popleft()
         if event is not None:
             event.synchronize()
-        self.places.append(place)
-        return place.tolist()
+        self.buffers.append(buffer)
+        return buffer.tolist()
 
 
-def _blocks(places: int) -> int:
-    return -(-places // BLOCK) * BLOCK
+def _blocks(positions: int) -> int:
+    return -(-positions // BLOCK) * BLOCK
 
 
 def _given(stepper: Stepper | None) -> Stepper:

@@ -57,19 +57,21 @@ class Answering:
     keeps_history = False  # go on from keys and values of the last call where a prompt begins as it did
     _quick: Quick | None = None
 
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *others: Any, **given: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *others: Any, **options: Any
+    ) -> Any:
         """What transformers' `generate` returns; see the head of `qquant.runtime.generating` for what it answers by itself."""
         quick = self._quick
         if quick is not None and not others and quick.lock.acquire(blocking=False):
             try:
                 decoder = quick.decoder(cast(nn.Module, self))
-                request = decoder and understood(self, inputs, generation_config, given)
+                request = decoder and understood(self, inputs, generation_config, options)
                 if decoder and request:
                     return _answer(decoder, request, self.keeps_history)
             finally:
                 quick.lock.release()
         with _quick_attention(self):
-            return super().generate(inputs, generation_config, *others, **given)  # type: ignore[misc] # of the class beside
+            return super().generate(inputs, generation_config, *others, **options)  # type: ignore[misc] # of the class beside
 
 
 class Quick:
@@ -94,9 +96,9 @@ class Quick:
         device = weights.final_norm.device
         if device.type not in self.devices:
             return None
-        places = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
-        if self._made is None or self._made[0] != places:
-            self._made = places, GraphDecoder(self.config, weights, device, self.dtype)
+        pointers = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
+        if self._made is None or self._made[0] != pointers:
+            self._made = pointers, GraphDecoder(self.config, weights, device, self.dtype)
         return self._made[1]
 
 
@@ -144,7 +146,7 @@ def _held(modules: Sequence[nn.Module]) -> RuntimeLinear | list[RuntimeLinear] |
 
 @contextmanager
 def _quick_attention(model: Any) -> Iterator[None]:
-    """Without cuDNN's attention, which builds a plan for every new length, 50 to 90 ms each."""
+    """A context without cuDNN's attention, which builds a plan for every new length, 50 to 90 ms each."""
     if model.device.type != "cuda":
         yield
         return
@@ -173,20 +175,20 @@ def require_finite(ids: Tensor, scores: Tensor) -> Tensor:
 # -- what is asked for
 
 
-def understood(model: Any, inputs: Tensor | None, config: Any, given: Mapping[str, Any]) -> GenerateCall | None:
+def understood(model: Any, inputs: Tensor | None, config: Any, options: Mapping[str, Any]) -> GenerateCall | None:
     """The request, or None if it has anything that only transformers knows."""
-    rest = dict(given)
-    ids = inputs if inputs is not None else rest.pop("input_ids", None)
-    mask, streamer = rest.pop("attention_mask", None), rest.pop("streamer", None)
-    processors = rest.pop("logits_processor", None) or ()
+    left = dict(options)
+    ids = inputs if inputs is not None else left.pop("input_ids", None)
+    mask, streamer = left.pop("attention_mask", None), left.pop("streamer", None)
+    processors = left.pop("logits_processor", None) or ()
     if not _is_batch(ids) or any(processor is not require_finite for processor in processors):
         return None
-    settings = _settings(model.generation_config, config, rest)
+    settings = _settings(model.generation_config, config, left)
     if settings is None:
         return None
     stops, pad = _stops(settings)
     prompts = _prompts(ids, mask, pad if settings["pad_token_id"] is not None else None, stops)
-    room = _room(settings, ids.shape[1], rest)
+    room = _room(settings, ids.shape[1], left)
     sampling = _sampling(settings)
     if prompts is None or room is None or sampling is None:
         return None
@@ -199,26 +201,26 @@ def _is_batch(ids: Any) -> bool:
     return 0 < len(ids) <= MOST_ROWS and ids.shape[1] > 0
 
 
-def _settings(models: Any, config: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _settings(models: Any, config: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Every setting of the generation, None if one is not known here."""
     usual: dict[str, Any] = getattr(models, "_get_default_generation_params", dict)()
     settings: dict[str, Any] = dict.fromkeys(READ) | usual
     for source in (models, config):
         values = source.to_dict() if source is not None else {}
         settings |= {key: value for key, value in values.items() if value is not None}
-    settings |= given
+    settings |= options
     for key, value in settings.items():
         if key not in READ | WITHOUT_EFFECT and value is not None and value != usual.get(key):
             return None
     return settings if settings.get("use_cache", True) else None
 
 
-def _room(settings: Mapping[str, Any], length: int, given: Mapping[str, Any]) -> int | None:
+def _room(settings: Mapping[str, Any], length: int, options: Mapping[str, Any]) -> int | None:
     """New tokens at most, None if nobody said."""
     if settings["max_new_tokens"] is not None:
         room = settings["max_new_tokens"]
-    elif given.get("max_length") is not None:
-        room = given["max_length"] - length
+    elif options.get("max_length") is not None:
+        room = options["max_length"] - length
     else:
         return None
     return room if isinstance(room, int) and room > 0 else None

@@ -44,7 +44,7 @@ class RuntimeLinear(nn.Module):
 
     @property
     def path(self) -> str:
-        """What runs, in words."""
+        """The operator that runs, in words for people."""
         raise NotImplementedError
 
     @property
@@ -67,7 +67,7 @@ class DenseLinear(RuntimeLinear):
 
     @property
     def path(self) -> str:
-        """What runs, in words."""
+        """The operator that runs, in words for people."""
         name = str(self.weight.dtype).removeprefix("torch.")
         return f"torch linear in {name}" + ("" if self.stored in ("bf16", "f16", "f32") else ", dequantized at load")
 
@@ -92,7 +92,7 @@ class QuantLinear(RuntimeLinear):
 
     @property
     def path(self) -> str:
-        """What runs, in words."""
+        """The operator that runs, in words for people."""
         if jit.path("wq_mm", self.qweight.device) == "triton":
             way = f"Triton kernel up to {MAX_ROWS} rows, above dequantize and multiply"
         else:
@@ -138,7 +138,7 @@ class QuantLinear(RuntimeLinear):
 
 
 class CpuQuantLinear(RuntimeLinear):
-    """The same for torch's int4 product on the CPU."""
+    """A linear of 4 or 8 bits in the layout of torch's int4 product on the CPU."""
 
     def __init__(self, weight: Integers, bias: Tensor | None, stored: str) -> None:
         super().__init__((weight.codes.shape[0], weight.codes.shape[1]), bias, stored)
@@ -153,7 +153,7 @@ class CpuQuantLinear(RuntimeLinear):
 
     @property
     def path(self) -> str:
-        """What runs, in words."""
+        """The operator that runs, in words for people."""
         product = "torch's int4 product" if self.bits == 4 else "torch's int4 product, twice,"
         way = f"{product} up to {cpu_int4.MAX_ROWS[self.bits]} rows, above dequantize and multiply"
         return way + ("" if self.order is None else ", inputs reordered")
@@ -201,7 +201,7 @@ class FusedSlice(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """Which rows of the whole these are."""
+        """The rows of the fused linear that these are, in words for people."""
         return f"part {self.index + 1} of {len(self.sizes)}: {self.sizes[self.index]} outputs"
 
 

@@ -51,13 +51,13 @@ def load(
         UsageError: another dtype.
         EnvironmentMissingError: the device is not there.
     """
-    place = devices.named(device, "device")
+    where = devices.named(device, "device")
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype, raw)
-    with ThreadPoolExecutor(_readers(place)) as pool:
+    with ThreadPoolExecutor(_readers(where)) as pool:
         try:
-            return cast("PreTrainedModel", _assembled(source, raw, Loader(source, place, number), pool))
+            return cast("PreTrainedModel", _assembled(source, raw, Loader(source, where, number), pool))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -65,12 +65,12 @@ def load(
 def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: Executor) -> Any:
     """The model, of parts that are read and repacked in `pool` while transformers is imported."""
     config, family = source.config, source.family
-    ends = pool.submit(_ends, loader)
+    outside = pool.submit(_embedding_and_head, loader)
     blocks = [pool.submit(_block, source, layer, loader) for layer in range(config.layers)]
     model = skeleton(family, config, raw, loader.dtype, loader.device)
     for layer, block in enumerate(blocks):
         _fill(model, source, layer, *block.result())
-    for name, module in zip((family.embedding, family.head), ends.result(), strict=True):
+    for name, module in zip((family.embedding, family.head), outside.result(), strict=True):
         _place(model, name.removesuffix(".weight"), module)
     _give(model, family.final_norm, loader.vector(family.final_norm))
     model.generation_config = _generation(source, raw)
@@ -83,7 +83,7 @@ def _readers(device: torch.device) -> int:
     return min(READERS, os.cpu_count() or 1) if devices.threads_help(device) else 1
 
 
-def _ends(loader: Loader) -> tuple[nn.Module, nn.Module]:
+def _embedding_and_head(loader: Loader) -> tuple[nn.Module, nn.Module]:
     embedding = loader.embedding()
     return embedding, loader.head(embedding)
 
@@ -127,8 +127,8 @@ def _fill(
 
 
 def _open(path: str | Path) -> WeightSource:
-    place = Path(path)
-    return open_weights(place) if place.exists() else Checkpoint.open(path)
+    local = Path(path)
+    return open_weights(local) if local.exists() else Checkpoint.open(path)
 
 
 def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
@@ -152,8 +152,8 @@ def _generation(source: WeightSource, raw: dict[str, Any]) -> GenerationConfig:
         names = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
         ids = {key: value(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
         sampling = {key: value(f"general.sampling.{name}") for key, name in SAMPLING.items()}
-        given = {key: value for key, value in (ids | sampling).items() if value is not None}
-        return GenerationConfig(**given, do_sample=any(name in given for name in SAMPLING))
+        stated = {key: value for key, value in (ids | sampling).items() if value is not None}
+        return GenerationConfig(**stated, do_sample=any(name in stated for name in SAMPLING))
     folder = source.path  # type: ignore[attr-defined] # every source of a folder has it
     if (folder / "generation_config.json").is_file():
         return GenerationConfig(**read_json(folder / "generation_config.json"))

@@ -72,7 +72,7 @@ class Loader:
         self.biases = set(source.family.shapes(source.config))
 
     def vector(self, name: str) -> Tensor:
-        """A norm or a bias."""
+        """A norm or a bias, in the dtype of the activations."""
         return self.source.tensor(name).to(device=self.device, dtype=self.dtype)
 
     def matrix(self, name: str, rows: int, columns: int) -> Tensor:
@@ -91,7 +91,7 @@ class Loader:
         return integers if integers is not None and _fits(integers) else None
 
     def stored_as(self, names: Sequence[str]) -> str:
-        """For people: what the file holds."""
+        """What the file holds of some tensors, in words for people."""
         if self.artifact is None:
             assert isinstance(self.source, Checkpoint)
             return self.source.dtype.lower()
@@ -164,7 +164,9 @@ def linears(
     }
 
 
-def ends(source: WeightSource, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RuntimeLinear]:
+def embedding_and_head(
+    source: WeightSource, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, RuntimeLinear]:
     """The token embedding and the output head."""
     loader = Loader(source, device, dtype)
     embedding = loader.embedding()

@@ -69,7 +69,7 @@ class FamilyModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that holds the weights."""
         return self._module(self.family.final_norm).weight.device
 
     def _module(self, name: str) -> Any:

@@ -82,7 +82,7 @@ def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype)
                 vectors={v.name: loader.vector(prefix + v.name) for stage in family.stages for v in stage.vectors},
             )
         )
-    embedding, head = parts.ends(source, device, dtype)
+    embedding, head = parts.embedding_and_head(source, device, dtype)
     return ModelWeights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
 
 
@@ -121,13 +121,13 @@ class Stepper:
         """Memory of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def _forward(self, ids: Tensor, rows: Tensor, places: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Normed hidden states [M, hidden] of tokens at `places` of `rows`; `mix(layer, q)` is the attention."""
+    def _forward(self, ids: Tensor, rows: Tensor, positions: Tensor, mix: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Normed hidden states [M, hidden] of tokens at `positions` of `rows`; `mix(layer, q)` is the attention."""
         forward, epsilon = self.weights.family.forward, self.config.epsilon
         x = Sum(self.weights.embedding(ids))
         for index, layer in enumerate(self.weights.layers):
             cache = {"keys": self.keys[index], "values": self.values[index]}
-            turn = partial(rotate, table=self.table, rows=rows, places=places, **cache)
+            turn = partial(rotate, table=self.table, rows=rows, positions=positions, **cache)
             x = through(forward(Fused(layer, epsilon, turn, partial(mix, index)), x))
         return add_norm(x.x, x.y, self.weights.final_norm, epsilon)[1]
 
@@ -144,7 +144,7 @@ class Stepper:
         """
         chosen = range(self.batch) if rows is None else rows
         spans = [(row, len(part), start) for row, part, start in zip(chosen, parts, starts, strict=True)]
-        places = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
+        positions = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
         owners = torch.cat([self.rows[row : row + 1].expand(count) for row, count, _ in spans])
 
         def mix(layer: int, query: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ class Stepper:
                 mixed[here] = self._attend_part(layer, row, query[here], start)
             return mixed
 
-        hidden = self._forward(torch.cat(list(parts)), owners, places, mix)
-        last, ends = -1, []
+        hidden = self._forward(torch.cat(list(parts)), owners, positions, mix)
+        last, lasts = -1, []
         for row, count, start in spans:
             self.position[row].fill_(start + count)
             last += count
-            ends.append(hidden[last : last + 1])
-        return self.weights.head(torch.cat(ends))
+            lasts.append(hidden[last : last + 1])
+        return self.weights.head(torch.cat(lasts))
 
     def _attend_part(self, layer: int, row: int, query: Tensor, start: int) -> Tensor:
         """[T, heads * d] of the query [T, heads * d] of tokens from `start` on, each over itself and what stands before it."""
@@ -204,14 +204,14 @@ class Stepper:
         self.token.fill_(token)
 
     def grown(self, capacity: int) -> Stepper:
-        """The same with more places in the cache; tokens and positions are the same tensors."""
+        """A stepper with more places in the cache; tokens and positions are the same tensors."""
         twin = Stepper(self.config, self.weights, capacity, self.device, self.keys.dtype, self.batch)
         twin.keys[..., : self.capacity, :], twin.values[..., : self.capacity, :] = self.keys, self.values
         twin.position, twin.token, twin.rows = self.position, self.token, self.rows
         return twin
 
     def with_copied_weights(self) -> Stepper:
-        """The same with weights of its own, so that caches that hold the others' do not help."""
+        """A stepper with weights of its own, so that caches that hold the others' do not help."""
         twin = copy.copy(self)
         embedding = self.weights.embedding
         copied = copy.deepcopy(self.weights, {id(embedding): embedding})

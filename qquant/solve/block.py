@@ -17,7 +17,7 @@ from qquant.formats import FORMATS
 from qquant.solve.curvature import BlockCurvature
 from qquant.solve.solver import Rows, rounding_of
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import narrow
+from qquant.source.padding import without_padding
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class View:
 
     def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
         """The block with its own weights, or with others."""
-        source = narrow(self.checkpoint)
+        source = without_padding(self.checkpoint)
         return Block(source.family, source.config, weights or self.weights, self.dtype)
 
     def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
@@ -49,7 +49,7 @@ class View:
 
     def grams(self, device: torch.device) -> dict[str, Gram]:
         """Empty accumulators, by stage."""
-        inputs = self.checkpoint.family.inputs(narrow(self.checkpoint).config, self.layer)
+        inputs = self.checkpoint.family.inputs(without_padding(self.checkpoint).config, self.layer)
         return {stage: Gram.zeros(columns, device) for stage, columns in inputs.items()}
 
     def rows(self, transformed: Transformed) -> Rows:
@@ -72,10 +72,10 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
         assert grid is not None
         return grid
 
-    given = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
+    arguments = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
     if not spec.feedback:
-        return awq(*given)
+        return awq(*arguments)
     try:
-        return awq(*given, rounding_of(spec.damping))
+        return awq(*arguments, rounding_of(spec.damping))
     except NotPositiveDefiniteError:  # what is written will be rounded too
-        return awq(*given)
+        return awq(*arguments)

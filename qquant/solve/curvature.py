@@ -108,7 +108,7 @@ class Curvature:
     """The measured factors of a whole model, in `folder`, for some of the calibration samples."""
 
     folder: Path
-    lengths: Mapping[int, int]  # tokens of every measured sample, by its place among all
+    lengths: Mapping[int, int]  # tokens of every measured sample, by its index among all
 
     def block(self, layer: int, device: torch.device) -> BlockCurvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
@@ -173,14 +173,14 @@ def measure(
     progress: Progress,
     blocks: Layers | None = None,
 ) -> Curvature:
-    """Measure the factors on `samples` (int token ids [T], by place) into `folder`, or take them from there if they are complete.
+    """Measure the factors on `samples` (int token ids [T], by index) into `folder`, or take them from there if they are complete.
 
     `blocks`: the decoder blocks of `source`, where another pass wants them too. `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
 
     Raises:
         NumericalError: a gradient is not finite.
     """
-    curvature = Curvature(folder, {place: len(sample) for place, sample in samples.items()})
+    curvature = Curvature(folder, {index: len(sample) for index, sample in samples.items()})
     layers = source.config.layers
     if _complete(folder, layers):
         return curvature
@@ -206,15 +206,15 @@ def measure(
     gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of))
     del stream, hidden
     digests: dict[str, str] = {}
-    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as later:
+    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as submit:
         for layer in reversed(range(layers)):
-            given = inputs.take(layer, device)
+            inputs_of_block = inputs.take(layer, device)
             block = _Watched(source.family, source.config, next(back), dtype)
-            gradients, factors = _backward(block, layer, given, gradients)
-            later(partial(_write, folder, str(layer), factors, digests))
+            gradients, factors = _backward(block, layer, inputs_of_block, gradients)
+            submit(partial(_write, folder, str(layer), factors, digests))
             del factors
             tell(layers + head + BACKWARD * (layers - layer))
-        later(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
+        submit(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
     write_synced(folder / "complete", json.dumps(digests).encode())
     return curvature
 
@@ -269,11 +269,11 @@ class _Inputs:
     """The inputs [T, hidden] of every block, until the way back asks for them."""
 
     folder: Path
-    place: Place
+    kept_on: Place
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # without data where that is in a file
 
     def keep(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        match self.place:
+        match self.kept_on:
             case "device":
                 self.kept[layer] = list(hidden)
             case "host":
@@ -288,9 +288,9 @@ class _Inputs:
                 sync(self._path(layer))
 
     def take(self, layer: int, device: torch.device) -> list[Tensor]:
-        """Of block `layer`, which are forgotten here."""
+        """The inputs of block `layer`, which are forgotten here."""
         kept = self.kept.pop(layer)
-        if self.place == "files":
+        if self.kept_on == "files":
             size = sum(x.nbytes for x in kept)
             data = read_tensor(TensorInfo("input", "U8", (size,), self._path(layer), 0, size))
             self._path(layer).unlink()

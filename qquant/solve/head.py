@@ -37,7 +37,7 @@ class HeadInput:
 
     @classmethod
     def zeros(cls, source: Checkpoint, device: torch.device) -> HeadInput:
-        """Nothing seen yet."""
+        """Sums over no tokens yet."""
         config = source.config
         return cls(torch.zeros(config.hidden, config.hidden, device=device), torch.zeros(config.vocab))
 
@@ -52,7 +52,7 @@ class HeadInput:
 
 @dataclass(frozen=True)
 class Drawn:
-    """For T tokens: the gradient at the head's input, and what was drawn."""
+    """What a draw gives for T tokens: the gradient at the head's input, and the words that were drawn."""
 
     gradient: Tensor  # [T, hidden]
     words: Tensor  # int64 [T, 2]
@@ -116,11 +116,11 @@ class Head:
             fade = (before - top).exp()
             total = total * fade + sums[:, -1:]
             squares = squares * fade.double().square() + strips.square().sum((1, 2)).double().unsqueeze(1)
-            for place, chance in enumerate(chances[:, index].split(1, dim=1)):
+            for number, chance in enumerate(chances[:, index].split(1, dim=1)):
                 drawn_rows = _drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)
                 here = chance * total < sums[:, -1:]
-                drawn[place] = torch.where(here, rows[drawn_rows], drawn[place])
-                words[:, place] = torch.where(here[:, 0], part[0] + drawn_rows, words[:, place])
+                drawn[number] = torch.where(here, rows[drawn_rows], drawn[number])
+                words[:, number] = torch.where(here[:, 0], part[0] + drawn_rows, words[:, number])
         spread = (1 - squares / total.square()).clamp_(min=0).float()[:, 0]
         return Drawn((drawn[0] - drawn[1]) * 0.5**0.5, words, spread)
 
@@ -135,7 +135,7 @@ def _mass(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(strips: Tensor, sums: Tensor, level: Tensor) -> Tensor:
-    """Where the running sum of `_mass` exceeds level [T, 1], int64 [T]."""
+    """The word at which the running sum of `_mass` exceeds level [T, 1], int64 [T]."""
     strip = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)
     inside = strips.gather(1, strip.unsqueeze(2).expand(-1, -1, STRIP))[:, 0].double().cumsum(1)
     behind = level - sums.gather(1, strip) + inside[:, -1:]

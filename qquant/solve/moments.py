@@ -4,7 +4,7 @@
                                             sha256 of the rest | safetensors
 
 They become the importance matrix that a build leaves in DIR/calibration for other tools. A block's file is written before any
-artifact's block is journalled, so an interrupted build finds them again.
+artifact's block is journalled, so an interrupted build finds them again. Of several ranks the first keeps them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,33 @@ from qquant.algorithms.gram import Gram
 from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import InputError
 from qquant.formats.gguf.imatrix import Imatrix, mended
+from qquant.ranks import ALONE, Ranks
 from qquant.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments by block; `given` is an importance matrix of the user's, used instead of the measured one."""
+    """Second moments by block; `imatrix` is an importance matrix of the user's, used instead of the measured one.
+
+    `folder` is where `ranks`, who walk the same blocks, keep what they measure.
+    """
 
     folder: Path
-    given: Imatrix | None = None
+    imatrix: Imatrix | None = None
+    ranks: Ranks = ALONE
 
     def path(self, layer: int) -> Path:
         """The file of block `layer`."""
         return self.folder / f"block-{layer}"
 
+    def lacks(self, layer: int) -> bool:
+        """Whether this rank should measure a block's."""
+        return self.ranks.first and self.load(layer) is None
+
     def save(self, layer: int, grams: Mapping[str, Gram]) -> None:
-        """Keep the sums of squares of a block's stage inputs."""
+        """Keep the sums of squares of a block's stage inputs, on the first rank."""
+        if not self.ranks.first:
+            return
         make_folder(self.folder)
         tensors = {stage: mended(gram.squares.cpu()).contiguous() for stage, gram in grams.items()}
         tokens = torch.tensor(next(iter(grams.values())).tokens)
@@ -52,10 +63,10 @@ class Moments:
 
     def importance(self, name: str, gram: Gram) -> torch.Tensor:
         """The importance of each input of a linear (GGUF name): the given one, else the measured one."""
-        given = self.given.importance(name) if self.given else None
-        if given is None:  # as readers of the exported matrix will compute it
-            given = mended(gram.squares.cpu()) / max(1, gram.tokens)
-        return given.to(gram.matrix)
+        stated = self.imatrix.importance(name) if self.imatrix else None
+        if stated is None:  # as readers of the exported matrix will compute it
+            stated = mended(gram.squares.cpu()) / max(1, gram.tokens)
+        return stated.to(gram.matrix)
 
     def collect(self, checkpoint: Checkpoint, dataset: str) -> Imatrix | None:
         """The importance matrix of the whole model; None if a block was not measured (everything was built before).
@@ -76,13 +87,13 @@ class Moments:
         return Imatrix(sums, counts, dataset)
 
 
-def require_fit(given: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
-    """Raise InputError unless `given` has an entry of the right width for every linear of the checkpoint."""
+def require_fit(imatrix: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
+    """Raise InputError unless `imatrix` has an entry of the right width for every linear of the checkpoint."""
     family = checkpoint.family
     for layer in range(checkpoint.config.layers):
         for linear, (_, columns) in family.linear_shapes(checkpoint.config, layer).items():
             name = family.gguf_name(f"{family.block.format(layer)}{linear}.weight")
-            importance = given.importance(name)
+            importance = imatrix.importance(name)
             if importance is None or len(importance) != columns:
                 has = "no entry" if importance is None else f"{len(importance)} values"
                 raise InputError(f"{path}: {has} for {name}, which has {columns} inputs; was it made from this model?")

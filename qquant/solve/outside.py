@@ -28,7 +28,7 @@ from qquant.algorithms.checksum import Checksum
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, solve
-from qquant.artifact.draft import Draft, Filling
+from qquant.artifact.draft import Draft, UnitWriter
 from qquant.errors import QQuantError, StoppedError
 from qquant.families.decoder import HEAD_ROWS
 from qquant.formats import FORMATS
@@ -37,7 +37,7 @@ from qquant.report.solved import LinearRecord
 from qquant.solve.curvature import Tables
 from qquant.source.checkpoint import Checkpoint
 
-REST = "rest"  # the unit of what is not solved
+UNSOLVED = "rest"  # the unit of what is not solved
 PHASE = "embedding and head"
 ROWS = 4096  # of a table that are solved at a time
 SLACK = 1.0  # times that every word counts as seen besides those that it was
@@ -54,7 +54,7 @@ def solved_tables(checkpoint: Checkpoint, draft: Draft) -> dict[str, Grid]:
     return {name: grid for name, grid in grids.items() if grid is not None}
 
 
-def write_rests(
+def write_unsolved(
     checkpoint: Checkpoint, drafts: Sequence[Draft], solved: bool, device: torch.device, stop: Event
 ) -> None:
     """Write what no solver takes of every draft that does not have it; with `solved` they are not asked for tables that one does.
@@ -63,23 +63,23 @@ def write_rests(
         StoppedError: `stop` was set meanwhile.
     """
     for draft in drafts:
-        if REST not in draft.units:
-            filling = Filling(draft, REST)
-            for name, offset, piece in _rest(checkpoint, draft, solved, device, stop):
-                draft.later(partial(filling.put, name, offset, piece.cpu()))
-            draft.later(partial(filling.close, []))
+        if UNSOLVED not in draft.units:
+            writer = UnitWriter(draft, UNSOLVED)
+            for name, offset, piece in _unsolved(checkpoint, draft, solved, device, stop):
+                draft.submit(partial(writer.put, name, offset, piece.cpu()))
+            draft.submit(partial(writer.close, []))
 
 
-def _rest(
+def _unsolved(
     checkpoint: Checkpoint, draft: Draft, solved: bool, device: torch.device, stop: Event
 ) -> Iterator[tuple[str, int, Tensor]]:
     """The tensors outside the blocks that are not solved, in slices of rows."""
     family, config = checkpoint.family, checkpoint.config
-    left = solved_tables(checkpoint, draft) if solved else {}
+    solved_names = solved_tables(checkpoint, draft) if solved else {}
     names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
     store = FORMATS[draft.plan.format].store
     for name in names:
-        if name in left:
+        if name in solved_names:
             continue
         offset = 0
         rows = checkpoint.tensors[name].shape[0]
@@ -171,7 +171,7 @@ class _Table:
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.filling = Filling(self.draft, self.name)
+        self.writer = UnitWriter(self.draft, self.name)
         self.format = FORMATS[self.draft.plan.format]
 
     def solve(self, rows: slice, kinds: Sequence[Kind], device: torch.device) -> None:
@@ -195,7 +195,7 @@ class _Table:
         self.checksum.add(values)
         for name, whole in stored.items():
             offset = self.offsets.get(name, 0)
-            self.draft.later(partial(self.filling.put, name, offset, whole.cpu()))
+            self.draft.submit(partial(self.writer.put, name, offset, whole.cpu()))
             self.offsets[name] = offset + whole.nbytes
 
     def _note(self, problem: Problem, solution: Solution) -> None:
@@ -225,4 +225,4 @@ class _Table:
             damping_asked=self.draft.plan.spec.damping,
         )
         seconds = {self.name: round(time.perf_counter() - self.began, 4)}
-        self.draft.later(partial(self.filling.close, [record], seconds))
+        self.draft.submit(partial(self.writer.close, [record], seconds))

@@ -40,7 +40,7 @@ RIDGE = 0.2  # of the mean of diag(H~)
 class Inputs(NamedTuple):
     """What a sample brings to a stage: without quantization, and with it."""
 
-    place: int  # of the sample
+    sample: int  # its index
     exact: StageInput[Tensor]
     own: StageInput[Tensor]
 
@@ -58,12 +58,12 @@ def own_block(
     `overflowed`: samples that went through the 16-bit block in float32.
     """
     draft, moments = target
-    for wide in (view, replace(view, dtype=torch.float32)):
+    for attempt in (view, replace(view, dtype=torch.float32)):
         try:
             solver = Solver(view.checkpoint, draft, view.layer, moments, alone=True)
-            _propagated(wide, grams, before, stream, solver, overflowed)
+            _propagated(attempt, grams, before, stream, solver, overflowed)
         except NotFiniteError as failure:
-            if wide.dtype == torch.float32:
+            if attempt.dtype == torch.float32:
                 raise NumericalError(
                     f"block {view.layer} of {draft.plan.name}: activations are not finite in float32 either: {failure}"
                 ) from None
@@ -81,7 +81,7 @@ def _propagated(
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized.
 
-    `before`: the input of the 16-bit block, by the place of the samples that `stream` runs on.
+    `before`: the input of the 16-bit block, by the index of the samples that `stream` runs on.
     """
     layer, family = view.layer, view.checkpoint.family
     if unit(layer) in solver.draft.units:
@@ -94,8 +94,8 @@ def _propagated(
     own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
     passes = {
-        place: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
-        for (place, x), y in zip(before.items(), stream.hidden, strict=True)
+        sample: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
+        for (sample, x), y in zip(before.items(), stream.hidden, strict=True)
     }
     for stage in family.stages:
         gram, targets = _targets(view, stage, transformed.weights, _inputs(passes, last=stage is family.last))
@@ -105,7 +105,7 @@ def _propagated(
     hidden = [next(sample).x.to(kept) for (sample,) in passes.values()]
     if not all(finite(y) for y in hidden):
         raise NotFiniteError(f"its output is not finite in {kept}")
-    if stream.relief >= STATES:
+    if stream.pressure >= STATES:
         hidden = [y.cpu() for y in hidden]
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
     stream.hidden = hidden
@@ -113,10 +113,10 @@ def _propagated(
 
 def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
     """The next stage's inputs of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
-    for place, both in passes.items():
+    for sample, both in passes.items():
         own = both[-1]
         # Closing is not enough: Python up to 3.12.3 keeps what a closed generator held.
-        yield Inputs(place, next(both.pop(0) if last else both[0]), next(own))
+        yield Inputs(sample, next(both.pop(0) if last else both[0]), next(own))
 
 
 def _targets(
@@ -128,12 +128,13 @@ def _targets(
     """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
     columns = next(iter(targets.values())).shape[1]
-    gram, cross, missing = _drift(view, stage.name, columns, inputs)
+    gram, cross, residuals = _drift(view, stage.name, columns, inputs)
     with tensor_cores():
         lacking = {
-            name: weight @ cross if missing is None else weight @ cross + missing for name, weight in targets.items()
+            name: weight @ cross if residuals is None else weight @ cross + residuals
+            for name, weight in targets.items()
         }
-    del cross, missing
+    del cross, residuals
     factor = _ridge(gram)
     for name, weight in targets.items():
         targets[name] = weight + SHARE * _against(lacking.pop(name), factor)
@@ -145,18 +146,18 @@ def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tu
     device = next(iter(view.weights.values())).device
     gram = Gram.zeros(columns, device)
     cross = torch.zeros_like(gram.matrix)
-    missing = None
-    for place, (_, x, r), (_, y, q) in inputs:
-        view.add(gram, stage, y, place)
-        wide = y.float()
-        weights = view.token_weights(stage, place)
-        weighted = wide if weights is None else wide * weights.unsqueeze(1)
+    residuals = None
+    for sample, (_, x, r), (_, y, q) in inputs:
+        view.add(gram, stage, y, sample)
+        own_input = y.float()
+        weights = view.token_weights(stage, sample)
+        weighted = own_input if weights is None else own_input * weights.unsqueeze(1)
         with tensor_cores():
-            cross.addmm_((x.float() - wide).T, weighted)
+            cross.addmm_((x.float() - own_input).T, weighted)
             if r is not None and q is not None:
-                missing = torch.zeros(r.shape[1], columns, device=device) if missing is None else missing
-                missing.addmm_((r.float() - q.float()).T, weighted)
-    return gram, cross, missing
+                residuals = torch.zeros(r.shape[1], columns, device=device) if residuals is None else residuals
+                residuals.addmm_((r.float() - q.float()).T, weighted)
+    return gram, cross, residuals
 
 
 def _ridge(gram: Gram) -> Tensor:

@@ -29,7 +29,7 @@ from qquant.formats import FORMATS
 from qquant.report.solved import BlockRecord, LinearRecord, ScaleChoice, Solved
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import narrow, widened, widened_codes, widens
+from qquant.source.padding import pads_codes, without_padding, zero_padded, zero_padded_codes
 
 Rows = Mapping[str, Sequence[Tensor]]  # linear -> curvature of its rows in turn; empty: not known
 
@@ -89,16 +89,16 @@ def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor] |
 
 def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The curvature of a linear's rows, and zeros for rows of padding."""
-    missing = rows - sum(len(part) for part in parts)
-    return [*parts, parts[0].new_zeros(missing, missing)] if missing else list(parts)
+    short = rows - sum(len(part) for part in parts)
+    return [*parts, parts[0].new_zeros(short, short)] if short else list(parts)
 
 
-def _widened_gram(gram: Gram, columns: int) -> Gram:
+def _padded_gram(gram: Gram, columns: int) -> Gram:
     """The statistics with channels that were always zero."""
-    matrix = widened(gram.matrix, (columns, columns))
+    matrix = zero_padded(gram.matrix, (columns, columns))
     if matrix is gram.matrix:
         return gram
-    absolute, squares = widened(gram.absolute, (columns,)), widened(gram.squares, (columns,))
+    absolute, squares = zero_padded(gram.absolute, (columns,)), zero_padded(gram.squares, (columns,))
     return Gram(matrix, absolute, squares, gram.tokens, gram.largest)
 
 
@@ -148,8 +148,8 @@ class Solver:
         for linear, weight in linears.items():
             importance = self.moments.importance(self.checkpoint.family.gguf_name(self._name(linear)), gram)
             shape = self.shapes[linear]
-            wide = widened(weight, shape), widened(importance, shape[1:])
-            stored = self.format.store(self.draft.plan, self._name(linear), *wide)
+            padded = zero_padded(weight, shape), zero_padded(importance, shape[1:])
+            stored = self.format.store(self.draft.plan, self._name(linear), *padded)
             values[linear] = self._keep(linear, stored)
             # By the sums of squares: a Gram matrix is weighted only where another artifact is solved beside this one.
             energy = float((weight.square() @ gram.squares).sum()) or 1.0
@@ -159,15 +159,15 @@ class Solver:
 
     def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, Tensor]:
         """Solve linears of one grid as one stacked matrix, and pack what was found."""
-        if not widens(grid, len(gram.absolute)):
-            linears = {linear: widened(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
-            gram = _widened_gram(gram, max(self.shapes[linear][1] for linear in linears))
+        if not pads_codes(grid, len(gram.absolute)):
+            linears = {linear: zero_padded(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
+            gram = _padded_gram(gram, max(self.shapes[linear][1] for linear in linears))
         spec = self.draft.plan.spec
         problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone)
         solution = solve(problem, spec.steps)
         values = {}
         for linear, quantized in solution.quantized(problem).items():
-            chosen = widened_codes(quantized, self.shapes[linear])
+            chosen = zero_padded_codes(quantized, self.shapes[linear])
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
             if not torch.equal(value, chosen.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
@@ -195,16 +195,18 @@ class Solver:
     def stored(self) -> dict[str, Tensor]:
         """The tensors of this block as an earlier run wrote them, float32."""
         source = drafted(self.draft)
-        shapes = self.checkpoint.family.block_shapes(narrow(self.checkpoint).config, self.layer)
+        shapes = self.checkpoint.family.block_shapes(without_padding(self.checkpoint).config, self.layer)
         return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
 
-    def finish(self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), wide: Collection[int] = ()) -> None:
+    def finish(
+        self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), overflowed: Collection[int] = ()
+    ) -> None:
         """Have the draft write the block: solved linears, and the norms and biases of `weights`, all of them on the host.
 
-        Into the record go `choices` of a transform, and how many samples were computed in float32 (`wide`).
+        Into the record go `choices` of a transform, and how many samples were computed in float32 (`overflowed`).
         """
-        if wide:
-            self.record.append(BlockRecord(self.prefix.rstrip("."), len(wide)))
+        if overflowed:
+            self.record.append(BlockRecord(self.prefix.rstrip("."), len(overflowed)))
         self.record += [BlockRecord(self.prefix + one.stage, awq=ScaleChoice(**vars(one))) for one in choices]
         self.seconds[self.prefix.rstrip(".")] = round(time.perf_counter() - self.began, 4)
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
@@ -212,4 +214,4 @@ class Solver:
             if name not in linears:
                 self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
         pieces = [(name, 0, value) for name, value in self.tensors.items()]
-        self.draft.later(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))
+        self.draft.submit(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))

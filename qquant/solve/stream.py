@@ -26,7 +26,7 @@ from torch import Tensor
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import finite
 from qquant.devices import free_memory, policy
-from qquant.errors import EnvironmentMissingError, NumericalError
+from qquant.errors import NumericalError, ShortMemoryError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
 
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 Add = Callable[[Gram, str, Tensor, int], None]  # (Gram of a stage, stage, its input, sample)
 
 
-def plainly(gram: Gram, stage: str, x: Tensor, index: int) -> None:
+def add_unweighted(gram: Gram, stage: str, x: Tensor, index: int) -> None:
     """Every token counts alike."""
     del stage, index
     gram.add(x)
@@ -55,8 +55,8 @@ class Stream:
 
     hidden: list[Tensor]
     device: torch.device
-    relief: int = 0  # what has given way
-    wide: set[int] = field(default_factory=set)  # samples that went through the last block in float32
+    pressure: int = 0  # what has given way
+    overflowed: set[int] = field(default_factory=set)  # samples that went through the last block in float32
 
     @classmethod
     def start(cls, source: WeightSource, samples: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Stream:
@@ -64,18 +64,18 @@ class Stream:
         rows = embed(source, torch.cat(list(samples)), dtype).split([len(sample) for sample in samples])
         return cls([piece.clone().to(device) for piece in rows], device)
 
-    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram], add: Add = plainly) -> None:
+    def advance(self, layer: int, block: Block, grams: Mapping[str, Gram], add: Add = add_unweighted) -> None:
         """Run every sample through `block`, adding stage inputs to `grams` (may be empty) by `add`.
 
         Raises:
             NumericalError: activations are not finite in float32 either.
-            EnvironmentMissingError: there is not enough memory for one sample.
+            ShortMemoryError: there is not enough memory for one sample.
         """
-        self.wide = set()
-        if not self._unwatched(block, grams, add):
+        self.overflowed = set()
+        if not self._unchecked(block, grams, add):
             for index in range(len(self.hidden)):
                 observe = self._observer(grams, index, add) if grams else None
-                self.hidden[index] = self.spare(layer, partial(self._through, layer, block, index, observe))
+                self.hidden[index] = self.with_less_memory(layer, partial(self._through, layer, block, index, observe))
         for stage, gram in grams.items():
             gram.move(self.device)
             if not finite(gram.matrix):
@@ -84,12 +84,12 @@ class Stream:
                     "see the checkpoint's weights"
                 )
 
-    def _unwatched(self, block: Block, grams: Mapping[str, Gram], add: Add) -> bool:
+    def _unchecked(self, block: Block, grams: Mapping[str, Gram], add: Add) -> bool:
         """All samples through `block` without a look at any number, for which a GPU would have to wait for the host.
 
         False where this gains nothing, memory is short or something was not finite; nothing has changed then.
         """
-        if not policy(self.device).waits or self.relief or any(gram.tokens for gram in grams.values()):
+        if not policy(self.device).waits or self.pressure or any(gram.tokens for gram in grams.values()):
             return False
         if sum(x.nbytes for x in self.hidden) > SPARE * free_memory(self.device):
             return False
@@ -117,22 +117,22 @@ class Stream:
 
     def _through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
         x = self.hidden[index].to(self.device)
-        for widen in (False, True):
-            way = block.widened() if widen else block
+        for in_float32 in (False, True):
+            attempt = block.in_float32() if in_float32 else block
             try:
-                y = way.forward(x.to(way.dtype), observe).to(x.dtype)
+                y = attempt.forward(x.to(attempt.dtype), observe).to(x.dtype)
                 if not finite(y):
                     raise NotFiniteError(f"its output is not finite in {x.dtype}")
             except NotFiniteError as failure:
-                if way.dtype == torch.float32:
+                if attempt.dtype == torch.float32:
                     raise NumericalError(
                         f"block {layer}: activations of sample {index} are not finite in float32 either: {failure}; "
                         "see the checkpoint's weights"
                     ) from None
-                self.wide.add(index)
+                self.overflowed.add(index)
             else:
                 break
-        return y.cpu() if self.relief >= STATES else y
+        return y.cpu() if self.pressure >= STATES else y
 
     def _observer(self, grams: Mapping[str, Gram], index: int, add: Add) -> Observer:
         seen: set[str] = set()
@@ -143,12 +143,12 @@ class Stream:
             grams[stage].move(self.device)
             add(grams[stage], stage, value, index)
             seen.add(stage)
-            if self.relief >= GRAMS:
+            if self.pressure >= GRAMS:
                 grams[stage].move("cpu")
 
         return observe
 
-    def spare(self, layer: int, work: Callable[[], Result]) -> Result:
+    def with_less_memory(self, layer: int, work: Callable[[], Result]) -> Result:
         """`work()`, again with less in memory where an allocation fails; it must give the same when it is called again."""
         while True:
             try:
@@ -156,17 +156,17 @@ class Stream:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.relief == GRAMS:
-                    raise EnvironmentMissingError(
+                if self.pressure == GRAMS:
+                    raise ShortMemoryError(
                         f"block {layer}: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}). What is finished is kept: "
                         "the same command continues where there is more, or with --device cpu"
                     ) from None
             self._relieve(layer)
 
     def _relieve(self, layer: int) -> None:
-        self.relief += 1
-        LOG.warning("block %d: out of memory, tried again with less in it (%d of %d)", layer, self.relief, GRAMS)
-        if self.relief >= STATES:
+        self.pressure += 1
+        LOG.warning("block %d: out of memory, tried again with less in it (%d of %d)", layer, self.pressure, GRAMS)
+        if self.pressure >= STATES:
             self.hidden = [x.cpu() for x in self.hidden]
         gc.collect()
         if self.device.type == "cuda":

@@ -9,6 +9,8 @@ On a GPU a thread of each artifact does the last step, one block behind. Activat
 checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
 Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
+Of several ranks each walks for the drafts that it owns; the first measures the curvature for all, and keeps the moments.
+
 With a `curvature` the tokens of a Gram matrix are weighted, codes are polished for the KL divergence of the whole model, and embedding
 and head are solved before the blocks (`outside`). Samples on which no gradient was measured count with weight 1, which is the mean of
 the measured ones.
@@ -34,12 +36,12 @@ from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
-from qquant.solve.outside import lacking, solve_tables, write_rests
+from qquant.solve.outside import lacking, solve_tables, write_unsolved
 from qquant.solve.propagate import own_block
 from qquant.solve.solver import Solver, drafted, unit
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import narrow
+from qquant.source.padding import without_padding
 
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 
@@ -62,28 +64,33 @@ def quantize(
         NumericalError: an activation is not finite.
         EnvironmentMissingError: there is not enough memory for one sample.
     """
-    source = narrow(checkpoint)
+    source = without_padding(checkpoint)
     dtype = STREAM_DTYPES[checkpoint.dtype]
     copied = [draft for draft in drafts if copies(draft, checkpoint)]
     solved = curvature_tokens > 0
-    rests = partial(write_rests, checkpoint, copied, solved, torch.device("cpu"))
+    write = partial(write_unsolved, checkpoint, copied, solved, torch.device("cpu"))
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
-    measured = all(moments.load(layer) is not None for layer in range(layers))
-    curvature, blocks = None, Layers.of(source, device)
-    with background.start_early(rests, devices.threads_help(device)) as written:
-        if solved and any(
-            draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft)) for draft in drafts
-        ):
-            chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], curvature_tokens)}
-            curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
+    unmeasured = any(moments.lacks(layer) for layer in range(layers))
+    curvature, blocks, ranks = None, Layers.of(source, device), moments.ranks
+    with background.start_early(write, devices.threads_help(device)) as written:
+        asked = [
+            draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))
+        ]
+        work = ranks.gather([bool(asked), bool(drafts)])  # of every rank
+        if solved and any(measures for measures, _ in work):
+            chosen = {
+                sample: samples[sample] for sample in spread([len(sample) for sample in samples], curvature_tokens)
+            }
+            scratch = moments.folder / "curvature"
+            curvature = ranks.after_first(lambda: measure(source, chosen, scratch, dtype, device, progress, blocks))
         written()  # two units of a draft are not journalled at once
     with _writing(drafts, device):
-        write_rests(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
+        write_unsolved(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
         if curvature is not None:
             solve_tables(checkpoint, drafts, curvature.tables(device), device, progress)
     with _writing(drafts, device):
-        if waiting or (drafts and not measured):
+        if waiting or (unmeasured and any(owns for _, owns in work)):
             _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
 
 
@@ -119,25 +126,27 @@ def _walk(
     shared = [draft for draft in waiting if not draft.plan.spec.own_stream]
     apart = [draft for draft in waiting if draft.plan.spec.own_stream]
     # 8 bits stray less from the checkpoint than activations of a 16-bit dtype are rounded: float32 then shows by how much.
-    near = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
-    close = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
-    wide = Stream.start(checkpoint, samples, torch.float32, device) if close else Stream([], device)
-    own = [(_own_stream(checkpoint, draft, start, samples), draft) for draft in near]
-    own += [(_own_stream(checkpoint, draft, wide, samples), draft) for draft in close]
+    at_dtype = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
+    at_float32 = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
+    stream32 = Stream.start(checkpoint, samples, torch.float32, device) if at_float32 else Stream([], device)
+    own = [(_own_stream(checkpoint, draft, start, samples), draft) for draft in at_dtype]
+    own += [(_own_stream(checkpoint, draft, stream32, samples), draft) for draft in at_float32]
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)
-            before = dict(enumerate(start.hidden if near else ()))
-            grams = _shared(view, start, shared, near + close, moments)
-            if not any(draft.plan.spec.transforms for draft in near + close):
+            before = dict(enumerate(start.hidden if at_dtype else ()))
+            grams = _shared(view, start, shared, at_dtype + at_float32, moments)
+            if not any(draft.plan.spec.transforms for draft in at_dtype + at_float32):
                 grams.clear()
-            exact = view, before, start.wide
-            exact_wide = replace(view, dtype=torch.float32), dict(enumerate(wide.hidden)), ()
+            reference = view, before, start.overflowed
+            reference32 = replace(view, dtype=torch.float32), dict(enumerate(stream32.hidden)), ()
             for stream, draft in own:
-                given, before, overflowed = exact_wide if draft in close else exact
-                stream.spare(layer, partial(own_block, given, grams, before, stream, (draft, moments), overflowed))
-            if close:
-                wide.advance(layer, exact_wide[0].block(), {})
+                against, before, overflowed = reference32 if draft in at_float32 else reference
+                stream.with_less_memory(
+                    layer, partial(own_block, against, grams, before, stream, (draft, moments), overflowed)
+                )
+            if at_float32:
+                stream32.advance(layer, reference32[0].block(), {})
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
@@ -149,7 +158,8 @@ def _shared(
     """Move the 16-bit stream on, solve the block for every draft that follows it; the block's statistics, if any draft needs them."""
     layer, family = view.layer, view.checkpoint.family
     todo = [draft for draft in drafts if unit(layer) not in draft.units]
-    needed = todo or moments.load(layer) is None or any(unit(layer) not in draft.units for draft in others)
+    scaled = [draft for draft in others if draft.plan.spec.transforms and unit(layer) not in draft.units]
+    needed = todo or scaled or moments.lacks(layer)
     grams = view.grams(stream.device) if needed else {}
     stream.advance(layer, view.block(), grams, view.add)
     if grams:
@@ -161,8 +171,8 @@ def _shared(
         rows = view.rows(transformed)
         for stage in family.stages:
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
-        solver.finish(transformed.weights, transformed.choices, stream.wide)
+        solver.finish(transformed.weights, transformed.choices, stream.overflowed)
 
     for draft in todo:
-        stream.spare(layer, partial(solve, draft))
+        stream.with_less_memory(layer, partial(solve, draft))
     return grams

@@ -121,7 +121,7 @@ class Checkpoint:
         return self._over_weights(self.fingerprint)
 
     def base_hash(self) -> str:
-        """The same without the adapter: what the checkpoint's own name stands for."""
+        """The content hash without the adapter: what the checkpoint's own name stands for."""
         return self._over_weights(self.base or self.fingerprint)
 
     def _over_weights(self, head: str) -> str:
@@ -211,7 +211,7 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
 
 
 def _sha256(path: Path) -> bytes:
-    """Of a file; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
+    """Hex sha256 of a file; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256")
     named = path.resolve().name

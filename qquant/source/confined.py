@@ -83,13 +83,13 @@ class _Child:
         text = json.dumps(request).encode()
         seconds = SECONDS + (len(text) + len(content)) // BYTES_A_SECOND
         text = text[:-1] + f', "seconds": {seconds}}}'.encode()
-        ends = time.monotonic() + WALL * seconds + PATIENCE
+        deadline = time.monotonic() + WALL * seconds + PATIENCE
         try:
             self._write(struct.pack("<II", len(text), len(content)) + text + content)
-            head, tail = struct.unpack("<II", self._read(8, ends))
+            head, tail = struct.unpack("<II", self._read(8, deadline))
             if head + tail > ANSWER + ANSWER_PER_BYTE * (len(text) + len(content)):
                 raise Refused(f"it answers with {head + tail:,} bytes")
-            answer, data = json.loads(self._read(head, ends)), self._read(tail, ends)
+            answer, data = json.loads(self._read(head, deadline)), self._read(tail, deadline)
         except (BrokenPipeError, EOFError):
             self.end()
             raise Refused(self._cause(seconds)) from None
@@ -108,13 +108,13 @@ class _Child:
         while rest:
             rest = rest[os.write(self.process.stdin.fileno(), rest) :]
 
-    def _read(self, count: int, ends: float) -> bytes:
+    def _read(self, count: int, deadline: float) -> bytes:
         assert self.process.stdout is not None
-        pieces, left, place = [], count, self.process.stdout.fileno()
+        pieces, left, descriptor = [], count, self.process.stdout.fileno()
         while left:
-            if not self.waiting.poll(1000 * max(0.0, ends - time.monotonic())):
+            if not self.waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
                 raise Refused("it does not answer")
-            piece = os.read(place, min(left, 1 << 20))
+            piece = os.read(descriptor, min(left, 1 << 20))
             if not piece:
                 raise EOFError
             pieces.append(piece)
@@ -154,7 +154,7 @@ class Confined:
     """A template or a tokenizer of a stranger, as text, that only the child of `job` compiles and runs."""
 
     def __init__(self, job: str, text: str) -> None:
-        """Nothing is started yet."""
+        """Note what to run; nothing is started yet."""
         self.job, self.source = job, text.encode("utf-8", "surrogatepass")
         self.key = hashlib.sha256(self.source).hexdigest()
 

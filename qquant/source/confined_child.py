@@ -60,8 +60,8 @@ def bound(**limits: int) -> None:
 def limit_request(size: int, seconds: int) -> None:
     """Limits for a request of `size` bytes: so much more processor time, and memory in all."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    ends = int(used.ru_utime + used.ru_stime) + seconds
-    for what, value in ((resource.RLIMIT_CPU, ends), (resource.RLIMIT_AS, MEMORY + MEMORY_PER_BYTE * size)):
+    seconds_in_all = int(used.ru_utime + used.ru_stime) + seconds
+    for what, value in ((resource.RLIMIT_CPU, seconds_in_all), (resource.RLIMIT_AS, MEMORY + MEMORY_PER_BYTE * size)):
         most = resource.getrlimit(what)[1]
         resource.setrlimit(what, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
@@ -175,16 +175,16 @@ def serve_tokenizer(tokenizer: Any, request: dict[str, Any], content: bytes) -> 
     """`describe`; `encode` texts of these `sizes` to u32 ids; `decode` u32 ids to text."""
     if request["do"] == "encode":
         tokenizer.encode_special_tokens = not request["special"]
-        encoded, place = [], 0
+        encoded, position = [], 0
         for size in request["sizes"]:
-            text = content[place : place + size].decode("utf-8", "surrogatepass")
+            text = content[position : position + size].decode("utf-8", "surrogatepass")
             encoded.append(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-            place += size
+            position += size
         ids = [number for one in encoded for number in one]
         return {"counts": [len(one) for one in encoded]}, struct.pack(f"<{len(ids)}I", *ids)
     if request["do"] == "decode":
-        given = struct.unpack(f"<{len(content) // 4}I", content)
-        return {}, tokenizer.decode(given, skip_special_tokens=False).encode("utf-8", "surrogatepass")
+        numbers = struct.unpack(f"<{len(content) // 4}I", content)
+        return {}, tokenizer.decode(numbers, skip_special_tokens=False).encode("utf-8", "surrogatepass")
     added = tokenizer.get_added_tokens_decoder().items()
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     listed = [[number, token.content, token.special] for number, token in added]

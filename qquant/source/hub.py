@@ -103,16 +103,16 @@ def _require_room(repo: str, files: Sequence[Any]) -> None:
 
     from huggingface_hub import constants
 
-    place = Path(constants.HF_HUB_CACHE).absolute()
-    blobs = place / f"models--{repo.replace('/', '--')}" / "blobs"
+    nearest = Path(constants.HF_HUB_CACHE).absolute()
+    blobs = nearest / f"models--{repo.replace('/', '--')}" / "blobs"
     there = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
     wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in HUB_FILES)]
     need = sum(file.size or 0 for file in wanted if not (file.lfs and file.lfs.sha256 in there))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    while not nearest.exists():
+        nearest = nearest.parent
+    free = shutil.disk_usage(nearest).free
     if free < need:
         raise EnvironmentMissingError(
-            f"{repo}: takes {need:,} bytes in {place}, {free:,} are free; {need - free:,} bytes are missing. "
+            f"{repo}: takes {need:,} bytes in {nearest}, {free:,} are free; {need - free:,} bytes are missing. "
             "Free some space, or set HF_HOME to another disk"
         )

@@ -51,16 +51,16 @@ class PaddedCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """The tensor with its zero rows or columns."""
-        return widened(super().tensor(name), self._shape(name))
+        return zero_padded(super().tensor(name), self._shape(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the padded matrix."""
         here, shape = self._info(name).shape[0], self._shape(name)
         real = super().rows(name, min(start, here), min(stop, here))
-        return widened(real, (max(0, min(stop, shape[0]) - start), *shape[1:]))
+        return zero_padded(real, (max(0, min(stop, shape[0]) - start), *shape[1:]))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """With the padding."""
+        """The shape of tensor `name` with the padding."""
         layer = self.family.layer_of(name)
         return self._info(name).shape if layer is None else self.family.block_shapes(self.config, layer)[name]
 
@@ -76,38 +76,38 @@ def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
             f"recipe {recipe.name}: pad_intermediate is {recipe.pad_intermediate}, but the MLPs of {checkpoint.family.model_type!r} "
             "have widths that config.json does not give in one number. Remove pad_intermediate"
         )
-    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     mark = f"{checkpoint.fingerprint} padded to {size}"
-    given |= {
+    fields_of |= {
         "config": replace(checkpoint.config, intermediate=size),
         "raw_config": dict(checkpoint.raw_config) | {key: size},
         "fingerprint": hashlib.sha256(mark.encode()).hexdigest(),
     }
-    return PaddedCheckpoint(**given, unpadded=checkpoint.config.intermediate)
+    return PaddedCheckpoint(**fields_of, unpadded=checkpoint.config.intermediate)
 
 
-def narrow(checkpoint: Checkpoint) -> Checkpoint:
+def without_padding(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without padding."""
     if not isinstance(checkpoint, PaddedCheckpoint):
         return checkpoint
-    given = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    return Checkpoint(**given | {"config": checkpoint.narrow})
+    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    return Checkpoint(**fields_of | {"config": checkpoint.narrow})
 
 
-def widened(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def zero_padded(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A matrix (or vector) with zeros after its rows and columns, up to `shape`."""
-    missing = [
+    amounts = [
         size for have, want in zip(reversed(value.shape), reversed(shape), strict=True) for size in (0, want - have)
     ]
-    return torch.nn.functional.pad(value, missing) if any(missing) else value
+    return torch.nn.functional.pad(value, amounts) if any(amounts) else value
 
 
-def widens(grid: Grid | None, columns: int) -> bool:
-    """Whether `widened_codes` can widen what was solved on `grid`; else the solver has to see the zeros."""
+def pads_codes(grid: Grid | None, columns: int) -> bool:
+    """Whether `zero_padded_codes` can pad what was solved on `grid`; else the solver has to see the zeros."""
     return isinstance(grid, UniformGrid) and columns % grid.width == 0
 
 
-def widened_codes(quantized: QuantizedTensor, shape: tuple[int, int]) -> QuantizedTensor:
+def zero_padded_codes(quantized: QuantizedTensor, shape: tuple[int, int]) -> QuantizedTensor:
     """Codes on a `UniformGrid` with new rows and columns that mean zero."""
     grid, params = quantized.grid, quantized.params
     rows, columns = quantized.codes.shape

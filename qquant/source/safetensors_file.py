@@ -37,7 +37,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` is the absolute offset in `file`."""
+    """A tensor's type, shape and place: `start` is the absolute offset in `file`."""
 
     name: str
     dtype: str

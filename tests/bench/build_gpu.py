@@ -141,10 +141,10 @@ def main():
         (solver.Solver, "_store", "GGUF blocks"),
         (draft.Draft, "write", "write"),
         (draft.Draft, "finish", "read back and rename"),
-        (outside, "_rest", "other tensors"),
+        (outside, "_unsolved", "other tensors"),
         (outside._Table, "solve", "embedding and head"),
         (review, "_read", "check: windows"),
-        (review.loading, "faults", "check: clean processes, beside the windows"),
+        (review.loading, "examine", "check: clean processes, beside the windows"),
         (pipeline, "review", "check"),
     ):
         clock.watch(owner, name, label)

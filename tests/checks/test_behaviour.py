@@ -10,7 +10,7 @@ import torch
 from qquant.calibration import Tokenizer
 from qquant.calibration import behaviour as texts
 from qquant.calibration.behaviour import BehaviourText, HiddenFacts, RightCalls
-from qquant.checks import behaviour, slices
+from qquant.checks import behaviour, gate
 from qquant.checks.behaviour import AnswerPairs, TokenLoss
 from qquant.checks.decoding import Answered
 from qquant.errors import InputError
@@ -297,7 +297,7 @@ def test_report_page_table_and_line_show_it():
     found = [pairs_of("retrieval, 4,096 tokens", 10, 10, 60, read=read), pairs_of("<b>|x", 0, 0, 3)]
     rows, verdict = behaviour.judge(found, 0.25)
     one = ArtifactReport(
-        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, slices.also(Verdict("pass"), verdict), behaviour=rows
+        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, gate.with_gates(Verdict("pass"), verdict), behaviour=rows
     )
     report = Report(
         "m", "r", 16.0, Conditions(TextFacts("wiki", 4, 512)), 9.0, (one, replace(one, name="none", behaviour=()))

@@ -93,10 +93,10 @@ def test_activations_beyond_fp16_are_warned_of(built):
 
     row = check(built, Checks(windows=2, length=32))
     assert all(0 < share < 0.01 for share in row.headroom)
-    assert review._loud((0.1, 0.7), (0.1, 0.6)) == [
+    assert review._fp16_warnings((0.1, 0.7), (0.1, 0.6)) == [
         "block 1: activations reach 70% of the largest fp16 number, the checkpoint's 60%; use bf16"
     ]
-    assert review._loud((0.1, 0.4), (0.1, 0.6)) == []
+    assert review._fp16_warnings((0.1, 0.4), (0.1, 0.6)) == []
 
 
 def test_windows_are_independent(pair):

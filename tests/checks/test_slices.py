@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from qquant.calibration import heldout
 from qquant.calibration import slices as texts
 from qquant.calibration.slices import LENGTH, Slice, Sliced
-from qquant.checks import ratios, slices
+from qquant.checks import gate, ratios, slices
 from qquant.checks.fidelity import Fidelity
 from qquant.checks.ratios import ratio
 from qquant.checks.slices import SliceReading
@@ -160,7 +161,7 @@ def test_the_lost_language_is_named():
     assert verdict.reasons[0].startswith("worst slice: Thai has ")
     assert "times the KL divergence of English, above the limit 3" in verdict.reasons[0]
     assert worst(rows).name == "Thai"
-    whole = slices.also(Verdict("pass"), verdict)
+    whole = gate.with_gates(Verdict("pass"), verdict)
     assert (whole.outcome, whole.reasons, whole.gates) == ("fail", verdict.reasons, verdict.gates)
 
 
@@ -336,7 +337,7 @@ def test_report_page_table_and_card_line_show_what_is_kept():
     ]
     rows, verdict = slices.judge(found, 3.0)
     one = ArtifactReport(
-        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, slices.also(Verdict("pass"), verdict), slices=rows
+        "a|b", "p", 10, 4.0, 9.0, 1.0, 0.02, 0.1, 0.9, gate.with_gates(Verdict("pass"), verdict), slices=rows
     )
     other = replace(one, name="few", slices=rows[:2])
     conditions = Conditions(TextFacts("wiki", 4, 512))
@@ -353,7 +354,7 @@ def test_report_page_table_and_card_line_show_what_is_kept():
     assert "&lt;b>\\|Lao" in text
     page = html.render(report)
     assert "What each file keeps, by language and length" in page
-    assert "the checkpoint does not know it: 3.9 bits a character" in page
+    assert re.search('title="3.9 bits a character, .* by frequencies alone">not known to the checkpoint<', page)
     assert "<b>|Lao" not in page
     assert 'class="h7"' in page  # beyond the limit
     assert report_slices.line(one).startswith("a|b: worst slice Thai, ")

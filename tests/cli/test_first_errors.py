@@ -143,12 +143,12 @@ def test_a_text_that_is_not_there_is_missed_by_plan(make_checkpoint, setting):
         Plan.of(changed(BASE, Flags(settings=(setting,))), Checkpoint.open(make_checkpoint()))
 
 
-def test_a_template_that_run_refuses_is_told_by_plan(tokenizer_folder):
+def test_a_template_whose_answers_do_not_end_is_told_by_plan(tokenizer_folder):
     good = examine(BASE, tokenizer_folder()).warnings
     assert good == ()
     odd = tokenizer_folder("{% for m in messages %}[{{ m['role'] }}]: {{ m['content'] }}\n{% endfor %}")
     (told,) = examine(BASE, odd).warnings
-    assert told.startswith("`qquant run` will refuse chats")
+    assert told.startswith("answers in chats will not end with their turn")
     assert "ends an answer with" in told
     chats = changed(BASE, Flags(settings=("calibration.sources=[{bundled: chat-en, kind: chat}]",)))
     assert examine(chats, odd).warnings[0].startswith("the build will refuse to calibrate on chats")

@@ -14,7 +14,7 @@ from qquant.artifact import draft
 from qquant.artifact.draft import Draft
 from qquant.artifact.opening import open_weights
 from qquant.artifact.verification import verify
-from qquant.checks.structure import Remembered, folds
+from qquant.checks.structure import CachedWeights, folds
 from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS, detect, kind_of_file, weight_files
 from qquant.inspection import describe
@@ -268,7 +268,7 @@ def test_it_is_checked(artifact, built, planned, checkpoint, text):
     assert again.kl_divergence == row.kl_divergence
     assert 0 < row.kl_divergence < 0.3
     assert not [warning for warning in report.warnings if "missing" in warning]
-    assert folds(open_weights(artifact), Remembered(checkpoint)) == planned.spec.transforms
+    assert folds(open_weights(artifact), CachedWeights(checkpoint)) == planned.spec.transforms
 
 
 def test_what_is_wrong_with_it_is_found(name, artifact, planned, checkpoint, tmp_path):

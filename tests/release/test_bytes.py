@@ -54,7 +54,7 @@ def test_the_release_record_is_there_before_an_artifact_is(make_checkpoint, buil
         if place == "after a folder got its name":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("qquant.artifact.draft.reached", dying)
+    monkeypatch.setattr("qquant.artifact.draft.crash_point", dying)
     with pytest.raises(KeyboardInterrupt):
         build(make_checkpoint(), "gptq-int4")
     assert (tmp_path / "out" / "model-GPTQ-Int4").is_dir()

@@ -360,6 +360,17 @@ def test_the_bill_names_model_data_and_numbers(build):
     } == references
 
 
+def test_a_tokenizer_that_transformers_reads_otherwise_is_on_the_card_of_a_folder(build):
+    path = build / "report.json"
+    content = json.loads(path.read_text())
+    assert not any("AutoTokenizer reads" in text_of(repository) for repository in releases(build).values())
+    read = {"tokens": 100, "differing": {"books-en": 7}, "example": "['a'] in the file, ['b'] there"}
+    path.write_text(json.dumps(content | {"conditions": content["conditions"] | {"tokenizer": read}}))
+    cards = {name: " ".join(text_of(repository).split()) for name, repository in releases(build).items()}
+    assert "Mind the tokenizer: transformers' AutoTokenizer reads at least 7 of 100 tokens otherwise" in cards[GPTQ]
+    assert "AutoTokenizer reads" not in cards[GGUF]
+
+
 def test_signing_needs_its_extra(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(EnvironmentMissingError, match=r"pip install 'qquant\[sign\]'"):

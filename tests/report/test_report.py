@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qquant.errors import InputError
-from qquant.report import ci, html
+from qquant.report import ci, html, pictures
 from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import (
     AnswerCounts,
@@ -103,7 +103,7 @@ def test_page_is_whole_and_alone():
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
-    assert page.tags.count("svg") == 3  # size against divergence, and one histogram each
+    assert page.tags.count("svg") == 4  # size against divergence, wide and narrow, and one histogram each
 
 
 @pytest.mark.parametrize(
@@ -161,16 +161,16 @@ def test_heat_map_shows_every_linear():
 
 def test_points_that_nothing_beats_are_filled():
     made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01), artifact("c", 300, 0.05))
-    assert html.render(made).count('class="dot best"') == 2
+    assert html.render(made).count('class="dot s0 best"') == 2 * 2  # in a wide picture and in a narrow one
 
 
 def test_speed_is_in_the_picture_and_in_tables():
     slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
     plain = html.render(report(artifact("a", 100, 0.1), artifact("b", 90, 0.01)))
     assert "Speed and memory" not in plain
-    assert plain.count('class="dot best"') == 1
+    assert plain.count('class="dot s0 best"') == 2 * 1
     timed = html.render(report(artifact("a", 100, 0.1, speed=SPEED), artifact("b", 90, 0.01, speed=slow)))
-    assert timed.count('class="dot best"') == 2, "the fast one is beaten in size and divergence only"
+    assert timed.count('class="dot s0 best"') == 2 * 2, "the fast one is beaten in size and divergence only"
     assert "a 2.1×" in timed
     text = " ".join(" ".join(Page(timed).text).split())
     assert "decode after 512 210 100 2.10 2.00 to 2.20 3.40 62 % 1.0 %" in text
@@ -181,8 +181,8 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
     """Fast ones that are filled do not bend it."""
     slow = dataclasses.replace(SPEED, paces=(dataclasses.replace(PACES[1], ratio=0.5),))
     made = report(artifact("a", 100, 0.1), artifact("b", 200, 0.01, speed=slow), artifact("c", 300, 0.05, speed=SPEED))
-    line = html._pareto(made.artifacts)["line"].split()
-    assert len(line) == 2
+    (line,) = pictures.pareto([made.artifacts], {name: name for name in "abc"}).lines
+    assert len(line.split()) == 2
 
 
 @pytest.mark.parametrize(
@@ -190,22 +190,27 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
     [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1234"), (0.0, "0")],
 )
 def test_numbers_for_people(value, text):
-    assert html._digits(value) == text
+    assert pictures.digits(value) == text
 
 
 def test_axis_ticks_are_round_and_inside():
-    axis = html.Axis.of([4.2e6, 1.9e7], 0, 100)
+    axis = pictures.Axis.of([4.2e6, 1.9e7], 0, 100)
     assert axis.ticks() == [5e6, 1e7, 2e7]
     assert axis.at(axis.low) == 0
     assert axis.at(axis.high) == 100
-    wide = html.Axis.of([1e-9, 10], 0, 100)
+    wide = pictures.Axis.of([1e-9, 10], 0, 100)
     assert len(wide.ticks()) <= 7
+
+
+@pytest.mark.parametrize("values", [[4.6e6, 1.43e7], [6e9, 1.1e10], [102.2, 102.9], [0.0014, 0.0019], [3.0, 3.0]])
+def test_a_short_axis_has_three_ticks_or_more(values):
+    assert 3 <= len(pictures.Axis.of(values, 0, 100).ticks()) <= 7
 
 
 def test_an_axis_of_nearly_equal_values_has_a_tick():
     """Two artifacts of one size: no 1-2-5 number may lie between 1.25 times less and 1.25 times more."""
     for tenths in range(10, 100):
-        axis = html.Axis.of([tenths * 1e5], 0, 100)
+        axis = pictures.Axis.of([tenths * 1e5], 0, 100)
         assert axis.ticks(), tenths
         assert all(axis.low <= value <= axis.high for value in axis.ticks())
 

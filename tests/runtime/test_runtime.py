@@ -401,6 +401,28 @@ def test_run_without_a_template_or_with_nan(release, ask, tmp_path):
         answerer.answer([1, 2, 3], AnswerSettings(), print)
 
 
+@pytest.mark.parametrize("name", ["gptq-int4", "q8_0"])
+def test_a_base_model_answers_and_stops_on_its_own_end(name, release, ask, tmp_path, monkeypatch):
+    """As Qwen1.5's base models are: the template ends turns with <|im_end|>, generation stops on <|endoftext|> alone."""
+    path = tmp_path / "base"
+    if name == "q8_0":
+        path = release[name]
+        monkeypatch.setattr(Tokenizer, "_stops", lambda found: (found.added["<|endoftext|>"],))
+    else:
+        shutil.copytree(release[name], path)
+        end = Tokenizer.open(path).added["<|endoftext|>"]
+        for file in ("config.json", "generation_config.json"):
+            (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | {"eos_token_id": end}))
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    code, out, err = ask(path, "Where does the river go?", "--raw", "--greedy", "--max-new-tokens", 4)
+    assert (code, bool(out.strip()), "warning" in err) == (0, True, False), err
+    code, out, err = ask(path, "Where does the river go?", "--greedy", "--max-new-tokens", 4)
+    assert (code, bool(out.strip())) == (0, True), err
+    assert "ends an answer with <|im_end|>" in err
+    assert "until another stop token" in err
+
+
 def test_tokens_without_text_count(release, demo, monkeypatch):
     """The rate and the time to the first token are of tokens, whatever they say."""
     answerer = Answerer.open(release["q8_0"], "cpu")

@@ -90,9 +90,9 @@ def test_a_sample_that_is_not_finite_is_found_at_the_end_of_the_block(make_check
         assert all(gram.tokens == sum(lengths) and gram.largest > 0 for gram in grams.values())
         return run
 
-    assert advanced([5, 6]).wide == set()
+    assert advanced([5, 6]).overflowed == set()
     assert not looked
-    assert advanced([5, 7, 6]).wide == {1}
+    assert advanced([5, 7, 6]).overflowed == {1}
     assert looked == [0, 1, 2]
 
 

@@ -132,7 +132,7 @@ def test_words_are_drawn_as_often_as_they_are_predicted(make_checkpoint, monkeyp
 
 def written(found, tables):
     """The tables of a draft after they were written, by its solver if it has one."""
-    outside.write_rests(found.checkpoint, [found.draft], True, CPU, threading.Event())
+    outside.write_unsolved(found.checkpoint, [found.draft], True, CPU, threading.Event())
     outside.solve_tables(found.checkpoint, [found.draft], tables, CPU, quiet)
     return found
 
@@ -181,8 +181,8 @@ def test_ggml_stores_what_llama_quantize_does_and_so_does_the_output_objective(m
     folder = make_checkpoint("m", num_hidden_layers=1)
     for fields, solved in (("solver: ggml", True), ("solver: gptq", False)):
         found = drafted(folder, f"type: q4_0, {fields}", fields[-4:])
-        outside.write_rests(found.checkpoint, [found.draft], solved, CPU, threading.Event())
-        assert list(found.draft.units) == [outside.REST]
+        outside.write_unsolved(found.checkpoint, [found.draft], solved, CPU, threading.Event())
+        assert list(found.draft.units) == [outside.UNSOLVED]
         for name in (EMBEDDING, TOP):
             weight, kind = found.checkpoint.tensor(name).float(), found.draft.plan.stored[name].type
             assert torch.equal(found.rows(name), quantize.dequantize(quantize.quantize(weight, kind), kind))

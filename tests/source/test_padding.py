@@ -15,7 +15,7 @@ from qquant.plan.parallel import parallel_sizes
 from qquant.plan.plan import Plan
 from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import padded, padded_size, widened_codes
+from qquant.source.padding import padded, padded_size, zero_padded_codes
 from tests.conftest import SMALL
 from tests.test_pipeline import CPU, HEAD, quiet
 
@@ -171,7 +171,7 @@ def test_widened_codes_mean_zero(symmetric, width):
     weight = torch.randn(6, 32)
     params = grid.fit(weight)
     quantized = QuantizedTensor(nearest(weight, *params.step_and_offset(), grid), params, grid)
-    wide = widened_codes(quantized, (9, 48)).dequantize()
+    wide = zero_padded_codes(quantized, (9, 48)).dequantize()
     assert torch.equal(wide[:6, :32], quantized.dequantize())
     assert wide.count_nonzero() == quantized.dequantize().count_nonzero()
 

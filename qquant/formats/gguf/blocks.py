@@ -13,7 +13,7 @@ from qquant.algorithms.grid import Multipliers
 from qquant.devices import policy
 from qquant.errors import UsageError
 from qquant.formats.gguf import exact, search
-from qquant.formats.gguf.fields import Field, scaled, wide
+from qquant.formats.gguf.fields import Field, per_column, scaled
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -67,17 +67,17 @@ class BlockParams:
         return self.dmin.float() if self.mins is None else -scaled(self.dmin, self.mins)
 
     def linear_form(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """With d sub-scale times code (less the code of zero), with dmin minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
+        """Coefficient and basis of each term: d with sub-scale times code (less the code of zero), dmin with minus the sub-minimum; see `qquant.algorithms.grid.Params`."""
         columns = codes.shape[1]
         centred = codes.float() - (self.type.centre if self.dmin is None else 0)
-        terms = [(self.d, centred if self.scales is None else centred * wide(self.scales, columns))]
+        terms = [(self.d, centred if self.scales is None else centred * per_column(self.scales, columns))]
         if self.dmin is not None:
-            basis = torch.ones_like(centred) if self.mins is None else -wide(self.mins, columns)
+            basis = torch.ones_like(centred) if self.mins is None else -per_column(self.mins, columns)
             terms.append((self.dmin, basis))
         return terms
 
     def with_coefficients(self, coefficients: Sequence[Tensor]) -> BlockParams:
-        """Other d and dmin."""
+        """These parameters with other d and dmin."""
         return replace(self, d=coefficients[0], dmin=coefficients[1] if self.dmin is not None else None)
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
@@ -86,11 +86,11 @@ class BlockParams:
         multipliers = []
         if self.scales is not None:
             lowest, highest = self.type.scale_range
-            unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * wide(self.d, columns)
+            unit = (codes.float() - (self.type.centre if self.dmin is None else 0)) * per_column(self.d, columns)
             multipliers.append(Multipliers("scales", self.scales, unit, lowest, highest))
         if self.mins is not None and self.dmin is not None:
             lowest, highest = self.type.scale_range
-            multipliers.append(Multipliers("mins", self.mins, -wide(self.dmin, columns), lowest, highest))
+            multipliers.append(Multipliers("mins", self.mins, -per_column(self.dmin, columns), lowest, highest))
         return multipliers
 
     def with_integers(self, name: str, values: Tensor) -> BlockParams:
@@ -310,7 +310,7 @@ class Legacy(BlockType):
         raise NotImplementedError
 
     def searched(self, rows: Rows) -> tuple[BlockParams, Callable[[Tensor, slice], Tensor]]:
-        """The same, by a search with importance weights."""
+        """What `choose` gives, found by a search with importance weights."""
         raise NotImplementedError
 
 

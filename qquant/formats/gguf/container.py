@@ -229,10 +229,15 @@ def read_header(path: Path) -> Header:
 
 
 def _alignment(reader: _Reader, fields: Mapping[str, Field]) -> int:
-    given = fields.get("general.alignment", Field("", "u32", ALIGNMENT))
-    if given.kind != "u32" or given.value < 8 or given.value & (given.value - 1) or given.value > 1 << 20:
-        raise reader.fail(f"general.alignment {given.value!r}")
-    return int(given.value)
+    alignment = fields.get("general.alignment", Field("", "u32", ALIGNMENT))
+    if (
+        alignment.kind != "u32"
+        or alignment.value < 8
+        or alignment.value & (alignment.value - 1)
+        or alignment.value > 1 << 20
+    ):
+        raise reader.fail(f"general.alignment {alignment.value!r}")
+    return int(alignment.value)
 
 
 def _require_places(path: Path, tensors: Sequence[StoredTensor], data: int, alignment: int, size: int) -> None:

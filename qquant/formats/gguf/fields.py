@@ -18,7 +18,7 @@ else:
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 
 
-def wide(value: Tensor, columns: int) -> Tensor:
+def per_column(value: Tensor, columns: int) -> Tensor:
     """Float32 [N, columns] of a value [N, S] per block or group."""
     return value.float().repeat_interleave(columns // value.shape[1], dim=1)
 
@@ -58,7 +58,7 @@ class Bits:
 
     @property
     def bytes(self) -> int:
-        """Per block."""
+        """Bytes of the field in a block."""
         return self.count * self.bits // 8
 
     @property

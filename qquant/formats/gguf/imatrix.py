@@ -189,19 +189,19 @@ def _read_dat(path: Path) -> Imatrix:
     if path.stat().st_size > VALUES_LIMIT:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes; an importance matrix has at most {VALUES_LIMIT:,}")
     data = path.read_bytes()
-    place = 0
+    position = 0
 
     def take(count: int) -> bytes:
-        nonlocal place
-        if count < 0 or place + count > len(data):
-            raise InputError(f"{path}: byte {place:,}: truncated, or not an importance matrix")
-        place += count
-        return data[place - count : place]
+        nonlocal position
+        if count < 0 or position + count > len(data):
+            raise InputError(f"{path}: byte {position:,}: truncated, or not an importance matrix")
+        position += count
+        return data[position - count : position]
 
     def number(limit: int) -> int:
         value = struct.unpack("<i", take(4))[0]
         if not 0 <= value <= limit:
-            raise InputError(f"{path}: byte {place - 4:,}: a count of {value}; not an importance matrix")
+            raise InputError(f"{path}: byte {position - 4:,}: a count of {value}; not an importance matrix")
         return int(value)
 
     sums, calls = {}, {}
@@ -214,7 +214,7 @@ def _read_dat(path: Path) -> Imatrix:
             raise InputError(f"{path}: {name[:80]!r} has no values; not an importance matrix")
         sums[name] = torch.frombuffer(bytearray(take(4 * length)), dtype=torch.float32).clone()
     dataset, chunks = "", None
-    if place < len(data):
+    if position < len(data):
         chunks = number(1 << 30)
         dataset = take(number(1 << 16)).decode("utf-8", "replace")
     # A .dat holds means times calls: with counts of `calls` chunks the importance comes out the same.

@@ -69,7 +69,7 @@ class Gguf:
         return False
 
     def begins(self, head: bytes) -> bool:
-        """By its magic."""
+        """Whether a file begins with the magic of GGUF."""
         return head.startswith(MAGIC)
 
     def kind(self, path: Path) -> str:
@@ -93,7 +93,7 @@ class Gguf:
         return named(files)
 
     def describe(self, path: Path) -> dict[str, Any]:
-        """Metadata and tensors."""
+        """Metadata and tensors of a file, for `qquant inspect`."""
         return inside.describe(path)
 
     def plan(
@@ -108,10 +108,10 @@ class Gguf:
                 "Remove the artifact, or give it format: gptq or awq"
             )
         shape = mix.ModelShape(family, config)
-        given = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
+        fixed = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, given)
+        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, fixed)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
@@ -126,7 +126,7 @@ class Gguf:
             parameters=family.parameters(config),
             file_names={tensor: name for name, tensor in names.items()},
             stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
-            fallbacks=tuple(f"{tensor}: {wanted} -> {given}" for tensor, wanted, given in chosen.fallbacks),
+            fallbacks=tuple(f"{tensor}: {wanted} -> {fixed}" for tensor, wanted, fixed in chosen.fallbacks),
         )
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
@@ -163,13 +163,13 @@ class Gguf:
         return GgufSource.open(path)
 
     def claims(self, path: Path, checkpoint: Checkpoint) -> Claims:
-        """Where metadata, vocabulary, file type and names of tensors are not what `plan` gives the checkpoint's files."""
+        """Faults and warnings where metadata, vocabulary, file type and names of tensors are not what `plan` gives the checkpoint's files."""
         return said.compare(path, checkpoint)
 
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
     ) -> Iterator[Callable[[], None]]:
-        """Of each tensor its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
+        """Comparisons to run for each tensor: its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
         import gguf  # the independent reader; costs a quarter of a second
 
         names: dict[str, str] = {}

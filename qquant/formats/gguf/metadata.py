@@ -103,7 +103,7 @@ def _naming(name: str, parameters: int) -> Iterator[Field]:
 
 
 def titled(name: str) -> str:
-    """As llama.cpp's converter writes names: words in lower case get a capital, versions, numbers and mixed case stay."""
+    """A name as llama.cpp's converter writes it: words in lower case get a capital, versions, numbers and mixed case stay."""
     words = name.replace("-", " ").split()
     return " ".join(w.title() if w.islower() and not re.fullmatch(r"v\d+(\.\d+)*|\d.*", w) else w for w in words)
 
@@ -129,7 +129,7 @@ def name_parts(name: str, parameters: int) -> dict[str, str]:
     if " " in name:
         return {}
     words = [word for word in name.split("-") if word]
-    labelled = [_label(word, place, parameters) for place, word in enumerate(words)]
+    labelled = [_label(word, index, parameters) for index, word in enumerate(words)]
     if any(kind == "size_label" and any(c.isdecimal() for c in word) for word, kind in labelled):
         labelled = [(word, "" if kind == "size_label" and word.isalpha() else kind) for word, kind in labelled]
     opening = next(
@@ -140,24 +140,24 @@ def name_parts(name: str, parameters: int) -> dict[str, str]:
     while opening == len(labelled) and based and labelled[based - 1][1] == "version":
         based -= 1
     by_kind: dict[str, list[str]] = {"basename": [word for word, _ in labelled[:based]]}
-    for place, (word, kind) in enumerate(labelled):
-        if kind == "version" and place < based:
+    for index, (word, kind) in enumerate(labelled):
+        if kind == "version" and index < based:
             continue
-        if kind or place >= opening:
+        if kind or index >= opening:
             by_kind.setdefault(kind or "finetune", []).append(word)
     parts = {kind: "-".join(dict.fromkeys(some) if kind == "size_label" else some) for kind, some in by_kind.items()}
     return parts if parts.keys() & {"size_label", "finetune", "version"} else {}
 
 
-def _label(word: str, place: int, parameters: int) -> tuple[str, str]:
+def _label(word: str, index: int, parameters: int) -> tuple[str, str]:
     """(the word, as the converter spells it; its kind, "" if unknown)."""
     if re.fullmatch(VERSION, word, re.IGNORECASE):
         return word, "version"
     if re.fullmatch(STORED_AS, word, re.IGNORECASE):
         return word.upper(), "type"
-    if place and re.fullmatch(SIZE, word, re.IGNORECASE):
+    if index and re.fullmatch(SIZE, word, re.IGNORECASE):
         return _size(word.replace("_", "."), parameters)
-    return word, "finetune" if place and re.fullmatch(TUNING, word, re.IGNORECASE) else ""
+    return word, "finetune" if index and re.fullmatch(TUNING, word, re.IGNORECASE) else ""
 
 
 def _size(word: str, parameters: int) -> tuple[str, str]:
@@ -178,9 +178,9 @@ def _card(head: Mapping[str, Any]) -> Iterator[Field]:
         if head.get(key) is not None:
             yield Field(f"general.{key.replace('_', '.')}", "str", ",".join(_texts(head[key])))
     for kind, keys in (("base_model", ("base_model", "base_models")), ("dataset", ("datasets", "dataset"))):
-        given = next((head[key] for key in keys if key in head), None)
-        if given is not None:
-            references = _texts(given)
+        stated = next((head[key] for key in keys if key in head), None)
+        if stated is not None:
+            references = _texts(stated)
             yield Field(f"general.{kind}.count", "u32", len(references))
             for number, reference in enumerate(references):
                 for key, value in _reference(reference).items():
@@ -265,8 +265,8 @@ def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         if part.get("type") == "ByteLevel":
             added = {"bos": False, "eos": False} | added
         single = _mappings(part.get("single")) if part.get("type") == "TemplateProcessing" else []
-        for role, place in (("bos", 0), ("eos", -1)):
-            special = _mappings([single[place].get("SpecialToken")]) if len(single) > 1 else []
+        for role, end in (("bos", 0), ("eos", -1)):
+            special = _mappings([single[end].get("SpecialToken")]) if len(single) > 1 else []
             token = special[0].get("id") if special else None
             if token:
                 added[role] = True
@@ -286,11 +286,11 @@ def chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of the checkpoint in `path`, whose tokenizer_config.json holds `settings`; the default of several."""
     if (path / "chat_template.jinja").is_file():
         return read_text(path / "chat_template.jinja")
-    given = settings.get("chat_template")
-    if isinstance(given, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str], dict[str, int]]:
@@ -309,11 +309,11 @@ def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str]
     )
 
 
-def _importance(checkpoint: Checkpoint, recipe: Recipe, given: Imatrix | None) -> Iterator[Field]:
+def _importance(checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Iterator[Field]:
     tokens = recipe.calibration.samples * recipe.calibration.length
-    file, dataset = (given.file, given.dataset) if given else (FILE, f"qquant recipe {recipe.name}")
-    entries = len(given.sums) if given else checkpoint.config.layers * len(checkpoint.family.linears)
-    chunks = given.chunks if given else -(-tokens // CHUNK)
+    file, dataset = (imatrix.file, imatrix.dataset) if imatrix else (FILE, f"qquant recipe {recipe.name}")
+    entries = len(imatrix.sums) if imatrix else checkpoint.config.layers * len(checkpoint.family.linears)
+    chunks = imatrix.chunks if imatrix else -(-tokens // CHUNK)
     yield Field("quantize.imatrix.file", "str", _cut(file))
     if dataset:
         yield Field("quantize.imatrix.dataset", "str", _cut(dataset))

@@ -58,7 +58,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a matrix stands, as far as the conditions ask."""
+    """The layer of a matrix and what else the conditions ask."""
 
     layer: int
     layers: int
@@ -150,11 +150,11 @@ class TypeMap:
 
 
 def tensor_types(
-    file_type: str, shape: ModelShape, imatrix: bool, given: Mapping[str, str] = MappingProxyType({})
+    file_type: str, shape: ModelShape, imatrix: bool, fixed: Mapping[str, str] = MappingProxyType({})
 ) -> TypeMap:
     """The types that llama-quantize gives the tensors of a model; `imatrix`: it is given an importance matrix.
 
-    `given`: types that tensors get whatever the mix says, and that their rows can have.
+    `fixed`: types that tensors get whatever the mix says, and that their rows can have.
 
     Raises:
         UsageError: unknown file type, or one that needs an importance matrix.
@@ -167,7 +167,7 @@ def tensor_types(
         )
     mix = MIXES[file_type]
     wanted = {
-        name: (given.get(name) or _wanted(name, mix, shape.config, imatrix), size)
+        name: (fixed.get(name) or _wanted(name, mix, shape.config, imatrix), size)
         for name, size in shape.matrices().items()
     }
     types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}

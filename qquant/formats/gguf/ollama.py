@@ -93,6 +93,6 @@ def chatml_system(text: str) -> str | None:
 
 
 def chatml(messages: Sequence[Mapping[str, str]]) -> str:
-    """What `CHATML` writes."""
+    """A chat as `CHATML` writes it."""
     said = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
     return f"{said}<|im_start|>assistant\n"

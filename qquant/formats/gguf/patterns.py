@@ -62,7 +62,7 @@ def allowed(
 
 
 def _dividing(several: Iterable[str], columns: int, where: str) -> tuple[str, ...]:
-    """Those types whose blocks divide a row."""
+    """Types, of those given, whose blocks divide a row."""
     fitting = tuple(name for name in several if columns % TYPES[name].block == 0)
     if not fitting:
         name = next(iter(several))

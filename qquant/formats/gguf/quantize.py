@@ -39,9 +39,9 @@ def quantize(weight: Tensor, type_name: str, importance: Tensor | None = None) -
     importance = _checked(kind, weight, importance)
     out = torch.empty((len(weight), kind.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
 
-    def encode(place: slice) -> None:
-        target = out[place]
-        for part, data in kind.encode(_rows(weight, importance, place)):
+    def encode(batch: slice) -> None:
+        target = out[batch]
+        for part, data in kind.encode(_rows(weight, importance, batch)):
             target[part] = data
 
     _over_threads(weight, encode)
@@ -169,26 +169,26 @@ def _over_threads(weight: Tensor, work: Callable[[slice], Result]) -> list[Resul
     threads = torch.get_num_threads() if device == "cpu" else 1
     torch.empty(RETAINED if device == "cpu" else 0, dtype=torch.uint8)
     share = max(sizes.coded, -(-weight.numel() // threads))
-    places = list(Rows(weight, None).batches(min(sizes.rounded, share)))
-    if threads == 1 or len(places) == 1:
-        return [work(place) for place in places]
+    batches = list(Rows(weight, None).batches(min(sizes.rounded, share)))
+    if threads == 1 or len(batches) == 1:
+        return [work(batch) for batch in batches]
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, places))
+            return list(pool.map(work, batches))
     finally:
         torch.set_num_threads(threads)
 
 
-def _rows(weight: Tensor, importance: Tensor | None, place: slice) -> Rows:
+def _rows(weight: Tensor, importance: Tensor | None, batch: slice) -> Rows:
     """Some rows in float32, checked to be finite."""
-    x = weight[place].detach().to(torch.float32).contiguous()
+    x = weight[batch].detach().to(torch.float32).contiguous()
     low, high = x.aminmax() if x.numel() else (x.sum(), x.sum())
     if not bool((high - low).isfinite()):
         bad = (~x.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
             raise NumericalError(
-                f"weight [{place.start + row}, {column}] is {float(x[row, column])}: no block can hold it"
+                f"weight [{batch.start + row}, {column}] is {float(x[row, column])}: no block can hold it"
             )
     return Rows(x, importance)
 

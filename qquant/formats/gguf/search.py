@@ -156,7 +156,7 @@ def _search(
     weigh: bool = False,
     fast: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> SearchResult:
-    """Of the candidates `inverses` [C, b] of the signed peaks [b] of blocks, the best.
+    """The best of the candidates `inverses` [C, b] of the signed peaks [b] of blocks.
 
     `prepare(x, w)`, both [E, b], gives a function from c inverses [c, 1, b] and working memory [c, E, b] to <x, l>, <l, l> [c, b].
     `fast` gives (scale, inverse, sum of weights) at once, on a GPU.
@@ -427,8 +427,8 @@ def codebook(pieces: Iterable[Piece]) -> SearchResult:
         table = _value_table(x.device)
 
         def sums(inverse: Tensor, memory: Tensor) -> tuple[Array, Array]:
-            place = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
-            values = torch.index_select(table, 0, place.view(-1)).view(place.shape)
+            cell = torch.mul(x, inverse * 2.0, out=memory).floor_().add_(_REACH).to(torch.int32)
+            values = torch.index_select(table, 0, cell.view(-1)).view(cell.shape)
             return dot(w, values, x), dot(w, values, values)
 
         return sums

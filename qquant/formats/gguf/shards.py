@@ -78,8 +78,8 @@ def named(files: Sequence[str]) -> list[ModelFile]:
         match = NAMED.search(name)
         if match and match["part"] in (None, "00001"):
             whole, modelfile = NAMED.sub(f"-{match['type']}{SUFFIX}", name), ollama.name(match["type"])
-            given = modelfile if modelfile in files else None
-            models.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, given))
+            for_ollama = modelfile if modelfile in files else None
+            models.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, for_ollama))
     return models
 
 

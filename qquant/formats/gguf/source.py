@@ -55,7 +55,7 @@ class GgufSource:
     device: torch.device | None = None  # where blocks are dequantized; None: on the CPU
 
     def on(self, device: torch.device) -> GgufSource:
-        """The same, dequantizing on `device`."""
+        """This source, dequantizing on `device`."""
         return replace(self, device=device)
 
     @classmethod
@@ -84,7 +84,7 @@ class GgufSource:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """float32, dequantized."""
+        """Tensor `name`, dequantized to float32."""
         stored = self._stored(name)
         return self._rows(stored, 0, math.prod(stored.shape[:-1])).view(stored.shape)
 
@@ -108,7 +108,7 @@ class GgufSource:
         return Integers(codes, params.d, None, bits)
 
     def stored_as(self, name: str) -> str:
-        """For people: the file's type of `name`."""
+        """The file's type of `name`, in words for people."""
         return TYPE_NAMES[self._stored(name).type_id]
 
     def _stored(self, name: str) -> StoredTensor:

@@ -58,16 +58,16 @@ class ModelScope:
         with tempfile.TemporaryDirectory() as root:
             folder = Folder(Path(root))
             folder.publish([repository], request)
-            place = Path(root) / repository.name
+            staged = Path(root) / repository.name
             heads = [file for file in ("config.json", MANIFEST) if file in repository.files]
             try:
                 self.api.create_repo(name, visibility="private" if request.private else "public", exist_ok=True)
                 self.say(f"{name}: uploading {repository.size:,} bytes")
                 self.api.upload_folder(
-                    repo_id=name, folder_path=place, commit_message=f"Stage {request.tag}", ignore_patterns=heads
+                    repo_id=name, folder_path=staged, commit_message=f"Stage {request.tag}", ignore_patterns=heads
                 )
                 self.api.upload_folder(
-                    repo_id=name, folder_path=place, commit_message=f"Release {request.tag}", allow_patterns=heads
+                    repo_id=name, folder_path=staged, commit_message=f"Release {request.tag}", allow_patterns=heads
                 )
             except (OSError, RuntimeError, ValueError) as error:
                 raise PublishError(

@@ -53,17 +53,17 @@ class Setting:
             document = json.loads(content)
         except ValueError:
             raise PublishError(f"{where}: {self.file} is not valid JSON. Nothing was changed in it") from None
-        place = document
+        inner = document
         for key in self.keys[:-1]:
-            place = place.get(key) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict):
             raise PublishError(
                 f"{where}: {self.file} has no mapping {'.'.join(self.keys[:-1])}. Nothing was changed in it"
             )
         last = self.keys[-1]
-        if last in place and place[last] == self.value and type(place[last]) is type(self.value):
+        if last in inner and inner[last] == self.value and type(inner[last]) is type(self.value):
             return content
-        place[last] = self.value
+        inner[last] = self.value
         end = b"\n" if content.endswith(b"\n") else b""
         return json.dumps(document, indent=2, ensure_ascii=False).encode() + end
 

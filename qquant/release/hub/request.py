@@ -13,7 +13,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """How to publish."""
+    """A release that is to be published, and how."""
 
     namespace: str
     tag: str = "v1"
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Published:
-    """What is visible now."""
+    """A repository as it is visible after publishing."""
 
     repository: str
     revision: str | None  # commit of main; None where nothing was done
@@ -35,7 +35,7 @@ class Published:
 
 
 class Destination(Protocol):
-    """Where a release goes."""
+    """A place where a release goes: a hub, or a folder."""
 
     def publish(self, repositories: Sequence[Repository], request: Request) -> list[Published]:
         """Make them visible, all or none of each.

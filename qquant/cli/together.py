@@ -1,0 +1,136 @@
+"""A command on several ranks (`torchrun -m qquant build ...`): one voice, a device for each, one end.
+
+Tables, progress and errors are the first rank's. Another one speaks only where it alone knows what went wrong, and then says who it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from qquant import devices
+from qquant.cli.display import Display
+from qquant.cli.terminal import Stop
+from qquant.errors import (
+    GateFailedError,
+    InconclusiveError,
+    QQuantError,
+    ShortMemoryError,
+    StoppedError,
+    UsageError,
+)
+from qquant.progress import Progress
+from qquant.ranks import ALONE, Membership, Ranks, join, watched
+from qquant.report.escape import in_lines
+
+if TYPE_CHECKING:
+    import torch
+
+COMMANDS = ("build",)
+AGAIN = "What is finished is kept; the same command continues, on as many ranks as you like"
+
+
+@contextmanager
+def joined(environment: Mapping[str, str], arguments: Sequence[str]) -> Iterator[Ranks]:
+    """This process among the ranks that a launcher says it is one of; one alone without a launcher.
+
+    Raises:
+        UsageError: the command is not one for several.
+    """
+    member = Membership.of(environment)
+    if member is None:
+        yield ALONE
+        return
+    if not set(arguments[:1]) <= {*COMMANDS, "-h", "--help"}:
+        if member.rank:
+            sys.exit(UsageError.exit_code)
+        raise UsageError(
+            f"{arguments[0]}: is not for several ranks; run it without a launcher. {', '.join(COMMANDS)} are"
+        )
+    ranks = join(member)
+    with ExitStack() as quiet, watched(ranks, lost):
+        if not ranks.first:
+            nowhere = quiet.enter_context(Path(os.devnull).open("w"))
+            quiet.enter_context(redirect_stdout(nowhere))
+            quiet.enter_context(redirect_stderr(nowhere))
+        yield ranks
+
+
+def lost(message: str, status: int) -> NoReturn:
+    """End this process at once, whatever it does: what it journalled is kept."""
+    if message:
+        os.write(2, f"error: {in_lines(message)}. {AGAIN}\n".encode())
+    os._exit(status)
+
+
+def told(error: BaseException, message: str, ranks: Ranks) -> int | None:
+    """The exit status of all ranks, one of which has told `error`; None where there is one rank, which has to."""
+    if ranks.world == 1:
+        return None
+    status = error.exit_code if isinstance(error, QQuantError) else StoppedError.exit_code
+    if isinstance(error, GateFailedError | InconclusiveError):  # which all have heard of
+        return None if ranks.first else status
+    if isinstance(error, MemoryError | RuntimeError | ShortMemoryError):
+        status, message = StoppedError.exit_code, f"{message}. {AGAIN}"
+    if isinstance(error, StoppedError | KeyboardInterrupt):
+        message = f"{ranks.lost() or message}. {AGAIN}"
+    if ranks.ends(message, status):
+        who = "" if ranks.first else f"rank {ranks.rank} ({ranks.where(ranks.rank)}): "
+        os.write(2, f"error: {who}{in_lines(message)}\n".encode())
+    return status
+
+
+def ranks_here() -> Ranks:
+    """Those of the command that runs."""
+    context = click.get_current_context(silent=True)
+    found = context.find_object(Ranks) if context else None
+    return found or ALONE
+
+
+def device_of(name: str, ranks: Ranks) -> torch.device:
+    """The device that a user named; of several ranks each has a GPU of its own while there are any left."""
+    import torch
+
+    if ranks.world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return devices.named(name)
+    device = devices.named(f"cuda:{ranks.member.local % torch.cuda.device_count()}")
+    torch.cuda.set_device(device)
+    return device
+
+
+@dataclass
+class Signing:
+    """Progress that tells other ranks that work goes on; shown by the first one alone."""
+
+    shown: Progress | None
+    stop: Stop
+    ranks: Ranks
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """As `qquant.progress.Progress` says."""
+        self.ranks.alive()
+        if self.shown is not None:
+            self.shown.advance(phase, done, of)
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if a signal came."""
+        self.ranks.alive()
+        self.stop.check()
+
+
+@contextmanager
+def working(ranks: Ranks, log: Path | None) -> Iterator[Progress]:
+    """Progress of a command that signals stop safely."""
+    with Stop(ranks.first) as stop:
+        if not ranks.first:
+            yield Signing(None, stop, ranks)
+            return
+        with Display(stop, log) as display:
+            yield display if ranks.world == 1 else Signing(display, stop, ranks)

@@ -1,0 +1,218 @@
+"""Several ranks: what they say to each other, who makes what, the same bytes on any number of them, and one end for all."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from qquant import pipeline, ranks
+from qquant.artifact.owning import dealt
+from qquant.cli import main, together
+from qquant.errors import (
+    GateFailedError,
+    InputError,
+    NumericalError,
+    ShortMemoryError,
+    StoppedError,
+)
+from qquant.plan.plan import Plan
+from qquant.processes import dead, identity, start_of
+from qquant.ranks import ALONE, Membership, Ranks
+from qquant.source.checkpoint import Checkpoint
+from tests.test_pipeline import CPU, contents, load_recipe, quiet
+from tests.worlds import ROOT
+
+
+def on_ranks(world, work, store=None):
+    """What `work(ranks)` returns or raises on every rank, each a thread."""
+    store, found = store or HashStore(), [None] * world
+
+    def run(rank):
+        try:
+            found[rank] = work(Ranks(Membership(rank, world, rank), store))
+        except Exception as error:  # noqa: BLE001  looked at by the caller
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def test_values_come_in_the_order_of_ranks():
+    def work(group):
+        time.sleep(0.05 * (2 - group.rank))
+        return group.gather([group.rank]), group.gather_bytes(bytes([group.rank])), group.once(lambda: group.rank + 7)
+
+    assert on_ranks(3, work) == [([[0], [1], [2]], [b"\0", b"\1", b"\2"], 7)] * 3
+
+
+def test_ranks_take_turns_and_the_first_goes_before():
+    order = []
+
+    def work(group):
+        group.after_first(lambda: order.append(("first", group.rank)))
+        with group.in_turn():
+            time.sleep(0.05 * (3 - group.rank))
+            order.append(("turn", group.rank))
+        return len(order)
+
+    assert on_ranks(3, work) == [6] * 3
+    assert order[0] == ("first", 0)
+    assert order[3:] == [("turn", rank) for rank in range(3)]
+
+
+def test_what_was_said_is_forgotten():
+    store = HashStore()
+    on_ranks(2, lambda group: [group.meet() for _ in range(20)], store)
+    assert store.num_keys() <= 4
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "recipe", "calibration", "qquant"])
+def test_a_rank_that_sees_something_else_is_named(key):
+    same = dict.fromkeys(("checkpoint", "recipe", "calibration", "qquant"), "a1")
+    found = on_ranks(3, lambda group: group.agree(same | ({key: "b2"} if group.rank == 2 else {})))
+    assert [type(error) for error in found] == [InputError] * 3
+    assert f"rank 2 (never seen) has another {key} than rank 0: b2, not a1" in str(found[0])
+    assert on_ranks(2, lambda group: group.agree(same)) == [None, None]
+
+
+def test_a_rank_alone_asks_nobody():
+    assert ALONE.gather(3) == [3]
+    assert ALONE.once(lambda: "x") == "x"
+    assert ALONE.ends("anything", 5)
+    assert ALONE.lost() is None
+    with ALONE.in_turn():
+        ALONE.agree({"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, None),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "h", "MASTER_PORT": "1", "LOCAL_RANK": "1"},
+            Membership(5, 8, 1),
+        ),
+    ],
+)
+def test_the_launcher_says_where_one_is(environment, place):
+    assert Membership.of(environment) == place
+
+
+def test_work_is_dealt_by_cost():
+    costs = {"a": 7.0, "b": 5.0, "c": 4.0, "d": 3.0, "e": 1.0}
+    hands = dealt(costs, 2)
+    assert sorted(name for hand in hands for name in hand) == sorted(costs)
+    assert [sum(costs[name] for name in hand) for hand in hands] == [10.0, 10.0]
+    assert sorted(map(len, dealt(costs, 7))) == [0, 0, 1, 1, 1, 1, 1]
+    assert sorted(map(len, dealt(dict.fromkeys("abcd", 0.0), 2))) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("x.json: bad"), 5, "x.json: bad"),
+        (NumericalError("block 3"), 7, "block 3"),
+        (ShortMemoryError("block 3: out of memory"), 75, "block 3: out of memory. What is finished is kept"),
+        (MemoryError(), 75, "out. What is finished is kept"),
+        (StoppedError("stopped by SIGTERM"), 75, "stopped by SIGTERM. What is finished is kept"),
+    ],
+)
+def test_one_rank_tells_an_error_for_all(capfd, error, status, line):
+    store = HashStore()
+    message = str(error) or "out"
+    assert on_ranks(2, lambda group: together.told(error, message, group), store) == [status] * 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert line in said[0]
+
+
+def test_a_verdict_is_told_by_the_first(capfd):
+    error = GateFailedError("q4_0: too far")
+    assert on_ranks(3, lambda group: together.told(error, str(error), group)) == [None, 3, 3]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_dead_are_known():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = identity()
+    there = here | {"pid": child.pid, "start": start_of(child.pid)}
+    assert not dead(here)
+    assert not dead(there)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # not reaped
+    assert dead(there)
+    child.wait()
+    assert dead(there)
+    assert not dead(there | {"host": "elsewhere"})
+    assert not dead(there | {"space": "pid:[1]"})
+
+
+def test_a_rank_that_is_stuck_says_so(monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT", 0.02)
+    monkeypatch.setattr(ranks, "STUCK", 0.3)
+    told = []
+    store = HashStore()
+    monkeypatch.setattr(HashStore, "clone", lambda self: self, raising=False)
+    for rank in range(2):
+        store.set(f"beat/{rank}", "1")
+    group = Ranks(Membership(0, 2, 0), store)
+    with ranks.watched(group, lambda *words: told.append(words)):
+        store.set("left/1", "1")
+        for _ in range(30):
+            group.alive()
+            time.sleep(0.02)
+        assert told == []
+        time.sleep(0.8)
+    assert told[0][0].startswith(f"rank 0 (process {os.getpid()} on ")
+    assert "is stuck" in told[0][0]
+    assert told[0][1] == 75
+
+
+def test_ranks_write_the_same_bytes_and_end_together():
+    """Two and three ranks; then one is killed, and another stopped, and other numbers of ranks continue."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.torture_ranks", "3", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["violations"] == []
+    assert found["SIGKILL"] == 2
+
+
+def test_torchrun(make_checkpoint, tmp_path):
+    """As a user types it: one table, and the bytes of a single process."""
+    loaded, folder = load_recipe(tmp_path, ["rtn", "gguf-q8_0"]), make_checkpoint()
+    command = ["build", str(folder), "--recipe", str(tmp_path / "test.yaml"), "--out", str(tmp_path / "out")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qquant"]
+    two = subprocess.run([sys.executable, *launcher, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("baseline (16 bit)") == 1
+    assert two.stderr.count("quantize: block 2 of 2") == 1
+    found = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "two")
+    checkpoint = Checkpoint.open(folder)
+    pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / "out", CPU, quiet)
+    assert contents(tmp_path / "out") == found
+
+
+def test_a_command_for_one_is_refused_once(monkeypatch, capsys):
+    for rank, told in enumerate(("error: plan: is not for several ranks; run it without a launcher", "")):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", "--recipe", "demo"])
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith(told)
+        assert bool(said) == bool(told)
