@@ -15,7 +15,7 @@ import torch
 
 from qquant import __version__, calibration
 from qquant.artifact import owning
-from qquant.artifact.finishing import installed, restore, set_aside
+from qquant.artifact.finishing import installed, orphaned, restore, set_aside
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
@@ -74,7 +74,7 @@ def build(
     """
     require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
     plan.require_room(out)
-    with claim(out, ranks) as folder:
+    with claim(out, ranks, orphaned(out, plan.artifacts)) as folder:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)

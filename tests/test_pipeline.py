@@ -414,6 +414,34 @@ def test_a_damaged_artifact_is_set_aside_and_built_again(make_checkpoint, build,
     assert {path: data for path, data in contents(out).items() if not path.startswith(".damaged")} == before
 
 
+@pytest.mark.parametrize("names", [("gptq-int4",), ("gguf-q4_0", "gguf-q8_0")], ids=["folder", "two files"])
+def test_an_artifact_whose_manifest_was_deleted_is_set_aside_and_built_again(make_checkpoint, build, names):
+    folder = make_checkpoint()
+    _, out = build(folder, *names)
+    before = contents(out)
+    (manifest,) = out.glob("model-*/qquant-manifest.json")
+    manifest.unlink()
+    left = {path.name: path.read_bytes() for path in manifest.parent.iterdir()}
+    report, _ = build(folder, *names)
+    aside = out / ".damaged" / f"{names[0]}-1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == left
+    assert any(f"{names[0]}: was changed or damaged after it was built" in line for line in report.warnings)
+    assert {path: data for path, data in contents(out).items() if not path.startswith(".damaged")} == before
+
+
+def test_a_folder_of_our_name_and_other_files_is_refused(make_checkpoint, build):
+    folder = make_checkpoint()
+    _, out = build(folder, "gptq-int4")
+    (manifest,) = out.glob("model-*/qquant-manifest.json")
+    manifest.unlink()
+    with (manifest.parent / "config.json").open("a") as file:
+        file.write("\n")
+    before = contents(out)
+    with pytest.raises(UsageError, match="was not made by qquant"):
+        build(folder, "gptq-int4")
+    assert contents(out) == before
+
+
 def test_another_build_in_the_folder_is_not_overwritten(make_checkpoint, build):
     build(make_checkpoint(), "gptq-int4")
     with pytest.raises(UsageError, match=r"holds gptq-int4 built from another recipe, checkpoint or version"):

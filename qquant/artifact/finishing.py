@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -27,8 +28,22 @@ def restore(out: Path, partial: Path) -> None:
             rename(folder, out / folder.name)
 
 
+def orphaned(target: Path, planned: Sequence[PlannedArtifact]) -> set[str]:
+    """Folders that hold all files of a planned artifact, of its very sizes, and no manifest: somebody deleted it."""
+    return {
+        plan.folder
+        for plan in planned
+        if not os.path.lexists(target / plan.folder / MANIFEST)
+        and all(_has_size(target / plan.folder / file.name, file.size) for file in plan.files)
+    }
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
-    """Whether `target` already holds this very artifact, every byte of it verified; one that was changed is set aside.
+    """Whether `target` already holds this very artifact, every byte of it verified; one that was changed, or has no manifest, is set aside.
 
     Raises:
         UsageError: something else stands there.
@@ -38,6 +53,10 @@ def finished(target: Path, plan: PlannedArtifact, key: str) -> bool:
     if empty(final):
         final.rmdir()
     if not final.exists():
+        return False
+    if orphaned(target, [plan]):
+        make_folder(target / DAMAGED)
+        rename(final, _place_aside(target, plan))
         return False
     entry = read_manifest(final).artifacts.get(plan.name)
     if entry is None:
@@ -61,8 +80,8 @@ def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
     manifest = manifest_of(final)
     rest = {name: entry for name, entry in manifest.artifacts.items() if name != plan.name}
     shared = {name for entry in rest.values() for name in entry.files}
-    aside = next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
-    make_folder(aside.parent)
+    make_folder(target / DAMAGED)
+    aside = _place_aside(target, plan)
     if not rest:
         rename(final, aside)
         return False
@@ -74,6 +93,10 @@ def _set_aside(target: Path, plan: PlannedArtifact) -> Literal[False]:
     crash_point("while a damaged artifact is set aside")
     write_synced(final / MANIFEST, replace(manifest, artifacts=rest).to_json())
     return False
+
+
+def _place_aside(target: Path, plan: PlannedArtifact) -> Path:
+    return next(path for number in count(1) if not (path := target / DAMAGED / f"{plan.name}-{number}").exists())
 
 
 def set_aside(target: Path) -> set[str]:

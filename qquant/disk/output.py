@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -43,10 +43,11 @@ OURS = {
 
 
 @contextmanager
-def claim(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
+def claim(out: Path, ranks: Ranks = ALONE, orphans: Collection[str] = ()) -> Iterator[Path]:
     """Hold `out` for one build; yields the folder for unfinished work, which is removed when the build succeeds.
 
-    A rejected input leaves the output folder as it was found. Of several ranks the first claims it for all.
+    A rejected input leaves the output folder as it was found. Of several ranks the first claims it for all. `orphans` are names of folders
+    that are ours though they have no manifest.
 
     Raises:
         UsageError: `out` is a file, or holds what qquant did not write.
@@ -55,7 +56,7 @@ def claim(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
         StoppedError: a write failed in a way that need not last; what is finished is kept.
     """
     require_utf8(out)
-    with _claimed(out) if ranks.first else nullcontext(out / PARTIAL) as partial:
+    with _claimed(out, orphans) if ranks.first else nullcontext(out / PARTIAL) as partial:
         if ranks.first:
             _await_earlier(partial, out)
         ranks.meet()
@@ -68,11 +69,11 @@ def claim(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
+def _claimed(out: Path, orphans: Collection[str]) -> Iterator[Path]:
     """Hold `out` as the only process, or the first of several."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out takes a folder")
-    _only_ours(out)
+    _only_ours(out, orphans)
     partial = out / PARTIAL
     fresh = [path for path in (out, partial) if not path.exists()]
     try:
@@ -128,11 +129,16 @@ def require_utf8(path: Path) -> None:
         raise UsageError(f"{str(path)!r}: holds a NUL. Choose another --out")
 
 
-def _only_ours(out: Path) -> None:
+def _only_ours(out: Path, orphans: Collection[str]) -> None:
     if not out.is_dir():
         return
     for path in sorted(out.iterdir()):
-        if path.name not in OURS and not _temporary(path) and not empty(path) and not (path / MANIFEST).is_file():
+        if (
+            path.name not in {*OURS, *orphans}
+            and not _temporary(path)
+            and not empty(path)
+            and not (path / MANIFEST).is_file()
+        ):
             raise UsageError(
                 f"{path}: was not made by qquant. Choose an empty or new folder for --out, or move it away"
             )
