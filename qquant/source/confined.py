@@ -5,7 +5,9 @@
 A child has no network and no files (`confined_child` says how), and for each request
 
     processor time   SECONDS, and more for long texts        memory   2 GiB, and more for long texts
-    wall time        WALL times as much and PATIENCE more    answer   ANSWER bytes, and ANSWER_PER_BYTE for each of the request
+    idle time        IDLE seconds: neither at work, nor      answer   ANSWER bytes, and ANSWER_PER_BYTE for each of the request
+                     waiting for a processor or a disk
+    wall time        WALL times the processor time and PATIENCE more, which a busy machine may take from it
 
 A child that goes beyond one of them, crashes or hangs is gone, `Refused` says in one line why, and the next request has a new child. A
 child ends with the process that started it. Nothing here is started before something is asked.
@@ -34,6 +36,8 @@ from qquant.errors import EnvironmentMissingError
 SECONDS = 4  # of processor time
 BYTES_A_SECOND = 500_000  # of a text to tokenize, or of a tokenizer
 WALL, PATIENCE = 4, 30
+IDLE, LOOK = 5.0, 0.25
+BUSY = "RDIW"  # states of Linux in which a process works, or waits for something that is not its own doing
 ANSWER, ANSWER_PER_BYTE = 32 << 20, 64
 TEXTS = {"template": 64, "tokenizer": 4}  # that one child holds; tokenizers are large
 CHILD = Path(__file__).with_name("confined_child.py")
@@ -74,9 +78,12 @@ class _Child:
             bufsize=0,
             start_new_session=True,  # a Ctrl-C is for us
         )
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.waiting = select.poll()
-        self.waiting.register(self.process.stdout, select.POLLIN)
+        os.set_blocking(self.process.stdin.fileno(), False)  # one that reads nothing is not written to for ever
+        self.taking, self.giving = select.poll(), select.poll()
+        self.taking.register(self.process.stdin, select.POLLOUT)
+        self.giving.register(self.process.stdout, select.POLLIN)
 
     def ask(self, request: Mapping[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
         """The answer. Raises Refused; the process may have ended then."""
@@ -85,7 +92,7 @@ class _Child:
         text = text[:-1] + f', "seconds": {seconds}}}'.encode()
         deadline = time.monotonic() + WALL * seconds + PATIENCE
         try:
-            self._write(struct.pack("<II", len(text), len(content)) + text + content)
+            self._write(struct.pack("<II", len(text), len(content)) + text + content, deadline)
             head, tail = struct.unpack("<II", self._read(8, deadline))
             if head + tail > ANSWER + ANSWER_PER_BYTE * (len(text) + len(content)):
                 raise Refused(f"it answers with {head + tail:,} bytes")
@@ -102,24 +109,43 @@ class _Child:
             raise Refused(answer["error"], answer.get("line"), answer.get("at", 0))
         return answer, data
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, deadline: float) -> None:
         assert self.process.stdin is not None
         rest = memoryview(data)
         while rest:
+            self._await(self.taking, deadline)
             rest = rest[os.write(self.process.stdin.fileno(), rest) :]
 
     def _read(self, count: int, deadline: float) -> bytes:
         assert self.process.stdout is not None
         pieces, left, descriptor = [], count, self.process.stdout.fileno()
         while left:
-            if not self.waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
-                raise Refused("it does not answer")
+            self._await(self.giving, deadline)
             piece = os.read(descriptor, min(left, 1 << 20))
             if not piece:
                 raise EOFError
             pieces.append(piece)
             left -= len(piece)
         return b"".join(pieces)
+
+    def _await(self, pipe: select.poll, deadline: float) -> None:
+        """Return when the pipe is ready. Raises Refused where the child is idle meanwhile, or at `deadline`."""
+        work, since = self._work(), time.monotonic()
+        while not pipe.poll(1000 * LOOK):
+            now, before = time.monotonic(), work
+            work = self._work()
+            if work != before or work is None:
+                since = now
+            if now - since > IDLE or now > deadline:
+                raise Refused("it does not answer")
+
+    def _work(self) -> str | None:
+        """Its processor time so far, as text; None where it is at work, and where the system does not say."""
+        try:
+            state, *numbers = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            return None
+        return None if state in BUSY else " ".join(numbers[10:12])
 
     def _cause(self, seconds: int) -> str:
         status = -self.process.returncode

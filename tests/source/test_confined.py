@@ -219,6 +219,27 @@ def test_one_child_answers_many_and_is_gone_with_its_parent(tmp_path):
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+@pytest.mark.parametrize("text", ["{{ 2 }}", "{# " + "x" * 190_000 + " #}"], ids=["answers nothing", "reads nothing"])
+def test_a_child_that_hangs_is_gone_within_five_seconds(text, monkeypatch):
+    assert confined.IDLE <= 5
+    monkeypatch.setattr(confined, "IDLE", 0.6)
+    rendered("{{ 1 }}")
+    child = confined._children["template"]
+    os.kill(child.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises((InputError, Refused), match="does not answer"):
+        rendered(text)
+    assert time.monotonic() - began < 30, "not the limit of wall time"
+    assert not child.alive
+    assert rendered("{{ 1 + 1 }}") == "2"
+
+
+def test_a_child_at_work_is_not_idle(monkeypatch):
+    monkeypatch.setattr(confined, "IDLE", 0.1)
+    monkeypatch.setattr(confined, "LOOK", 0.05)
+    assert rendered("{% for i in range(2000000) %}{% endfor %}x") == "x"
+
+
 def test_threads_share_a_child():
     found = {}
     threads = [
