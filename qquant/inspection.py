@@ -18,7 +18,7 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         known = format_of(path)
     except InputError:
-        if not path.is_dir():
+        if not (path / "config.json").exists():
             raise
         known = None  # a folder that is quantized otherwise, such as FP8, compressed-tensors or bitsandbytes, has headers too
     return beside.describe(path) if known is None else known.describe(path)

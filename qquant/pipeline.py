@@ -16,7 +16,7 @@ import torch
 from qquant import __version__, calibration
 from qquant.artifact import owning
 from qquant.artifact.finishing import installed, orphaned, restore, set_aside
-from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, manifest_of
+from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
@@ -36,7 +36,7 @@ from qquant.disk.output import DAMAGED, TIMINGS, claim
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
-from qquant.formats import beside, format_of, kind_of_file, weight_files
+from qquant.formats import beside, format_of, kind_of_file
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan import seconds
@@ -219,7 +219,7 @@ def check(
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:
-        size = sum(file.stat().st_size for file in weight_files(path))
+        size = artifact_bytes(path)
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
         candidates.append(

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict  # pydantic takes that of `typing` from 
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import Count, to_plain, typed
 from qquant.errors import InputError, UsageError
+from qquant.formats import weight_files
 from qquant.report.record import Report
 from qquant.report.solved import Solved
 from qquant.source.untrusted import read_json, require_regular
@@ -276,6 +277,18 @@ def manifest_of(folder: Path) -> Manifest:
         InputError: there is none, or it is malformed.
     """
     return Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+
+
+def artifact_bytes(path: Path) -> int:
+    """Bytes of an artifact as a build counts them: all files of a folder, or those that the manifest beside a GGUF file lists with it."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / MANIFEST).is_file():
+        for entry in manifest_of(folder).artifacts.values():
+            if path.is_dir() or path.name in entry.files:
+                return sum(facts.bytes for facts in entry.files.values())
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sum(file.stat().st_size for file in weight_files(path))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -49,8 +49,8 @@ def give_systems(
 ) -> tuple[list[Messages], ChatRecord]:
     """Decide the system turn of every chat. Raises InputError if `share` cannot be had."""
     default = tokenizer.default_system
-    wanted = round(share * len(chats))
     bare = [i for i, chat in enumerate(chats) if not brings_system(chat, default)]
+    wanted = len(bare) if share == 1 else round(share * len(chats))  # 1: no system turn is made up
     if wanted and default is None:
         raise InputError(
             f"{tokenizer.path / tokenizer.template_origin}: the chat template has no default system turn, but "

@@ -168,6 +168,12 @@ def of_report(path: Path) -> dict[str, Evidence]:
     return {name: read(path) for name, path in files.items()}
 
 
+def paths_of(path: Path) -> dict[str, str]:
+    """Where each artifact of a report lay, by its name."""
+    rows = read_report(path / "report.json" if path.is_dir() else path).artifacts
+    return {row.name: row.path.rstrip("/") for row in rows}
+
+
 def file_name(artifact: str) -> str:
     """A name that a file system takes, for an artifact's name or path."""
     return artifact.strip("/").replace("/", "~").replace("\\", "~")

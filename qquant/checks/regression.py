@@ -42,7 +42,7 @@ def compare(before: Path, now: Path) -> list[LossChange]:
         InputError: they share no artifact, or read other tokens.
     """
     then, fresh = evidence.of_report(before), evidence.of_report(now)
-    shared = _pairs(then, fresh)
+    shared = _pairs(then, fresh, evidence.paths_of(before), evidence.paths_of(now))
     if not shared:
         raise InputError(f"{before} has {', '.join(then)}, {now} has {', '.join(fresh)}: no artifact of one name")
     changes = []
@@ -52,11 +52,22 @@ def compare(before: Path, now: Path) -> list[LossChange]:
     return changes
 
 
-def _pairs(then: Mapping[str, Evidence], fresh: Mapping[str, Evidence]) -> dict[str, str]:
-    """Artifacts of one name; two reports of one artifact each are about the same one, whatever its path."""
+def _pairs(
+    then: Mapping[str, Evidence],
+    fresh: Mapping[str, Evidence],
+    paths: Mapping[str, str],
+    fresh_paths: Mapping[str, str],
+) -> dict[str, str]:
+    """Artifacts of one name, or else of one file or folder name, since a check calls them by their paths; two alone are about the same one."""
     if len(then) == len(fresh) == 1:
         return dict(zip(then, fresh, strict=True))
-    return {name: name for name in fresh if name in then}
+    by_file = {path.rpartition("/")[2]: name for name, path in paths.items()}
+    pairs = {name: name for name in fresh if name in then}
+    for name in fresh.keys() - pairs.keys():
+        old = by_file.get(fresh_paths[name].rpartition("/")[2])
+        if old is not None and old not in pairs:
+            pairs[old] = name
+    return {old: pairs[old] for old in then if old in pairs}
 
 
 def _changes(name: str, then: Evidence, fresh: Evidence) -> list[LossChange]:

@@ -40,7 +40,7 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 
 
 @command(epilog=EXITS, example="verify release/Qwen1.5-0.5B-Chat-AWQ --deep")
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--card", "with_card", is_flag=True, help="Also compare README.md with report.json and the manifest.")
 @click.option(
     "--deep",
@@ -50,11 +50,12 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 @click.option("--bytes", "only_bytes", is_flag=True, help="Only compare sizes and hashes; needs no torch.")
 @JSON
 def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: bool, as_json: bool) -> None:
-    """Verify artifact or release FOLDERS: every file's hash, the structure, and values dequantized again."""
+    """Verify artifact or release FOLDERS (or that of a GGUF file): every file's hash, the structure, and values dequantized again."""
     from qquant.errors import InputError
 
     problems, rows = [], []
-    for folder in folders:
+    for path in folders:
+        folder = path if path.is_dir() else path.parent  # of a GGUF file, where its manifest is
         row, text, unlisted = _verified(folder, deep, only_bytes)
         rows.append(row)
         if not as_json:

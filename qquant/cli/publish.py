@@ -11,6 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
+from qquant.cli.terminal import counted
 from qquant.errors import PartlyPublishedError, UsageError
 
 NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -47,7 +48,7 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
         for job in jobs:
             click.echo("\n".join(cells.lines(job)))
         total = sum(job.plan.disk for job in jobs if job.plan)
-        click.echo(f"{len(jobs)} jobs, {total:,} bytes of disk in all")
+        click.echo(f"{counted(len(jobs), 'job')}, {total:,} bytes of disk in all")
     if broken:
         raise UsageError("\n".join(broken))
 

@@ -10,6 +10,7 @@ import click
 
 from qquant.cli.command import Group
 from qquant.cli.options import asking, settle
+from qquant.cli.terminal import counted
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def init_recipe(asked: Asked, out: Path) -> None:
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
     click.echo(
-        f"{out}: {len(written.artifacts)} artifacts. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
+        f"{out}: {counted(len(written.artifacts), 'artifact')}. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,7 +48,7 @@ def run(
 ) -> None:  # fmt: skip
     """Answer PROMPT with an artifact: a GPTQ or AWQ folder, a GGUF file, or a checkpoint; words appear as they come.
 
-    PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: end it with an empty line.
+    PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: an empty line ends it, Ctrl-C stops an answer.
     """
     from qquant.runtime.answering import Answerer, AnswerSettings
 
@@ -70,13 +72,16 @@ def run(
         return
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = answerer.encode(text) if raw else answerer.encode_chat([*turns, {"role": "user", "content": text}])
-    _answer(answerer, ids, settings, as_json)
+    _answer(answerer, ids, settings, lambda _: None, as_json)
 
 
-def _answer(answerer: Answerer, ids: list[int], settings: AnswerSettings, as_json: bool) -> str:
-    """Stream the answer (or print it as JSON), and return it."""
+def _answer(
+    answerer: Answerer, ids: list[int], settings: AnswerSettings, hear: Callable[[str], None], as_json: bool = False
+) -> None:
+    """Stream the answer (or print it as JSON); `hear` is told every piece as it comes."""
 
     def write(piece: str) -> None:
+        hear(piece)
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
@@ -96,10 +101,13 @@ def _answer(answerer: Answerer, ids: list[int], settings: AnswerSettings, as_jso
             f"of {answer.tokens}{rate}",
             err=True,
         )
-    return answer.text
 
 
 def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: AnswerSettings) -> None:
+    """A conversation, with line editing and history where Python has them; Ctrl-C stops an answer, and what was said of it stays."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - edits the lines of `input`
+    click.echo("An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.", err=True)
     while True:
         try:
             question = click.prompt("you", prompt_suffix="> ", default="", show_default=False)
@@ -108,4 +116,9 @@ def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: AnswerSetti
         if not question:
             return
         turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": _answer(answerer, answerer.encode_chat(turns), settings, False)})
+        said: list[str] = []
+        try:
+            _answer(answerer, answerer.encode_chat(turns), settings, said.append)
+        except KeyboardInterrupt:
+            click.echo("\n(stopped)", err=True)
+        turns.append({"role": "assistant", "content": "".join(said)})

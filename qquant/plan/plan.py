@@ -138,7 +138,10 @@ class Plan:
         while not nearest.exists():
             nearest = nearest.parent
         for folder, need in ((nearest, self.still_to_write(out)), (Path(tempfile.gettempdir()), TEMPORARY)):
-            free = shutil.disk_usage(folder).free
+            usage = shutil.disk_usage(folder)
+            if not usage.total:
+                raise EnvironmentMissingError(f"{folder}: is no place for files (0 bytes in all). Choose another --out")
+            free = usage.free
             if free < need:
                 raise EnvironmentMissingError(
                     f"{out if folder == nearest else folder}: the build writes {need:,} bytes, {free:,} are free; {need - free:,} bytes are missing. "

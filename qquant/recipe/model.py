@@ -140,7 +140,8 @@ class Calibration(Strict):
     length: int = Field(default=2048, ge=16, le=131072, description="tokens per sample")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of samples")
     default_system_share: Share = Field(
-        default=0.25, description="share of the chats rendered with the template's default system turn"
+        default=0.25,
+        description="share of the chats rendered with the template's default system turn; the others that come without one are given varied bundled ones: 1 for chats of your own as they are",
     )
     objective: Literal["kl", "output"] = Field(
         default="kl",

@@ -45,6 +45,14 @@ CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"
 DECIMAL = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\w)")
 NOT_PLAIN = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+DATASETS = {
+    "bundled:wikitext-2-test": {
+        "name": "WikiText-2 raw, test",
+        "type": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+    }
+}  # bundled texts that are whole datasets of the hub
 FORMS = {
     "size": "{:,}",
     "bits_per_weight": "{:.2f}",
@@ -136,10 +144,10 @@ def _datasets(manifest: Manifest) -> list[str]:
 
 def _result(row: ArtifactReport, report: Report) -> dict[str, Any]:
     text = report.conditions.text.name
-    value = row.perplexity if math.isfinite(row.perplexity) else str(row.perplexity)
+    value = round(row.perplexity, 3) if math.isfinite(row.perplexity) else str(row.perplexity)
     return {
         "task": {"type": "text-generation"},
-        "dataset": {"name": text, "type": text},
+        "dataset": DATASETS.get(text) or {"name": text, "type": "text"},
         "metrics": [{"type": "perplexity", "name": f"perplexity ({row.name})", "value": value}],
     }
 

@@ -18,16 +18,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qquant import recipe as recipes
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.plan.plan import Plan
+from qquant.recipe.words import hint, key_path, nearest, shown
 from qquant.release.repository import card_facts
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import PaddedCheckpoint, padded
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 LIMIT = 1_000_000  # bytes of a matrix file
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -88,11 +92,31 @@ def load(path: Path) -> Matrix:
     except (YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
     except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'matrix'}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
-        raise UsageError("\n".join(lines)) from None
+        raise UsageError("\n".join(f"{path}: {_told(item)}" for item in error.errors(include_url=False))) from None
+
+
+def _told(item: ErrorDetails) -> str:
+    """One problem of a matrix file in the words of recipes: what is wrong, what is possible, what was meant."""
+    *above, last = item["loc"] or ("matrix",)
+    where = key_path(item["loc"]) if item["loc"] else "matrix"
+    fields = list((Cell if above else Matrix).model_fields)
+    match item["type"]:
+        case "missing":
+            return f"{where}: missing key; needed: {', '.join(_needed(Cell if above else Matrix))}"
+        case "extra_forbidden":
+            return f"{where}: unknown key; allowed: {', '.join(fields)}{hint(nearest(last, fields))}"
+        case "model_type":
+            return f"{where}: wrong type, got {shown(item['input'])}; allowed: a mapping of {', '.join(fields)}"
+        case "list_type":
+            return (
+                f"{where}: wrong type, got {shown(item['input'])}; allowed: a list of {{checkpoint: ..., recipe: ...}}"
+            )
+        case _:
+            return f"{where}: {item['msg'][:1].lower()}{item['msg'][1:]}, got {shown(item['input'])}"
+
+
+def _needed(model: type[BaseModel]) -> list[str]:
+    return [name for name, field in model.model_fields.items() if field.is_required()]
 
 
 def shard(matrix: Matrix, part: str | None) -> list[Cell]:

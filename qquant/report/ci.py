@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from qquant.report.escape import command, markdown, xml
+from qquant.report.escape import command, command_property, markdown, xml
 from qquant.report.record import TITLES, ArtifactReport, Report
 
 MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "waived": "⚠️"}
@@ -50,7 +50,7 @@ def _result(case: ElementTree.Element, outcome: str, text: str, waiver: str) -> 
     elif outcome in KINDS:
         first = text.partition("\n")[0]
         ElementTree.SubElement(case, KINDS[outcome], message=first, type=outcome).text = text
-    else:
+    elif text:
         ElementTree.SubElement(case, "system-out").text = text
 
 
@@ -71,7 +71,7 @@ def commands(report: Report) -> str:
     """Workflow commands that GitHub shows beside the run, one line per reason."""
     kinds = {"fail": "error", "inconclusive": "error", "waived": "warning"}
     lines = [
-        f"::{kinds[artifact.verdict.outcome]} title={command(artifact.name)}::{command(reason)}"
+        f"::{kinds[artifact.verdict.outcome]} title={command_property(artifact.name)}::{command(reason)}"
         for artifact in report.artifacts
         if artifact.verdict.outcome in kinds
         for reason in artifact.verdict.lines

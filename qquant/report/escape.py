@@ -5,7 +5,8 @@ r"""Texts of strangers, made harmless for the place where they are shown: one fu
     in_lines   the same for a message of several lines; none of them begins with ::
     markdown   a cell or a line of GitHub's Markdown: no tag, no link, no image, no code, no new column
     xml        what XML 1.0 can hold
-    command    a property or the message of a workflow command (::error title=...::...)
+    command    the message of a workflow command (::error title=...::MESSAGE)
+    command_property    a property of one (title), which colons and commas would end; in a message they are shown as they are
 
 HTML is escaped by its template (`qquant.report.html`), which takes texts through `visible` first.
 """
@@ -51,6 +52,10 @@ def xml(text: str) -> str:
 
 
 def command(text: str) -> str:
-    """The text in a workflow command."""
-    plain = visible(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return plain.replace(":", "%3A").replace(",", "%2C")
+    """The text as the message of a workflow command: the runner undoes these three, and nothing else."""
+    return visible(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def command_property(text: str) -> str:
+    """The text as a property of a workflow command."""
+    return command(text).replace(":", "%3A").replace(",", "%2C")

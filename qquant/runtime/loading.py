@@ -151,16 +151,28 @@ def _generation(source: WeightSource, raw: dict[str, Any]) -> GenerationConfig:
         value = source.header.value
         names = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
         ids = {key: value(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
+        ids["eos_token_id"] = _stop_tokens(source, ids["eos_token_id"])
         sampling = {key: value(f"general.sampling.{name}") for key, name in SAMPLING.items()}
         stated = {key: value for key, value in (ids | sampling).items() if value is not None}
-        return GenerationConfig(**stated, do_sample=any(name in stated for name in SAMPLING))
+        return GenerationConfig(**stated, do_sample=any(name in stated for name in ("temperature", "top_p", "top_k")))
     folder = source.path  # type: ignore[attr-defined] # every source of a folder has it
     if (folder / "generation_config.json").is_file():
         return GenerationConfig(**read_json(folder / "generation_config.json"))
     return GenerationConfig(**{key: raw[key] for key in TOKENS if key in raw})
 
 
-SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
+def _stop_tokens(source: GgufSource, eos: int | None) -> int | list[int] | None:
+    """The token that the file names, and those on which llama.cpp ends an answer whatever the file names, if it has them."""
+    if eos is None:
+        return None
+    tokens = source.header.value("tokenizer.ggml.tokens") or []
+    others = [tokens.index(name) for name in ENDS if name in tokens]
+    ends = list(dict.fromkeys([eos, *others]))
+    return ends if len(ends) > 1 else eos
+
+
+ENDS = ("<|im_end|>", "<|endoftext|>")  # of Qwen's tokens, those that llama.cpp takes for ends of generation
+SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "penalty_repeat"}
 
 
 def paths(model: nn.Module) -> dict[str, str]:

@@ -58,6 +58,14 @@ def test_chats_without_a_system_turn_are_preferred_where_the_share_needs_them(ti
     assert found.chats.default_system == 10
 
 
+def test_a_share_of_one_makes_no_system_turn_up(tiny, tmp_path):
+    """Chats of one's own as they are: some with a system turn, which stays, the others with the template's."""
+    path = chat_file(tmp_path / "c.jsonl", many(6, system="You are a pirate.") + many(4))
+    found = calibration.load(chats_spec(path, samples=10, length=512, default_system_share=1.0), tiny, True)
+    assert {system_of(sample, tiny) for sample in found.tokens} == {"You are a pirate.", tiny.default_system}
+    assert (found.chats.own_system, found.chats.default_system, found.chats.varied_system) == (6, 4, 0)
+
+
 def test_a_chat_with_the_default_text_counts_as_default(tiny, tmp_path):
     path = chat_file(tmp_path / "c.jsonl", many(8, system=tiny.default_system))
     assert calibration.load(chats_spec(path, default_system_share=1.0), tiny, True).chats.default_system == 8

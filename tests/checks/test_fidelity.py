@@ -169,6 +169,15 @@ def test_more_text_is_read_only_where_it_is_needed(built):
     assert unsure.verdict.gates[0].windows in (16, 32)
 
 
+def test_artifacts_are_paired_by_name_or_by_what_their_paths_end_with():
+    """A check calls artifacts by their paths, a build by their names in the recipe."""
+    then, fresh = dict.fromkeys(["int4", "awq", "gone"]), dict.fromkeys(["/x/m-GPTQ-Int4", "awq", "/x/other"])
+    paths = {"int4": "out/m-GPTQ-Int4", "awq": "out/m-AWQ", "gone": "out/gone"}
+    fresh_paths = {"/x/m-GPTQ-Int4": "/x/m-GPTQ-Int4", "awq": "new/m-AWQ", "/x/other": "/x/other"}
+    assert regression._pairs(then, fresh, paths, fresh_paths) == {"int4": "/x/m-GPTQ-Int4", "awq": "awq"}
+    assert regression._pairs({"a": None}, {"/x/b": None}, {"a": "a"}, {"/x/b": "/x/b"}) == {"a": "/x/b"}
+
+
 def test_comparison_of_two_reports(built, tmp_path):
     checks = Checks(windows=16, length=32)
     check(built, checks, out=tmp_path / "a")

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qquant import pipeline, recipe
-from qquant.artifact.manifest import ArtifactEntry, Manifest, ReleaseEntry
+from qquant.artifact.manifest import ArtifactEntry, Manifest, ReleaseEntry, artifact_bytes
 from qquant.checks.gate import judge
 from qquant.cli import cli, main
 from qquant.cli.tables import table_of
@@ -307,3 +308,41 @@ def test_two_artifacts_of_one_file_are_refused(make_checkpoint, first, second, f
     with pytest.raises(UsageError, match=f"artifacts a and b would both write {file}"):
         Plan.of(both, checkpoint)
     assert Plan.of(both, checkpoint, ["b"]).artifacts[0].name == "b"
+
+
+def test_a_folder_of_artifacts_is_told_apart_from_a_model(tmp_path):
+    (tmp_path / "m-AWQ").mkdir()
+    (tmp_path / "m-AWQ" / "config.json").write_text("{}")
+    result = run("inspect", tmp_path)
+    assert str(result.exception) == f"{tmp_path}: holds m-AWQ/; name one, e.g. {tmp_path}/m-AWQ"
+
+
+def test_check_counts_bytes_as_the_build_did(tmp_path):
+    """All files of a folder; with a GGUF file what the manifest lists with it; of a file that nobody lists, itself."""
+    folder, files = tmp_path / "m-AWQ", {"model.safetensors": 7, "tokenizer.json": 5}
+    folder.mkdir()
+    for name, count in files.items():
+        (folder / name).write_bytes(b"x" * count)
+    (folder / ".cache").write_text("not ours")
+    assert artifact_bytes(folder) == 12
+    listed = {
+        name: {"bytes": count, "sha256": "0"} for name, count in {"m-q8_0.gguf": 100, "Modelfile-q8_0": 3}.items()
+    }
+    entry = {"key": "k", "format": "gguf", "files": listed}
+    (tmp_path / "qquant-manifest.json").write_text(
+        json.dumps({"schema": "qquant-manifest-1", "artifacts": {"q8": entry}})
+    )
+    assert artifact_bytes(tmp_path / "m-q8_0.gguf") == 103
+
+
+def test_a_file_system_without_room_for_anything_is_named(monkeypatch, tmp_path, demo):
+    plan = Plan.of(recipe.load("demo"), Checkpoint.open(str(demo)), ("gguf-q4_0",))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+    with pytest.raises(EnvironmentMissingError, match="is no place for files"):
+        plan.require_room(tmp_path / "out")
+
+
+def test_verify_takes_a_file_by_its_folder(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    result = run("verify", tmp_path / "m.gguf")
+    assert f"{tmp_path}: holds no qquant-manifest.json" in str(result.exception)

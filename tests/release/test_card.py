@@ -1,5 +1,6 @@
 """Model cards: every number from report.json, every name from the manifest, and a check that finds what does not."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -190,6 +191,17 @@ def test_table_conditions_and_origin(build):
     assert "| 16-bit checkpoint |  | 16.00 | 10.125 |" in text
     assert "bundled:wikitext-2-test, 40 windows of 512 tokens" in text
     assert f"- calibration: 8 samples, 384 tokens, `{'ab' * 32}`" in text
+
+
+def test_the_dataset_is_one_of_the_hub_and_numbers_have_the_digits_of_the_table(build):
+    content = card.head(releases(build)[GGUF].manifest, releases(build)[GGUF].report)
+    result = content["model-index"][0]["results"][0]
+    assert result["dataset"] == {
+        "name": "WikiText-2 raw, test", "type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test",
+    }  # fmt: skip
+    assert result["metrics"][0]["value"] == 10.25
+    row = dataclasses.replace(releases(build)[GGUF].report.artifacts[0], perplexity=102.42953484309572)
+    assert card._result(row, releases(build)[GGUF].report)["metrics"][0]["value"] == 102.43
 
 
 def test_gates_and_waivers_are_on_the_card(tmp_path):

@@ -94,6 +94,24 @@ def test_fourteen_billion_before_and_after_padding(matrix):
     assert tensors(wide) > tensors(plain)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "version: missing key; needed: version, name, cells"),
+        ("[]", "matrix: wrong type, got a list; allowed: a mapping of version, name, cells"),
+        ("{version: 1, name: a, cels: []}", "cels: unknown key; allowed: version, name, cells; did you mean 'cells'?"),
+        ("{version: 1, name: a, cells: 3}", "cells: wrong type, got 3; allowed: a list of {checkpoint: ..., recipe: ...}"),
+        ("{version: 1, name: a, cells: [{recipe: r, chekpoint: c}]}", "cells[0].checkpoint: missing key; needed: checkpoint, recipe"),
+        ("{version: 1, name: a, cells: [{recipe: r, chekpoint: c}]}", "cells[0].chekpoint: unknown key; allowed: checkpoint, recipe, revision, model; did you mean 'checkpoint'?"),
+    ],
+)  # fmt: skip
+def test_problems_of_a_matrix_are_told_like_those_of_a_recipe(tmp_path, text, message):
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        cells.load(tmp_path / "m.yaml")
+    assert f"{tmp_path}/m.yaml: {message}" in str(caught.value).splitlines()
+
+
 def test_shards_cover_every_cell_once(matrix):
     wanted = cells.load(matrix).cells
     for count in (1, 2, 3, 5):
@@ -137,7 +155,7 @@ def test_a_broken_cell_does_not_hide_the_others(matrix, tmp_path):
     [
         ("version: 2\nname: a\ncells: [{checkpoint: a, recipe: b}]", "version"),
         ("version: 1\nname: a\ncells: []", "cells"),
-        ("version: 1\nname: a\ncells: [{checkpoint: a, recipe: b, colour: red}]", r"cells\.0\.colour"),
+        ("version: 1\nname: a\ncells: [{checkpoint: a, recipe: b, colour: red}]", r"cells\[0\]\.colour"),
         ("version: 1\nname: [", "not valid YAML"),
         ("just text", "matrix"),
     ],

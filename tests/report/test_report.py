@@ -292,12 +292,13 @@ def test_junit():
     assert bad.find("testcase[@name='mean KL divergence']/failure").get("message").startswith("0.06, limit 0.05")
     late = suites.find("testsuite[@name='m.late']/testcase[@name='mean KL divergence']/skipped")
     assert "waived by A until 2030-01-01" in late.get("message")
+    assert all(element.text for element in suites.iter("system-out"))
 
 
 def test_workflow_commands():
     lines = ci.commands(everything()).splitlines()
-    assert "::error title=bad::tokenizer%3A is not the checkpoint's" in lines
-    assert "::error title=bad::mean KL divergence 0.06 is above the limit%3A 5 %25%0A2" in lines
+    assert "::error title=bad::tokenizer: is not the checkpoint's" in lines
+    assert "::error title=bad::mean KL divergence 0.06 is above the limit: 5 %25%0A2" in lines
     assert [line for line in lines if line.startswith("::warning title=late::waived by A")]
     assert not [line for line in lines if "title=good" in line]
     assert ci.github(everything()).startswith("❌ **m**: FAILED\n")

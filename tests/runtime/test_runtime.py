@@ -307,7 +307,8 @@ def test_generation_settings_come_along(release, demo):
         settings = qquant.load(release[name], "cpu").generation_config
         assert settings.temperature == pytest.approx(expected["temperature"])
         assert settings.top_k == expected["top_k"]
-        assert settings.eos_token_id in (expected["eos_token_id"], expected["eos_token_id"][0])
+        assert settings.repetition_penalty == pytest.approx(expected["repetition_penalty"])
+        assert settings.eos_token_id == expected["eos_token_id"]
 
 
 def test_bad_requests_are_typed(release, tmp_path):
