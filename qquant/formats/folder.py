@@ -189,7 +189,7 @@ class ModelFolder(ABC, Generic[Spec]):
                 ]
                 kinds[tensor] = Stored(PACKED, self.label(own), numbers=False)
             else:
-                dtype = checkpoint.tensors[tensor].dtype
+                dtype = checkpoint.dtype_of(tensor)
                 entries.append((tensor, dtype, shape))
                 kinds[tensor] = Stored(dtype, dtype.lower(), numbers=True)
         config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(own)}

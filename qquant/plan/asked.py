@@ -20,6 +20,7 @@ from qquant.recipe import Recipe
 from qquant.recipe.changes import Flags, changed
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import padded
+from qquant.source.rounding import rounded
 
 CHAT, BASE = "qwen1.5-chat", "qwen1.5-base"
 TURNS = ("messages", "conversations")  # columns that hold chats
@@ -77,7 +78,7 @@ class Asked:
         return changed(known, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
 
     def open(self) -> tuple[Recipe, Checkpoint]:
-        """The recipe, and the checkpoint with its adapter, padded as the recipe says.
+        """The recipe, and the checkpoint with its adapter, rounded and padded as the recipe says.
 
         Raises:
             UsageError: the recipe, or what the flags make of it, is not valid.
@@ -85,7 +86,7 @@ class Asked:
         """
         known = self.wanted()
         checkpoint = Checkpoint.open(self.reference, self.revision or known.revision, self.adapter)
-        return known, padded(checkpoint, known)
+        return known, padded(rounded(checkpoint, known.dtype), known)
 
 
 def _loaded(recipe: str | Path | Recipe) -> Recipe:

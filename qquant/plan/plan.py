@@ -116,8 +116,8 @@ class Plan:
             sizes = {one.name: one.bits_per_weight for one in self.artifacts}
             listed = ", ".join(f"{name} has {sizes[name]:.1f} bits per weight" for name in self.in_float32)
             warnings.append(
-                f"the checkpoint is float32, and what is not quantized stays so: {listed}. Save the checkpoint in bfloat16 first "
-                "(transformers: from_pretrained(FOLDER, dtype='bfloat16').save_pretrained(OTHER))"
+                f"the checkpoint is float32, and what is not quantized stays so: {listed}. Read it as bfloat16: "
+                "`dtype: bfloat16` in the recipe, or --set dtype=bfloat16"
             )
         return tuple(warnings)
 

@@ -236,6 +236,10 @@ class Recipe(Strict):
         default=None,
         description="how long solvers may take: fills in what calibration and artifacts leave open, see [Efforts](#efforts); null: the defaults of these tables",
     )
+    dtype: Literal["bfloat16", "float16"] | None = Field(
+        default=None,
+        description="the checkpoint is rounded to it as it is read, so that what is not quantized is stored in it; null: as the files are",
+    )
     pad_intermediate: Annotated[Literal["none", "auto", 256, 512, 1024, 2048], BeforeValidator(_no_float)] = Field(
         default="none",
         description="zero-pads the MLP to a multiple; auto: until 8 tensor-parallel ranks hold whole groups of every artifact",

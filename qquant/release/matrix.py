@@ -29,6 +29,7 @@ from qquant.recipe.words import hint, key_path, nearest, shown
 from qquant.release.repository import card_facts
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import PaddedCheckpoint, padded
+from qquant.source.rounding import rounded
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -146,7 +147,7 @@ def _plan(cell: Cell) -> Job:
     try:
         recipe = recipes.load(cell.recipe)
         source = Checkpoint.open(cell.checkpoint, cell.revision or recipe.revision)
-        padded_source = padded(source, recipe)
+        padded_source = padded(rounded(source, recipe.dtype), recipe)
         planned = Plan.of(recipe, padded_source, (), cell.model)
     except (InputError, UsageError, EnvironmentMissingError) as error:
         return Job(cell, None, {}, str(error))

@@ -72,6 +72,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = field(default=())  # tensors of the files that the model does not use
     reference: str = ""  # what it was opened as: a folder, or a hub id
     base: str = ""  # the fingerprint without the adapter
+    as_dtype: str = ""  # safetensors name of the dtype that every tensor is rounded to as it is read; empty: its own
 
     @classmethod
     def open(cls, reference: str | Path, revision: str | None = None, adapter: Path | None = None) -> Checkpoint:
@@ -105,7 +106,11 @@ class Checkpoint:
     def dtype(self) -> str:
         """Safetensors name of the dtype of the linear weights: BF16, F16 or F32."""
         linear = next(iter(self.family.linear_shapes(self.config, 0)))
-        return self.tensors[f"{self.family.block.format(0)}{linear}.weight"].dtype
+        return self.dtype_of(f"{self.family.block.format(0)}{linear}.weight")
+
+    def dtype_of(self, name: str) -> str:
+        """Safetensors name of the dtype in which tensor `name` is read."""
+        return self.as_dtype or self.tensors[name].dtype
 
     @property
     def side_files(self) -> list[Path]:
@@ -178,6 +183,12 @@ class Checkpoint:
             value = self.adapter.merge(name, value, rows)
         if not finite(value):
             raise InputError(f"{self._info(name).file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        if self.as_dtype:
+            value = value.to(safetensors_file.torch_dtype(self.as_dtype))
+            if not finite(value):
+                raise InputError(
+                    f"{self._info(name).file}: tensor {name} does not fit {value.dtype}; use dtype: bfloat16"
+                )
         return value
 
 

@@ -21,7 +21,7 @@ from tests.worlds.recipe_text import GOOD, changed, problems
 FORMATS = "awq, gguf, gptq"
 NAME = "1 to 100 of a-z 0-9 . _ - that begin with a letter or digit"
 RECIPE_KEYS = (
-    "version, name, description, checkpoint, revision, effort, pad_intermediate, calibration, artifacts, checks, shard_size, "
+    "version, name, description, checkpoint, revision, effort, dtype, pad_intermediate, calibration, artifacts, checks, shard_size, "
     "gguf_split_size"
 )
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, behaviour, defaults, waiver"

@@ -183,7 +183,7 @@ def test_dump_is_text_for_readers_of_yaml_1_1_too():
 def test_dump_keeps_the_order_of_the_fields_with_lists_last():
     text = recipe.dump(recipe.parse(GOOD))
     assert text.startswith(
-        'version: 1\nname: good\ndescription: ""\ncheckpoint: some/model\nrevision: null\neffort: null\npad_intermediate: none\n'
+        'version: 1\nname: good\ndescription: ""\ncheckpoint: some/model\nrevision: null\neffort: null\ndtype: null\npad_intermediate: none\n'
     )
     assert re.findall(r"^\w+:$", text, re.MULTILINE) == ["calibration:", "artifacts:", "checks:"]
 
