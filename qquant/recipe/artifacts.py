@@ -141,7 +141,7 @@ class Gates(Strict):
     )
     regression_tolerance: Share = Field(
         default=0.05,
-        description="how much more KL divergence and top-1 disagreement than then is no regression, as a share",
+        description="share by which KL divergence and top-1 disagreement may exceed those of `regression_vs`",
     )
     worst_slice: AtLeast1 | None = Field(
         default=None,
@@ -165,7 +165,7 @@ def eight_bits(kind: str) -> bool:
 class _Artifact(Strict):
     """What every entry of `artifacts` says of itself, whatever its format."""
 
-    name: Name = Field(description="its folder, and what `--only` takes; unique")
+    name: Name = Field(description="names its folder, and the artifact for `--only`; unique")
     gates: Gates = Field(default=Gates(), description="what it must hold")
 
     if TYPE_CHECKING:  # fields of every format, each in its own place, with its own default
@@ -264,14 +264,16 @@ class IntegerArtifact(_Artifact):
 class GptqArtifact(IntegerArtifact):
     """AutoGPTQ v1 layout, read by transformers, vLLM, SGLang."""
 
-    format: Literal["gptq"] = Field(description="chooses this table")
-    bits: Annotated[Literal[4, 8], Whole] = Field(description="per weight")
+    format: Literal["gptq"] = Field(description="the kind of artifact, whose fields this table has")
+    bits: Annotated[Literal[4, 8], Whole] = Field(description="bits per weight")
     group_size: Annotated[Literal[32, 64, 128, -1], Whole] = Field(
         default=128,
         description="weights that share a scale; -1: a whole row, which at 4 bits crashes in transformers with gptqmodel on a CPU",
     )
-    symmetric: Annotated[Literal[True], Truth] = Field(default=True, description="no zero points")
-    desc_act: Annotated[Literal[False], Truth] = Field(default=False, description="fast kernels need a trivial `g_idx`")
+    symmetric: Annotated[Literal[True], Truth] = Field(default=True, description="groups have no zero points")
+    desc_act: Annotated[Literal[False], Truth] = Field(
+        default=False, description="columns stay in their order, as fast kernels need it"
+    )
     damping: Damping = 0.01
     solver: SolverName = Field(default="gptq", description=SOLVER)
     scale_search: ScaleSearch = "importance"
@@ -284,12 +286,14 @@ class GptqArtifact(IntegerArtifact):
 class AwqArtifact(IntegerArtifact):
     """AutoAWQ GEMM layout: 4 bit, asymmetric, scales folded into the previous operator."""
 
-    format: Literal["awq"] = Field(description="chooses this table")
-    bits: Annotated[Literal[4], Whole] = Field(default=4, description="per weight")
+    format: Literal["awq"] = Field(description="the kind of artifact, whose fields this table has")
+    bits: Annotated[Literal[4], Whole] = Field(default=4, description="bits per weight")
     group_size: Annotated[Literal[32, 64, 128], Whole] = Field(
         default=128, description="weights that share a scale and a zero point"
     )
-    zero_point: Annotated[Literal[True], Truth] = Field(default=True, description="asymmetric")
+    zero_point: Annotated[Literal[True], Truth] = Field(
+        default=True, description="every group has a zero point: codes are asymmetric"
+    )
     damping: Damping = 0.01
     solver: SolverName = Field(default="gptq", description=SOLVER)
     scale_search: ScaleSearch = "importance"
@@ -302,7 +306,7 @@ class AwqArtifact(IntegerArtifact):
 class GgufArtifact(_Artifact):
     """One GGUF file: of llama.cpp's type mix `type`, or of the types with the least expected loss in a size."""
 
-    format: Literal["gguf"] = Field(description="chooses this table")
+    format: Literal["gguf"] = Field(description="the kind of artifact, whose fields this table has")
     type: GgufType | None = Field(default=None, description="llama.cpp's name of the mix, in lower case")
     size: Text | None = Field(
         default=None,

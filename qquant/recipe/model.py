@@ -138,7 +138,7 @@ class Calibration(Strict):
     sources: tuple[Source, ...] = Field(min_length=1, max_length=100, description="where the samples come from")
     samples: int = Field(default=128, ge=1, le=65536, description="number of samples")
     length: int = Field(default=2048, ge=16, le=131072, description="tokens per sample")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of the choice of samples")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of samples")
     default_system_share: Share = Field(
         default=0.25,
         description="share of the chats rendered with the template's default system turn; the others that come without one are given varied bundled ones: 1 for chats of your own as they are",
@@ -151,7 +151,7 @@ class Calibration(Strict):
         default=65536,
         ge=256,
         le=2**30,
-        description="of the samples, on which gradients are measured for `objective: kl`; the solvers see all samples",
+        description="tokens of the samples on which gradients are measured for `objective: kl`; the solvers see all samples",
     )
 
     @property
@@ -180,9 +180,12 @@ class Checks(Strict):
     texts: tuple[Text, ...] = Field(
         default=(), min_length=0, max_length=20, description="further texts, by language or domain: measured, not gated"
     )
-    windows: int = Field(default=40, ge=1, le=65536, description="stretches of each text that are read")
+    windows: int = Field(default=40, ge=1, le=65536, description="windows of each text that are scored")
     max_windows: int | None = Field(
-        default=None, ge=1, le=65536, description="as many of `text` where a gate is inconclusive; null: no more"
+        default=None,
+        ge=1,
+        le=65536,
+        description="most windows of `text` where a gate is inconclusive; null: no more than `windows`",
     )
     length: int = Field(default=512, ge=16, le=131072, description="tokens per window")
     protocol: Literal["llama.cpp", "sliding"] = Field(
@@ -194,7 +197,7 @@ class Checks(Strict):
     )
     speed: bool = Field(
         default=False,
-        description="time every artifact against the checkpoint; both are in memory, as `qquant speed` has them",
+        description="time every artifact against the checkpoint, with both in memory at once, as `qquant speed` does",
     )
 
     @property
@@ -225,9 +228,9 @@ class Checks(Strict):
 class Recipe(Strict):
     """Everything `qquant build` needs besides the checkpoint itself."""
 
-    version: Annotated[Literal[1], Whole] = Field(description="of the recipe language")
-    name: Name = Field(description="stands in reports")
-    description: str = Field(default="", max_length=4000, description="for people")
+    version: Annotated[Literal[1], Whole] = Field(description="version of the recipe language")
+    name: Name = Field(description="name of the recipe in reports")
+    description: str = Field(default="", max_length=4000, description="what the recipe is for, in words")
     checkpoint: Text | None = Field(
         default=None, description="path, hub id, or bundled:NAME; the command line overrides it"
     )

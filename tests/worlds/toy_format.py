@@ -35,7 +35,7 @@ ZERO = 8
 class ToyArtifact(IntegerArtifact):
     """Two codes a byte, and a bfloat16 step for each group."""
 
-    format: Literal["toy"] = Field(description="chooses this table")
+    format: Literal["toy"] = Field(description="the kind of artifact, whose fields this table has")
     bits: Annotated[Literal[4], Whole] = Field(default=4, description="per weight")
     group_size: Annotated[Literal[16, 32], Whole] = Field(default=32, description="weights that share a step")
     damping: Damping = 0.01
