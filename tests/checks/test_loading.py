@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qquant import background, devices, pipeline
 from qquant.checks import loading, review
 from qquant.errors import NumericalError
-from qquant.formats.gguf.container import header_bytes, nbytes, read_header
+from qquant.formats.gguf.container import header_bytes, read_header
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
@@ -154,7 +154,7 @@ def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tm
 
     def written(title, **values):
         fields = [replace(field, value=values.get(field.key[8:], field.value)) for field in header.fields.values()]
-        tensors = [(tensor.name, tensor.shape, tensor.type_id, nbytes(tensor)) for tensor in header.tensors.values()]
+        tensors = [(tensor.name, tensor.shape, tensor.type_id, tensor.nbytes) for tensor in header.tensors.values()]
         path = tmp_path / title
         path.write_bytes(header_bytes(fields, tensors)[0] + gguf.read_bytes()[header.data :])
         return path

@@ -13,7 +13,7 @@ from qquant.checks.review import require_same_shape
 from qquant.errors import InputError
 from qquant.formats import FORMATS, claims_of, folder_claims, kind_of_file
 from qquant.formats.gguf import claims as gguf_claims
-from qquant.formats.gguf.container import Field, header_bytes, nbytes, read_header
+from qquant.formats.gguf.container import Field, header_bytes, read_header
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -45,13 +45,13 @@ def rewrite(path, fields, tensors=None):
     """A GGUF file with other fields (and types of tensors), and the same data."""
     header, data = read_header(path), path.read_bytes()
     stored = list((tensors or header.tensors).values())
-    head, _, size = header_bytes(fields, [(t.name, t.shape, t.type_id, nbytes(t)) for t in stored])
+    head, _, size = header_bytes(fields, [(t.name, t.shape, t.type_id, t.nbytes) for t in stored])
     content = bytearray(size)
     content[: len(head)] = head
     place = len(head)
     for tensor in stored:
-        content[place : place + nbytes(tensor)] = data[tensor.offset : tensor.offset + nbytes(tensor)]
-        place += -(-nbytes(tensor) // 32) * 32
+        content[place : place + tensor.nbytes] = data[tensor.offset : tensor.offset + tensor.nbytes]
+        place += -(-tensor.nbytes // 32) * 32
     path.write_bytes(content)
 
 

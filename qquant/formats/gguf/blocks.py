@@ -5,6 +5,7 @@ A type (`types`) is a drawing of its bytes and one of these strategies; the sear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +14,7 @@ from qquant.algorithms.grid import Multipliers
 from qquant.devices import policy
 from qquant.errors import UsageError
 from qquant.formats.gguf import exact, search
+from qquant.formats.gguf.container import TYPE_NAMES, TYPE_SIZES
 from qquant.formats.gguf.fields import Field, per_column, scaled
 from qquant.resources import lazy
 
@@ -195,7 +197,7 @@ class BlockType:
     """A block type: constants that need no torch, and its arithmetic."""
 
     name: ClassVar[str]  # as llama.cpp prints it, in lower case
-    ggml_id: ClassVar[int]  # GGMLQuantizationType
+    ggml_id: ClassVar[int]  # GGMLQuantizationType; this and the next two are looked up by `name`
     block: ClassVar[int]  # values
     bytes: ClassVar[int]  # per block
     width: ClassVar[int] = 0  # columns per (step, offset)
@@ -206,6 +208,16 @@ class BlockType:
     scale_range: ClassVar[tuple[int, int]] = (0, 0)  # of sub-scales and sub-minima, both ends included
     code_flip: ClassVar[int] = 0  # stored code = code xor flip
     weights: ClassVar[tuple[str, str]] = ("", "")  # keys of WEIGHTS: without and with importance
+
+    def __init_subclass__(cls) -> None:
+        """Look up number and size of a type that has a name."""
+        if "name" in cls.__dict__:
+            cls.ggml_id = TYPE_NAMES.index(cls.name)
+            cls.block, cls.bytes = TYPE_SIZES[cls.ggml_id]
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor [..., columns] of this type."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of `columns` values.
@@ -292,7 +304,7 @@ def reciprocal(d: Tensor) -> Tensor:
 
 
 class Legacy(BlockType):
-    block, width = 32, 32
+    width = 32
     weights = ("", "importance, row")
 
     def choose(self, rows: Rows) -> tuple[BlockParams, Callable[[slice], Tensor]]:
@@ -352,8 +364,6 @@ class Affine(Legacy):
 
 
 class _KQuant(BlockType):
-    block = 256
-
     def choose(self, rows: Rows) -> tuple[BlockParams, Callable[[slice], Tensor]]:
         params, result = self.fit(rows)
         step, low = params.step().view(-1, 1), params.low()

@@ -23,7 +23,7 @@ from qquant.calibration.tokenizer import Tokenizer
 from qquant.families import Family, ModelConfig
 from qquant.formats.claims import Claims, claims, differs, shown
 from qquant.formats.gguf import mix
-from qquant.formats.gguf.container import Field, Header
+from qquant.formats.gguf.container import Field, Header, type_name
 from qquant.formats.gguf.metadata import CONTROL, UNUSED, USER_DEFINED, of_checkpoint
 from qquant.formats.gguf.shards import read_model
 from qquant.formats.gguf.types import TYPES
@@ -229,12 +229,8 @@ def _tokens(header: Header, expected: Mapping[str, Field]) -> Claims:
 
 def matrix_types(header: Header) -> dict[str, str]:
     """Tensor name -> type, of every matrix of a file whose types are known."""
-    names = {kind.ggml_id: name for name, kind in TYPES.items()}
-    return {
-        name: names[tensor.type_id]
-        for name, tensor in header.tensors.items()
-        if len(tensor.shape) > 1 and tensor.type_id in names
-    }
+    matrices = {name: type_name(tensor.type_id) for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    return {name: kind for name, kind in matrices.items() if kind in TYPES}
 
 
 def kind(header: Header, family: Family, config: ModelConfig) -> str:
@@ -270,11 +266,7 @@ def _mixes_of(types: Mapping[str, str], shape: mix.ModelShape) -> Iterator[str]:
 
 def _size(shape: mix.ModelShape, types: Mapping[str, str]) -> int:
     """Bytes of the matrices of the model in these types."""
-    return sum(
-        rows * TYPES[types[name]].row_bytes(columns)
-        for name, (rows, columns) in shape.matrices().items()
-        if name in types
-    )
+    return sum(TYPES[types[name]].nbytes(size) for name, size in shape.matrices().items() if name in types)
 
 
 def _tensors(header: Header, family: Family, config: ModelConfig) -> Claims:

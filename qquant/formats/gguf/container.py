@@ -35,23 +35,60 @@ TENSOR_LIMIT = 200_000
 FIELD_LIMIT = 100_000
 ELEMENT_LIMIT = 2_000_000  # values of all arrays together; a vocabulary of 152,064 tokens takes half a million
 HEADER_LIMIT = 128_000_000  # bytes before the data
-TYPE_SIZES = {  # type id -> (values, bytes) of a block
+TYPE_SIZES = {  # ggml's number of a type -> (values, bytes) of a block
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
     12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),
     20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
     29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
-
-TYPE_NAMES = (
-    "f32 f16 q4_0 q4_1 q4_2 q4_3 q5_0 q5_1 q8_0 q8_1 q2_k q3_k q4_k q5_k q6_k q8_k iq2_xxs iq2_xs iq3_xxs iq1_s iq4_nl iq3_s iq2_s iq4_xs "
-    "i8 i16 i32 i64 f64 iq1_m bf16 q4_0_4_4 q4_0_4_8 q4_0_8_8 tq1_0 tq2_0 iq4_nl_4_4 iq4_nl_4_8 iq4_nl_8_8 mxfp4 nvfp4"
-)  # ggml's, by number
+TYPE_NAMES = [
+    "f32",
+    "f16",
+    "q4_0",
+    "q4_1",
+    "q4_2",
+    "q4_3",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q8_1",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "q8_k",
+    "iq2_xxs",
+    "iq2_xs",
+    "iq3_xxs",
+    "iq1_s",
+    "iq4_nl",
+    "iq3_s",
+    "iq2_s",
+    "iq4_xs",
+    "i8",
+    "i16",
+    "i32",
+    "i64",
+    "f64",
+    "iq1_m",
+    "bf16",
+    "q4_0_4_4",
+    "q4_0_4_8",
+    "q4_0_8_8",
+    "tq1_0",
+    "tq2_0",
+    "iq4_nl_4_4",
+    "iq4_nl_4_8",
+    "iq4_nl_8_8",
+    "mxfp4",
+    "nvfp4",
+]  # by ggml's number
 
 
 def type_name(type_id: int) -> str:
     """Ggml's name of a type, for people."""
-    names = TYPE_NAMES.split()
-    return names[type_id] if 0 <= type_id < len(names) else f"type {type_id}"
+    return TYPE_NAMES[type_id] if 0 <= type_id < len(TYPE_NAMES) else f"type {type_id}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +109,12 @@ class StoredTensor:
     type_id: int
     offset: int
     path: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        values, size = TYPE_SIZES[self.type_id]
+        return math.prod(self.shape) // values * size
 
 
 @dataclass(frozen=True)
@@ -191,12 +234,6 @@ class _Reader:
         return tensor
 
 
-def nbytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor's data."""
-    values, size = TYPE_SIZES[tensor.type_id]
-    return math.prod(tensor.shape) // values * size
-
-
 def read_header(path: Path) -> Header:
     """Fields and tensors of `path`, the tensors in the order of the file; every tensor lies inside it.
 
@@ -250,7 +287,7 @@ def _require_places(path: Path, tensors: Sequence[StoredTensor], data: int, alig
             raise InputError(
                 f"{path}: tensor {tensor.name[:80]} overlaps the one before it, which ends at byte {end:,}"
             )
-        end = tensor.offset + nbytes(tensor)
+        end = tensor.offset + tensor.nbytes
         if end > size:
             raise InputError(
                 f"{path}: truncated: tensor {tensor.name[:80]} ends at byte {end:,}, the file has {size:,}. Download it again"

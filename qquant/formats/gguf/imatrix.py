@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qquant.errors import InputError
-from qquant.formats.gguf.container import Field, header_bytes, nbytes, padded, read_header
+from qquant.formats.gguf.container import Field, header_bytes, padded, read_header
 from qquant.resources import lazy
 from qquant.source.safetensors_file import TensorInfo, read_tensor
 from qquant.source.untrusted import require_regular
@@ -158,9 +158,9 @@ def _read_gguf(path: Path) -> Imatrix:
         raise InputError(f"{path}: general.type is {header.value('general.type')!r}, not an importance matrix")
     values = {}
     for tensor in header.tensors.values():
-        if tensor.type_id != F32 or nbytes(tensor) > VALUES_LIMIT:
+        if tensor.type_id != F32 or tensor.nbytes > VALUES_LIMIT:
             raise InputError(f"{path}: tensor {tensor.name} is not F32, or too large for an importance matrix")
-        count = nbytes(tensor) // 4
+        count = tensor.nbytes // 4
         values[tensor.name] = read_tensor(TensorInfo(tensor.name, "F32", (count,), path, tensor.offset, 4 * count))
     names = [name.removesuffix(".in_sum2") for name in values if name.endswith(".in_sum2")]
     missing = [name for name in names if f"{name}.counts" not in values]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qquant.formats.gguf.container import Header, nbytes, read_header, type_name
+from qquant.formats.gguf.container import Header, read_header, type_name
 from qquant.formats.gguf.shards import parts, read_model
 
 LONG = 8  # array values shown
@@ -39,7 +39,7 @@ def _rows(file: Path, header: Header) -> list[dict[str, Any]]:
             "name": tensor.name,
             "shape": list(tensor.shape),
             "type": type_name(tensor.type_id),
-            "bytes": nbytes(tensor),
+            "bytes": tensor.nbytes,
         }
         for tensor in ordered
     ]

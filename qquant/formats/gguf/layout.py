@@ -28,7 +28,7 @@ from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
 from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, split
-from qquant.formats.gguf.source import GgufSource, nbytes, of_architecture
+from qquant.formats.gguf.source import GgufSource, of_architecture
 from qquant.formats.planned import ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
@@ -114,7 +114,7 @@ class Gguf:
         chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, fixed)
         kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
-        sizes = {tensor: nbytes(kinds[tensor], shapes[tensor]) for tensor in kinds}
+        sizes = {tensor: types.TYPES[kinds[tensor]].nbytes(shapes[tensor]) for tensor in kinds}
         entries = [(tensor, shapes[tensor], types.TYPES[kinds[tensor]].ggml_id, sizes[tensor]) for tensor in kinds]
         shards = split(stem(name, spec.label), fields, entries, recipe.gguf_split_size)
         model = modelfile(checkpoint.path, stem(name, spec.label), spec.label, [shard.name for shard in shards])

@@ -171,7 +171,7 @@ def tensor_types(
         for name, size in shape.matrices().items()
     }
     types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}
-    nbytes = {name: size[0] * TYPES[types[name]].row_bytes(size[1]) for name, (_, size) in wanted.items()}
+    nbytes = {name: TYPES[types[name]].nbytes(size) for name, (_, size) in wanted.items()}
     fallbacks = tuple((name, wish, types[name]) for name, (wish, _) in wanted.items() if types[name] != wish)
     vectors = shape.vectors()
     types |= dict.fromkeys(vectors, "f32")

@@ -22,18 +22,11 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-TYPE_NAMES = {kind.ggml_id: name for name, kind in types.TYPES.items()}
 RUNTIME_BITS = {
     "q4_0": 4,
     "q5_0": 8,
     "q8_0": 8,
 }  # types that `GgufSource.integers` gives, and the width it gives them in
-
-
-def nbytes(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of that type."""
-    kind = types.TYPES[type_name]
-    return math.prod(shape[:-1]) * (shape[-1] // kind.block) * kind.bytes
 
 
 def of_architecture(name: Any, path: Path) -> Family:
@@ -78,7 +71,7 @@ class GgufSource:
                     f"{self.path}: tensor {name} is {list(stored.shape) if stored else 'missing'}; expected {list(shape)}"
                 )
         for tensor in self.header.tensors.values():
-            if tensor.type_id not in TYPE_NAMES:
+            if type_name(tensor.type_id) not in types.TYPES:
                 raise InputError(
                     f"{self.path}: tensor {tensor.name} has type {type_name(tensor.type_id)}; qquant reads {', '.join(types.TYPES)}"
                 )
@@ -99,7 +92,7 @@ class GgufSource:
         of K-quants are products that fp16 does not hold, and the affine types have zero points that are not whole.
         """
         stored = self._stored(name)
-        kind = TYPE_NAMES[stored.type_id]
+        kind = type_name(stored.type_id)
         if kind not in RUNTIME_BITS:
             return None
         codes, params = quantize.unpack(self._blocks(stored, 0, math.prod(stored.shape[:-1])).to(device), kind)
@@ -109,7 +102,7 @@ class GgufSource:
 
     def stored_as(self, name: str) -> str:
         """The file's type of `name`, in words for people."""
-        return TYPE_NAMES[self._stored(name).type_id]
+        return type_name(self._stored(name).type_id)
 
     def _stored(self, name: str) -> StoredTensor:
         if name == self.family.head and self.config.tied:
@@ -117,12 +110,11 @@ class GgufSource:
         return self.header.tensors[self.family.gguf_name(name)]
 
     def _rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        return quantize.dequantize(self._blocks(stored, start, stop).to(self.device), TYPE_NAMES[stored.type_id])
+        return quantize.dequantize(self._blocks(stored, start, stop).to(self.device), type_name(stored.type_id))
 
     def _blocks(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        kind = TYPE_NAMES[stored.type_id]
-        row = nbytes(kind, stored.shape[-1:])
-        info = TensorInfo(stored.name, "U8", stored.shape, stored.path, stored.offset, nbytes(kind, stored.shape))
+        row = types.TYPES[type_name(stored.type_id)].row_bytes(stored.shape[-1])
+        info = TensorInfo(stored.name, "U8", stored.shape, stored.path, stored.offset, stored.nbytes)
         return read_bytes(info, start * row, stop * row).view(stop - start, row)
 
 

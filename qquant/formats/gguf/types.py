@@ -57,7 +57,7 @@ else:
 class F32(BlockType):
     """float32, little-endian."""
 
-    name, ggml_id, block, bytes = "f32", 0, 1, 4
+    name = "f32"
 
     def encode(self, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         yield slice(None), rows.x.view(torch.uint8)
@@ -69,7 +69,7 @@ class F32(BlockType):
 class F16(BlockType):
     """float16, little-endian, ties to even; infinite beyond 65504."""
 
-    name, ggml_id, block, bytes = "f16", 1, 1, 2
+    name = "f16"
 
     def encode(self, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         yield slice(None), rows.x.to(torch.float16).view(torch.uint8)
@@ -81,7 +81,7 @@ class F16(BlockType):
 class BF16(BlockType):
     """The upper half of a float32, little-endian, ties to even."""
 
-    name, ggml_id, block, bytes = "bf16", 30, 1, 2
+    name = "bf16"
 
     def encode(self, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         yield slice(None), rows.x.to(torch.bfloat16).view(torch.uint8)
@@ -97,7 +97,7 @@ class Q4_0(Symmetric):
          | d | q: 16 B    |    q[0-15] in bits 0-3, q[16-31] in bits 4-7
     """
 
-    name, ggml_id, bytes = "q4_0", 2, 18
+    name = "q4_0"
     levels, centre = 16, 8
     fields = (Half("d"), Bits("codes", 32, 4, 16))
 
@@ -109,7 +109,7 @@ class Q4_1(Affine):
          | d | m | q: 16 B    |    q as in q4_0
     """
 
-    name, ggml_id, bytes = "q4_1", 3, 20
+    name = "q4_1"
     levels = 16
     fields = (Half("d"), Half("dmin"), Bits("codes", 32, 4, 16))
 
@@ -121,7 +121,7 @@ class Q5_0(Symmetric):
          | d | qh: 4 B | ql: 16 B   |    ql: bits 0-3 of q as in q4_0; bit 4 of q[8 k + i] in bit i of qh[k]
     """
 
-    name, ggml_id, bytes = "q5_0", 6, 22
+    name = "q5_0"
     levels, centre = 32, 16
     fields = (Half("d"), Bits("codes", 32, 1, 1, shift=4), Bits("codes", 32, 4, 16))
 
@@ -133,7 +133,7 @@ class Q5_1(Affine):
          | d | m | qh: 4 B | ql: 16 B   |    q as in q5_0
     """
 
-    name, ggml_id, bytes = "q5_1", 7, 24
+    name = "q5_1"
     levels = 32
     fields = (Half("d"), Half("dmin"), Bits("codes", 32, 1, 1, shift=4), Bits("codes", 32, 4, 16))
 
@@ -145,7 +145,7 @@ class Q8_0(Legacy):
          | d | q: 32 B    |
     """
 
-    name, ggml_id, bytes = "q8_0", 8, 34
+    name = "q8_0"
     levels, centre, code_flip = 256, 128, 0x80
     fields = (Half("d"), Bits("codes", 32, 8, 32))
 
@@ -173,7 +173,7 @@ class Q2_K(KAffine):
          | sc, m: 16 B  | q: 64 B   | d | dmin |    each 32 B of q: 128 values, q[32 p + b] in bits 2 p of byte b
     """
 
-    name, ggml_id, bytes = "q2_k", 10, 84
+    name = "q2_k"
     width, levels, limit = 16, 4, 15
     scale_range = (0, 15)
     fields = (Nibbles(), Bits("codes", 256, 2, 32), Half("d"), Half("dmin"))
@@ -190,7 +190,7 @@ class Q3_K(KSymmetric):
                                                       bits 2 p of byte 8 + j
     """
 
-    name, ggml_id, bytes = "q3_k", 11, 110
+    name = "q3_k"
     width, levels, centre, scale_bias = 16, 8, 4, 32
     scale_range = (-32, 31)
     fields = (
@@ -224,7 +224,7 @@ class Q4_K(KAffine):
          | d | dmin | sc, m: 12 B   | q: 128 B    |    each 32 B of q: 64 values, q[32 p + b] in bits 4 p of byte b
     """
 
-    name, ggml_id, bytes = "q4_k", 12, 144
+    name = "q4_k"
     width, levels, limit = 32, 16, 63
     scale_range = (0, 63)
     fields = (Half("d"), Half("dmin"), SixBits(), Bits("codes", 256, 4, 32))
@@ -238,7 +238,7 @@ class Q5_K(KAffine):
          | d | dmin | sc, m: 12 B   | qh: 32 B  | ql: 128 B    |    ql: bits 0-3 of q as in q4_k; qh: bit 4 as q3_k's bit 2
     """
 
-    name, ggml_id, bytes = "q5_k", 13, 176
+    name = "q5_k"
     width, levels, limit = 32, 32, 63
     scale_range = (0, 63)
     fields = (Half("d"), Half("dmin"), SixBits(), Bits("codes", 256, 1, 32, shift=4), Bits("codes", 256, 4, 32))
@@ -252,7 +252,7 @@ class Q6_K(KSymmetric):
                                                         each 32 B of qh: 128 values, bits 4-5 of q[32 p + b] in bits 2 p of byte b
     """
 
-    name, ggml_id, bytes = "q6_k", 14, 210
+    name = "q6_k"
     width, levels, centre = 16, 64, 32
     scale_range = (-128, 127)
     fields = (Bits("codes", 256, 4, 64), Bits("codes", 256, 2, 32, shift=4), Bits("scales", 16, 8, 16), Half("d"))
@@ -272,7 +272,7 @@ class IQ4_NL(Codebook):
          | d | q: 16 B    |    q as in q4_0
     """
 
-    name, ggml_id, block, bytes = "iq4_nl", 20, 32, 18
+    name = "iq4_nl"
     fields = (Half("d"), Bits("codes", 32, 4, 16))
 
     def rounded(self, scale: Tensor, rows: Rows) -> tuple[BlockParams, Tensor]:
@@ -288,7 +288,7 @@ class IQ4_XS(Codebook):
                                                       sc[4 k + p] in bits 2 p of byte k
     """
 
-    name, ggml_id, block, bytes = "iq4_xs", 23, 256, 136
+    name = "iq4_xs"
     scale_bias = 32
     fields = (Half("d"), Bits("scales", 8, 2, 1, shift=4), Bits("scales", 8, 4, 1), Bits("codes", 256, 4, 16))
 
