@@ -21,8 +21,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from qquant.errors import UsageError
 from qquant.recipe import efforts, fit
 from qquant.recipe.artifacts import (
@@ -100,16 +98,7 @@ def load(name_or_path: str | Path) -> Recipe:
 def parse(text: str, file: str = "<recipe>") -> Recipe:
     """The recipe written in `text`; `file` is its name in messages. Raises UsageError that lists every problem."""
     page = Page(file)
-    data = fit.mend(page, Reader(page).read(text))
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            fit.explain(page, detail)
-        raise UsageError(page.message()) from None
-    if page.problems:
-        raise UsageError(page.message())
-    return recipe
+    return fit.fitted(page, Reader(page).read(text))
 
 
 def names() -> list[str]:

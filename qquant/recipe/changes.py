@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from qquant.errors import UsageError
 from qquant.recipe import fit, forms
 from qquant.recipe.efforts import EffortName
@@ -64,7 +62,7 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
         data["calibration"]["default_system_share"] = 1.0  # no system turns are invented for a user's own chats
     for setting in flags.settings:
         _set(data, setting)
-    return _validated(data)
+    return fit.fitted(_Unplaced(), _frozen(data))
 
 
 def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
@@ -163,20 +161,6 @@ class _Unplaced(Page):
 
     def message(self) -> str:
         return "\n".join(f"the recipe as changed: {path}: {text}" for _, path, text in self.problems)
-
-
-def _validated(data: dict[str, Any]) -> Recipe:
-    page = _Unplaced()
-    mended = fit.mend(page, _frozen(data))
-    try:
-        recipe = Recipe.model_validate(mended)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            fit.explain(page, detail)
-        raise UsageError(page.message()) from None
-    if page.problems:
-        raise UsageError(page.message())
-    return recipe
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,9 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from qquant.errors import UsageError
 from qquant.recipe.model import MODELS, Recipe
 from qquant.recipe.page import Page, plain
 from qquant.recipe.words import Location, Shape, allowed, choices, hint, nearest, options, shown
@@ -26,6 +29,20 @@ def _schema() -> Shape:
 
 def _resolve(shape: Shape) -> Shape:
     return _schema()["$defs"][shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+
+
+def fitted(page: Page, data: Any) -> Recipe:
+    """The recipe that `data` is, mappings and tuples as a file has them. Raises UsageError with every problem, as `page` places them."""
+    mended = mend(page, data)
+    try:
+        recipe = Recipe.model_validate(mended)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            explain(page, detail)
+        raise UsageError(page.message()) from None
+    if page.problems:
+        raise UsageError(page.message())
+    return recipe
 
 
 def mend(page: Page, data: Any) -> Any:
