@@ -33,7 +33,8 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
-from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest, sha256_of
+from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
+from qquant.disk.digest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import to_plain, typed
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced

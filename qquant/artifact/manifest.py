@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
 
+from qquant.disk.digest import is_file_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import Count, to_plain, typed
 from qquant.errors import InputError, UsageError
@@ -228,12 +229,6 @@ class Manifest:
         return typed(cls, dict(content), where)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verified(folder: Path, name: str, facts: FileFacts) -> Payload:
     """A file that a manifest names, after it was hashed and compared.
 
@@ -252,8 +247,7 @@ def verified(folder: Path, name: str, facts: FileFacts) -> Payload:
 
 def matches(path: Path, facts: FileFacts) -> bool:
     """Whether a file is there, of its size, with its hash. Raises InputError if it is no regular file of its folder."""
-    there = path.is_file() and require_regular(path).stat().st_size == facts.bytes
-    return there and sha256_of(path) == facts.sha256
+    return path.is_file() and is_file_of(require_regular(path), facts.bytes, facts.sha256)
 
 
 def verify_files(folder: Path) -> int:

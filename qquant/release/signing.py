@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qquant.artifact.manifest import SIGNATURE, sha256_of, verify_files
+from qquant.artifact.manifest import SIGNATURE, verify_files
+from qquant.disk.digest import is_file_of
 from qquant.errors import EnvironmentMissingError, InputError
 from qquant.release.repository import Repository
 
@@ -20,7 +21,7 @@ def with_signature(repository: Repository, signed: Path) -> Repository:
         raise InputError(f"{folder / SIGNATURE}: not found. Make it with `qquant publish --to dir`, then `qquant sign`")
     for name, payload in repository.files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != payload.size or sha256_of(path) != payload.sha256:
+        if not is_file_of(path, payload.size, payload.sha256):
             raise InputError(
                 f"{path}: is not what would be published, so the signature would not hold. Make the folder with the same "
                 "--namespace, --tag and --base-model, and sign it again"

@@ -17,7 +17,7 @@ from qquant.errors import UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime.generating import Quick
-from qquant.runtime.linears import CpuQuantLinear, FusedSlice, QuantEmbedding, RuntimeLinear
+from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.parts import Loader, linears
 from qquant.runtime.skeleton import TOKENS, skeleton
 from qquant.source.checkpoint import Checkpoint
@@ -184,12 +184,3 @@ def paths(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, QuantEmbedding):
             by_module[name] = f"{module.bits} bit; rows dequantized when they are asked for"
     return by_module
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of all weights of a loaded model; shared ones count once."""
-    seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        seen[tensor.data_ptr()] = tensor.nbytes
-    packed = sum(module.packed.nbytes for module in model.modules() if isinstance(module, CpuQuantLinear))
-    return sum(seen.values()) + packed

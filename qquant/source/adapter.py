@@ -9,7 +9,6 @@ inference, convolutions, and any key that does not name a tensor of the base mod
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qquant.disk.digest import digest_of
 from qquant.errors import InputError
 from qquant.source import safetensors_file
 from qquant.source.safetensors_file import TensorInfo
@@ -88,8 +88,7 @@ class Adapter:
         header, _ = safetensors_file.read_header(weights)
         pairs, replaced = _sorted_out(weights, header, shapes)
         updates = {target: _update(weights, target, pair, config, shapes[target]) for target, pair in pairs.items()}
-        with weights.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256")
+        digest = digest_of(weights)
         digest.update(json.dumps(config, sort_keys=True).encode())
         base = config.get("base_model_name_or_path")
         named = base.rstrip("/") if isinstance(base, str) else None

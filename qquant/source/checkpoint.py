@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.grid import finite
+from qquant.disk.digest import digest_of
 from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.source import safetensors_file, vocabulary
@@ -223,8 +224,7 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
 
 def _sha256(path: Path) -> bytes:
     """Hex sha256 of a file; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256")
+    content = digest_of(path)
     named = path.resolve().name
     if path.is_symlink() and SHA256.fullmatch(named) and named != content.hexdigest():
         raise InputError(f"{path}: its sha256 is {content.hexdigest()}, the hub's is {named}. Download it again")

@@ -19,6 +19,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+from qquant.disk.digest import sha256_of
 from qquant.disk.writes import make_folder, rename, sync, write_synced
 from qquant.errors import InputError
 from qquant.source import confined
@@ -80,7 +81,7 @@ def converted(path: Path, out: Path) -> Path:
     if not files:
         return path
     read_config(path)
-    hashes = {file.name: _sha256(file) for file in files}
+    hashes = {file.name: sha256_of(file) for file in files}
     key = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
     target = out.absolute().parent / f".{out.absolute().name}.converted" / key / path.resolve().name
     if _valid(target, hashes):
@@ -103,7 +104,7 @@ def converted(path: Path, out: Path) -> Path:
     for name in ("config.json", "README.md", *CONFIGS, *SIDE_FILES):
         if os.path.lexists(path / name):
             write_synced(work / name, require_regular(path / name).read_bytes())
-    made_hashes = {file.name: _sha256(file) for file in sorted(work.iterdir())}
+    made_hashes = {file.name: sha256_of(file) for file in sorted(work.iterdir())}
     write_synced(work / RECORD, json.dumps({"sources": hashes, "files": made_hashes}).encode())
     rename(work, target)
     return target
@@ -117,13 +118,8 @@ def _valid(target: Path, hashes: dict[str, str]) -> bool:
     return (
         record.get("sources") == hashes
         and isinstance(files, dict)
-        and all((target / name).is_file() and _sha256(target / name) == value for name, value in files.items())
+        and all((target / name).is_file() and sha256_of(target / name) == value for name, value in files.items())
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_state_dict(file: Path) -> None:

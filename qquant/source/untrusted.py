@@ -3,7 +3,6 @@
     require_regular  a file of the folder it stands in: no pipe, no device, no link out of the folder; links of a hub cache
                      (snapshots/REVISION/NAME -> ../../blobs/HASH) are the exception, since downloads are made of them
     read_json        at most JSON_LIMIT bytes, ITEM_LIMIT items, DEPTH_LIMIT levels; no repeated name, no NaN, no lone surrogate
-    require_plain    a file name and nothing else, on POSIX and on Windows
     refuse_hooks     no key that makes a loader run code of the checkpoint or fetch it
 
 Every refusal is one InputError that names the file. Left out: a folder that is changed by somebody else while it is read.
@@ -52,17 +51,6 @@ def require_regular(path: Path) -> Path:
     if not stat.S_ISREG(kind):
         raise InputError(f"{path}: is not a regular file")
     return path
-
-
-def require_plain(name: object, where: str) -> str:
-    """`name`, if it is the plain name of a file.
-
-    Raises:
-        InputError: it is not text, has a separator or a drive, or begins with a dot.
-    """
-    if not isinstance(name, str) or len(name) > NAME_LIMIT or not PLAIN_NAME.fullmatch(name):
-        raise InputError(f"{where}: {str(name)[:80]!r} is not the plain name of a file")
-    return name
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

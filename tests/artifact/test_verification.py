@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qquant import doctor
 from qquant.algorithms.checksum import checksum, checksum_of
 from qquant.artifact import verification
-from qquant.artifact.manifest import sha256_of
+from qquant.disk.digest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.source import confined, pickles

@@ -176,7 +176,7 @@ def test_no_16_bit_copy_is_kept(name, bits, release):
     weights = sum(module.in_features * module.out_features for module in held)
     biases = sum(0 if module.bias is None else module.bias.nbytes for module in held)
     assert 8 * (sum(module.nbytes for module in held) - biases) / weights <= bits
-    assert loading.weight_bytes(model) < loading.weight_bytes(qquant.load(release["f16"], "cpu"))
+    assert weight_bytes(model) < weight_bytes(qquant.load(release["f16"], "cpu"))
 
 
 # -- what other tools wrote
@@ -189,6 +189,13 @@ def test_other_tools_artifacts_load(name):
     ids = tokens(20, exact)
     with torch.no_grad():
         assert relative(model(ids).logits, exact(ids).logits) <= 2e-3  # scales of bf16 and fp32 become fp16
+
+
+def weight_bytes(model):
+    """Memory of all weights of a loaded model; shared ones count once."""
+    seen = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    packed = [module.packed.nbytes for module in model.modules() if isinstance(module, linears.CpuQuantLinear)]
+    return sum(seen.values()) + sum(packed)
 
 
 def integers(rows=64, columns=256, width=64, bits=4, seed=0):
@@ -298,7 +305,7 @@ def test_checkpoints_load_too_and_tied_heads_share(make_checkpoint):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     shapes = Checkpoint.open(folder).family.shapes(Checkpoint.open(folder).config).values()
     tables = sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
-    assert loading.weight_bytes(model) == 2 * sum(math.prod(shape) for shape in shapes) + tables
+    assert weight_bytes(model) == 2 * sum(math.prod(shape) for shape in shapes) + tables
 
 
 def test_generation_settings_come_along(release, demo):

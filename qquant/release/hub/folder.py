@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from qquant.artifact.manifest import sha256_of
+from qquant.disk.digest import is_file_of, sha256_of
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
 from qquant.release.hub.request import Published, Request
 from qquant.release.repository import Repository
@@ -60,5 +60,5 @@ class Folder:
     def _require_same(final: Path, repository: Repository) -> None:
         for name, payload in repository.files.items():
             path = final / name
-            if not path.is_file() or path.stat().st_size != payload.size or sha256_of(path) != payload.sha256:
+            if not is_file_of(path, payload.size, payload.sha256):
                 raise UsageError(f"{path}: exists and is not of this release. Choose another --out, or move it away")

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qquant.artifact.manifest import Manifest, named_files, sha256_of
+from qquant.artifact.manifest import Manifest, named_files
+from qquant.disk.digest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, PublishError
 from qquant.release.hub.failures import Result, repeated, reported, require_name
