@@ -44,6 +44,15 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What is tried, and on which grids."""
+
+    grid_for: GridFor
+    ratios: int  # grid points of r
+    rounding: Rounding | None  # None: to nearest
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the search found for one stage."""
 
@@ -93,6 +102,7 @@ def awq(
 
     Norm weights come back as values of their own dtype, so that storing them changes nothing.
     """
+    search = Search(grid_for, ratios, rounding)
     new = Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
     for pair in family.scale_pairs:
         stage = family.stage(pair.stage)
@@ -100,7 +110,7 @@ def awq(
         if pair.tied_over_query_heads:
             tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
         linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
-        scale, choice = _search(stage, linears, grams[stage.name], (grid_for, rounding), ratios, tie)
+        scale, choice = _best(stage, linears, grams[stage.name], search, tie)
         new.choices += (choice,)
         if choice.ratio is not None:
             _apply(new, pair, stage, scale, tie, weights)
@@ -128,13 +138,12 @@ def _apply(
     new.grams[stage.name] = new.grams[stage.name].scaled(spread)
 
 
-def _search(
-    stage: Stage, weights: Weights, gram: Gram, how: tuple[GridFor, Rounding | None], ratios: int, tie: Tie
-) -> tuple[Tensor, Choice]:
-    grid_for, rounding = how
-    grids = {linear: grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
+def _best(stage: Stage, weights: Weights, gram: Gram, search: Search, tie: Tie) -> tuple[Tensor, Choice]:
+    """The scale [K] of the producer's channels with the least loss, and what is known of it."""
+    rounding = search.rounding
+    grids = {linear: search.grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
     energy = sum(float(gram.energy(weight).sum()) for weight in weights.values()) or 1.0
-    candidates = _candidates(weights, grids, gram, ratios, tie)
+    candidates = _candidates(weights, grids, gram, search.ratios, tie)
     if rounding is not None:
         cost, unscaled = rounding.cost(gram), candidates[0]
         candidates.sort(key=lambda one: _foreseen(weights, grids, cost, tie.spread(one[1])))

@@ -83,6 +83,16 @@ def _changes(name: str, then: Evidence, fresh: Evidence) -> list[LossChange]:
         else:
             outcome = "worse" if above <= ASKED else "better" if below <= ASKED else "inconclusive"
         low, high = statistics.interval(move)
-        means = float(then.means[loss][:count].mean()), float(fresh.means[loss][:count].mean())
-        changes.append(LossChange(name, LOSSES[loss], *means, low, high, outcome, count))
+        changes.append(
+            LossChange(
+                artifact=name,
+                loss=LOSSES[loss],
+                before=float(then.means[loss][:count].mean()),
+                now=float(fresh.means[loss][:count].mean()),
+                low=low,
+                high=high,
+                outcome=outcome,
+                windows=count,
+            )
+        )
     return changes

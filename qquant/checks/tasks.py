@@ -105,10 +105,21 @@ def compared(
         loss, (low, high) = statistics.flips(to_wrong, to_right, len(change), margin)
     else:
         loss, (low, high) = statistics.measure_loss(-change, margin), statistics.interval(change)
-    means = float(np.mean(list(mine.values()))), float(np.mean(list(baseline.values())))
-    p_worse = statistics.mcnemar(to_wrong, to_right)
-    outcome = statistics.decide({"": loss})[0]
-    return TaskResult(artifact, *key, len(change), *means, to_wrong, to_right, p_worse, low, high, margin, outcome)
+    return TaskResult(
+        artifact=artifact,
+        task=key[0],
+        metric=key[1],
+        questions=len(change),
+        score=float(np.mean(list(mine.values()))),
+        score_baseline=float(np.mean(list(baseline.values()))),
+        to_wrong=to_wrong,
+        to_right=to_right,
+        p_worse=statistics.mcnemar(to_wrong, to_right),
+        low=low,
+        high=high,
+        margin=margin,
+        outcome=statistics.decide({"": loss})[0],
+    )
 
 
 def _harness() -> Any:

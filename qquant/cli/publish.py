@@ -115,7 +115,9 @@ def publish(
     ]
     if signed:
         repositories = [signing.with_signature(repository, signed) for repository in repositories]
-    request = hub.Request(namespace, tag, private, pr, not no_merge, collection, dry_run)
+    request = hub.Request(
+        namespace, tag, private=private, pull_request=pr, merge=not no_merge, collection=collection, dry_run=dry_run
+    )
     done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
     if as_json:
         click.echo(

@@ -58,7 +58,15 @@ def run(
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-p and --top-k")
     if prompt is None and (as_json or raw or not sys.stdin.isatty()):
         raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
-    settings = AnswerSettings(max_new_tokens, greedy, temperature, top_p, top_k, repetition_penalty, seed)
+    settings = AnswerSettings(
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     answerer = Answerer.open(artifact, devices.named(device), dtype)
     if show_paths:
         for name, path in answerer.paths().items():

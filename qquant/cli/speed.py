@@ -53,7 +53,9 @@ def speed(
     from qquant.formats.gguf.source import GgufSource
     from qquant.source.checkpoint import Checkpoint
 
-    settings = check.SpeedSettings(prompt, steps, pairs, margin, min_decode, min_prefill)
+    settings = check.SpeedSettings(
+        prompt=prompt, steps=steps, pairs=pairs, margin=margin, min_decode=min_decode, min_prefill=min_prefill
+    )
     path = Path(against) if against.endswith(".gguf") else None
     baseline = GgufSource.open(path) if path else Checkpoint.open(against, adapter=adapter)
     number = getattr(torch, dtype) if dtype else None

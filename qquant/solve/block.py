@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def copies(draft: Draft, checkpoint: Checkpoint) -> bool:
 
 
 def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transformed:
+    """The block with scales folded into the operators before its linears, where the artifact asks for it."""
     checkpoint, spec, prefix = view.checkpoint, draft.plan.spec, view.checkpoint.family.block.format(view.layer)
     if not spec.transforms:
         return Transformed(dict(view.weights), dict(grams))
@@ -72,10 +74,10 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
         assert grid is not None
         return grid
 
-    arguments = checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points
+    search = partial(awq, checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points)
     if not spec.feedback:
-        return awq(*arguments)
+        return search()
     try:
-        return awq(*arguments, rounding_of(spec.damping))
+        return search(rounding_of(spec.damping))
     except NotPositiveDefiniteError:  # what is written will be rounded too
-        return awq(*arguments)
+        return search()

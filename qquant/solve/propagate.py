@@ -50,14 +50,14 @@ def own_block(
     grams: Mapping[str, Gram],
     before: Mapping[int, Tensor],
     stream: Stream,
-    target: tuple[Draft, Moments],
+    draft: Draft,
+    moments: Moments,
     overflowed: Collection[int],
 ) -> None:
     """Solve a block on the artifact's own stream; in float32 where it is not finite in the stream's dtype.
 
     `overflowed`: samples that went through the 16-bit block in float32.
     """
-    draft, moments = target
     for attempt in (view, replace(view, dtype=torch.float32)):
         try:
             solver = Solver(view.checkpoint, draft, view.layer, moments, alone=True)

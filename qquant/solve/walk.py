@@ -143,7 +143,7 @@ def _walk(
             for stream, draft in own:
                 against, before, overflowed = reference32 if draft in at_float32 else reference
                 stream.with_less_memory(
-                    layer, partial(own_block, against, grams, before, stream, (draft, moments), overflowed)
+                    layer, partial(own_block, against, grams, before, stream, draft, moments, overflowed)
                 )
             if at_float32:
                 stream32.advance(layer, reference32[0].block(), {})

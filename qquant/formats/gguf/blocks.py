@@ -390,7 +390,7 @@ class _KQuant(BlockType):
 class KAffine(_KQuant):
     limit: ClassVar[int]  # largest scale
     weights = ("rms + |x|", "importance, 2 block")
-    schedule: ClassVar[tuple[float, float, int, bool]] = (-0.5, 0.1, 16, False)
+    schedule: ClassVar[search.Schedule] = search.Schedule(-0.5, 0.1, 16)
 
     def fit(self, rows: Rows) -> tuple[BlockParams, SearchResult]:
         schedule = self.schedule if rows.importance is None else search.IMPORTANCE

@@ -29,7 +29,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qquant.formats.gguf.exact import (
     SAFE,
@@ -58,10 +58,21 @@ else:
 
 TINY = 1e-15  # a block whose largest value is below this is stored as zeros
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # IQ4_NL and IQ4_XS
-IMPORTANCE = (-0.9, 0.05, 37, False)  # schedule of `affine` with importance weights
 _SMALLEST_SPAN = 1e-36  # nmax / span stays finite above this
 _REACH = 280  # 2 * 140; a candidate's |x / scale| stays below 140
 _BATCH = 2  # candidates computed together: with them a piece still fits the cache
+
+
+class Schedule(NamedTuple):
+    """The scales that `affine` tries: candidate i has (first + step * i + nmax) / (highest x - low) for inverse scale."""
+
+    first: float
+    step: float
+    candidates: int
+    absolute: bool = False  # the absolute error counts instead of the squared one
+
+
+IMPORTANCE = Schedule(-0.9, 0.05, 37)  # with importance weights
 
 
 @dataclass
@@ -209,12 +220,8 @@ def _best_projection(lx: Array, l2: Array, space: Space) -> tuple[Array, Array]:
     return ratio, which
 
 
-def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int, bool]) -> SearchResult:
-    """Scales and minima for codes 0 .. nmax.
-
-    `schedule`: candidate i has (first + step * i + nmax) / (highest x - low) for inverse scale; (first, step, candidates,
-    whether the absolute error counts instead of the squared one).
-    """
+def affine(pieces: Iterable[Piece], nmax: int, schedule: Schedule) -> SearchResult:
+    """Scales and minima for codes 0 .. nmax, the best of those that `schedule` has."""
     first, step, count, absolute = schedule
     numerators = _numerators(range(count), step, first, nmax)
     parts = []
@@ -229,7 +236,7 @@ def affine(pieces: Iterable[Piece], nmax: int, schedule: tuple[float, float, int
     return SearchResult(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
-def _affine(x: Tensor, w: Tensor, nmax: int, schedule: tuple[float, float, int, bool], exact: bool) -> list[Tensor]:
+def _affine(x: Tensor, w: Tensor, nmax: int, schedule: Schedule, exact: bool) -> list[Tensor]:
     """Scale, inverse, weight, low and base, each [B], for `x`, `w` [E, B]; `exact` rounds the slow way throughout."""
     first, step, count, absolute = schedule
     line = _Line(x, w, nmax, absolute, exact)

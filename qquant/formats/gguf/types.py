@@ -178,7 +178,7 @@ class Q2_K(KAffine):
     scale_range = (0, 15)
     fields = (Nibbles(), Bits("codes", 256, 2, 32), Half("d"), Half("dmin"))
     weights = ("|x|", "importance, block")
-    schedule = (-0.5, 0.1, 16, True)
+    schedule = search.Schedule(-0.5, 0.1, 16, absolute=True)
 
 
 class Q3_K(KSymmetric):
@@ -228,7 +228,7 @@ class Q4_K(KAffine):
     width, levels, limit = 32, 16, 63
     scale_range = (0, 63)
     fields = (Half("d"), Half("dmin"), SixBits(), Bits("codes", 256, 4, 32))
-    schedule = (-1.0, 0.1, 21, False)
+    schedule = search.Schedule(-1.0, 0.1, 21)
 
 
 class Q5_K(KAffine):
