@@ -108,8 +108,21 @@ def free_memory(device: torch.device) -> int:
     return host_memory()
 
 
+_sharing = 1  # processes of this command on this host
+
+
+def share_host(processes: int) -> None:
+    """Leave so many processes, of which this is one, an equal part of the host's free memory each."""
+    global _sharing
+    _sharing = processes
+
+
 def host_memory() -> int:
-    """Bytes of the host that may be taken, as its kernel says."""
+    """Bytes of the host that may be taken by this process, as its kernel says."""
+    return _available() // _sharing
+
+
+def _available() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():

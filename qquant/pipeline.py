@@ -14,13 +14,14 @@ from typing import Any, cast
 import torch
 
 from qquant import __version__, calibration
-from qquant.artifact import owning
+from qquant.artifact import owning, timings
 from qquant.artifact.finishing import installed, orphaned, restore, set_aside
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
 from qquant.checks import kept, llama_cpp, speed, structure
+from qquant.checks.comparable import require_same_numbers
 from qquant.checks.evidence import Evidence
 from qquant.checks.review import (
     Candidate,
@@ -28,11 +29,11 @@ from qquant.checks.review import (
     Review,
     earlier_release,
     held_out,
-    require_same_numbers,
     review,
+    with_speed,
 )
 from qquant.checks.structure import CachedWeights
-from qquant.disk.output import DAMAGED, TIMINGS, claim
+from qquant.disk.output import DAMAGED, claim
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
@@ -50,7 +51,7 @@ from qquant.recipe.limits import reach, resolved
 from qquant.release.repository import SOURCE, ReleaseSource
 from qquant.report import html
 from qquant.report.conditions import CalibrationFacts, Conditions
-from qquant.report.record import Report, SpeedReport
+from qquant.report.record import Report
 from qquant.solve import walk
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
@@ -98,7 +99,7 @@ def build(
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.seen)
         took = owning.seconds(drafts, ranks)
         if ranks.first:
-            write_timings(took, out)
+            timings.write(took, out)
             write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
         owning.finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device, ranks)
         if ranks.first:
@@ -129,7 +130,7 @@ def build(
         )
         if ranks.first:
             _write(report, out)
-    return report
+        return _heard(report, ranks)
 
 
 def beyond(length: int, checkpoint: Checkpoint) -> list[str]:
@@ -157,8 +158,8 @@ def _judge(
     ranks.agree({"list of what is to be judged": ", ".join(candidate.name for candidate in fresh)})
     reviewed = Review(before.baseline_perplexity if before else 0.0, ())
     if fresh:
-        reviewed, measured = review(checkpoint, fresh, asked.text, device, progress)
-        if asked.checks.speed:
+        reviewed, measured = review(checkpoint, fresh, asked.text, device, progress, ranks)
+        if asked.checks.speed and ranks.first:
             speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, device, progress)
             reviewed = with_speed(reviewed, speeds)
         if ranks.first:
@@ -198,14 +199,7 @@ def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) ->
     return warnings
 
 
-def with_speed(reviewed: Review, speeds: Sequence[SpeedReport]) -> Review:
-    """The review with what the clock said; a machine too noisy to tell is a warning, not a verdict on the artifact."""
-    rows = tuple(replace(row, speed=timed) for row, timed in zip(reviewed.artifacts, speeds, strict=True))
-    rows = tuple(replace(row, warnings=(*row.warnings, *row.speed.reasons)) if row.speed else row for row in rows)
-    return replace(reviewed, artifacts=rows)
-
-
-def check(
+def check(  # noqa: PLR0913  each is the user's
     paths: Sequence[Path],
     checkpoint: Checkpoint,
     checks: Checks,
@@ -213,6 +207,7 @@ def check(
     device: torch.device,
     progress: Progress,
     out: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Measure artifacts made by any tool against the checkpoint they came from; the report is kept in `out`, if given."""
     text = held_out(checks, Tokenizer.open(checkpoint.path), positions=checkpoint.config.positions)
@@ -233,7 +228,8 @@ def check(
                 earlier=earlier,
             )
         )
-    reviewed, measured = review(checkpoint, candidates, text, device, progress)
+    ranks.agree(versions(device) | {"checkpoint": checkpoint.fingerprint, "text": text.facts.sha256})
+    reviewed, measured = review(checkpoint, candidates, text, device, progress, ranks)
     report = Report(
         model=checkpoint.name,
         recipe="check",
@@ -247,11 +243,11 @@ def check(
             *reviewed.warnings,
         ),
     )
-    if out is not None:
+    if out is not None and ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         kept.record(out, measured, text, checkpoint)
         _write(report, out)
-    return report
+    return _heard(report, ranks)
 
 
 def _tensor_bytes(path: Path) -> int:
@@ -268,16 +264,6 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
         }
         for candidate in candidates
     }
-
-
-def write_timings(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
-    """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
-    path = out / TIMINGS
-    known = read_json(path).get("artifacts") if path.is_file() else None
-    timings = known if isinstance(known, dict) else {}
-    write_synced(
-        path, (json.dumps({"schema": "qquant-timings-1", "artifacts": {**timings, **took}}, indent=2) + "\n").encode()
-    )
 
 
 def write_imatrix(importance: Imatrix | None, folder: Path) -> None:
@@ -336,6 +322,14 @@ def _opened(paths: Sequence[Path], checkpoint: Checkpoint) -> dict[str, WeightSo
     for path, source in sources.items():
         require_same_numbers(Path(path), source, checkpoint)
     return sources
+
+
+def _heard(report: Report, ranks: Ranks) -> Report:
+    """The first rank's report, on every rank."""
+    if ranks.world == 1:
+        return report
+    said = ranks.once(report.to_json)
+    return report if ranks.first else Report.from_json(json.loads(said))
 
 
 def _write(report: Report, out: Path) -> None:

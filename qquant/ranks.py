@@ -51,13 +51,15 @@ class Membership:
     rank: int
     world: int
     local: int  # among those of its machine
+    beside: int = 1  # how many its machine has
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Membership | None:
         """As a launcher says in the environment; None without one, or where the process is the only one."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             return None
-        member = cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
+        local, beside = environment.get("LOCAL_RANK", "0"), environment.get("LOCAL_WORLD_SIZE", "1")
+        member = cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(local), int(beside))
         return member if member.world > 1 else None
 
 

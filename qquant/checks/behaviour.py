@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from qquant.checks.fidelity import Fidelity, Scored, measure
 from qquant.checks.slices import NamedPhase, turns
 from qquant.families.weights import WeightSource
 from qquant.progress import Progress
+from qquant.ranks import Ranks
 from qquant.recipe.limits import ASKED, BEHAVIOUR
 from qquant.report.behaviour import BehaviourReport, Standing, said, worst
 from qquant.report.record import GateReport, Verdict
@@ -84,6 +86,21 @@ def pairs(
             first, *others = answered
             by_name[name] += [replace(first, read=structure.get(name)), *others]
     return by_name
+
+
+def of_all(mine: Mapping[str, Sequence[AnswerPairs]], ranks: Ranks) -> dict[str, list[AnswerPairs]]:
+    """The questions that any rank asked, by artifact."""
+    said = ranks.gather({name: [_plain(one) for one in asked] for name, asked in mine.items()})
+    return {name: [_pairs(*one) for one in asked] for theirs in said for name, asked in theirs.items()}
+
+
+def _plain(one: AnswerPairs) -> list[Any]:
+    read = None if one.read is None else [one.read.kl.tolist(), one.read.same_top.tolist()]
+    return [one.name, list(map(bool, one.right)), list(map(bool, one.right_baseline)), read]
+
+
+def _pairs(name: str, right: list[bool], theirs: list[bool], read: list[list[float]] | None) -> AnswerPairs:
+    return AnswerPairs(name, right, theirs, None if read is None else TokenLoss(*map(np.array, read)))
 
 
 # Read in lockstep.

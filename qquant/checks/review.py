@@ -1,6 +1,7 @@
 """Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is.
 
-All candidates and the checkpoint read the text together, on a GPU while other processes try to load the artifacts on the CPU.
+All candidates and the checkpoint read the text together, on a GPU while other processes try to load the artifacts on the CPU. Of several
+ranks each reads some of the windows, and loads and asks some of the artifacts (`spreading`); all judge alike.
 Where a gate is inconclusive, they read on, twice as much at each look, up to `max_windows`; a verdict that was reached stays.
 """
 
@@ -11,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.calibration.behaviour import BehaviourText, behaviour_text
 from qquant.calibration.slices import Sliced, sliced
-from qquant.checks import behaviour, evidence, figures, gate, loading, reading, sanity, slices, structure
+from qquant.checks import behaviour, evidence, figures, gate, loading, reading, sanity, slices, spreading, structure
 from qquant.checks.behaviour import AnswerPairs
+from qquant.checks.comparable import require_same_shape
 from qquant.checks.evidence import Evidence
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
 from qquant.checks.reading import Stretches
@@ -34,12 +37,14 @@ from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
 from qquant.progress import Progress
+from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY
 from qquant.report.conditions import TextFacts, TokensRead
 from qquant.report.record import (
     Answers,
     ArtifactReport,
+    SpeedReport,
     Verdict,
     WorstToken,
     fallback_note,
@@ -187,6 +192,7 @@ def review(
     text: HeldOut,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[Review, Measured]:
     """Measure every candidate against the checkpoint, and judge it by its gates.
 
@@ -200,24 +206,29 @@ def review(
         sources[candidate.name] = InspectedWeights(source, baseline, structure.folds(source, baseline))
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
     faults = {name: found.faults for name, found in said.items()}
-    plain, answers = {name: watched.source for name, watched in sources.items()}, {}
+    plain, answers = {name: watched.source for name, watched in sources.items()}, dict[str, Answers]()
+    mine = spreading.mine({candidate.name: candidate.size for candidate in candidates}, ranks)
     parts: dict[str, list[SliceReading]] = {}
     pairs: dict[str, list[AnswerPairs]] = {}
-    paths, beside = [candidate.path for candidate in candidates], devices.threads_help(device)
+    paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
-    spoken = reading.asked(checkpoint.path, text.stretches)
+    spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
     with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
-        found = _read(baseline, candidates, sources, text, device, progress)
+        found = _read(baseline, candidates, sources, text, device, progress, ranks)
+        asked = {name: plain[name] for name in mine}
         if text.sliced:
-            parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress)
+            parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress, ranks)
         if text.asked:
-            pairs = behaviour.pairs(checkpoint, plain, text.asked, text.tokenizer, device, progress)
+            known = behaviour.pairs(checkpoint, asked, text.asked, text.tokenizer, device, progress) if asked else {}
+            pairs = behaviour.of_all(known, ranks)
         if text.answers:
-            answers = sanity.answer(checkpoint, plain, text.tokenizer, text.answers, device, progress)
-        unloaded, ids = loaded()
+            answers = sanity.answer(checkpoint, asked, text.tokenizer, text.answers, device, progress) if asked else {}
+            answers = spreading.answers(answers, bool(asked), ranks)
+        problems, ids = loaded()
+        unloaded = spreading.problems({str(path): problem for path, problem in problems.items()}, ranks)
     for candidate in candidates:
-        if candidate.path in unloaded:
-            faults[candidate.name] += (f"does not load in a clean process: {unloaded[candidate.path]}",)
+        if str(candidate.path) in unloaded:
+            faults[candidate.name] += (f"does not load in a clean process: {unloaded[str(candidate.path)]}",)
     for name, watched in sources.items():
         faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
     for name, answer in answers.items():
@@ -234,6 +245,13 @@ def review(
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
     read = reading.compare(text.tokenizer, text.stretches, ids)
     return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), found
+
+
+def with_speed(reviewed: Review, speeds: Sequence[SpeedReport]) -> Review:
+    """The review with what the clock said; a machine too noisy to tell is a warning, not a verdict on the artifact."""
+    rows = tuple(replace(row, speed=timed) for row, timed in zip(reviewed.artifacts, speeds, strict=True))
+    rows = tuple(replace(row, warnings=(*row.warnings, *row.speed.reasons)) if row.speed else row for row in rows)
+    return replace(reviewed, artifacts=rows)
 
 
 def _warnings(candidate: Candidate, measured: Measured, answered: Answers) -> tuple[str, ...]:
@@ -275,11 +293,13 @@ def _read(
     text: HeldOut,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks,
 ) -> Measured:
     """Look by look, until every verdict is reached or the budget is read."""
+    peaks, names = Peaks(), list(sources)
+    read = partial(measure, checkpoint, sources, device=device, progress=progress, peaks=peaks)
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
-    peaks = Peaks()
-    joined = measure(checkpoint, sources, text.scored(torch.cat(pieces)), device, progress, peaks)
+    joined = spreading.windows(read, text.scored(torch.cat(pieces)), names, ranks)
     stops = np.cumsum([len(piece) for piece in pieces]).tolist()
     main = {name: whole.part(slice(0, stops[0])) for name, whole in joined.items()}
     further = {
@@ -290,9 +310,10 @@ def _read(
     for start, stop in zip(text.looks, text.looks[1:], strict=False):
         if all(verdict.outcome != "inconclusive" for verdict in verdicts.values()):
             break
-        more = measure(checkpoint, sources, text.scored(text.windows[start:stop]), device, progress, peaks)
+        more = spreading.windows(read, text.scored(text.windows[start:stop]), names, ranks)
         main = {name: Fidelity.joined([main[name], more[name]]) for name in main}
         verdicts = _judge(candidates, main, verdicts, len(text.looks))
+    peaks = spreading.largest(peaks, ranks)
     headroom = {name: tuple(peak / FP16_MAX for peak in peaks.of(index)) for index, name in enumerate(["", *sources])}
     return Measured(main, further, verdicts, headroom)
 
@@ -308,39 +329,6 @@ def _judge(
             means = main[name].window_means()
             verdicts[name] = gate.judge(candidate.gates, means, then, eight_bit=candidate.eight_bit, looks=looks)
     return verdicts
-
-
-def require_same_shape(path: Path, source: WeightSource, checkpoint: Checkpoint) -> None:
-    """Raise InputError, with the numbers that differ, unless `source` has as many weights in the same shapes as the checkpoint's model.
-
-    Another rope, epsilon, number of heads, context, or a head stored twice is measured as it is: a runtime would run it, too.
-    """
-    theirs, ours = source.family.shapes(source.config), checkpoint.family.shapes(checkpoint.config)
-    head = {checkpoint.family.head}
-    if {name: theirs[name] for name in theirs.keys() - head} != {name: ours[name] for name in ours.keys() - head}:
-        raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
-
-
-def require_same_numbers(path: Path, source: WeightSource, checkpoint: Checkpoint) -> None:
-    """Raise InputError unless `source` has the checkpoint's numbers, so that a linear of one is one of the other."""
-    if _difference(source, checkpoint):
-        raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
-
-
-def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:
-    """The numbers of the config that differ; a head may be stored twice, and contexts may be shortened."""
-    theirs, ours = vars(source.config), vars(checkpoint.config)
-    differing = [
-        key for key in ours if key not in ("tied", "positions") and not _alike(theirs.get(key, math.nan), ours[key])
-    ]
-    return ", ".join(f"{key} is {theirs.get(key)}, not {ours[key]}" for key in differing)
-
-
-def _alike(theirs: Any, ours: Any) -> bool:
-    """Whether two numbers are the same; a float may have been through float32."""
-    if isinstance(ours, float) and isinstance(theirs, float | int):
-        return math.isclose(theirs, ours, rel_tol=1e-6)
-    return bool(theirs == ours)
 
 
 def _row(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,9 +30,11 @@ from qquant.calibration.slices import FIRST, KNOWN, LENGTH, REFERENCE, Group, Sl
 from qquant.checks import statistics
 from qquant.checks.fidelity import SHARE, STATES, Fidelity, Scored, measure
 from qquant.checks.ratios import Ratio, ratio
+from qquant.checks.spreading import windows as spread
 from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
 from qquant.progress import Progress
+from qquant.ranks import ALONE, Ranks
 from qquant.recipe.limits import ASKED, POWER, RESOLVED, SLICES, normal_quantile
 from qquant.report.record import GateReport, Proof, Verdict
 from qquant.report.slices import Estimate, SliceReport, Standing, comparison, worst
@@ -80,20 +83,25 @@ def parts(
     tokenizer: Tokenizer,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[SliceReading]]:
     """By artifact every slice, in the order of `text`, then the stretches of positions.
 
     Raises NumericalError as `measure`.
     """
     rows = torch.as_tensor(np.concatenate([text.short, text.again]), dtype=torch.int64)
-    short = measure(baseline, artifacts, Scored(rows, FIRST, tokenizer.size), device, NamedPhase(progress, "slices"))
+    phase = NamedPhase(progress, "slices")
+    windows = Scored(rows, FIRST, tokenizer.size)
+    read = partial(measure, baseline, artifacts, device=device, progress=phase)
+    short = spread(read, windows, list(artifacts), ranks)
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
     readings = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
-        phase = NamedPhase(progress, "long documents")
-        for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device):
-            for name, whole in measure(baseline, group, documents, device, phase).items():
+        phase, room = NamedPhase(progress, "long documents"), min(ranks.gather(SHARE * free_memory(device)))
+        for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device, room):
+            read = partial(measure, baseline, group, device=device, progress=phase)
+            for name, whole in spread(read, documents, list(group), ranks).items():
                 readings[name] += _stretches(
                     text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
                 )

@@ -25,7 +25,7 @@ from qquant.cli.options import (
     given_imatrix,
     settle,
 )
-from qquant.cli.terminal import counted, show, tell_watchers
+from qquant.cli.terminal import Stop, counted, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def build(
     from qquant import pipeline
 
     began, ranks = time.monotonic(), ranks_here()
-    with working(ranks, log) as progress:
+    with Stop(ranks.first) as stop, working(ranks, log, stop) as progress:
         report = pipeline.build(loaded, source, plan, out, device_of(device, ranks), progress, ranks)
     if not as_json:
         click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)

@@ -25,6 +25,7 @@ from qquant.cli.options import (
     require_there,
 )
 from qquant.cli.terminal import console, show, tell_watchers
+from qquant.cli.together import device_of, ranks_here, working
 from qquant.errors import GateFailedError, UsageError
 
 
@@ -100,9 +101,11 @@ def check(
     source = Checkpoint.open(against, adapter=adapter)
     for warning in pipeline.beyond(length, source):
         click.echo(f"warning: {warning}", err=True)
-    with Display(log=log) as progress:
-        report = pipeline.check(artifacts, source, checks, gates, devices.named(device), progress, out)
-    tell_watchers([report], junit, github)
+    ranks = ranks_here()
+    with working(ranks, log) as progress:
+        report = pipeline.check(artifacts, source, checks, gates, device_of(device, ranks), progress, out, ranks)
+    if ranks.first:
+        tell_watchers([report], junit, github)
     show(report, as_json)
 
 

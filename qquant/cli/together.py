@@ -33,7 +33,7 @@ from qquant.report.escape import in_lines
 if TYPE_CHECKING:
     import torch
 
-COMMANDS = ("build",)
+COMMANDS = ("build", "check")
 AGAIN = "What is finished is kept; the same command continues, on as many ranks as you like"
 
 
@@ -55,6 +55,7 @@ def joined(environment: Mapping[str, str], arguments: Sequence[str]) -> Iterator
             f"{arguments[0]}: is not for several ranks; run it without a launcher. {', '.join(COMMANDS)} are"
         )
     ranks = join(member)
+    devices.share_host(member.beside)
     with ExitStack() as quiet, watched(ranks, lost):
         if not ranks.first:
             nowhere = quiet.enter_context(Path(os.devnull).open("w"))
@@ -109,28 +110,22 @@ def device_of(name: str, ranks: Ranks) -> torch.device:
 class Signing:
     """Progress that tells other ranks that work goes on; shown by the first one alone."""
 
-    shown: Progress | None
-    stop: Stop
+    shown: Progress
     ranks: Ranks
 
     def advance(self, phase: str, done: int, of: int) -> None:
         """As `qquant.progress.Progress` says."""
         self.ranks.alive()
-        if self.shown is not None:
-            self.shown.advance(phase, done, of)
+        self.shown.advance(phase, done, of)
 
     def check_stop(self) -> None:
         """Raise StoppedError if a signal came."""
         self.ranks.alive()
-        self.stop.check()
+        self.shown.check_stop()
 
 
 @contextmanager
-def working(ranks: Ranks, log: Path | None) -> Iterator[Progress]:
-    """Progress of a command that signals stop safely."""
-    with Stop(ranks.first) as stop:
-        if not ranks.first:
-            yield Signing(None, stop, ranks)
-            return
-        with Display(stop, log) as display:
-            yield display if ranks.world == 1 else Signing(display, stop, ranks)
+def working(ranks: Ranks, log: Path | None, stop: Stop | None = None) -> Iterator[Progress]:
+    """Progress that people see, of the first rank."""
+    with Display(stop, log if ranks.first else None) as display:
+        yield display if ranks.world == 1 else Signing(display, ranks)

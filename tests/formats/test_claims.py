@@ -9,7 +9,7 @@ import pytest
 
 from qquant import formats
 from qquant.artifact.opening import open_weights
-from qquant.checks.review import require_same_shape
+from qquant.checks.comparable import require_same_shape
 from qquant.errors import InputError
 from qquant.formats import FORMATS, claims_of, folder_claims, kind_of_file
 from qquant.formats.gguf import claims as gguf_claims

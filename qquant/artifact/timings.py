@@ -1,0 +1,21 @@
+"""timings.json beside the report: how long everything took; the only file in which equal builds differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from qquant.disk.output import TIMINGS
+from qquant.disk.writes import write_synced
+from qquant.source.untrusted import read_json
+
+
+def write(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
+    """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
+    path = out / TIMINGS
+    known = read_json(path).get("artifacts") if path.is_file() else None
+    timings = known if isinstance(known, dict) else {}
+    write_synced(
+        path, (json.dumps({"schema": "qquant-timings-1", "artifacts": {**timings, **took}}, indent=2) + "\n").encode()
+    )
