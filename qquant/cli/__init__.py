@@ -30,7 +30,7 @@ from qquant.cli.reports import compare, show_report
 from qquant.cli.run import run
 from qquant.cli.speed import speed
 from qquant.cli.tasks import tasks
-from qquant.cli.terminal import SIGNALS
+from qquant.cli.terminal import SIGNALS, echo
 from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError, UsageError
 from qquant.ranks import ALONE, Ranks
 from qquant.report.escape import in_lines
@@ -47,7 +47,7 @@ from qquant.report.escape import in_lines
 def cli(context: click.Context) -> None:
     """Quantize a Qwen1.5 checkpoint once into GPTQ, AWQ and GGUF, and check every artifact against it."""
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        echo(context.get_help())
 
 
 cli.journey(
@@ -63,7 +63,7 @@ cli.journey(
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
-    click.echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
+    echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -133,15 +133,15 @@ def _run(arguments: Sequence[str], ranks: Ranks = ALONE) -> int:
         told = together.told(error, "out of memory", ranks)
         if told is not None:
             return told
-        click.echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
+        echo("error: out of memory; see `qquant plan` for what a build needs", err=True)
         return EnvironmentMissingError.exit_code
 
 
 def _refused(error: QQuantError) -> int:
-    click.echo(f"error: {in_lines(str(error))}", err=True)
+    echo(f"error: {in_lines(str(error))}", err=True)
     return error.exit_code
 
 
 def _stopped(error: BaseException, arguments: Sequence[str]) -> int:
-    click.echo(f"{str(error) or 'stopped'}\ncontinue with: {shlex.join(['qquant', *arguments])}", err=True)
+    echo(f"{str(error) or 'stopped'}\ncontinue with: {shlex.join(['qquant', *arguments])}", err=True)
     return StoppedError.exit_code

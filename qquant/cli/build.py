@@ -25,7 +25,7 @@ from qquant.cli.options import (
     given_imatrix,
     settle,
 )
-from qquant.cli.terminal import Stop, counted, show, tell_watchers
+from qquant.cli.terminal import Stop, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ def build(
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)
     for warning in plan.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     from qquant import pipeline
 
     began, ranks = time.monotonic(), ranks_here()
     with Stop(ranks.first) as stop, working(ranks, log, stop) as progress:
         report = pipeline.build(loaded, source, plan, out, device_of(device, ranks), progress, ranks)
     if not as_json:
-        click.echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
-        click.echo("\n".join(_next(report, plan, out)), err=True)
+        echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
+        echo("\n".join(_next(report, plan, out)), err=True)
     if ranks.first:
         tell_watchers([report], junit, github)
     show(report, as_json)

@@ -24,7 +24,7 @@ from qquant.cli.options import (
     checks_and_gates,
     require_there,
 )
-from qquant.cli.terminal import console, show, tell_watchers
+from qquant.cli.terminal import cells, console, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.errors import GateFailedError, UsageError
 
@@ -100,7 +100,7 @@ def check(
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
     source = Checkpoint.open(against, adapter=adapter)
     for warning in pipeline.beyond(length, source):
-        click.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     ranks = ranks_here()
     with working(ranks, log) as progress:
         report = pipeline.check(artifacts, source, checks, gates, device_of(device, ranks), progress, out, ranks)
@@ -147,21 +147,20 @@ def bisect(
             "limit": bisection.limit,
             "gains": gains,
         }
-        click.echo(json.dumps(content | {"restored": chosen, "kl_restored": bisection.kl_chosen}, indent=2))
+        echo(json.dumps(content | {"restored": chosen, "kl_restored": bisection.kl_chosen}, indent=2))
     else:
         from rich.table import Table
 
         table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
         for part, gain in bisection.gains[:12]:
-            table.add_row(
-                part.name, f"{part.size:,}", f"{gain:+.6f}", f"{gain / bisection.kl:.1%}" if bisection.kl else ""
-            )
+            share = f"{gain / bisection.kl:.1%}" if bisection.kl else ""
+            table.add_row(*cells(part.name, f"{part.size:,}", f"{gain:+.6f}", share))
         console().print(table)
         if not chosen:
-            click.echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")
+            echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")
         else:
-            click.echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_chosen:.6f} with these in 16 bits:")
-            click.echo("\n".join(f"  {name}" for name in chosen))
+            echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_chosen:.6f} with these in 16 bits:")
+            echo("\n".join(f"  {name}" for name in chosen))
     if bisection.kl_chosen > max_kl:
         raise GateFailedError(
             f"{artifact}: {bisection.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere"
@@ -221,13 +220,13 @@ def perplexity(
             )
             by_artifact = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": by_artifact}, indent=2))
+        echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": by_artifact}, indent=2))
         return
     for name, numbers in by_artifact.items():
-        click.echo(name)
+        echo(name)
         for title, key, error, factor in SHOWN:
             more = f" ± {factor * numbers[error]:.6f}" if error else ""
-            click.echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
+            echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
 
 
 SHOWN = (

@@ -11,6 +11,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import DEVICE, EXITS, JSON, require_there
+from qquant.cli.terminal import echo
 
 
 @command(epilog=EXITS, example="dequantize model-q4_k_m.gguf --out model-bf16")
@@ -36,8 +37,6 @@ def dequantize(artifact: Path, out: Path, dtype: str | None, device: str, as_jso
         made = write(artifact, out, dtype, devices.named(device), progress)
     if as_json:
         content = {"schema": "qquant-dequantized-1", "folder": str(made.folder), "bytes": made.size}
-        click.echo(json.dumps(content | {"tensors": made.tensors}, indent=2))
+        echo(json.dumps(content | {"tensors": made.tensors}, indent=2))
         return
-    click.echo(
-        f"{made.folder}: {made.tensors} tensors, {made.size:,} bytes; it loads in transformers as any checkpoint does"
-    )
+    echo(f"{made.folder}: {made.tensors} tensors, {made.size:,} bytes; it loads in transformers as any checkpoint does")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
-import click
+from qquant.cli.terminal import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,7 @@ class Display:
         """A line in a pipe; of a phase that runs again and again, one a minute."""
         again = phase.name in self.ended
         if not again or now - phase.said >= MINUTE:
-            click.echo(phase.line(now), err=True)
+            echo(phase.line(now), err=True)
             phase.said = self.ended[phase.name] = now
         if phase.done < phase.of:
             self.ended.pop(phase.name, None)

@@ -11,7 +11,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
-from qquant.cli.terminal import counted
+from qquant.cli.terminal import counted, echo, echo_json
 
 WIDTH = 200  # characters of a value that are shown
 
@@ -26,17 +26,17 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 
     content = describe(path)
     if as_json:
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+        echo_json(json.dumps(content, indent=2, ensure_ascii=False, default=str))
         return
     for key, value in content["facts"].items():
         text = " ".join(str(value).split())
-        click.echo(f"{key}: {text if len(text) <= WIDTH else text[:WIDTH] + ' ...'}")
+        echo(f"{key}: {text if len(text) <= WIDTH else text[:WIDTH] + ' ...'}")
     kinds = Counter(tensor["type"] for tensor in content["tensors"])
     for kind, count in kinds.most_common():
         size = sum(tensor["bytes"] for tensor in content["tensors"] if tensor["type"] == kind)
-        click.echo(f"{size:>14,}  {kind:<6} {counted(count, 'tensor')}")
+        echo(f"{size:>14,}  {kind:<6} {counted(count, 'tensor')}")
     for tensor in content["tensors"] if tensors else ():
-        click.echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
+        echo(f"{tensor['bytes']:>14,}  {tensor['type']:<6} {tensor['shape']!s:<18} {tensor['name']}")
 
 
 @command(epilog=EXITS, example="verify release/Qwen1.5-0.5B-Chat-AWQ --deep")
@@ -59,19 +59,19 @@ def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: b
         row, text, unlisted = _verified(folder, deep, only_bytes)
         rows.append(row)
         if not as_json:
-            click.echo(f"{folder}: {text}")
+            echo(f"{folder}: {text}")
         for name in unlisted:
-            click.echo(f"{folder}: {name} is not in the manifest", err=True)
+            echo(f"{folder}: {name} is not in the manifest", err=True)
         if with_card:
             from qquant.release import card
 
             problems += card.problems(folder)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-verified-1", "folders": rows, "problems": problems}, indent=2))
+        echo(json.dumps({"schema": "qquant-verified-1", "folders": rows, "problems": problems}, indent=2))
     if problems:
         raise InputError("\n".join(problems))
     if with_card and not as_json:
-        click.echo(f"{counted(len(folders), 'card')} {'agrees' if len(folders) == 1 else 'agree'} with their reports")
+        echo(f"{counted(len(folders), 'card')} {'agrees' if len(folders) == 1 else 'agree'} with their reports")
 
 
 def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, object], str, tuple[str, ...]]:
@@ -101,10 +101,10 @@ def doctor(out: Path, device: str, as_json: bool) -> None:
     findings = list(examination.examine(out, devices.named(device)))
     if as_json:
         content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
-        click.echo(json.dumps(content, indent=2))
+        echo(json.dumps(content, indent=2))
     else:
         for finding in findings:
-            click.echo(f"{finding.state:<8} {finding.name}: {finding.text}")
+            echo(f"{finding.state:<8} {finding.name}: {finding.text}")
     failed = [finding for finding in findings if finding.state == examination.FAILURE]
     if failed:
         raise EnvironmentMissingError("; ".join(f"{finding.name}: {finding.text}" for finding in failed))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qquant.cli.terminal import echo
 from qquant.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def settle(asked: Asked, *, question: bool) -> Asked:
         if not click.confirm(f"{what}. Build it?", default=True, err=True):
             raise UsageError("nothing was built; `qquant recipe list` names recipes, and --format builds one artifact")
     else:
-        click.echo(what, err=True)
+        echo(what, err=True)
     return dataclasses.replace(asked, recipe=proposal.name)
 
 

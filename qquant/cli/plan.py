@@ -13,7 +13,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON, PLANNING, asking, given_imatrix, settle
-from qquant.cli.terminal import console, counted
+from qquant.cli.terminal import console, counted, echo
 
 if TYPE_CHECKING:
     from qquant.formats.planned import PlannedArtifact
@@ -60,7 +60,7 @@ def plan(
     costs = beside(loaded, source, planned, None if clock is None else lambda *asked: sum(clock(*asked).values()))
     if as_json:
         content = planned.to_dict() | ({"seconds": phases} if phases else {}) | {"efforts": list(map(vars, costs))}
-        click.echo(json.dumps(content, indent=2))
+        echo(json.dumps(content, indent=2))
         return
     _print_artifacts(planned)
     if files:
@@ -71,7 +71,7 @@ def plan(
     _print_needs(planned, phases)
     _print_efforts(costs)
     for warning in planned.warnings:
-        click.echo(f"warning: {warning}")
+        echo(f"warning: {warning}")
 
 
 def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str, float]]:
@@ -90,7 +90,7 @@ def _print_efforts(costs: list[Cost]) -> None:
 
     for cost in costs:
         took = "" if cost.seconds is None else f"about {span(cost.seconds)}, "
-        click.echo(f"effort: {cost.effort:<8} {took}{cost.memory / 1e9:.1f} GB{'  (chosen)' if cost.chosen else ''}")
+        echo(f"effort: {cost.effort:<8} {took}{cost.memory / 1e9:.1f} GB{'  (chosen)' if cost.chosen else ''}")
 
 
 def _print_artifacts(planned: Plan) -> None:
@@ -114,21 +114,21 @@ def _print_artifacts(planned: Plan) -> None:
     for artifact in planned.artifacts:
         if artifact.fallbacks:
             which = counted(len(artifact.fallbacks), "tensor")
-            click.echo(f"{artifact.name}: {which} cannot have the type of the mix, e.g. {artifact.fallbacks[0]}")
+            echo(f"{artifact.name}: {which} cannot have the type of the mix, e.g. {artifact.fallbacks[0]}")
 
 
 def _print_files(planned: Plan) -> None:
     for artifact in planned.artifacts:
         for file in artifact.files:
-            click.echo(f"{file.size:>16,}  {artifact.folder}/{file.name}")
+            echo(f"{file.size:>16,}  {artifact.folder}/{file.name}")
 
 
 def _print_tensors(planned: Plan) -> None:
     for artifact in planned.artifacts:
         for label, members in _by_type(artifact).items():
-            click.echo(f"{artifact.name}: {label}: {counted(len(members), 'tensor')}")
+            echo(f"{artifact.name}: {label}: {counted(len(members), 'tensor')}")
             for tensor in members:
-                click.echo(f"    {tensor}")
+                echo(f"    {tensor}")
 
 
 def _by_type(artifact: PlannedArtifact) -> dict[str, list[str]]:
@@ -145,17 +145,17 @@ def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
     more = f", up to {planned.looks[-1]} where a gate is inconclusive" if len(planned.looks) > 1 else ""
     windows = planned.looks[0]
     read = f"{windows} windows of {checks.length} tokens ({windows * checks.scored:,} scored){more}"
-    click.echo(f"check:  {checks.text}, {read}")
+    echo(f"check:  {checks.text}, {read}")
     if checks.profile == "release":
         from qquant.calibration import behaviour
         from qquant.calibration.slices import most_tokens
 
         short, long = most_tokens(source.config.positions)
-        click.echo(
+        echo(
             f"slices: languages, kinds of text, positions: at most {short + long:,} tokens, {long:,} of them in long documents"
         )
         hidden, answers = behaviour.most_tokens(source.config.positions)
-        click.echo(
+        echo(
             f"behaviour: facts in documents of {hidden:,} tokens, {behaviour.ANSWERS} answers of at most {answers:,} tokens"
         )
     if not gates:
@@ -165,8 +165,8 @@ def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
             f"{gate.gate} {SIGNS.get(gate.gate, 'at most')} {gate.limit:g} (detectable {gate.detectable:.2g})"
             for gate in planned.reach(artifact.name)
         ]
-        click.echo(f"  {artifact.name}: {', '.join(limits) or 'measured, not gated'}")
-    click.echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
+        echo(f"  {artifact.name}: {', '.join(limits) or 'measured, not gated'}")
+    echo("  detectable: the distance from a limit that this text proves in 80 % of runs")
     if checks.profile == "release":
         _print_slices(planned, source)
 
@@ -182,11 +182,11 @@ def _print_slices(planned: Plan, source: Checkpoint) -> None:
         if gates.worst_slice is not None:
             limits.setdefault(gates.worst_slice, []).append(name)
     for limit, names in limits.items():
-        click.echo(
+        echo(
             f"worst slice of {', '.join(names)}: KL divergence against that of English, or of the same tokens in short windows"
         )
         for one in slice_reaches(tokenizer, source.config.positions, limit):
-            click.echo(
+            echo(
                 f"  {one.name}: at most {one.limit:.3g} times (detectable {one.detectable:.2g}), {one.windows} windows, {one.tokens:,} tokens"
             )
 
@@ -198,8 +198,8 @@ def _print_needs(planned: Plan, phases: dict[str, float]) -> None:
 
     if phases:
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
-        click.echo(f"time:   about {span(sum(phases.values()))} here ({each}), within a factor of two or three")
+        echo(f"time:   about {span(sum(phases.values()))} here ({each}), within a factor of two or three")
     free = f"; {host_memory() / 1e9:.1f} GB are free on the host"
-    click.echo(f"memory: about {planned.memory / 1e9:.1f} GB at the peak{free}")
+    echo(f"memory: about {planned.memory / 1e9:.1f} GB at the peak{free}")
     room = shutil.disk_usage(Path.cwd()).free
-    click.echo(f"disk:   {planned.disk:,} bytes while it is built; {room:,} are free here")
+    echo(f"disk:   {planned.disk:,} bytes while it is built; {room:,} are free here")

@@ -11,7 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
-from qquant.cli.terminal import counted
+from qquant.cli.terminal import counted, echo
 from qquant.errors import PartlyPublishedError, UsageError
 
 NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -41,14 +41,14 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
     jobs = cells.plan(cells.shard(cells.load(matrix), shard))
     broken = [f"{job.model}: {job.problem}" for job in jobs if job.plan is None]
     if github_matrix:
-        click.echo(json.dumps(cells.github_matrix(jobs)))
+        echo(json.dumps(cells.github_matrix(jobs)))
     elif as_json:
-        click.echo(json.dumps(cells.to_dict(jobs), indent=2))
+        echo(json.dumps(cells.to_dict(jobs), indent=2))
     else:
         for job in jobs:
-            click.echo("\n".join(cells.lines(job)))
+            echo("\n".join(cells.lines(job)))
         total = sum(job.plan.disk for job in jobs if job.plan)
-        click.echo(f"{counted(len(jobs), 'job')}, {total:,} bytes of disk in all")
+        echo(f"{counted(len(jobs), 'job')}, {total:,} bytes of disk in all")
     if broken:
         raise UsageError("\n".join(broken))
 
@@ -108,7 +108,7 @@ def publish(
         raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
     release = read_release(folder, only)
     for name, reason in release.refused.items():
-        click.echo(f"not published: {in_line(name)}: {in_line(reason)}", err=True)
+        echo(f"not published: {in_line(name)}: {in_line(reason)}", err=True)
     repositories = [
         statements.with_statements(card.with_card(complete(repository, tag, namespace, base_model)))
         for repository in release.repositories
@@ -118,13 +118,11 @@ def publish(
     request = hub.Request(
         namespace, tag, private=private, pull_request=pr, merge=not no_merge, collection=collection, dry_run=dry_run
     )
-    done = hub.destination(to, out, endpoint, lambda text: click.echo(text, err=True)).publish(repositories, request)
+    done = hub.destination(to, out, endpoint, lambda text: echo(text, err=True)).publish(repositories, request)
     if as_json:
-        click.echo(
-            json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2)
-        )
+        echo(json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2))
     for result in () if as_json else done:
-        click.echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+        echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
     if release.refused:
         raise PartlyPublishedError(f"published without {', '.join(release.refused)}, as said above")
 
@@ -146,13 +144,13 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
         raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
 
     def show(change: hub.RepositoryChange) -> bool:
-        click.echo(change.diff or f"{change.repository}: has it already")
+        echo(change.diff or f"{change.repository}: has it already")
         return not dry_run and bool(change.diff) and (yes or click.confirm(f"Change {change.repository}?", err=True))
 
-    client = hub.HuggingFace.connect(endpoint, lambda text: click.echo(text, err=True))
+    client = hub.HuggingFace.connect(endpoint, lambda text: echo(text, err=True))
     changes = hub.patch(client, hub.Setting.parse(setting), repos, show)
     made = [change for change in changes if change.commit]
-    click.echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
+    echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
 
 
 @command(epilog=EXITS, example="sign published/Qwen1.5-0.5B-Chat-AWQ --key private.pem")
@@ -167,4 +165,4 @@ def sign(folders: tuple[Path, ...], key: Path | None) -> None:
     from qquant.release import signing
 
     for folder in folders:
-        click.echo(signing.sign(folder, key))
+        echo(str(signing.sign(folder, key)))

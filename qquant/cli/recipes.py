@@ -10,7 +10,7 @@ import click
 
 from qquant.cli.command import Group
 from qquant.cli.options import asking, settle
-from qquant.cli.terminal import counted
+from qquant.cli.terminal import counted, echo
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def init_recipe(asked: Asked, out: Path) -> None:
     written = settle(asked, question=False).wanted()
     text = recipe.dump(written, brief=True)
     if str(out) == "-":
-        click.echo(text, nl=False)
+        echo(text, nl=False)
         return
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(f"# every field: recipes/README.md, or `qquant recipe show {out}`\n{text}")
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
-    click.echo(
+    echo(
         f"{out}: {counted(len(written.artifacts), 'artifact')}. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
     )
 
@@ -55,7 +55,7 @@ def list_recipes() -> None:
     from qquant import recipe
 
     for name in recipe.names():
-        click.echo(f"{name:<20} {recipe.load(name).description}")
+        echo(f"{name:<20} {recipe.load(name).description}")
 
 
 @recipes.command("show", example="recipe show qwen1.5-chat")
@@ -64,7 +64,7 @@ def show_recipe(name: str) -> None:
     """A recipe with every default written out, as YAML."""
     from qquant import recipe
 
-    click.echo(recipe.dump(recipe.load(name)), nl=False)
+    echo(recipe.dump(recipe.load(name)), nl=False)
 
 
 @recipes.command("validate", example="recipe validate mine.yaml")
@@ -81,7 +81,7 @@ def validate_recipes(files: tuple[str, ...]) -> None:
             problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
-    click.echo(f"{len(files)} valid")
+    echo(f"{len(files)} valid")
 
 
 @recipes.command("schema", example="recipe schema")
@@ -91,4 +91,4 @@ def recipe_schema(of_report: bool) -> None:
     from qquant import recipe
     from qquant.report import schema
 
-    click.echo(json.dumps(schema.schema() if of_report else recipe.schema(), indent=2))
+    echo(json.dumps(schema.schema() if of_report else recipe.schema(), indent=2))

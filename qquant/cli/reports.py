@@ -11,7 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, GITHUB, JSON, JUNIT, OutputFile
-from qquant.cli.terminal import console, show, tell_watchers
+from qquant.cli.terminal import cells, console, echo, echo_json, show, tell_watchers
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _show_all(reports: Mapping[str, Report], as_json: bool) -> None:
     """Print all of them, and raise what the worst one does."""
     if as_json:
         content = {name: json.loads(report.to_json()) for name, report in reports.items()}
-        click.echo(json.dumps({"schema": "qquant-reports-1", "reports": content}, indent=2, ensure_ascii=False))
+        echo_json(json.dumps({"schema": "qquant-reports-1", "reports": content}, indent=2, ensure_ascii=False))
     problems: dict[type[Exception], list[str]] = {}
     for name, report in reports.items():
         try:
@@ -89,7 +89,7 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
     changes = regression.compare(before, now)
     if as_json:
         content = {"schema": "qquant-comparison-1", "changes": [vars(change) for change in changes]}
-        click.echo(json.dumps(content, indent=2))
+        echo(json.dumps(content, indent=2))
     else:
         from rich.table import Table
 
@@ -97,7 +97,7 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
         for change in changes:
             numbers = f"{change.before:.6f}", f"{change.now:.6f}", f"{change.now - change.before:+.6f}"
             between = f"{change.low:+.6f} to {change.high:+.6f}"
-            table.add_row(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome)
+            table.add_row(*cells(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome))
         console().print(table)
     worse = [change for change in changes if change.outcome == "worse"]
     if worse:

@@ -13,8 +13,8 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.terminal import echo, echo_json
 from qquant.errors import UsageError
-from qquant.report.escape import in_lines
 
 if TYPE_CHECKING:
     from qquant.runtime.answering import Answerer, AnswerSettings
@@ -70,10 +70,10 @@ def run(
     answerer = Answerer.open(artifact, devices.named(device), dtype)
     if show_paths:
         for name, path in answerer.paths().items():
-            click.echo(f"{name}: {path}", err=True)
+            echo(f"{name}: {path}", err=True)
     if answerer.runs_on and not raw:
         what = "Answers go on until another stop token or --max-new-tokens; --raw continues plain text"
-        click.echo(f"warning: {in_lines(answerer.runs_on)}. {what}", err=True)
+        echo(f"warning: {answerer.runs_on}. {what}", err=True)
     turns = [] if system is None and not no_system else [{"role": "system", "content": system or ""}]
     if prompt is None:
         _talk(answerer, turns, settings)
@@ -91,7 +91,7 @@ def _answer(
     def write(piece: str) -> None:
         hear(piece)
         if not as_json:
-            click.echo(piece, nl=False)
+            echo(piece, nl=False)
             sys.stdout.flush()
 
     answer = answerer.answer(ids, settings, write)
@@ -100,11 +100,11 @@ def _answer(
         content |= {"prompt_tokens": len(ids), "tokens": answer.tokens, "load_seconds": round(answerer.load_seconds, 3)}
         content |= {"seconds_to_first": round(answer.to_first, 3), "seconds": round(answer.seconds, 3)}
         content |= {"tokens_per_second": answer.rate and round(answer.rate, 2)}
-        click.echo(json.dumps(content, ensure_ascii=False, indent=2))
+        echo_json(json.dumps(content, ensure_ascii=False, indent=2))
     else:
-        click.echo()
+        echo()
         rate = f", then {answer.rate:.1f} tokens/s" if answer.rate else ""
-        click.echo(
+        echo(
             f"loaded in {answerer.load_seconds:.1f} s; {len(ids)} tokens read, {answer.to_first:.2f} s to the first "
             f"of {answer.tokens}{rate}",
             err=True,

@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, require_there
-from qquant.cli.terminal import console
+from qquant.cli.terminal import cells, console, echo
 from qquant.errors import GateFailedError, InconclusiveError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def speed(
     number = getattr(torch, dtype) if dtype else None
     report = check.measure(artifact, baseline, settings, devices.named(device), number, path)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-speed-1"} | dataclasses.asdict(report), indent=2))
+        echo(json.dumps({"schema": "qquant-speed-1"} | dataclasses.asdict(report), indent=2))
     else:
         _show(report)
     kinds = {"fail": GateFailedError, "inconclusive": InconclusiveError}
@@ -72,7 +72,7 @@ def speed(
 def _show(report: SpeedReport) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{report.device} · {report.outcome}")
+    table = Table(title=cells(f"{report.device} · {report.outcome}")[0])
     for column in ("", "tokens/s", "16 bit", "ratio", "95 % interval", "noise", "at best", "of it"):
         table.add_column(column, justify="left" if not column else "right")
     for pace in report.paces:
@@ -92,5 +92,5 @@ def _show(report: SpeedReport) -> None:
         ("cache", report.cache, report.cache),
         ("peak", report.peak, report.peak_baseline),
     ):
-        click.echo(f"{what:8} {here / 1e6:12,.1f} MB   16 bit {there / 1e6:12,.1f} MB")
-    click.echo(f"{report.runtime}\n{report.definition}")
+        echo(f"{what:8} {here / 1e6:12,.1f} MB   16 bit {there / 1e6:12,.1f} MB")
+    echo(f"{report.runtime}\n{report.definition}")

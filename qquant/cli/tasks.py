@@ -11,7 +11,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON
-from qquant.cli.terminal import console
+from qquant.cli.terminal import cells, console, echo
 from qquant.errors import GateFailedError, InconclusiveError
 
 
@@ -48,7 +48,7 @@ def tasks(
     with Display() as progress:
         results = checks.run(source, artifacts, asked, devices.named(device), progress)
     if as_json:
-        click.echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
+        echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
     else:
         from rich.table import Table
 
@@ -57,9 +57,8 @@ def tasks(
         for one in results:
             scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
             flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
-            table.add_row(
-                Path(one.artifact).name, f"{one.task}, {one.metric}", str(one.questions), *scores, *flips, one.outcome
-            )
+            what = f"{one.task}, {one.metric}"
+            table.add_row(*cells(Path(one.artifact).name, what, str(one.questions), *scores, *flips, one.outcome))
         console().print(table)
     for outcome, error, text in (
         ("fail", GateFailedError, f"loses more than {margin:g}"),

@@ -12,11 +12,30 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from qquant.errors import GateFailedError, InconclusiveError, StoppedError
+from qquant.report.escape import in_json, in_line, in_lines, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from qquant.report.record import Report
+
+
+def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
+    """Print a text without what steers a terminal; as whole lines (`nl`) also without what a workflow's log takes for a command."""
+    click.echo((in_lines if nl else visible)(text), nl=nl, err=err)
+
+
+def echo_json(content: str) -> None:
+    """Print JSON, which stays that; strange characters in its texts as JSON spells them."""
+    click.echo(in_json(content), nl=not content.endswith("\n"))
+
+
+def cells(*values: str) -> list[Text]:
+    """Cells of a row that show texts as they are: no markup, one line, nothing that steers a terminal."""
+    from rich.text import Text
+
+    return [Text(in_line(value)) for value in values]
 
 
 def tell_watchers(reports: Sequence[Report], junit: Path | None, github: bool) -> None:
@@ -26,7 +45,7 @@ def tell_watchers(reports: Sequence[Report], junit: Path | None, github: bool) -
     if junit is not None:
         junit.write_text(ci.junit(*reports), "utf-8")
     for report in reports if github else ():
-        click.echo(ci.commands(report), nl=False, err=True)
+        echo(ci.commands(report), nl=False, err=True)
         summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if summary:
             with Path(summary).open("a", encoding="utf-8") as file:
@@ -47,12 +66,10 @@ def console() -> Console:
 
 def show(report: Report, as_json: bool, *, quiet: bool = False) -> None:
     """Print the result unless `quiet`, and raise GateFailedError if something failed."""
-    from qquant.report.escape import in_line
-
     if quiet:
         pass
     elif as_json:
-        click.echo(report.to_json(), nl=False)
+        echo_json(report.to_json())
     else:
         from qquant.cli.tables import table_of
         from qquant.report import behaviour, slices
@@ -61,12 +78,12 @@ def show(report: Report, as_json: bool, *, quiet: bool = False) -> None:
         screen.print(table_of(report, screen.width))
         for view in (slices, behaviour):
             for line in filter(None, map(view.line, report.artifacts)):
-                click.echo(line)
+                echo(line)
         for warning in report.warnings:
-            click.echo(f"warning: {in_line(warning)}", err=True)
+            echo(f"warning: {in_line(warning)}", err=True)
         for artifact in report.artifacts:
             if artifact.verdict.waiver:
-                click.echo(f"warning: {in_line(artifact.name)}: {in_line(artifact.verdict.waiver)}", err=True)
+                echo(f"warning: {in_line(artifact.name)}: {in_line(artifact.verdict.waiver)}", err=True)
     errors = {"fail": GateFailedError, "inconclusive": InconclusiveError}
     if report.outcome in errors:
         lines = [

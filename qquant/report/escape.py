@@ -1,8 +1,10 @@
 r"""Texts of strangers, made harmless for the place where they are shown: one function a sink, and nowhere else.
 
-    visible    characters that steer a terminal (C0, DEL, C1) or turn the order of text (U+202A to U+202E, U+2066 to U+2069) as \x1b, \u202e
+    visible    characters that steer a terminal (C0, DEL, C1), turn the order of text (U+202A to U+202E, U+2066 to U+2069) or are half of one,
+               as \x1b, \u202e
     in_line    the same, on one line: a terminal's table, a warning, a workflow's log, where a line that begins with :: is a command
     in_lines   the same for a message of several lines; none of them begins with ::
+    in_json    the same in a JSON text, which stays that
     markdown   a cell or a line of GitHub's Markdown: no tag, no link, no image, no code, no new column
     xml        what XML 1.0 can hold
     command    the message of a workflow command (::error title=...::MESSAGE)
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import re
 
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 COMMAND = re.compile(r"(?m)^(\s*):(?=:)")
 MARKS = re.compile(r"([\\`*\[\]|~])")
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -38,6 +40,11 @@ def in_line(text: str) -> str:
 def in_lines(text: str) -> str:
     """A message of several lines, none of which steers a terminal or a workflow."""
     return COMMAND.sub(r"\1: ", visible(text))
+
+
+def in_json(content: str) -> str:
+    """A JSON text whose strings spell steering characters as JSON does."""
+    return STEERING.sub(lambda match: f"\\u{ord(match[0]):04x}", content)
 
 
 def markdown(text: str) -> str:

@@ -1,16 +1,21 @@
 """Texts of strangers in every place where they are shown: HTML, Markdown, a terminal, XML, the log of a workflow."""
 
+import ast
+import contextlib
+import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from qquant.cli import main
+from qquant.cli import main, terminal
 from qquant.cli.tables import table_of
 from qquant.cli.terminal import console
+from qquant.formats.gguf.container import Field, header_bytes
 from qquant.report import ci, escape, html
 from qquant.report.record import Report, Verdict
 from tests.report.test_report import Page, artifact, report
+from tests.worlds import ROOT
 
 HOSTILE = (
     "<script>alert(1)</script>", '<img src=x onerror="alert(1)">', "x[/red][bold]", "\x1b]0;owned\x07\x1b[2J", "a\x00b\x0b",
@@ -61,6 +66,53 @@ def test_neither_terminal_nor_log_is_steered(text, tmp_path, capsys):
         main(["report", str(tmp_path)])
     assert caught.value.code in (3, 5)  # 5: half a pair of surrogates
     shown = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", shown)
+    assert not re.search(r"(?m)^\s*::", shown)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_one_sink_prints_everything(text, capsys):
+    terminal.echo(f"a warning: {text}\n{text}")
+    terminal.echo(text, nl=False, err=True)
+    console().print(*terminal.cells(text))
+    terminal.echo_json(json.dumps({"a": text}, ensure_ascii=False))
+    out, err = capsys.readouterr()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", out + err)
+    assert not re.search(r"(?m)^\s*::", out)
+    assert json.loads(out[out.index('{"a"') :]) == {"a": text.encode("utf-16", "surrogatepass").decode("utf-16")}
+
+
+def test_nothing_is_printed_beside_the_sink():
+    """`terminal.echo` and its like are the only ones that print; tables are filled by `cells`, or by what is no text of strangers."""
+    calls = []
+    for path in sorted((ROOT / "qquant" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "click.echo",
+                "click.secho",
+                "print",
+                "sys.stdout.write",
+            ):
+                calls.append(path.name)
+    assert calls == ["terminal.py"] * 2
+
+
+def strange_gguf(path, text):
+    head, _, size = header_bytes(
+        [Field("general.architecture", "str", text), Field(f"x.{text}", "str", text)], [(text, (32,), 0, 128)]
+    )
+    path.write_bytes(head + bytes(size - len(head)))
+    return path
+
+
+@pytest.mark.parametrize("text", HOSTILE[:-1])
+@pytest.mark.parametrize("more", [(), ("--json",), ("--tensors",)], ids=["plain", "json", "tensors"])
+def test_what_a_file_holds_is_shown_as_text(text, more, tmp_path, capsys):
+    path = strange_gguf(tmp_path / "model.gguf", text)
+    with contextlib.suppress(SystemExit):
+        main(["inspect", str(path), *more])
+    shown = "".join(capsys.readouterr())
+    assert len(shown) > 20
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", shown)
     assert not re.search(r"(?m)^\s*::", shown)
 
