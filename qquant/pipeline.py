@@ -33,12 +33,11 @@ from qquant.checks.review import (
     with_speed,
 )
 from qquant.checks.structure import CachedWeights
-from qquant.disk.output import DAMAGED, claim
+from qquant.disk.output import DAMAGED, LOSSES, claim
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file
-from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan import seconds
 from qquant.plan.places import require_outside
@@ -52,8 +51,8 @@ from qquant.release.repository import SOURCE, ReleaseSource
 from qquant.report import html
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
-from qquant.solve import walk
-from qquant.solve.moments import Moments
+from qquant.solve import sensitivity, walk
+from qquant.solve.moments import Moments, write_imatrix
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json
@@ -90,12 +89,15 @@ def build(
         earlier = {
             artifact.name: earlier_release(artifact.spec.gates, artifact.name, text) for artifact in plan.artifacts
         }
-        keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
-        mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
-        drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
         progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(folder / f"moments-{_key(inputs)[:16]}", plan.imatrix, ranks)
+        plan = sensitivity.settle(
+            sensitivity.Question(recipe, checkpoint, plan, inputs), samples, out / LOSSES, moments, device, progress
+        )
+        keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
+        mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
+        drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
         walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.seen)
         took = owning.seconds(drafts, ranks)
         if ranks.first:
@@ -131,6 +133,17 @@ def build(
         if ranks.first:
             _write(report, out)
         return _heard(report, ranks)
+
+
+def choose_types(
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, scratch: Path, device: torch.device, progress: Progress
+) -> Plan:
+    """The plan with types chosen for every artifact that asks for a size, as a build would choose them; `scratch` is a folder of its own."""
+    tokens = calibration.load(recipe.calibration, Tokenizer.open(checkpoint.path), template_expected=False)
+    samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
+    inputs = _inputs(recipe, checkpoint, plan, tokens, device)
+    question = sensitivity.Question(recipe, checkpoint, plan, inputs)
+    return sensitivity.settle(question, samples, scratch / LOSSES, Moments(scratch, plan.imatrix), device, progress)
 
 
 def beyond(length: int, checkpoint: Checkpoint) -> list[str]:
@@ -264,13 +277,6 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
         }
         for candidate in candidates
     }
-
-
-def write_imatrix(importance: Imatrix | None, folder: Path) -> None:
-    """Leave the importance matrix beside the calibration tokens, in both formats that other tools read."""
-    if importance is not None:
-        write_synced(folder / "imatrix.gguf", importance.gguf_bytes())
-        write_synced(folder / "imatrix.dat", importance.dat_bytes())
 
 
 def _key(content: Mapping[str, Any]) -> str:

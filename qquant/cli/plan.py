@@ -111,6 +111,10 @@ def _print_artifacts(planned: Plan) -> None:
         numbers = f"{artifact.size:,}", f"{artifact.bits_per_weight:.2f}"
         table.add_row(Text(artifact.name), *numbers, fallbacks, ranks)
     console().print(table)
+    for name in planned.unsettled:
+        click.echo(
+            f"{name}: which tensor has which type is chosen by the build, in this size, by what each loses; `qquant recipe types` chooses now, and writes it down"
+        )
     for artifact in planned.artifacts:
         if artifact.fallbacks:
             which = counted(len(artifact.fallbacks), "tensor")

@@ -1,4 +1,4 @@
-"""`qquant recipe`: init, list, show, validate, schema."""
+"""`qquant recipe`: init, types, list, show, validate, schema."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant.cli.command import Group
-from qquant.cli.options import asking, settle
+from qquant.cli.options import DEVICE, EXITS, LOG, PLANNING, asking, given_imatrix, settle
 from qquant.cli.terminal import counted, echo
 from qquant.errors import UsageError
 
@@ -39,14 +39,74 @@ def init_recipe(asked: Asked, out: Path) -> None:
     if str(out) == "-":
         echo(text, nl=False)
         return
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(f"# every field: recipes/README.md, or `qquant recipe show {out}`\n{text}")
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
+    _write(out, f"# every field: recipes/README.md, or `qquant recipe show {out}`\n{text}")
     echo(
         f"{out}: {counted(len(written.artifacts), 'artifact')}. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
     )
+
+
+def _write(out: Path, text: str) -> None:
+    """A new file."""
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
+
+
+@recipes.command("types", epilog=EXITS, example="recipe types path/to/my-model --recipe mine.yaml --out chosen.yaml")
+@asking(*PLANNING)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="chosen.yaml",
+    show_default=True,
+    help="The new file; - prints it.",
+)
+@LOG
+@DEVICE
+def choose_types(
+    asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, out: Path, log: Path | None, device: str
+) -> None:  # fmt: skip
+    """Choose the types of GGUF files that ask for a size, as a build would, and write a recipe that names them.
+
+    Measures what every tensor loses as every type (one backward and one forward pass). Built from the new recipe, the files are the same.
+    """
+    from tempfile import TemporaryDirectory
+
+    from qquant import devices, pipeline, recipe
+    from qquant.cli.display import Display
+    from qquant.plan.plan import Plan
+
+    if str(out) != "-" and out.exists():
+        raise UsageError(f"--out {out}: File exists; give another name")
+    loaded, source = settle(asked, question=False).open()
+    plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
+    if not plan.unsettled:
+        raise UsageError(f"recipe {loaded.name}: no artifact asks for a size: {', '.join(_NEEDS)}")
+    with TemporaryDirectory(dir=out.absolute().parent, prefix=".qquant-") as scratch, Display(log=log) as progress:
+        place = devices.named(device)
+        plan = pipeline.choose_types(loaded, source, plan, Path(scratch), place, progress)
+    specs = {artifact.name: artifact.spec for artifact in plan.artifacts}
+    chosen = loaded.model_copy(
+        update={"artifacts": tuple(specs.get(spec.name, spec) for spec in loaded.artifacts if spec.name in specs)}
+    )
+    lines = [
+        f"{artifact.name}: {sum(file.size for file in artifact.files if file.tensors):,} bytes, {artifact.bits_per_weight:.3f} bits per weight, "
+        f"expected KL divergence {plan.expected[artifact.name]:.6f}"
+        for artifact in plan.artifacts
+        if artifact.name in plan.expected
+    ]
+    text = "".join(f"# {line}\n" for line in lines) + recipe.dump(chosen, brief=True)
+    if str(out) == "-":
+        echo(text, nl=False)
+        return
+    _write(out, text)
+    echo("\n".join(lines))
+    echo(f"{out}: names the types. Next: qquant build {asked.checkpoint or 'CHECKPOINT'} --recipe {out} --out DIR")
+
+
+_NEEDS = ("size: 4.4GB", "bits_per_weight: 4.85")
 
 
 @recipes.command("list", example="recipe list")

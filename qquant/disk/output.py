@@ -4,6 +4,7 @@ DIR/<artifact folders>      complete, each with qquant-manifest.json
 DIR/calibration/            the tokens that were used, with their provenance
 DIR/report.json, report.md, report.html, evidence/
 DIR/timings.json            seconds by artifact, stage and block; the only file that differs between equal builds
+DIR/losses.json             what each tensor is expected to lose as each type, where a size was asked for
 DIR/source.json             which checkpoint, from where, under which licence
 DIR/.damaged/               files that were no longer what their manifest says, set aside by a build that made them again
 DIR/.partial/               a build in progress, with its lock (lock-N of rank N, if there are several); gone when the build is done
@@ -28,11 +29,13 @@ DONE = ".partial.done"  # what is left of a build that is done, while it is remo
 DAMAGED = ".damaged"
 MANIFEST = "qquant-manifest.json"
 TIMINGS = "timings.json"
+LOSSES = "losses.json"
 OURS = {
     PARTIAL,
     DONE,
     DAMAGED,
     TIMINGS,
+    LOSSES,
     "calibration",
     "report.json",
     "evidence",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
@@ -26,7 +26,7 @@ from qquant.formats.claims import Claims
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.layout import Gguf
 from qquant.formats.gptq import Gptq
-from qquant.formats.planned import ModelFile, PlannedArtifact
+from qquant.formats.planned import Losses, ModelFile, PlannedArtifact
 from qquant.recipe import ArtifactSpec, Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import require_model_folder
@@ -133,8 +133,42 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class BySize(Protocol):
+    """What is asked besides of a format whose artifacts can be as large as one likes."""
+
+    def settled(
+        self,
+        checkpoint: Checkpoint,
+        spec: ArtifactSpec,
+        recipe: Recipe,
+        name: str,
+        imatrix: Imatrix | None = None,
+        losses: Mapping[str, Losses] | None = None,
+    ) -> ArtifactSpec:
+        """An entry that asks for a size (`sized`) with what its tensors are instead; `losses` by tensor of the checkpoint, if measured.
+
+        Raises:
+            UsageError: it cannot have that size.
+        """
+        ...
+
+    def trials(
+        self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str
+    ) -> dict[str, PlannedArtifact]:
+        """For an entry that is `sized`, a plan for everything that a tensor may be stored as, by that type."""
+        ...
+
+
 HEAD = 16  # bytes of a file that tell its format
 FORMATS: dict[str, Format] = {"gptq": Gptq(), "awq": Awq(), "gguf": Gguf()}
+
+
+def by_size(spec: ArtifactSpec) -> BySize:
+    """The format of an entry that asks for a size (`sized`)."""
+    known = FORMATS[spec.format]
+    assert isinstance(known, BySize)
+    return known
 
 
 def detect(path: Path) -> str | None:

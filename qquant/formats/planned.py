@@ -15,6 +15,8 @@ from typing import Any
 from qquant.recipe import ArtifactSpec
 from qquant.source.safetensors_file import SIZES, header_bytes
 
+Losses = Mapping[str, float]  # of one tensor, by type: what it is expected to cost, in nats of KL divergence per token
+
 
 @dataclass(frozen=True)
 class PlannedTensor:

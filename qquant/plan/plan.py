@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qquant.disk.output import PARTIAL
 from qquant.errors import EnvironmentMissingError, UsageError
-from qquant.formats import FORMATS
+from qquant.formats import FORMATS, by_size
 from qquant.formats.gguf.imatrix import Imatrix
-from qquant.formats.planned import PlannedArtifact
+from qquant.formats.planned import Losses, PlannedArtifact
 from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
 from qquant.plan.places import require_model_name
@@ -42,6 +43,8 @@ class Plan:
     parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
     texts: Texts = NOT_COUNTED
     in_float32: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
+    unsettled: tuple[str, ...] = ()  # artifacts whose types are still to be chosen; their files have the right size
+    expected: Mapping[str, float] = field(default_factory=dict)  # KL divergence of those that were chosen, by artifact
 
     @classmethod
     def of(
@@ -51,8 +54,11 @@ class Plan:
         only: Sequence[str] = (),
         model: str | None = None,
         imatrix: Imatrix | None = None,
+        losses: Mapping[str, Mapping[str, Losses]] = MappingProxyType({}),
     ) -> Plan:
         """Plan the artifacts of `recipe` (those named in `only`, if any) for `checkpoint`.
+
+        `losses`: by artifact that asks for a size, and by tensor, where they were measured.
 
         Raises:
             UsageError: `only` names an artifact that the recipe does not have, a name cannot be that of a file, or two artifacts would write the same file.
@@ -66,8 +72,19 @@ class Plan:
                 f"--only {unknown[0]}: recipe {recipe.name} has no such artifact; it has {', '.join(known)}"
             )
         chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
+        sized = {spec.name: None for spec in chosen if spec.sized}.keys()
         name = model or checkpoint.name
         require_model_name(name)
+        chosen = [
+            by_size(spec).settled(checkpoint, spec, recipe, name, imatrix, losses.get(spec.name))
+            if spec.sized
+            else spec
+            for spec in chosen
+        ]
+        settled = {spec.name: spec for spec in chosen}
+        recipe = recipe.model_copy(
+            update={"artifacts": tuple(settled.get(spec.name, spec) for spec in recipe.artifacts)}
+        )
         planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
         _require_apart(planned)
         parameters = checkpoint.family.parameters(checkpoint.config)
@@ -79,20 +96,11 @@ class Plan:
         memory = build_memory(recipe, checkpoint)
         texts = examine(recipe, checkpoint.path)
         in_float32 = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
+        expected = {one.name: _expected(one, losses[one.name]) for one in planned if one.name in losses}
         return cls(
-            name,
-            planned,
-            memory,
-            disk,
-            gates,
-            recipe.checks,
-            tokens,
-            inputs,
-            imatrix,
-            parallel,
-            texts=texts,
-            in_float32=in_float32,
-        )
+            name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
+            texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
+        )  # fmt: skip
 
     @property
     def looks(self) -> list[int]:
@@ -156,6 +164,7 @@ class Plan:
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
             "warnings": list(self.warnings),
+            "types_chosen_by_build": list(self.unsettled),
             "checks": self.checks.model_dump(mode="json")
             | {"looks": self.looks, "scored_per_window": self.checks.scored},
             "artifacts": [
@@ -173,6 +182,11 @@ class Plan:
                 for artifact in self.artifacts
             ],
         }
+
+
+def _expected(planned: PlannedArtifact, losses: Mapping[str, Losses]) -> float:
+    """Losses of tensors add up."""
+    return sum(by_type[planned.stored[tensor].type] for tensor, by_type in losses.items())
 
 
 def _require_apart(planned: Sequence[PlannedArtifact]) -> None:

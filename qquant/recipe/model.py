@@ -62,6 +62,18 @@ def _reserved_names(artifacts: Any) -> Iterator[Conflict]:
             )
 
 
+def _sized_by_output(artifacts: Any, calibration: Any) -> Iterator[Conflict]:
+    """Artifacts that ask for a size where nothing says what an error costs the model."""
+    if _entry(calibration, "objective") == "output":
+        for index, artifact in enumerate(_listed(artifacts)):
+            for key in ("size", "bits_per_weight"):
+                if _entry(artifact, key) is not None:
+                    yield (
+                        ("artifacts", index, key),
+                        "types are chosen by what the model loses, which `objective: output` does not measure; allowed: null",
+                    )
+
+
 def _repeated_names(artifacts: Any) -> Iterator[Conflict]:
     first: dict[str, int] = {}
     for index, artifact in enumerate(_listed(artifacts)):
@@ -284,6 +296,7 @@ class Recipe(Strict):
             yield ("revision",), f"a bundled checkpoint has none, got {shown(values['revision'])}; allowed: null"
         yield from _repeated_names(values["artifacts"])
         yield from _reserved_names(values["artifacts"])
+        yield from _sized_by_output(values["artifacts"], values["calibration"])
         yield from _held_out_in_calibration(values["calibration"], values["checks"])
 
 

@@ -18,6 +18,7 @@ blocks from the last to the first, one in memory (and the next, where it is read
 one file a block:
 
     FOLDER/block-<n>   "weights <stage>" float32 [tokens],  "rows <linear> <k>" bfloat16 [rows, rows], trace / rows = 1
+                       "scale <linear>" float32 [1]: mean of |g_t|^2, which the other two are without
     FOLDER/outside     what is known of the embedding (the gradient by the input of block 0) and of the head, see `Tables`
     FOLDER/complete    sha256 of every block file; nothing is used before it was compared
 """
@@ -97,10 +98,11 @@ class RowFactors(Mapping[str, tuple[Tensor, ...]]):
 
 @dataclass(frozen=True)
 class BlockCurvature:
-    """The factors of one block. `weights`: by stage and measured sample, float32 [T]."""
+    """The factors of one block. `weights`: by stage and measured sample, float32 [T]; `scales`: mean |g_t|^2 by linear."""
 
     weights: Mapping[str, Mapping[int, Tensor]]
     rows: RowFactors
+    scales: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,17 @@ class Curvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
         weights: dict[str, Mapping[int, Tensor]] = {}
         rows: dict[str, list[TensorInfo]] = {}
+        scales: dict[str, float] = {}
         for key, info in sorted(read_header(_path(self.folder, str(layer)))[0].items()):
             kind, name, *_ = key.split(" ")
             if kind == "weights":
                 samples = read_tensor(info).to(device).split(list(self.lengths.values()))
                 weights[name] = dict(zip(self.lengths, samples, strict=True))
+            elif kind == "scale":
+                scales[name] = float(read_tensor(info))
             else:
                 rows.setdefault(name, []).append(info)
-        return BlockCurvature(weights, RowFactors(rows, device))
+        return BlockCurvature(weights, RowFactors(rows, device), scales)
 
     def tables(self, device: torch.device) -> Tables:
         """What is known of the embedding and the head, on `device`."""
@@ -344,6 +349,11 @@ def _backward(
         f"rows {name} {index:04d}": _mean_one(part, part.diagonal()).bfloat16()
         for name, parts in rows.items()
         for index, part in enumerate(parts)
+    }
+    tokens = sum(map(len, inputs))
+    stored |= {
+        f"scale {name}": torch.stack([part.diagonal().sum() for part in parts]).sum().view(1) / tokens
+        for name, parts in rows.items()
     }
     if not all(finite(value) for value in stored.values()):
         raise NumericalError(f"block {layer}: gradients are not finite in {inputs[0].dtype}; {REMEDY}")

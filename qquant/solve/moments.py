@@ -97,3 +97,10 @@ def require_fit(imatrix: Imatrix, checkpoint: Checkpoint, path: Path) -> None:
             if importance is None or len(importance) != columns:
                 has = "no entry" if importance is None else f"{len(importance)} values"
                 raise InputError(f"{path}: {has} for {name}, which has {columns} inputs; was it made from this model?")
+
+
+def write_imatrix(importance: Imatrix | None, folder: Path) -> None:
+    """Leave the importance matrix beside the calibration tokens, in both formats that other tools read."""
+    if importance is not None:
+        write_synced(folder / "imatrix.gguf", importance.gguf_bytes())
+        write_synced(folder / "imatrix.dat", importance.dat_bytes())

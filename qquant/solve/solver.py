@@ -93,7 +93,7 @@ def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [*parts, parts[0].new_zeros(short, short)] if short else list(parts)
 
 
-def _padded_gram(gram: Gram, columns: int) -> Gram:
+def padded_gram(gram: Gram, columns: int) -> Gram:
     """The statistics with channels that were always zero."""
     matrix = zero_padded(gram.matrix, (columns, columns))
     if matrix is gram.matrix:
@@ -161,7 +161,7 @@ class Solver:
         """Solve linears of one grid as one stacked matrix, and pack what was found."""
         if not pads_codes(grid, len(gram.absolute)):
             linears = {linear: zero_padded(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
-            gram = _padded_gram(gram, max(self.shapes[linear][1] for linear in linears))
+            gram = padded_gram(gram, max(self.shapes[linear][1] for linear in linears))
         spec = self.draft.plan.spec
         problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone)
         solution = solve(problem, spec.steps)

@@ -30,6 +30,7 @@ from qquant.errors import NumericalError, ShortMemoryError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
 
+STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}  # by the checkpoint's
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
 SPARE = 0.25  # of the free memory of a device for a second copy of the hidden states
 LOG = logging.getLogger(__name__)

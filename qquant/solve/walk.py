@@ -39,11 +39,9 @@ from qquant.solve.moments import Moments
 from qquant.solve.outside import lacking, solve_tables, write_unsolved
 from qquant.solve.propagate import own_block
 from qquant.solve.solver import Solver, drafted, unit
-from qquant.solve.stream import Stream
+from qquant.solve.stream import STREAM_DTYPES, Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding
-
-STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}
 
 
 def quantize(

@@ -136,7 +136,7 @@ def test_samples_without_a_gradient_count_with_weight_one(make_checkpoint, tmp_p
 
 def test_weights_of_a_view_are_those_that_were_measured():
     weights = torch.tensor([0.5, 1.5])
-    view = View(None, 0, {}, torch.float32, BlockCurvature({"qkv": {3: weights}}, None))
+    view = View(None, 0, {}, torch.float32, BlockCurvature({"qkv": {3: weights}}, None, {}))
     assert view.token_weights("qkv", 3) is weights
     assert view.token_weights("qkv", 2) is None
     gram, x = Gram.zeros(3), torch.randn(2, 3)

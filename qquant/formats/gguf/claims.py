@@ -238,7 +238,11 @@ def kind(header: Header, family: Family, config: ModelConfig) -> str:
 
     What the file says of itself is not asked, so that it cannot choose wider limits.
     """
-    types, shape = matrix_types(header), mix.ModelShape(family, config)
+    return kind_of(matrix_types(header), mix.ModelShape(family, config))
+
+
+def kind_of(types: Mapping[str, str], shape: mix.ModelShape) -> str:
+    """The file type for matrices of these types: as `kind`."""
     exact = next(iter(_mixes_of(types, shape)), "")
     if exact:
         return exact

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.checksum import checksum_of
 from qquant.errors import InputError, QQuantError
+from qquant.families import Family
 from qquant.formats.claims import Claims
-from qquant.formats.gguf import blocks, inside, mix, patterns, quantize, types
+from qquant.formats.gguf import blocks, budget, inside, mix, patterns, quantize, types
 from qquant.formats.gguf import claims as said
 from qquant.formats.gguf.container import MAGIC, header_bytes
 from qquant.formats.gguf.imatrix import Imatrix
@@ -29,7 +30,7 @@ from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
 from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, split
 from qquant.formats.gguf.source import GgufSource, of_architecture
-from qquant.formats.planned import ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
+from qquant.formats.planned import Losses, ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
@@ -101,12 +102,7 @@ class Gguf:
     ) -> PlannedArtifact:
         """The file, or its parts, to the byte, and a Modelfile for Ollama."""
         assert isinstance(spec, GgufArtifact)
-        family, config = checkpoint.family, checkpoint.config
-        if family.gguf is None:
-            raise InputError(
-                f"artifact {spec.name}: llama.cpp has no architecture for {family.model_type!r}, so a GGUF file of it could not be read. "
-                "Remove the artifact, or give it format: gptq or awq"
-            )
+        family, config = _known(checkpoint, spec), checkpoint.config
         shape = mix.ModelShape(family, config)
         fixed = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
@@ -128,6 +124,37 @@ class Gguf:
             stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
             fallbacks=tuple(f"{tensor}: {wanted} -> {fixed}" for tensor, wanted, fixed in chosen.fallbacks),
         )
+
+    def settled(
+        self,
+        checkpoint: Checkpoint,
+        spec: ArtifactSpec,
+        recipe: Recipe,
+        name: str,
+        imatrix: Imatrix | None = None,
+        losses: Mapping[str, Losses] | None = None,
+    ) -> GgufArtifact:
+        """The entry with types for its size: those that lose least by `losses`, or alike for every weight."""
+        assert isinstance(spec, GgufArtifact)
+        family = _known(checkpoint, spec)
+        named = losses and {family.gguf_name(tensor): by_type for tensor, by_type in losses.items()}
+        trial = partial(self.plan, checkpoint, recipe=recipe, name=name, imatrix=imatrix)
+        return budget.settled(spec, mix.ModelShape(family, checkpoint.config), checkpoint.dtype, named, trial)
+
+    def trials(
+        self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str
+    ) -> dict[str, PlannedArtifact]:
+        """A plan for every type that a tensor may have; it counts for the tensors that have that type in it."""
+        assert isinstance(spec, GgufArtifact)
+        shape = mix.ModelShape(_known(checkpoint, spec), checkpoint.config)
+        kinds = budget.candidates(spec, shape, checkpoint.dtype)
+        whole = recipe.model_copy(update={"gguf_split_size": 10**15})
+        found = {}
+        for kind in dict.fromkeys(one for several in kinds.values() for one in several):
+            types = {patterns.short(tensor): kind for tensor, several in kinds.items() if kind in several}
+            entry = spec.model_copy(update={"type": "q8_0", "size": None, "bits_per_weight": None, "types": types})
+            found[kind] = self.plan(checkpoint, entry, whole, name)
+        return found
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of matrix `name` for a solver with steps; None: the type's own quantizer decides."""
@@ -180,6 +207,17 @@ class Gguf:
                 names = {family.gguf_name(name): value for name, value in values.items()}
             for tensor in reader.tensors:
                 yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
+
+
+def _known(checkpoint: Checkpoint, spec: GgufArtifact) -> Family:
+    """The family, if llama.cpp has it."""
+    family = checkpoint.family
+    if family.gguf is None:
+        raise InputError(
+            f"artifact {spec.name}: llama.cpp has no architecture for {family.model_type!r}, so a GGUF file of it could not be read. "
+            "Remove the artifact, or give it format: gptq or awq"
+        )
+    return family
 
 
 def _stored(type_name: str) -> Stored:
