@@ -115,7 +115,7 @@ def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: AnswerSetti
     """A conversation, with line editing and history where Python has them; Ctrl-C stops an answer, and what was said of it stays."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - edits the lines of `input`
-    click.echo("An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.", err=True)
+    echo("An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.", err=True)
     while True:
         try:
             question = click.prompt("you", prompt_suffix="> ", default="", show_default=False)
@@ -128,5 +128,5 @@ def _talk(answerer: Answerer, turns: list[dict[str, str]], settings: AnswerSetti
         try:
             _answer(answerer, answerer.encode_chat(turns), settings, said.append)
         except KeyboardInterrupt:
-            click.echo("\n(stopped)", err=True)
+            echo("\n(stopped)", err=True)
         turns.append({"role": "assistant", "content": "".join(said)})
