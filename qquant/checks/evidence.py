@@ -6,6 +6,7 @@ OUT/evidence/<artifact>.safetensors, about 2 bytes a token and 24 bytes a window
     kl   uint8 [W, S]   KL divergence:                code = round(255 asinh(x / 1e-6) / asinh(64 / 1e-6)), 4 %
     top1 uint8 [W, ceil(S / 8)]                       1: the same token first; most significant bit first
     means float64 [3, W]                              window means of NLL difference, KL divergence, disagreement: exact
+    slices float64 [n]                                of `profile: release`: window means of KL divergence, slice after slice
 
 The codes are for pictures and single tokens. Verdicts resample windows, so they only need the exact means. The metadata says which
 text, protocol and checkpoint; only measurements on the same tokens are compared. Bytes depend on nothing else (no times, no paths).
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,26 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class SliceMeans:
+    """What was measured on a slice: KL divergence by window, float64 [windows], and sha256 of the tokens that were read."""
+
+    tokens_sha256: str
+    kl: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _SliceFacts:
+    name: str
+    windows: Count
+    tokens_sha256: str
+
+
+@dataclass(frozen=True)
 class _EvidenceHead:
     schema: str
     tokens: Count  # scored in each window
     facts: Facts
+    slices: tuple[_SliceFacts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,13 @@ class Evidence:
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
     means: Mapping[str, NDArray[np.float64]]  # exact, [W]
+    slices: Mapping[str, SliceMeans] = field(default_factory=dict)  # by name; none: they were not measured
 
     @property
     def digest(self) -> str:
         """sha256 of what verdicts rest on."""
-        return hashlib.sha256(b"".join(self.means[loss].tobytes() for loss in LOSSES)).hexdigest()
+        rows = [*(self.means[loss] for loss in LOSSES), *(one.kl for one in self.slices.values())]
+        return hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()
 
     @property
     def windows(self) -> int:
@@ -98,8 +117,9 @@ def expand(code: NDArray[Any], scale: float, codes: int) -> NDArray[np.float64]:
     return np.sinh(code.astype(np.float64) * np.arcsinh(LARGEST / scale) / codes) * scale
 
 
-def write(path: Path, measured: Fidelity, facts: Facts) -> None:
-    """Store what was measured on a text."""
+def write(path: Path, measured: Fidelity, facts: Facts, slices: Mapping[str, SliceMeans] | None = None) -> None:
+    """Store what was measured on a text, and on slices by name."""
+    slices = slices or {}
     means = measured.window_means()
     content: dict[str, NDArray[Any]] = {
         "nll": compress((measured.nll - measured.nll_baseline).numpy(), *NLL).astype(np.int8),
@@ -107,7 +127,12 @@ def write(path: Path, measured: Fidelity, facts: Facts) -> None:
         "top1": np.packbits(measured.same_top.numpy(), axis=1),
         "means": np.stack([means[name] for name in LOSSES]),
     }
-    head = to_plain(_EvidenceHead(SCHEMA, measured.nll.shape[1], facts))
+    if slices:
+        content["slices"] = np.concatenate([one.kl for one in slices.values()])
+    read_slices = tuple(_SliceFacts(name, len(one.kl), one.tokens_sha256) for name, one in slices.items())
+    head = to_plain(_EvidenceHead(SCHEMA, measured.nll.shape[1], facts, read_slices))
+    if not slices:
+        del head["slices"]
     make_folder(path.parent)
     # One key: the library writes several in random order.
     write_synced(path, save(content, {"evidence": json.dumps(head, sort_keys=True)}))
@@ -122,9 +147,10 @@ def read(path: Path) -> Evidence:
     try:
         with safe_open(path, "np") as file:
             text = (file.metadata() or {})["evidence"]
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("nll", "kl", "top1", "means")}
+            head = typed(_EvidenceHead, parse_json(text.encode()), str(path))
+            names = ("nll", "kl", "top1", "means", *(("slices",) if head.slices else ()))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             content = {name: file.get_tensor(name) for name in shapes}
-        head = typed(_EvidenceHead, parse_json(text.encode()), str(path))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path}: damaged evidence: {error}. Check the artifact again") from None
     if head.schema != SCHEMA:
@@ -135,8 +161,9 @@ def read(path: Path) -> Evidence:
         "kl": ((rows, head.tokens), "uint8"),
         "top1": ((rows, -(-head.tokens // 8)), "uint8"),
         "means": ((len(LOSSES), rows), "float64"),
+        "slices": ((sum(one.windows for one in head.slices),), "float64"),
     }
-    for name, (shape, kind) in wanted.items():
+    for name, (shape, kind) in ((name, wanted[name]) for name in names):
         if shapes[name] != shape or str(content[name].dtype) != kind or 0 in shape:
             have = f"{content[name].dtype} {list(shapes[name])}"
             raise InputError(
@@ -144,7 +171,15 @@ def read(path: Path) -> Evidence:
             )
     same = np.unpackbits(content["top1"], axis=1, count=head.tokens).astype(bool)
     means = dict(zip(LOSSES, content["means"], strict=True))
-    return Evidence(head.facts, expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means)
+    slices = dict(_slices(head.slices, content["slices"])) if head.slices else {}
+    return Evidence(head.facts, expand(content["nll"], *NLL), expand(content["kl"], *KL), same, means, slices)
+
+
+def _slices(facts: Sequence[_SliceFacts], means: NDArray[np.float64]) -> Iterator[tuple[str, SliceMeans]]:
+    start = 0
+    for one in facts:
+        yield one.name, SliceMeans(one.tokens_sha256, means[start : start + one.windows])
+        start += one.windows
 
 
 def of_report(path: Path) -> dict[str, Evidence]:

@@ -1,4 +1,4 @@
-"""Figures of a report from what was measured on every token: percentiles, the histogram, texts and stretches of positions."""
+"""Figures of a report from what was measured on every token: percentiles, the histogram, texts, stretches of positions, worst tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from qquant.calibration import Tokenizer
 from qquant.checks.fidelity import Fidelity
-from qquant.report.record import KL_BINS, TextReport
+from qquant.report.record import KL_BINS, TextReport, WorstToken
 
+WORST = 12  # tokens shown
+CONTEXT = 40  # characters before a token that are shown
 BUCKETS = (0, 2048, 8192, 32768)  # positions that are told apart in long windows
 
 
@@ -53,3 +56,19 @@ def positions(measured: Fidelity, first: int) -> tuple[TextReport, ...]:
             columns = {name: column[:, low:high] for name, column in vars(measured).items()}
             stretches.append(text(f"{low + first} to {high + first}", Fidelity(**columns)))
     return tuple(stretches) if len(stretches) > 1 else ()
+
+
+def worst_tokens(measured: Fidelity, windows: torch.Tensor, first: int, tokenizer: Tokenizer) -> tuple[WorstToken, ...]:
+    """The tokens with the largest KL divergence, each with what stands before it; `first`: the position from which windows are scored."""
+    scored = measured.kl.shape[1]
+    order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
+    tokens = []
+    for flat in order.tolist():
+        row, column = divmod(flat, scored)
+        window = windows[row].tolist()
+        at = first + 1 + column
+        before = tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]
+        token = tokenizer.decode(window[at : at + 1])
+        numbers = (measured.kl, measured.nll, measured.nll_baseline)
+        tokens.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
+    return tuple(tokens)

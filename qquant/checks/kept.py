@@ -110,4 +110,5 @@ def record(out: Path, measured: Measured, text: HeldOut, checkpoint: Checkpoint)
     """Write the evidence of every artifact below `out`."""
     facts = evidence.Facts.of(text.facts, checkpoint.fingerprint)
     for name, fidelity in measured.main.items():
-        evidence.write(out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors", fidelity, facts)
+        path = out / evidence.FOLDER / f"{evidence.file_name(name)}.safetensors"
+        evidence.write(path, fidelity, facts, measured.slices.get(name))

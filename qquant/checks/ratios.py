@@ -47,7 +47,7 @@ class Ratio:
         """P(T at least as far to one side as seen) if the ratio were the limit."""
         away = side * (self.log - math.log(limit))
         if self.error == 0 or not math.isfinite(away):
-            return float(not away > 0)
+            return float(not (away > 0 or (away == 0 and side < 0)))  # what is the limit itself is within it
         t = away / self.error
         p = 1 - student(t, self.degrees)
         if self.resampled is not None:

@@ -2,6 +2,8 @@
 
 For every artifact that both have, paired on the windows both read: how the KL divergence, the disagreement and the NLL changed, with a
 bootstrap interval over windows. "worse" and "better" are proven (`gates.ASKED`, Holm over the three losses of one artifact).
+Of releases that were checked with `profile: release` also the slice whose KL divergence grew most, and every one that is proven to have
+grown or shrunk.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qquant.checks import evidence, statistics
+from qquant.checks import evidence, slice_changes, statistics
 from qquant.checks.evidence import Evidence
 from qquant.errors import InputError
 from qquant.recipe.limits import ASKED
@@ -95,4 +97,30 @@ def _changes(name: str, then: Evidence, fresh: Evidence) -> list[LossChange]:
                 windows=count,
             )
         )
-    return changes
+    return [*changes, *_slices(name, then, fresh)]
+
+
+def _slices(name: str, then: Evidence, fresh: Evidence) -> list[LossChange]:
+    """Slices that are proven to have changed, and the one that grew most; none where all are as they were."""
+    moved = [change for change in slice_changes.changes(then.slices, fresh.slices) if change.then != change.now]
+    worse = statistics.holm([change.times.p_beyond(1.0) for change in moved])
+    better = statistics.holm([change.times.p_within(1.0) for change in moved])
+    most = max((change.times.log for change in moved), default=0.0)
+    shown = []
+    for change, above, below in zip(moved, worse, better, strict=True):
+        outcome: Move = "worse" if above <= ASKED else "better" if below <= ASKED else "inconclusive"
+        if outcome != "inconclusive" or change.times.log == most:
+            low, high = statistics.interval(fresh.slices[change.name].kl - then.slices[change.name].kl)
+            shown.append(
+                LossChange(
+                    artifact=name,
+                    loss=f"KL divergence, {change.name}",
+                    before=change.then,
+                    now=change.now,
+                    low=low,
+                    high=high,
+                    outcome=outcome,
+                    windows=change.windows,
+                )
+            )
+    return shown

@@ -25,10 +25,22 @@ from qquant.artifact.opening import open_weights
 from qquant.calibration import CalibrationSet, Tokenizer
 from qquant.calibration.behaviour import BehaviourText, behaviour_text
 from qquant.calibration.slices import Sliced, sliced
-from qquant.checks import behaviour, evidence, figures, gate, loading, reading, sanity, slices, spreading, structure
+from qquant.checks import (
+    behaviour,
+    evidence,
+    figures,
+    gate,
+    loading,
+    reading,
+    sanity,
+    slice_changes,
+    slices,
+    spreading,
+    structure,
+)
 from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.comparable import require_same_shape
-from qquant.checks.evidence import Evidence
+from qquant.checks.evidence import Evidence, SliceMeans
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
 from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
@@ -39,21 +51,18 @@ from qquant.formats import claims_of
 from qquant.progress import Progress
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates
-from qquant.recipe.limits import LOSSY
+from qquant.recipe.limits import LOSSY, SLICES
 from qquant.report.conditions import TextFacts, TokensRead
 from qquant.report.record import (
     Answers,
     ArtifactReport,
     SpeedReport,
     Verdict,
-    WorstToken,
     fallback_note,
 )
 from qquant.report.solved import Solved, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
-WORST = 12  # tokens shown
-CONTEXT = 40  # characters before a token that are shown
 FP16_MAX = 65504.0
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
 CORES = 2  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
@@ -119,6 +128,7 @@ class Measured:
     further: Mapping[str, Mapping[str, Fidelity]]  # by text
     verdicts: Mapping[str, Verdict]
     headroom: Mapping[str, tuple[float, ...]]  # shares of the largest fp16 number by block; "" is the checkpoint
+    slices: Mapping[str, Mapping[str, SliceMeans]] = field(default_factory=dict)  # of each slice, for a later release
 
 
 def held_out(
@@ -218,6 +228,8 @@ def review(
         asked = {name: plain[name] for name in mine}
         if text.sliced:
             parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress, ranks)
+            kept = {name: slice_changes.means(readings, text.sliced) for name, readings in parts.items()}
+            found = replace(found, slices=kept)
         if text.asked:
             known = behaviour.pairs(checkpoint, asked, text.asked, text.tokenizer, device, progress) if asked else {}
             pairs = behaviour.of_all(known, ranks)
@@ -340,9 +352,11 @@ def _row(
     pairs: Sequence[AnswerPairs],
 ) -> ArtifactReport:
     fidelity = measured.main[candidate.name]
-    kept, worst = slices.judge(parts, candidate.gates.worst_slice)
+    then = candidate.earlier.slices if candidate.earlier else {}
+    grown = slice_changes.judge(then, measured.slices.get(candidate.name, {}), candidate.gates.regression_tolerance)
+    kept, worst = slices.judge(parts, candidate.gates.worst_slice, SLICES / 2 if grown else SLICES)
     asked, lost = behaviour.judge(pairs, candidate.gates.behaviour)
-    verdict = gate.with_gates(measured.verdicts[candidate.name], worst, lost)
+    verdict = gate.with_gates(measured.verdicts[candidate.name], worst, grown, lost)
     verdict = gate.with_faults(verdict, faults)
     return ArtifactReport(
         name=candidate.name,
@@ -365,22 +379,7 @@ def _row(
         texts=tuple(figures.text(title, by_name[candidate.name]) for title, by_name in measured.further.items()),
         positions=figures.positions(fidelity, text.first),
         headroom=measured.headroom[candidate.name],
-        worst=_worst(fidelity, text),
+        worst=figures.worst_tokens(fidelity, text.windows, text.first, text.tokenizer),
         slices=kept,
         behaviour=asked,
     )
-
-
-def _worst(measured: Fidelity, text: HeldOut) -> tuple[WorstToken, ...]:
-    scored = measured.kl.shape[1]
-    order = np.argsort(-measured.kl.numpy().ravel(), kind="stable")[:WORST]
-    tokens = []
-    for flat in order.tolist():
-        row, column = divmod(flat, scored)
-        window = text.windows[row].tolist()
-        at = text.first + 1 + column
-        before = text.tokenizer.decode(window[max(0, at - 30) : at])[-CONTEXT:]
-        token = text.tokenizer.decode(window[at : at + 1])
-        numbers = (measured.kl, measured.nll, measured.nll_baseline)
-        tokens.append(WorstToken(before, token, *(float(values[row, column]) for values in numbers)))
-    return tuple(tokens)

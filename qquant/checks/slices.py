@@ -164,7 +164,9 @@ def _described(reading: SliceReading, letters: Sequence[str]) -> SliceReading:
 # The verdict.
 
 
-def judge(readings: Sequence[SliceReading], limit: float | None) -> tuple[tuple[SliceReport, ...], Verdict | None]:
+def judge(
+    readings: Sequence[SliceReading], limit: float | None, level: float = SLICES
+) -> tuple[tuple[SliceReport, ...], Verdict | None]:
     """Every slice with what is proven of it, and the verdict of the gate on the worst; None: there is none. `limit`: None asks nothing."""
     english = next((reading for reading in readings if reading.name == REFERENCE and reading.known), None)
     asked: dict[int, tuple[Ratio, float]] = {}
@@ -174,7 +176,7 @@ def judge(readings: Sequence[SliceReading], limit: float | None) -> tuple[tuple[
             continue
         own = math.inf if limit is None else limit if reading.beside is None else math.sqrt(limit)
         asked[index] = (_ratio(reading, beside), own)
-    proven: dict[int, Standing] = standings(asked) if limit is not None else dict.fromkeys(asked, MEASURED)
+    proven: dict[int, Standing] = standings(asked, level) if limit is not None else dict.fromkeys(asked, MEASURED)
     rows = tuple(
         _row(reading, asked.get(index), proven.get(index, _unasked(reading, english)))
         for index, reading in enumerate(readings)
@@ -193,13 +195,13 @@ def _unasked(reading: SliceReading, english: SliceReading | None) -> Standing:
     return "reference" if reading is english else "measured"
 
 
-def standings(asked: Mapping[int, tuple[Ratio, float]]) -> dict[int, Standing]:
-    """What is proven of each ratio against its limit, by slice."""
+def standings(asked: Mapping[int, tuple[Ratio, float]], level: float = SLICES) -> dict[int, Standing]:
+    """What is proven of each ratio against its limit, by slice; `level`: chance of a wrong fail, over all of them."""
     beyond = statistics.holm([multiple.p_beyond(limit) for multiple, limit in asked.values()])
     proofs: dict[int, Standing] = {}
     for (index, (multiple, limit)), p in zip(asked.items(), beyond, strict=True):
         within = multiple.p_within(limit) <= ASKED
-        proofs[index] = "fail" if p <= SLICES else "pass" if within else "inconclusive"
+        proofs[index] = "fail" if p <= level else "pass" if within else "inconclusive"
     return proofs
 
 
