@@ -123,6 +123,8 @@ def publish(
         echo(json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2))
     for result in () if as_json else done:
         echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+    if done and all(result.state == "unchanged" for result in done):
+        echo(f"nothing to publish: {tag} is there with these bytes, nothing was changed", err=True)
     if release.refused:
         raise PartlyPublishedError(f"published without {', '.join(release.refused)}, as said above")
 
@@ -133,7 +135,8 @@ def publish(
 @click.option("--endpoint", help="Another hub; default: huggingface.co.")
 @click.option("--dry-run", is_flag=True, help="Show the changes and make none.")
 @click.option("--yes", is_flag=True, help="Make them without a question.")
-def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: bool, yes: bool) -> None:
+@JSON
+def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Change one setting (FILE.json:KEY=VALUE) in all repositories of a family, one commit each.
 
     Every change is shown as a diff first; without --yes it is asked for.
@@ -144,11 +147,14 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
         raise UsageError("patch asks before it changes anything, and there is nobody to ask; give --yes or --dry-run")
 
     def show(change: hub.RepositoryChange) -> bool:
-        echo(change.diff or f"{change.repository}: has it already")
+        echo(change.diff or f"{change.repository}: has it already", err=as_json)
         return not dry_run and bool(change.diff) and (yes or click.confirm(f"Change {change.repository}?", err=True))
 
     client = hub.HuggingFace.connect(endpoint, lambda text: echo(text, err=True))
     changes = hub.patch(client, hub.Setting.parse(setting), repos, show)
+    if as_json:
+        rows = [{"repository": change.repository, "diff": change.diff, "commit": change.commit} for change in changes]
+        echo(json.dumps({"schema": "qquant-patched-1", "repositories": rows}, indent=2))
     made = [change for change in changes if change.commit]
     echo(f"{len(made)} of {len(changes)} repositories changed", err=True)
 
@@ -160,9 +166,14 @@ def patch(setting: str, repos: tuple[str, ...], endpoint: str | None, dry_run: b
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Private key (PEM, elliptic curve); default: Sigstore.",
 )
-def sign(folders: tuple[Path, ...], key: Path | None) -> None:
+@JSON
+def sign(folders: tuple[Path, ...], key: Path | None, as_json: bool) -> None:
     """Sign release FOLDERS (of `publish --to dir`): model.sig, which `model_signing verify` checks."""
     from qquant.release import signing
 
+    signed = []
     for folder in folders:
-        echo(str(signing.sign(folder, key)))
+        signed.append(str(signing.sign(folder, key)))
+        echo(signed[-1], err=as_json)
+    if as_json:
+        echo(json.dumps({"schema": "qquant-signed-1", "signatures": signed}, indent=2))

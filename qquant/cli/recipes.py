@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant.cli.command import Group
-from qquant.cli.options import DEVICE, EXITS, LOG, PLANNING, asking, given_imatrix, settle
-from qquant.cli.terminal import counted, echo
+from qquant.cli.options import DEVICE, EXITS, JSON, LOG, PLANNING, asking, given_imatrix, settle
+from qquant.cli.terminal import counted, echo, echo_json
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,26 +110,37 @@ _NEEDS = ("size: 4.4GB", "bits_per_weight: 4.85")
 
 
 @recipes.command("list", example="recipe list")
-def list_recipes() -> None:
+@JSON
+def list_recipes(as_json: bool) -> None:
     """Names and descriptions of the bundled recipes."""
     from qquant import recipe
 
-    for name in recipe.names():
-        echo(f"{name:<20} {recipe.load(name).description}")
+    described = {name: recipe.load(name).description for name in recipe.names()}
+    if as_json:
+        rows = [{"name": name, "description": text} for name, text in described.items()]
+        echo_json(json.dumps({"schema": "qquant-recipes-1", "recipes": rows}, indent=2, ensure_ascii=False))
+        return
+    for name, text in described.items():
+        echo(f"{name:<20} {text}")
 
 
 @recipes.command("show", example="recipe show qwen1.5-chat")
 @click.argument("name")
-def show_recipe(name: str) -> None:
+@JSON
+def show_recipe(name: str, as_json: bool) -> None:
     """A recipe with every default written out, as YAML."""
     from qquant import recipe
 
-    echo(recipe.dump(recipe.load(name)), nl=False)
+    if as_json:
+        echo_json(json.dumps(recipe.load(name).model_dump(mode="json"), indent=2, ensure_ascii=False))
+    else:
+        echo(recipe.dump(recipe.load(name)), nl=False)
 
 
 @recipes.command("validate", example="recipe validate mine.yaml")
 @click.argument("files", nargs=-1, required=True)
-def validate_recipes(files: tuple[str, ...]) -> None:
+@JSON
+def validate_recipes(files: tuple[str, ...], as_json: bool) -> None:
     """Check recipes; every problem of every file is reported at once."""
     from qquant import recipe
 
@@ -139,9 +150,13 @@ def validate_recipes(files: tuple[str, ...]) -> None:
             problems += [f"{file}: {clash}; keep one, or build them with --only" for clash in recipe.load(file).clashes]
         except UsageError as error:
             problems.append(str(error))
+    if as_json:
+        lines = [line for problem in problems for line in problem.splitlines()]
+        echo(json.dumps({"schema": "qquant-validated-1", "files": len(files), "problems": lines}, indent=2))
     if problems:
         raise UsageError("\n".join(problems))
-    echo(f"{len(files)} valid")
+    if not as_json:
+        echo(f"{len(files)} valid")
 
 
 @recipes.command("schema", example="recipe schema")

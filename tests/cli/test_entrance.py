@@ -1,5 +1,6 @@
 """What somebody sees who knows nothing yet: the list of commands, their help, and what is proposed where nothing was said."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from qquant import recipe
 from qquant.cli import cli
+from qquant.errors import UsageError
 from qquant.plan.asked import kind_of_text, proposed
 from tests.source.test_checkpoint import edit_config
 
@@ -169,3 +171,28 @@ def test_a_config_that_does_not_fit_is_refused_before_a_recipe_is_proposed(make_
     edit_config(folder, intermediate_size=160)
     done = CliRunner().invoke(cli, ["plan", str(folder)])
     assert "tensors and config.json disagree" in str(done.exception)
+
+
+def told(*arguments):
+    return CliRunner().invoke(cli, list(arguments))
+
+
+def test_every_command_takes_json():
+    """But those that write one thing: a schema, which is JSON, and a recipe, which goes into a file."""
+    options = {
+        name: [option for parameter in leaf.params for option in parameter.opts] for name, leaf in LEAVES.items()
+    }
+    without = {name.removeprefix("qquant ") for name, known in options.items() if "--json" not in known}
+    assert without == {"recipe init", "recipe schema"}
+
+
+def test_recipes_as_json():
+    listed = json.loads(told("recipe", "list", "--json").stdout)
+    assert [row["name"] for row in listed["recipes"]] == recipe.names()
+    assert json.loads(told("recipe", "show", "demo", "--json").stdout)["effort"] == "default"
+    assert json.loads(told("recipe", "validate", "demo", "--json").stdout) == {
+        "schema": "qquant-validated-1", "files": 1, "problems": [],
+    }  # fmt: skip
+    broken = told("recipe", "validate", "nothing", "--json")
+    assert isinstance(broken.exception, UsageError)
+    assert "no bundled recipe" in json.loads(broken.stdout)["problems"][0]
