@@ -6,6 +6,8 @@
     numbers     operators and a product in float32 on the device against float64 on the CPU: a GPU that rounds to TF32, or is broken,
                 shows here
     hub         whether a token is there; never the token, and nothing is sent
+    ranks       under a launcher: who they are, a sum by gloo and by NCCL, and whether --out is one folder to all: what one writes and renames
+                the others read, what one locks the others cannot
 
 A finding is ok, a warning (the build works, with a loss that is named) or a failure (exit status 6). Nothing is left behind.
 """
@@ -19,8 +21,11 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +36,13 @@ from qquant.kernels import jit
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.gram import gram
 from qquant.kernels.group_search import group_search
+from qquant.ranks import Ranks
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "numpy")
 ROOM = 1 << 30  # bytes below which a folder is warned about
+WAIT = 60  # seconds for a sum over all ranks
+LATE = 10.0  # seconds that a name may take to another machine
 EXACT = 1e-5  # relative error that float32 stays below
 
 
@@ -160,6 +168,131 @@ ATTEMPTS: tuple[tuple[str, Callable[[Path], None], str], ...] = (  # title, atte
     ("preallocate", _preallocate, WARNING),
     ("hard links", _link, WARNING),
 )
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------------
+
+
+def group(out: Path, device: torch.device, ranks: Ranks, alone: Sequence[Finding]) -> list[Finding]:
+    """What several ranks find of each other, each finding as bad as the worst; then what others than the first found `alone`."""
+    mine = [
+        _collective("gloo", torch.device("cpu"), ranks),
+        *([_collective("nccl", device, ranks)] if device.type == "cuda" else []),
+        *_shared(out, ranks),
+    ]
+    said = ranks.gather([vars(finding) for finding in mine])
+    where = [f"{rank} is {ranks.where(rank)}" for rank in range(ranks.world)]
+    found = [Finding("ranks", OK, "; ".join(where))]
+    for number, finding in enumerate(said[0]):
+        bad = [(rank, theirs[number]) for rank, theirs in enumerate(said) if theirs[number]["state"] != OK]
+        text = "; ".join(f"rank {rank}: {one['text']}" for rank, one in bad)
+        found.append(Finding(finding["name"], bad[0][1]["state"], text) if bad else Finding(**finding))
+    apart = ranks.gather([vars(finding) for finding in alone if finding.state != OK])
+    for rank, theirs in enumerate(apart[1:], 1):
+        found += [Finding(f"rank {rank}: {one['name']}", one["state"], one["text"]) for one in theirs]
+    return found
+
+
+def _collective(backend: str, device: torch.device, ranks: Ranks) -> Finding:
+    """A sum over all ranks. Builds and checks of today do without."""
+    from torch import distributed
+
+    title = f"sum by {backend}"
+    try:
+        began = time.monotonic()
+        distributed.init_process_group(
+            backend,
+            store=ranks.apart(backend),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=WAIT),
+        )
+        value = torch.full((1 << 20,), ranks.rank + 1.0, device=device)
+        distributed.all_reduce(value)
+        right = bool((value == ranks.world * (ranks.world + 1) / 2).all())
+        took = time.monotonic() - began
+    except (RuntimeError, ValueError) as error:
+        return Finding(title, WARNING, str(error).strip().splitlines()[0])
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    return Finding(title, OK, f"right on {device.type}, {took:.1f} s") if right else Finding(title, WARNING, "is wrong")
+
+
+def _shared(out: Path, ranks: Ranks) -> Iterator[Finding]:
+    """Whether a folder that the first rank makes beside `out` is the same to all; every step is one for all ranks."""
+    nearest = out.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    made = ranks.once(lambda: _scratch(nearest))
+    try:
+        for title, attempt in (("folder of all ranks", _seen), ("lock across ranks", _locked)):
+            problem = "the first rank cannot write there" if not made else attempt(Path(made), ranks)
+            yield Finding(title, FAILURE if problem else OK, f"{nearest}: {problem}" if problem else "works")
+    finally:
+        ranks.meet()
+        if made and ranks.first:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _scratch(nearest: Path) -> str:
+    try:
+        return tempfile.mkdtemp(dir=nearest, prefix=".qquant-doctor-")
+    except OSError:
+        return ""
+
+
+def _seen(made: Path, ranks: Ranks) -> str:
+    """What is wrong with names that one rank gives and all read; "" for nothing."""
+    problem = _told(partial(_name, made, ranks.rank))
+    ranks.meet()
+    late = time.monotonic() + LATE
+    names = {f"rank-{rank}" for rank in range(ranks.world)}
+    while not problem and not all((made / name).is_file() for name in names) and time.monotonic() < late:
+        time.sleep(0.1)
+    lacking = sorted(name for name in names if not (made / name).is_file() or (made / name).read_text() != name)
+    return problem or (f"{lacking[0]}'s file is not seen: give all ranks one file system" if lacking else "")
+
+
+def _name(made: Path, rank: int) -> None:
+    (made / f"new-{rank}").write_text(f"rank-{rank}")
+    writes.sync(made / f"new-{rank}")
+    writes.rename(made / f"new-{rank}", made / f"rank-{rank}")
+
+
+def _locked(made: Path, ranks: Ranks) -> str:
+    """What is wrong with a lock of the first rank; "" for nothing."""
+    taken: list[int] = []
+    problem = _told(lambda: taken.append(_lock_of(made))) if ranks.first else ""
+    ranks.meet()
+    if not ranks.first:
+        with contextlib.suppress(BlockingIOError):
+            problem = _told(lambda: taken.append(_lock_of(made))) or "two ranks were given one lock"
+    ranks.meet()
+    for descriptor in taken:
+        os.close(descriptor)
+    return problem
+
+
+def _lock_of(made: Path) -> int:
+    descriptor = os.open(made / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _told(attempt: Callable[[], object]) -> str:
+    """What the system says of an attempt that fails; BlockingIOError, which may be right, is raised."""
+    try:
+        attempt()
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return ""
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------

@@ -166,6 +166,13 @@ class Ranks:
                         "Give all ranks the same files and versions"
                     )
 
+    def apart(self, purpose: str) -> Store:
+        """A part of the launcher's store that nothing else uses, for process groups of torch; of several ranks only."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # as above
+
+        assert self.store is not None
+        return PrefixStore(purpose, self.store)
+
     # --- how it ends ------------------------------------------------------------------------------------------------------
 
     def ends(self, message: str, status: int) -> bool:

@@ -10,7 +10,7 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from qquant import pipeline, ranks
+from qquant import doctor, pipeline, ranks
 from qquant.artifact.owning import dealt
 from qquant.cli import main, together
 from qquant.errors import (
@@ -216,3 +216,38 @@ def test_a_command_for_one_is_refused_once(monkeypatch, capsys):
         said = capsys.readouterr().err
         assert said.startswith(told)
         assert bool(said) == bool(told)
+
+
+def test_the_doctor_sees_whether_a_folder_is_one(tmp_path, monkeypatch):
+    """Names and locks of one folder; then each rank has a folder of its own, as on two machines without a shared file system."""
+    assert (
+        on_ranks(3, lambda group: [finding.state for finding in doctor._shared(tmp_path / "out", group)])
+        == [["ok", "ok"]] * 3
+    )
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(doctor, "LATE", 0.3)
+
+    def apart(folder, group):
+        (folder / str(group.rank)).mkdir(exist_ok=True)
+        return seen(folder / str(group.rank), group), locked(folder / str(group.rank), group)
+
+    seen, locked = doctor._seen, doctor._locked
+    (tmp_path / "made").mkdir()
+    found = on_ranks(2, lambda group: apart(tmp_path / "made", group))
+    assert found[0] == ("rank-1's file is not seen: give all ranks one file system", "")
+    assert found[1] == ("rank-0's file is not seen: give all ranks one file system", "two ranks were given one lock")
+
+
+def test_the_doctor_tells_the_worst_of_all_ranks(tmp_path, monkeypatch):
+    def collective(backend, device, group):
+        state = doctor.WARNING if group.rank == 1 else doctor.OK
+        return doctor.Finding(f"sum by {backend}", state, "no route" if group.rank else "right")
+
+    monkeypatch.setattr(doctor, "_collective", collective)
+    alone = [doctor.Finding("room", doctor.OK, "much"), doctor.Finding("memory", doctor.WARNING, "1 GB")]
+    found = on_ranks(2, lambda group: doctor.group(tmp_path, CPU, group, alone))
+    assert found[0] == found[1]
+    told = [(one.name, one.state, one.text) for one in found[0]]
+    assert told[1] == ("sum by gloo", "warning", "rank 1: no route")
+    assert told[2:4] == [("folder of all ranks", "ok", "works"), ("lock across ranks", "ok", "works")]
+    assert told[4:] == [("rank 1: memory", "warning", "1 GB")]

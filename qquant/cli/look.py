@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import counted, echo, echo_json
+from qquant.cli.together import device_of, ranks_here
 
 WIDTH = 200  # characters of a value that are shown
 
@@ -94,11 +94,18 @@ def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, obj
 @DEVICE
 @JSON
 def doctor(out: Path, device: str, as_json: bool) -> None:
-    """Find out whether this machine can build: versions, memory, the file system of --out, kernels, hub login."""
+    """Find out whether this machine can build: versions, memory, the file system of --out, kernels, hub login.
+
+    Under `torchrun -m` also whether ranks can work together: collectives, and one folder for all of them.
+    """
     from qquant import doctor as examination
     from qquant.errors import EnvironmentMissingError
 
-    findings = list(examination.examine(out, devices.named(device)))
+    ranks = ranks_here()
+    here = device_of(device, ranks)
+    findings = list(examination.examine(out, here))
+    if ranks.world > 1:
+        findings += examination.group(out, here, ranks, findings)
     if as_json:
         content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
         echo(json.dumps(content, indent=2))
@@ -106,5 +113,5 @@ def doctor(out: Path, device: str, as_json: bool) -> None:
         for finding in findings:
             echo(f"{finding.state:<8} {finding.name}: {finding.text}")
     failed = [finding for finding in findings if finding.state == examination.FAILURE]
-    if failed:
+    if failed and ranks.first:
         raise EnvironmentMissingError("; ".join(f"{finding.name}: {finding.text}" for finding in failed))

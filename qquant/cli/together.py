@@ -33,7 +33,7 @@ from qquant.report.escape import in_lines
 if TYPE_CHECKING:
     import torch
 
-COMMANDS = ("build", "check")
+COMMANDS = ("build", "check", "doctor")
 AGAIN = "What is finished is kept; the same command continues, on as many ranks as you like"
 
 

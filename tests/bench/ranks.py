@@ -1,0 +1,205 @@
+"""A build on 1, 2, 4, ... ranks of one host: the same bytes or not, seconds by phase, peak memory of each rank.
+
+    python -m tests.bench.ranks --work FOLDER --out FOLDER [--shape demo|0.5B|1.8B|7B] [--layers 32] [--samples 128] [--worlds 1 2 4]
+                                [--only gptq-int4 q4_k_m ...] [--stop 20] [--check]
+
+`demo`: the bundled checkpoint by its recipe; else random bf16 weights of the shape, and a recipe of the eleven published artifacts with
+random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), else
+one thread. Each world builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1
+is ended, and the next number of ranks continues. Numbers go to FOLDER/ranks.json after every world; a summary is printed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.worlds import ROOT
+
+RECIPE = """
+version: 1
+name: ranks
+calibration:
+  sources: [{{bundled: code}}, {{bundled: wikitext-2-valid}}, {{bundled: docs-zh}}, {{bundled: docs-en}}, {{bundled: books-en}}]
+  samples: {samples}
+  length: 2048
+  default_system_share: 0
+checks: {{text: "bundled:zh-test", windows: 16, length: 512}}
+artifacts:
+"""
+FOLDERS = {"gptq-int4": "format: gptq, bits: 4", "gptq-int8": "format: gptq, bits: 8", "awq": "format: awq"}
+GGUF = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
+
+
+def checkpoint_of(options):
+    """The folder of a checkpoint and its recipe."""
+    from qquant.resources import data_dir
+
+    if options.shape == "demo":
+        return data_dir("recipes") / "demo" / "tiny-qwen1.5", "demo"
+    import torch
+
+    from tests.bench.memory import write_random
+
+    folder = options.work / "model"
+    if not folder.exists():
+        write_random(folder, options.shape, options.layers, "cuda" if torch.cuda.is_available() else "cpu", shards=4)
+    entries = FOLDERS | {name: f"format: gguf, type: {name}" for name in GGUF}
+    lines = [f"  - {{name: {name}, {entry}, gates: {{defaults: false}}}}\n" for name, entry in entries.items()]
+    path = options.work / "ranks.yaml"
+    path.write_text(RECIPE.format(samples=options.samples) + "".join(lines))
+    return folder, str(path)
+
+
+class Clock:
+    """Progress of a rank: seconds up to every step, by its phase."""
+
+    def __init__(self):
+        self.began = self.last = time.monotonic()
+        self.phases = {}  # seconds
+
+    def advance(self, phase, done, of):
+        """As a build reports it."""
+        now = time.monotonic()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def check_stop(self):
+        """Never."""
+
+
+def rank_main(options):
+    """Build as one rank, and leave what it took."""
+    import torch
+
+    from qquant import pipeline, recipe
+    from qquant.cli import together
+    from qquant.plan.plan import Plan
+    from qquant.source.checkpoint import Checkpoint
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    folder, name = checkpoint_of(options)
+    with together.joined(os.environ, ["build"]) as ranks:
+        device = together.device_of("auto", ranks)
+        loaded, source, clock = recipe.load(name), Checkpoint.open(folder), Clock()
+        plan = Plan.of(loaded, source, tuple(options.only))
+        pipeline.build(loaded, source, plan, options.work / "out", device, clock, ranks)
+        whole = time.monotonic() - clock.began
+        on_cuda = device.type == "cuda"
+        found = {
+            "seconds": whole,
+            "phases": {
+                phase: round(took, 2) for phase, took in (clock.phases | {"end": time.monotonic() - clock.last}).items()
+            },
+            "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
+            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        }
+        (options.work / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def start(world, options):
+    """The process of a group of `world` ranks."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
+    environment["OMP_NUM_THREADS"] = options.threads
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    command = [sys.executable, *launcher, "-m", "tests.bench.ranks", *sys.argv[1:], "--rank"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+
+def hashes(folder):
+    """sha256 by file, without the one that tells the time."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timings.json"
+    }
+
+
+def measured(world, options):
+    """One build by `world` ranks: what it took, and what it wrote."""
+    for path in options.work.glob("rank-*.json"):
+        path.unlink()
+    began = time.monotonic()
+    status = start(world, options).wait()
+    whole = time.monotonic() - began
+    ranks = [json.loads(path.read_text()) for path in sorted(options.work.glob("rank-*.json"))]
+    if status or len(ranks) != world:
+        return {"world": world, "status": status, "seconds": whole}, {}
+    out = options.work / "out"
+    found = {"world": world, "seconds": whole, "bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file())}
+    files = hashes(out)
+    shutil.rmtree(out)
+    return found | {"ranks": ranks}, files
+
+
+def main():
+    """Build on every number of ranks, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default="7B")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--threads", default="1", help="of a rank on the CPU")
+    parser.add_argument("--stop", type=float, help="end the first group of several after so many seconds")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.rank:
+        rank_main(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoint_of(options)
+    shutil.rmtree(options.work / "out", ignore_errors=True)
+    results, files, wrong = [], {}, []
+    for world in options.worlds:
+        if options.stop and world > 1:
+            group = start(world, options)
+            time.sleep(options.stop)
+            os.killpg(group.pid, signal.SIGKILL)
+            print(
+                f"{world} ranks ended after {options.stop} s with {group.wait()}; another number continues", flush=True
+            )
+            options.stop = None
+            continue
+        found, these = measured(world, options)
+        results.append(found)
+        files = files or these
+        different = sorted(name for name in files.keys() | these.keys() if files.get(name) != these.get(name))
+        found["files"], found["different"] = len(these), different
+        wrong += different
+        (options.out / "ranks.json").write_text(json.dumps(results, indent=1))
+        print(summary(found, results[0]), flush=True)
+    sys.exit(bool(wrong) or any("ranks" not in found for found in results))
+
+
+def summary(found, first):
+    """Lines for people."""
+    if "ranks" not in found:
+        return f"{found['world']} ranks: ended with {found['status']} after {found['seconds']:.1f} s"
+    slowest = max(found["ranks"], key=lambda rank: rank["seconds"])
+    before = max((rank["seconds"] for rank in first.get("ranks", [])), default=0)
+    whole = f"{slowest['seconds']:.1f} s ({found['seconds']:.1f} s with the start of processes)"
+    told = f"{len(found['different'])} of {found['files']} files ({found['bytes']:,} bytes) differ {found['different'][:4] or ''}"
+    lines = [
+        f"{found['world']} ranks on {slowest['device']}: {whole}, {before / slowest['seconds']:.2f} times as fast; {told}"
+    ]
+    for number, rank in enumerate(found["ranks"]):
+        phases = ", ".join(f"{phase} {took:.1f}" for phase, took in rank["phases"].items())
+        gpu = f"{rank['gpu_gb']:.1f} GB of the GPU, " if rank["gpu_gb"] else ""
+        lines.append(f"  rank {number}: {gpu}{rank['host_gb']:.1f} GB of the host; {phases}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
