@@ -1,0 +1,82 @@
+"""What a plan says of memory, against the memory that a build takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Shapes of which one term is most: a wide MLP, whose Gram matrix and its factors are squares of it, and many tokens on an own stream.
+SHAPES = {
+    "wide": ({"hidden_size": 256, "intermediate_size": 2048}, {"samples": 8, "length": 64}, "false"),
+    "long": ({"hidden_size": 512, "intermediate_size": 256}, {"samples": 32, "length": 512}, "true"),
+}
+CHILD = r"""
+import ctypes, json, re, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from qquant import pipeline, recipe
+from qquant.checks import review
+from qquant.checks.loading import Loaded
+from qquant.plan.memory import PROCESS
+from qquant.plan.plan import Plan
+from qquant.progress import Quiet
+from qquant.source.checkpoint import Checkpoint
+from tests.conftest import write_checkpoint
+from tests.worlds.chats import prose
+
+RECIPE = '''
+version: 1
+name: memory
+calibration: {sources: [{path: %s}], samples: %d, length: %d, default_system_share: 0, objective: output}
+checks: {windows: 2, length: 32}
+artifacts: [{name: a, format: gptq, bits: 4, group_size: 32, sweeps: 0, propagate: %s, gates: {defaults: false}}]
+'''
+
+def resident(what):
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+def planned_and_taken(name, changes, calibration, propagate):
+    folder = write_checkpoint(root / name, num_hidden_layers=1, **changes)
+    book = root / "book.txt"
+    text = RECIPE % (book, calibration["samples"], calibration["length"], propagate)
+    loaded, checkpoint = recipe.parse(text), Checkpoint.open(folder)
+    plan = Plan.of(loaded, checkpoint)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = resident("VmRSS")
+    pipeline.build(loaded, checkpoint, plan, root / f"{name}-out", torch.device("cpu"), Quiet())
+    return plan.memory, PROCESS, resident("VmHWM") - before, resident("VmHWM")
+
+root = Path(sys.argv[1])
+(root / "book.txt").write_text(prose(3000))
+review.loading = SimpleNamespace(examine=lambda *_: Loaded({}))
+planned_and_taken("first", {}, {"samples": 4, "length": 32}, "false")  # what is loaded once, and caches
+print(json.dumps({name: planned_and_taken(name, *shape) for name, shape in json.loads(sys.argv[2]).items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """By shape: bytes planned, of them for the process itself, bytes that the build took, and the peak of the whole process."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the peak is read from /proc")
+    command = [sys.executable, "-c", CHILD, str(tmp_path_factory.mktemp("memory")), json.dumps(SHAPES)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_build_takes_the_memory_that_its_plan_says(builds, shape):
+    """Beside the process itself, within a factor of 1.5 below and 2 above: malloc's arenas and the check are not planned."""
+    planned, process, taken, _ = builds[shape]
+    assert taken / 1.5 < planned - process < 2 * taken
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_whole_process_stays_below_what_is_planned(builds, shape):
+    """So who has as much memory free as the plan says can build."""
+    planned, _, _, peak = builds[shape]
+    assert peak < planned
