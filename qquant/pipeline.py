@@ -98,7 +98,7 @@ def build(
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
         drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
-        walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.seen)
+        walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.gradient_tokens)
         took = owning.seconds(drafts, ranks)
         if ranks.first:
             timings.write(took, out)
@@ -354,16 +354,16 @@ def _inputs(
     recipe: Recipe, checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationSet, device: torch.device
 ) -> dict[str, str]:
     """What the bytes of every artifact depend on besides its own entry."""
-    aim = recipe.calibration
-    found = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
-    found["objective"] = f"{aim.objective} {aim.seen}"
-    if checkpoint.base_hash() != found["checkpoint"]:
-        found["base"] = checkpoint.base_hash()
+    asked = recipe.calibration
+    inputs = {"checkpoint": checkpoint.content_hash(), "calibration": tokens.sha256} | versions(device)
+    inputs["objective"] = f"{asked.objective} {asked.gradient_tokens}"
+    if checkpoint.base_hash() != inputs["checkpoint"]:
+        inputs["base"] = checkpoint.base_hash()
     if checkpoint.adapter:
-        found["adapter"] = checkpoint.adapter.fingerprint
+        inputs["adapter"] = checkpoint.adapter.fingerprint
     if plan.imatrix:
-        found["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
-    return found
+        inputs["imatrix"] = hashlib.sha256(plan.imatrix.gguf_bytes()).hexdigest()
+    return inputs
 
 
 def _key_of(artifact: PlannedArtifact, plan: Plan, inputs: Mapping[str, str]) -> str:

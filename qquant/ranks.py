@@ -104,11 +104,11 @@ class Ranks:
         self.met += 1
         try:
             self.store.set(f"{self.met}/{self.rank}", value)  # type: ignore[arg-type]  # bytes are right
-            found = [self._wait(self.store, f"{self.met}/{rank}") for rank in range(self.world)]
+            gathered = [self._wait(self.store, f"{self.met}/{rank}") for rank in range(self.world)]
             self.store.delete_key(f"{self.met - 1}/{self.rank}")  # all who are here have read it
         except RuntimeError as error:  # torch.distributed.DistError
             raise StoppedError(f"{LAUNCHER}: {error}") from None
-        return found
+        return gathered
 
     def _wait(self, store: Store, key: str) -> bytes:
         pause = 0.002

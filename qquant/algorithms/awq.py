@@ -44,7 +44,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Search:
+class ScaleSearch:
     """What is tried, and on which grids."""
 
     grid_for: GridFor
@@ -102,7 +102,7 @@ def awq(
 
     Norm weights come back as values of their own dtype, so that storing them changes nothing.
     """
-    search = Search(grid_for, ratios, rounding)
+    scales = ScaleSearch(grid_for, ratios, rounding)
     new = Transformed({name: value.float() for name, value in weights.items()}, dict(grams))
     for pair in family.scale_pairs:
         stage = family.stage(pair.stage)
@@ -110,7 +110,7 @@ def awq(
         if pair.tied_over_query_heads:
             tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
         linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
-        scale, choice = _best(stage, linears, grams[stage.name], search, tie)
+        scale, choice = _best(stage, linears, grams[stage.name], scales, tie)
         new.choices += (choice,)
         if choice.ratio is not None:
             _apply(new, pair, stage, scale, tie, weights)
@@ -138,7 +138,7 @@ def _apply(
     new.grams[stage.name] = new.grams[stage.name].scaled(spread)
 
 
-def _best(stage: Stage, weights: Weights, gram: Gram, search: Search, tie: Tie) -> tuple[Tensor, Choice]:
+def _best(stage: Stage, weights: Weights, gram: Gram, search: ScaleSearch, tie: Tie) -> tuple[Tensor, Choice]:
     """The scale [K] of the producer's channels with the least loss, and what is known of it."""
     rounding = search.rounding
     grids = {linear: search.grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}

@@ -51,16 +51,16 @@ def share(
 
 def draft(artifact: PlannedArtifact, folder: Path, key: str) -> Draft:
     """A draft in `folder`, new or continued, whoever began it."""
-    found = Draft(artifact, folder, key)
-    found.open()
-    return found
+    begun = Draft(artifact, folder, key)
+    begun.open()
+    return begun
 
 
 def finish(drafts: Sequence[Draft], out: Path, origin: Origin, device: torch.device, ranks: Ranks) -> None:
     """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
-        read = found if ranks.world == 1 else list(found)
+    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as results:
+        read = results if ranks.world == 1 else list(results)
         with ranks.in_turn():
             for draft, values in zip(drafts, read, strict=True):
                 draft.finish(out, origin, values)

@@ -63,12 +63,12 @@ class CalibrationSet:
                 key=lambda pair: pair[0],
             )
         ]
-        found: dict[str, list[NDArray[np.int32]]] = {}
+        samples: dict[str, list[NDArray[np.int32]]] = {}
         for source in sorted(self.sources, key=lambda record: record.kind == "chat"):
             taken, drawn = drawn[: source.samples], drawn[source.samples :]
             if taken:
-                found.setdefault(source.name, []).extend(taken)
-        return found
+                samples.setdefault(source.name, []).extend(taken)
+        return samples
 
     def provenance(self) -> dict[str, Any]:
         """Everything but the tokens, for the report."""

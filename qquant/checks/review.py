@@ -215,7 +215,7 @@ def review(
         require_same_shape(candidate.path, source, checkpoint)
         sources[candidate.name] = InspectedWeights(source, baseline, structure.folds(source, baseline))
     said = {candidate.name: claims_of(candidate.path, checkpoint) for candidate in candidates}
-    faults = {name: found.faults for name, found in said.items()}
+    faults = {name: measured.faults for name, measured in said.items()}
     plain, answers = {name: watched.source for name, watched in sources.items()}, dict[str, Answers]()
     mine = spreading.mine({candidate.name: candidate.size for candidate in candidates}, ranks)
     parts: dict[str, list[SliceReading]] = {}
@@ -224,12 +224,12 @@ def review(
     children = max(1, background.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
     with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
-        found = _read(baseline, candidates, sources, text, device, progress, ranks)
+        measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
         if text.sliced:
             parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress, ranks)
             kept = {name: slice_changes.means(readings, text.sliced) for name, readings in parts.items()}
-            found = replace(found, slices=kept)
+            measured = replace(measured, slices=kept)
         if text.asked:
             known = behaviour.pairs(checkpoint, asked, text.asked, text.tokenizer, device, progress) if asked else {}
             pairs = behaviour.of_all(known, ranks)
@@ -249,14 +249,19 @@ def review(
     rows = []
     for candidate in candidates:
         answered = answers.get(candidate.name, Answers())
-        warnings = (*said[candidate.name].warnings, *_warnings(candidate, found, answered))
+        warnings = (*said[candidate.name].warnings, *_warnings(candidate, measured, answered))
         row = _row(
-            candidate, found, faults[candidate.name], text, parts.get(candidate.name, []), pairs.get(candidate.name, [])
+            candidate,
+            measured,
+            faults[candidate.name],
+            text,
+            parts.get(candidate.name, []),
+            pairs.get(candidate.name, []),
         )
         rows.append(replace(row, answers=answered, warnings=warnings))
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
     read = reading.compare(text.tokenizer, text.stretches, ids)
-    return Review(found.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), found
+    return Review(measured.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), measured
 
 
 def with_speed(reviewed: Review, speeds: Sequence[SpeedReport]) -> Review:

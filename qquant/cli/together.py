@@ -91,8 +91,8 @@ def told(error: BaseException, message: str, ranks: Ranks) -> int | None:
 def ranks_here() -> Ranks:
     """Those of the command that runs."""
     context = click.get_current_context(silent=True)
-    found = context.find_object(Ranks) if context else None
-    return found or ALONE
+    ranks = context.find_object(Ranks) if context else None
+    return ranks or ALONE
 
 
 def device_of(name: str, ranks: Ranks) -> torch.device:

@@ -18,7 +18,7 @@ from qquant.formats.planned import Losses, PlannedArtifact
 from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
 from qquant.plan.places import require_model_name
-from qquant.plan.texts import NOT_COUNTED, Texts, examine
+from qquant.plan.texts import NOT_COUNTED, PlannedTexts, examine
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import Reach, reach, resolved
 from qquant.source.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ class Plan:
     inputs: int  # of the widest linear
     imatrix: Imatrix | None = None  # the user's, instead of the measured one
     parallel: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)  # by artifact: tensor-parallel sizes
-    texts: Texts = NOT_COUNTED
+    texts: PlannedTexts = NOT_COUNTED
     in_float32: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
     unsettled: tuple[str, ...] = ()  # artifacts whose types are still to be chosen; their files have the right size
     expected: Mapping[str, float] = field(default_factory=dict)  # KL divergence of those that were chosen, by artifact

@@ -91,21 +91,25 @@ def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, de
     """Seconds by phase, as `build` shows them."""
     family, config = checkpoint.family, checkpoint.config
     layers = range(config.layers)
-    aim, checks = recipe.calibration, recipe.checks
+    asked, checks = recipe.calibration, recipe.checks
     linears = [shape for layer in layers for shape in family.linear_shapes(config, layer).values()]
     forward = 2 * sum(map(math.prod, linears)) / rates.forward  # a token through all blocks
     gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
     head = 2 * config.vocab * config.hidden / rates.exact
     tokens = plan.tokens
-    seen = min(tokens, aim.seen)
+    gradient_tokens = min(tokens, asked.gradient_tokens)
     specs = [artifact.spec for artifact in plan.artifacts]
     own = sum(spec.own_stream for spec in specs)
     solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
     texts, models = 1 + len(checks.texts), 1 + len(specs)
     read = plan.looks[0] * checks.length * texts
     by_phase = {
-        "curvature": seen * ((1 + BACKWARD) * forward + 3 * head) if any(spec.feedback for spec in specs) else 0.0,
-        "embedding and head": sum(_tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if seen),
+        "curvature": gradient_tokens * ((1 + BACKWARD) * forward + 3 * head)
+        if any(spec.feedback for spec in specs)
+        else 0.0,
+        "embedding and head": sum(
+            _tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if gradient_tokens
+        ),
         "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
         "check": models * read * (forward + head),
         **_slices(checks, checkpoint, models, forward + head, rates),
@@ -127,13 +131,13 @@ def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: 
     rates = NOMINAL[device.type]
     linears = [shape for layer in range(config.layers) for shape in family.linear_shapes(config, layer).values()]
     weights = sum(map(math.prod, linears))
-    found = SEARCH * (weights + config.vocab * config.hidden) / rates.elements
+    total = SEARCH * (weights + config.vocab * config.hidden) / rates.elements
     if spec.feedback:
-        found += _solving(linears, spec.sweeps, rates, device) + _tables(artifact, checkpoint, rates, device)
+        total += _solving(linears, spec.sweeps, rates, device) + _tables(artifact, checkpoint, rates, device)
     if spec.own_stream:
         squares = sum(k * k for layer in range(config.layers) for k in family.inputs(config, layer).values())
-        found += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
-    return found
+        total += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
+    return total
 
 
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:

@@ -20,17 +20,17 @@ PACKED = (".gz", ".parquet", ".zst")  # files whose size says nothing of their t
 
 
 @dataclass(frozen=True)
-class Texts:
+class PlannedTexts:
     """What was found: windows of the held-out text (None: not counted), and what a user should know."""
 
     windows: int | None
     warnings: tuple[str, ...] = ()
 
 
-NOT_COUNTED = Texts(None)
+NOT_COUNTED = PlannedTexts(None)
 
 
-def examine(recipe: Recipe, folder: Path) -> Texts:
+def examine(recipe: Recipe, folder: Path) -> PlannedTexts:
     """What the recipe's texts give with the tokenizer in `folder`.
 
     Raises:
@@ -42,7 +42,7 @@ def examine(recipe: Recipe, folder: Path) -> Texts:
         _require_file(None if text.startswith("bundled:") else text, "checks")
     template = _template(recipe.calibration, folder)
     windows, short = _windows(recipe.checks, folder)
-    return Texts(windows, (*template, *_calibration(recipe.calibration, folder), *short))
+    return PlannedTexts(windows, (*template, *_calibration(recipe.calibration, folder), *short))
 
 
 def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:

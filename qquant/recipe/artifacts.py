@@ -344,8 +344,8 @@ class GgufArtifact(_Artifact):
     @property
     def most(self) -> int | None:
         """The most bytes that the file may have, from `size`."""
-        found = SIZE.fullmatch(self.size or "")
-        return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
+        match = SIZE.fullmatch(self.size or "")
+        return int(Decimal(match[1]) * UNITS[match[2]]) if match else None
 
     @property
     def group(self) -> int:

@@ -167,7 +167,7 @@ class Calibration(Strict):
     )
 
     @property
-    def seen(self) -> int:
+    def gradient_tokens(self) -> int:
         """Tokens on which curvature is asked for; 0 where none is."""
         return self.curvature_tokens if self.objective == "kl" else 0
 

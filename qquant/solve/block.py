@@ -74,10 +74,10 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
         assert grid is not None
         return grid
 
-    search = partial(awq, checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points)
+    scaled = partial(awq, checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points)
     if not spec.feedback:
-        return search()
+        return scaled()
     try:
-        return search(rounding_of(spec.damping))
+        return scaled(rounding_of(spec.damping))
     except NotPositiveDefiniteError:  # what is written will be rounded too
-        return search()
+        return scaled()

@@ -121,7 +121,7 @@ def _settled(
     key = _sha256({"inputs": dict(question.inputs), "asked": asked})
     losses = _recorded(record, key)
     if losses is None:
-        tokens = question.recipe.calibration.seen
+        tokens = question.recipe.calibration.gradient_tokens
         losses = measured(question.checkpoint, samples, trials, moments, device, progress, tokens)
         known = Recorded(SCHEMA, key, losses, _sha256(losses))
         write_synced(record, (json.dumps(to_plain(known), indent=1) + "\n").encode())
