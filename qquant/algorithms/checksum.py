@@ -53,18 +53,18 @@ class Checksum:
 
     def add(self, piece: Tensor) -> None:
         """Add the next piece of the value, in order."""
-        for part in piece.contiguous().view(-1).split(policy(piece.device).checksummed):
-            self.total += _weighted(part, self.values)
-            self.values += len(part)
+        for values in piece.contiguous().view(-1).split(policy(piece.device).checksummed):
+            self.total += _weighted(values, self.values)
+            self.values += len(values)
 
     def hexdigest(self) -> str:
         """The checksum of what was added so far, 16 hex digits."""
         return f"{self.total & (1 << 64) - 1:016x}"
 
 
-def _weighted(part: Tensor, start: int) -> int:
+def _weighted(values: Tensor, start: int) -> int:
     """What values [n] from place `start` on add to a checksum."""
-    bits = (part.float() + 0.0).view(torch.int32)
+    bits = (values.float() + 0.0).view(torch.int32)
     bits = bits.view(-1, _WIDTH if len(bits) % _WIDTH == 0 else max(1, len(bits)))
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     first = start + bits.shape[1] * torch.arange(len(rows), device=bits.device)

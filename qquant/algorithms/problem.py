@@ -58,7 +58,7 @@ class Problem:
 
     def split(self, value: Tensor) -> dict[str, Tensor]:
         """The rows [n, ...] of every linear."""
-        return parts(self.linears, value)
+        return unstacked(self.linears, value)
 
     @cached_property
     def energy(self) -> dict[str, float]:
@@ -99,7 +99,7 @@ def stacked(linears: Mapping[str, Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
-def parts(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+def unstacked(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
     """The rows of every linear of a stacked value."""
     return dict(zip(linears, value.split([len(matrix) for matrix in linears.values()]), strict=True))
 
@@ -130,8 +130,9 @@ def _noted(problem: Problem, name: str, before: Solution | None) -> Solution:
 
 def _errors(problem: Problem, solution: Solution) -> dict[str, float]:
     return {
-        linear: float(problem.gram.energy(part.dequantize() - problem.linears[linear]).sum()) / problem.energy[linear]
-        for linear, part in solution.quantized(problem).items()
+        linear: float(problem.gram.energy(quantized.dequantize() - problem.linears[linear]).sum())
+        / problem.energy[linear]
+        for linear, quantized in solution.quantized(problem).items()
     }
 
 

@@ -244,9 +244,9 @@ def _with_needles(sentences: Sequence[Sequence[int]], room: int, needles: Sequen
     waiting = list(needles)
     read = 0
     for sentence in _repeated(sentences):
-        part = sentence[: room - read]
-        ids += part
-        read += len(part)
+        words = sentence[: room - read]
+        ids += words
+        read += len(words)
         while waiting and (read >= room or read * len(needles) > room * (len(needles) - len(waiting))):
             ids += waiting.pop(0)
         if read >= room:

@@ -84,7 +84,7 @@ class Search:
             group = sets[start : start + TOGETHER]
             mixed: Mapping[str, WeightSource] = {
                 str(index): PatchedWeights(
-                    self.artifact, self.checkpoint, frozenset(n for part in parts for n in part.weights)
+                    self.artifact, self.checkpoint, frozenset(n for restorable in parts for n in restorable.weights)
                 )
                 for index, parts in enumerate(group)
             }
@@ -93,19 +93,19 @@ class Search:
         return divergences
 
 
-def parts(source: WeightSource) -> list[Restorable]:
+def stages(source: WeightSource) -> list[Restorable]:
     """Every stage of every block, in order. AWQ's folded scales keep a block's stages together."""
     family, config = source.family, source.config
-    stages = []
+    restorables = []
     for layer in range(config.layers):
         shapes = family.linear_shapes(config, layer)
         prefix = family.block.format(layer)
         for stage in family.stages:
             weights = tuple(f"{prefix}{linear}.weight" for linear in stage.linears)
-            stages.append(
+            restorables.append(
                 Restorable(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears))
             )
-    return stages
+    return restorables
 
 
 def whole_blocks(source: WeightSource) -> list[Restorable]:
@@ -121,11 +121,11 @@ def whole_blocks(source: WeightSource) -> list[Restorable]:
 
 def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bisection:
     """Find a small set of `candidates` that brings the mean KL divergence to `limit`, cheapest gain first."""
-    start, *alone = search.kl([(), *((part,) for part in candidates)])
+    start, *alone = search.kl([(), *((candidate,) for candidate in candidates)])
     gains = sorted(zip(candidates, (start - kl for kl in alone), strict=True), key=lambda pair: -pair[1])
     if start <= limit:
         return Bisection(start, limit, tuple(gains), (), start)
-    order = [part for part, gain in sorted(gains, key=lambda pair: -pair[1] / pair[0].size)]
+    order = [candidate for candidate, gain in sorted(gains, key=lambda pair: -pair[1] / pair[0].size)]
     low, high = 0, len(order)
     kl_reached = search.kl([order])[0]
     while high - low > 1:
@@ -140,8 +140,8 @@ def _thinned(search: Search, bisection: Bisection) -> Bisection:
     chosen, kl_reached = list(bisection.chosen), bisection.kl_chosen
     if kl_reached > bisection.limit:
         return bisection
-    for part in sorted(bisection.chosen, key=lambda part: -part.size):
-        fewer = [other for other in chosen if other != part]
+    for candidate in sorted(bisection.chosen, key=lambda part: -part.size):
+        fewer = [other for other in chosen if other != candidate]
         kl = search.kl([fewer])[0]
         if fewer and kl <= bisection.limit:
             chosen, kl_reached = fewer, kl

@@ -104,18 +104,18 @@ def examine(
 def _examine(paths: Sequence[Path], more: Sequence[LoadTask], stop: Event, children: int, seconds: float) -> Loaded:
     alike: dict[object, Path] = {}
     speaks = {path: alike.setdefault(_metadata(path), path) for path in paths}
-    parts = [
+    tasks = [
         LoadTask(what, path)
         for path in paths
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
-    by_task, said = _shared([*parts, *more], seconds, stop, children)
+    by_task, said = _shared([*tasks, *more], seconds, stop, children)
     problems = {
         path: by_task.get(LoadTask("metadata", speaks[path])) or by_task.get(LoadTask("weights", path))
         for path in paths
     }
-    ids = next((json.loads(said[part]).get("ids") for part in more if part in said), None)
+    ids = next((json.loads(said[task]).get("ids") for task in more if task in said), None)
     return Loaded({path: problem for path, problem in problems.items() if problem}, ids and tuple(map(tuple, ids)))
 
 
@@ -129,10 +129,10 @@ def _metadata(path: Path) -> object:
     return path
 
 
-def _shared(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
-    shares = _dealt(parts, children)
+def _shared(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
+    shares = _dealt(tasks, children)
     if len(shares) <= 1:
-        return _in_turn(parts, seconds, stop, 1)
+        return _in_turn(tasks, seconds, stop, 1)
     with ThreadPoolExecutor(len(shares), "qquant-loading") as pool:
         doing = [pool.submit(_in_turn, share, seconds, stop, len(shares)) for share in shares]
         try:
@@ -146,16 +146,16 @@ def _shared(parts: Sequence[LoadTask], seconds: float, stop: Event, children: in
             raise
 
 
-def _dealt(parts: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
-    """`parts` in at most so many shares of about the same size."""
-    shares: list[list[LoadTask]] = [[] for _ in range(min(hands, len(parts)))]
-    for part in sorted(parts, key=LoadTask.bytes, reverse=True):
-        min(shares, key=lambda share: (sum(map(LoadTask.bytes, share)), len(share))).append(part)
+def _dealt(tasks: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
+    """`tasks` in at most so many shares of about the same size."""
+    shares: list[list[LoadTask]] = [[] for _ in range(min(hands, len(tasks)))]
+    for task in sorted(tasks, key=LoadTask.bytes, reverse=True):
+        min(shares, key=lambda share: (sum(map(LoadTask.bytes, share)), len(share))).append(task)
     return shares
 
 
-def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
-    left, problems, said = list(parts), dict[LoadTask, str](), dict[LoadTask, bytes]()
+def _in_turn(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
+    left, problems, said = list(tasks), dict[LoadTask, str](), dict[LoadTask, bytes]()
     while left and not stop.is_set():
         lines, problem = _child(left, seconds, stop, children)
         said |= zip(left, lines, strict=False)
@@ -165,11 +165,11 @@ def _in_turn(parts: Sequence[LoadTask], seconds: float, stop: Event, children: i
     return problems, said
 
 
-def _child(parts: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[list[bytes], str]:
-    """(what it said of each of `parts` that loaded, what happened to the next)."""
-    limit = sum((seconds + part.bytes() / BYTES_A_SECOND for part in parts), seconds)
+def _child(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[list[bytes], str]:
+    """(what it said of each of `tasks` that loaded, what happened to the next)."""
+    limit = sum((seconds + task.bytes() / BYTES_A_SECOND for task in tasks), seconds)
     command = [sys.executable, "-m", "qquant.checks.loading", str(children)]
-    command += [word for part in parts for word in (part.what, str(part.path.absolute()))]
+    command += [word for task in tasks for word in (task.what, str(task.path.absolute()))]
     search_path = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     if children > 1:

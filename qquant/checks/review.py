@@ -227,7 +227,7 @@ def review(
         measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
         if text.sliced:
-            parts = slices.parts(baseline, plain, text.sliced, text.tokenizer, device, progress, ranks)
+            parts = slices.readings(baseline, plain, text.sliced, text.tokenizer, device, progress, ranks)
             kept = {name: slice_changes.means(readings, text.sliced) for name, readings in parts.items()}
             measured = replace(measured, slices=kept)
         if text.asked:

@@ -76,7 +76,7 @@ class SliceReading:
         return self.bits <= KNOWN * self.frequencies
 
 
-def parts(
+def readings(
     baseline: WeightSource,
     artifacts: Mapping[str, WeightSource],
     text: Sliced,
@@ -95,17 +95,17 @@ def parts(
     read = partial(measure, baseline, artifacts, device=device, progress=phase)
     short = spread(read, windows, list(artifacts), ranks)
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
-    readings = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
+    by_artifact = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
         phase, room = NamedPhase(progress, "long documents"), min(ranks.gather(SHARE * free_memory(device)))
         for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device, room):
             read = partial(measure, baseline, group, device=device, progress=phase)
             for name, whole in spread(read, documents, list(group), ranks).items():
-                readings[name] += _stretches(
+                by_artifact[name] += _stretches(
                     text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
                 )
-    return readings
+    return by_artifact
 
 
 def turns(
@@ -143,7 +143,7 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
         )
         for row in range(documents)
     ]
-    chosen = [row for row, part in enumerate(whole_documents) if part.known] or list(range(documents))
+    chosen = [row for row, reading in enumerate(whole_documents) if reading.known] or list(range(documents))
     for name, start, stop in text.stretches():
         ours, beside = (
             Fidelity(**{key: column[chosen, start:stop].flatten(0, 1) for key, column in values.items()})

@@ -42,7 +42,7 @@ from qquant.artifact.opening import open_weights
 from qquant.errors import UsageError
 from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
-from qquant.formats.gguf.shards import parts
+from qquant.formats.gguf.shards import shard_paths
 from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Progress
 from qquant.report.record import Pace, Proof, SpeedReport
@@ -241,7 +241,7 @@ class LlamaCpp:
         self.ids = generator.integers(0, source.config.vocab, settings.prompt).tolist()
         config = source.config
         self.cache = 2 * 2 * config.layers * config.kv_heads * config.head_dim * capacity
-        self.weights = sum(part.stat().st_size for part in parts(path))
+        self.weights = sum(shard.stat().st_size for shard in shard_paths(path))
         self.read = self.weights + int(self.cache * (settings.prompt + settings.steps / 2) / capacity)
         self.peak = self.weights + self.cache
         self.runtime = f"llama.cpp (llama-cpp-python {library.__version__}), {threads} threads"

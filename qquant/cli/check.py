@@ -138,9 +138,12 @@ def bisect(
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
-    chosen = [part.name for part in bisection.chosen]
+    chosen = [restorable.name for restorable in bisection.chosen]
     if as_json:
-        gains = [{"name": part.name, "parameters": part.size, "gain": gain} for part, gain in bisection.gains]
+        gains = [
+            {"name": restorable.name, "parameters": restorable.size, "gain": gain}
+            for restorable, gain in bisection.gains
+        ]
         content = {
             "schema": "qquant-bisection-1",
             "kl_divergence": bisection.kl,
@@ -152,9 +155,9 @@ def bisect(
         from rich.table import Table
 
         table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
-        for part, gain in bisection.gains[:12]:
+        for restorable, gain in bisection.gains[:12]:
             share = f"{gain / bisection.kl:.1%}" if bisection.kl else ""
-            table.add_row(*cells(part.name, f"{part.size:,}", f"{gain:+.6f}", share))
+            table.add_row(*cells(restorable.name, f"{restorable.size:,}", f"{gain:+.6f}", share))
         console().print(table)
         if not chosen:
             echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")

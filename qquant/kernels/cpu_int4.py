@@ -146,8 +146,8 @@ def few_rows(x: Tensor, packed: Packed) -> Tensor:
     as_bfloat16 = x.to(torch.bfloat16).contiguous()
     y: Tensor | None = None
     for nibbles, affine in zip(packed.nibbles, packed.affine, strict=True):
-        part = torch.ops.aten._weight_int4pack_mm_for_cpu(as_bfloat16, nibbles, group, affine)
-        y = part if y is None else y.float() + part
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(as_bfloat16, nibbles, group, affine)
+        y = product if y is None else y.float() + product
     assert y is not None
     return y.to(x.dtype)
 

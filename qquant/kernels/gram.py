@@ -44,8 +44,8 @@ def _check(h: Tensor, x: Tensor) -> None:
 
 def reference(h: Tensor, x: Tensor) -> None:
     """The Gram matrix by torch: the definition of `gram`."""
-    for part in x.split(CHUNK):
-        as_float32 = part.float()
+    for rows in x.split(CHUNK):
+        as_float32 = rows.float()
         h.addmm_(as_float32.t(), as_float32)
 
 
@@ -116,8 +116,8 @@ def _gram_cuda(h: Tensor, x: Tensor) -> None:
         reference(h, x)
     else:
         with torch.cuda.device_of(x):
-            for part in x.contiguous().split(CHUNK):
-                launch(h, part)
+            for rows in x.contiguous().split(CHUNK):
+                launch(h, rows)
 
 
 if AVAILABLE:

@@ -69,7 +69,7 @@ class Fused:
         linear = self.layer.linears[stage]
         if isinstance(linear, nn.Module):
             return _Outputs.of(linear(x), self.layer.widths[stage])
-        return [part(x) for part in linear]
+        return [module(x) for module in linear]
 
     def head_norm(self, name: str, x: Tensor) -> Tensor:
         """Each head of x through the norm whose weight is vector `name`."""

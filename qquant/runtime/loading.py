@@ -120,10 +120,10 @@ def _fill(
                 _place(model, prefix + linear, module)
             continue
         sizes = [shapes[linear][0] for linear in stage.linears]
-        parts = [FusedSlice(cast(RuntimeLinear, modules[0]), sizes, index) for index in range(len(sizes))]
-        for linear, part in zip(stage.linears, parts, strict=True):
-            part.first = [parts[0]] if part.index else []
-            _place(model, prefix + linear, part)
+        pieces = [FusedSlice(cast(RuntimeLinear, modules[0]), sizes, index) for index in range(len(sizes))]
+        for linear, piece in zip(stage.linears, pieces, strict=True):
+            piece.first = [pieces[0]] if piece.index else []
+            _place(model, prefix + linear, piece)
 
 
 def _open(path: str | Path) -> WeightSource:

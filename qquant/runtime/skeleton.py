@@ -62,10 +62,10 @@ class FamilyModel(nn.Module):
         self.generation_config: Any = None
         for name in (*family.shapes(config), family.head):
             owner: nn.Module = self
-            for part in name.split(".")[:-1]:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
+            for word in name.split(".")[:-1]:
+                if word not in owner._modules:
+                    owner.add_module(word, nn.Module())
+                owner = owner.get_submodule(word)
 
     @property
     def device(self) -> torch.device:

@@ -83,10 +83,10 @@ class RowFactors(Mapping[str, tuple[Tensor, ...]]):
         return RowFactors(self.parts, self.device, scales)
 
     def __getitem__(self, linear: str) -> tuple[Tensor, ...]:
-        factors = [read_tensor(part).to(self.device).float() for part in self.parts[linear]]
+        factors = [read_tensor(factor).to(self.device).float() for factor in self.parts[linear]]
         if linear in self.scales:
-            scales = self.scales[linear].split([len(part) for part in factors])
-            factors = [part * scale[:, None] * scale for part, scale in zip(factors, scales, strict=True)]
+            scales = self.scales[linear].split([len(factor) for factor in factors])
+            factors = [factor * scale[:, None] * scale for factor, scale in zip(factors, scales, strict=True)]
         return tuple(factors)
 
     def __iter__(self) -> Iterator[str]:
@@ -230,15 +230,15 @@ def head_share(family: Family, config: ModelConfig) -> int:
     return max(1, round(HEAD * config.vocab * config.hidden * config.layers / blocks))
 
 
-def _path(folder: Path, part: str) -> Path:
-    return folder / (part if part == OUTSIDE else f"block-{part}")
+def _path(folder: Path, name: str) -> Path:
+    return folder / (name if name == OUTSIDE else f"block-{name}")
 
 
-def _write(folder: Path, part: str, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
+def _write(folder: Path, name: str, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
     """Write the file of a block or of what lies outside them, and add its sha256 to `digests`."""
     content = save(dict(factors))
-    write_synced(_path(folder, part), content)
-    digests[part] = hashlib.sha256(content).hexdigest()
+    write_synced(_path(folder, name), content)
+    digests[name] = hashlib.sha256(content).hexdigest()
 
 
 def _tables(
@@ -314,9 +314,9 @@ def _complete(folder: Path, layers: int) -> bool:
         return False
     digests = json.loads(record.read_bytes())
     return all(
-        _path(folder, part).is_file()
-        and hashlib.sha256(_path(folder, part).read_bytes()).hexdigest() == digests.get(part)
-        for part in (*map(str, range(layers)), OUTSIDE)
+        _path(folder, name).is_file()
+        and hashlib.sha256(_path(folder, name).read_bytes()).hexdigest() == digests.get(name)
+        for name in (*map(str, range(layers)), OUTSIDE)
     )
 
 

@@ -90,7 +90,7 @@ class Head:
         self.source = source
         vocab = source.config.vocab
         self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-        self.kept = {part: self._read(*part).to(device) for part in self.slices} if device.type == "cuda" else {}
+        self.kept = {span: self._read(*span).to(device) for span in self.slices} if device.type == "cuda" else {}
 
     def _read(self, start: int, stop: int) -> Tensor:
         return self.source.rows(self.source.family.head, start, stop)
@@ -108,8 +108,8 @@ class Head:
         squares = torch.zeros_like(total)
         drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
         words = torch.zeros(len(normed), 2, dtype=torch.int64, device=normed.device)
-        for index, part in enumerate(self.slices):
-            rows = (self.kept[part] if self.kept else self._read(*part)).to(normed)
+        for index, span in enumerate(self.slices):
+            rows = (self.kept[span] if self.kept else self._read(*span)).to(normed)
             scores = normed @ rows.T
             before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
             strips, sums = _mass(scores, top)
@@ -120,7 +120,7 @@ class Head:
                 drawn_rows = _drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)
                 here = chance * total < sums[:, -1:]
                 drawn[number] = torch.where(here, rows[drawn_rows], drawn[number])
-                words[:, number] = torch.where(here[:, 0], part[0] + drawn_rows, words[:, number])
+                words[:, number] = torch.where(here[:, 0], span[0] + drawn_rows, words[:, number])
         spread = (1 - squares / total.square()).clamp_(min=0).float()[:, 0]
         return Drawn((drawn[0] - drawn[1]) * 0.5**0.5, words, spread)
 

@@ -20,7 +20,7 @@ from qquant.algorithms.checksum import checksum
 from qquant.algorithms.gptq import on_searched_scales, rounding_weight
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, value_of
-from qquant.algorithms.problem import Problem, parts, solve
+from qquant.algorithms.problem import Problem, solve, unstacked
 from qquant.artifact.draft import Draft
 from qquant.errors import QQuantError
 from qquant.families import Stage
@@ -50,8 +50,8 @@ def rounding_of(damping: float) -> Rounding:
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             codes, params = on_searched_scales(same, gram, grid, damping)
-            for linear, part in parts(same, codes).items():
-                values[linear] = value_of(part, *params[linear].step_and_offset(), grid)
+            for linear, code in unstacked(same, codes).items():
+                values[linear] = value_of(code, *params[linear].step_and_offset(), grid)
         return values
 
     return Rounding(cost, solve)
@@ -89,7 +89,7 @@ def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor] |
 
 def _covering(parts: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The curvature of a linear's rows, and zeros for rows of padding."""
-    short = rows - sum(len(part) for part in parts)
+    short = rows - sum(len(matrix) for matrix in parts)
     return [*parts, parts[0].new_zeros(short, short)] if short else list(parts)
 
 

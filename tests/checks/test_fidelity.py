@@ -347,7 +347,7 @@ def test_all_linears_in_16_bits_leave_nothing(built):
     (path,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
     found = pipeline.bisect(path, Checkpoint.open(folder), Checks(windows=1, length=32), 0.0, CPU, quiet)
     assert found.kl_chosen == 0.0
-    assert len(found.chosen) == len(bisection.parts(Checkpoint.open(folder)))
+    assert len(found.chosen) == len(bisection.stages(Checkpoint.open(folder)))
 
 
 def test_finals_are_those_of_the_windows(pair):

@@ -248,7 +248,7 @@ def test_damage_to_the_tokens_of_one_language_is_named(demo, tiny, monkeypatch):
         return damaged
 
     artifacts = {"harmless": Noisy(source, 0.03), "forgets": Noisy(source, 0.03, forgets)}
-    found = slices.parts(source, artifacts, text, tiny, CPU, Quiet())
+    found = slices.readings(source, artifacts, text, tiny, CPU, Quiet())
     rows, verdict = slices.judge(found["harmless"], 3.0)
     assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
     rows, verdict = slices.judge(found["forgets"], 3.0)
@@ -269,7 +269,7 @@ def test_damage_to_far_positions_is_named(tmp_path, tiny, monkeypatch):
     )
     model = Noisy(source, 0.0, sharp.also)
     artifacts = {"harmless": Noisy(model, 0.01), "rope": Noisy(model, 0.01, rope_theta=source.config.rope_theta * 1.01)}
-    found = slices.parts(model, artifacts, text, tiny, CPU, Quiet())
+    found = slices.readings(model, artifacts, text, tiny, CPU, Quiet())
     rows, verdict = slices.judge(found["harmless"], 3.0)
     print([(row.name, row.kl_divergence, row.relative, row.standing) for row in rows])
     assert verdict.outcome == "pass"

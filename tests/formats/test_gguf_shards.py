@@ -12,7 +12,7 @@ from qquant.artifact.opening import open_weights
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.container import Field, header_bytes, read_header
-from qquant.formats.gguf.shards import parts, read_model, split
+from qquant.formats.gguf.shards import read_model, shard_paths, split
 from qquant.inspection import describe
 from qquant.pipeline import build, check
 from qquant.plan.plan import Plan
@@ -93,7 +93,7 @@ def test_a_split_build_is_the_whole_one_in_parts(built):
     assert all(sum(tensor.nbytes for tensor in file.tensors) <= 1_000_000 for file in split_files)
     assert report.artifacts[1].size == sum(file.size for file in split_files) + modelfile.size
     first, source = folder / split_files[0].name, open_weights(folder / split_files[1].name)
-    theirs = {tensor.name: tensor for file in parts(first) for tensor in GGUFReader(file).tensors}
+    theirs = {tensor.name: tensor for file in shard_paths(first) for tensor in GGUFReader(file).tensors}
     assert theirs.keys() == source.header.tensors.keys()
     for name in checkpoint.family.shapes(checkpoint.config):
         error = source.tensor(name) - checkpoint.tensor(name).float()

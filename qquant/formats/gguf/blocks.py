@@ -161,14 +161,14 @@ class Rows:
         row_energy = _row_energy(self) if rule.endswith("row") else None
         spread: Tensor | None = None
         for rows in self.batches(policy(self.x.device).coded):
-            part = self.x[rows]
-            blocks = _transposed(part.view(-1, kind.block))
+            values = self.x[rows]
+            blocks = _transposed(values.view(-1, kind.block))
             x = _groups(blocks, kind.width)
             energy = None
             if row_energy is not None:
-                energy = row_energy[rows].repeat_interleave(part.shape[1] // kind.block)
+                energy = row_energy[rows].repeat_interleave(values.shape[1] // kind.block)
             if self.importance is not None and (spread is None or spread.shape != x.shape):
-                spread = _groups(self.importance.view(-1, kind.block).t().repeat(1, len(part)), kind.width)
+                spread = _groups(self.importance.view(-1, kind.block).t().repeat(1, len(values)), kind.width)
             yield x, WEIGHTS[rule](_Cut(blocks, x, spread, energy))
 
 
@@ -238,8 +238,8 @@ class BlockType:
     def encode(self, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         """(range of rows, their bytes uint8 [r, row_bytes])."""
         params, codes = self.choose(rows)
-        for part in rows.batches(policy(rows.x.device).coded):
-            yield part, self.pack(codes(part), params.rows(part))
+        for batch in rows.batches(policy(rows.x.device).coded):
+            yield batch, self.pack(codes(batch), params.rows(batch))
 
     def decode(self, data: Tensor) -> Tensor:
         """Float32 [R, K] of `data` uint8 [R, row_bytes]."""

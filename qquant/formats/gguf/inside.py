@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from qquant.formats.gguf.container import Header, read_header, type_name
-from qquant.formats.gguf.shards import parts, read_model
+from qquant.formats.gguf.shards import read_model, shard_paths
 
 LONG = 8  # array values shown
 
 
 def describe(path: Path) -> dict[str, Any]:
     """`facts` (name -> value) and `tensors` (name, shape, type, bytes) of the whole model, if all of its parts are there; else of this file."""
-    files = parts(path)
+    files = shard_paths(path)
     whole = all(file.is_file() for file in files)
     header = read_model(path) if whole else read_header(path)
     if not whole:

@@ -28,7 +28,7 @@ from qquant.formats.gguf.container import MAGIC, header_bytes
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.gguf.metadata import metadata
 from qquant.formats.gguf.ollama import modelfile
-from qquant.formats.gguf.shards import SUFFIX, Shard, named, parts, split
+from qquant.formats.gguf.shards import SUFFIX, Shard, named, shard_paths, split
 from qquant.formats.gguf.source import GgufSource, of_architecture
 from qquant.formats.planned import Losses, ModelFile, PlannedArtifact, PlannedFile, PlannedTensor, Stored
 from qquant.recipe import ArtifactSpec, GgufArtifact, Recipe
@@ -87,7 +87,7 @@ class Gguf:
 
     def weight_files(self, path: Path) -> tuple[Path, ...]:
         """The file, or its parts."""
-        return parts(path)
+        return shard_paths(path)
 
     def models(self, files: Sequence[str]) -> list[ModelFile]:
         """Every file, by the type in its name; of parts the first."""

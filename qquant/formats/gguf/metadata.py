@@ -261,10 +261,10 @@ def _added_around(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     """Whether the tokenizer puts a token before (`bos`) and after (`eos`) every text, where its files say so."""
     added: dict[str, bool] = {}
     processor = content.get("post_processor") or {}
-    for part in _mappings(processor.get("processors", [processor]) if isinstance(processor, dict) else []):
-        if part.get("type") == "ByteLevel":
+    for one in _mappings(processor.get("processors", [processor]) if isinstance(processor, dict) else []):
+        if one.get("type") == "ByteLevel":
             added = {"bos": False, "eos": False} | added
-        single = _mappings(part.get("single")) if part.get("type") == "TemplateProcessing" else []
+        single = _mappings(one.get("single")) if one.get("type") == "TemplateProcessing" else []
         for role, end in (("bos", 0), ("eos", -1)):
             special = _mappings([single[end].get("SpecialToken")]) if len(single) > 1 else []
             token = special[0].get("id") if special else None
@@ -304,7 +304,7 @@ def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str]
     return (
         [tokens.get(number, f"[PAD{number}]") for number in range(size)],
         [kinds.get(number, UNUSED) for number in range(size)],
-        [" ".join(part.replace(" ", chr(288)) for part in merge) for merge in vocabulary.merges],
+        [" ".join(token.replace(" ", chr(288)) for token in merge) for merge in vocabulary.merges],
         {entry.content: entry.id for entry in vocabulary.added},
     )
 

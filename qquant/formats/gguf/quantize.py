@@ -41,8 +41,8 @@ def quantize(weight: Tensor, type_name: str, importance: Tensor | None = None) -
 
     def encode(batch: slice) -> None:
         target = out[batch]
-        for part, data in kind.encode(_rows(weight, importance, batch)):
-            target[part] = data
+        for rows, data in kind.encode(_rows(weight, importance, batch)):
+            target[rows] = data
 
     _over_threads(weight, encode)
     return out
@@ -58,8 +58,8 @@ def dequantize(blocks: Tensor, type_name: str) -> Tensor:
     kind = block_type(type_name)
     columns = _blocks_per_row(kind, blocks) * kind.block
     out = torch.empty((len(blocks), columns), dtype=torch.float32, device=blocks.device)
-    for part in Rows(out, None).batches(policy(blocks.device).coded):
-        out[part] = kind.decode(blocks[part])
+    for batch in Rows(out, None).batches(policy(blocks.device).coded):
+        out[batch] = kind.decode(blocks[batch])
     return out
 
 

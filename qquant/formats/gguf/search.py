@@ -183,14 +183,14 @@ def _search(
         peak, magnitude = signed_peak(x_flat)
         live = magnitude >= TINY
         candidates = inverses(torch.where(live, peak, 1.0))
-        lx, l2 = (space.array(part) for part in x.new_empty((2, *candidates.shape)))
+        lx, l2 = (space.array(scratch) for scratch in x.new_empty((2, *candidates.shape)))
         sums = prepare(x_flat, w_flat)
         if memory is None:
             memory = x.new_empty((_BATCH, *x_flat.shape))
         for start in range(0, len(candidates), _BATCH):
             tried = candidates[start : start + _BATCH]
-            part = memory[: len(tried), :, : x_flat.shape[1]]
-            lx[start : start + _BATCH], l2[start : start + _BATCH] = sums(tried.unsqueeze(1), part)
+            scratch = memory[: len(tried), :, : x_flat.shape[1]]
+            lx[start : start + _BATCH], l2[start : start + _BATCH] = sums(tried.unsqueeze(1), scratch)
         with np.errstate(all="ignore"):
             ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
         scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))

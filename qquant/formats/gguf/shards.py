@@ -37,9 +37,9 @@ class Shard:
     entries: Sequence[Entry]
 
 
-def part_name(stem: str, part: int, count: int) -> str:
-    """File name of part `part`, counted from 0."""
-    return f"{stem}-{part + 1:05d}-of-{count:05d}.gguf"
+def shard_name(stem: str, number: int, count: int) -> str:
+    """File name of part `number`, counted from 0."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
 
 
 def split(stem: str, fields: Sequence[Field], entries: Sequence[Entry], limit: int) -> list[Shard]:
@@ -65,9 +65,9 @@ def split(stem: str, fields: Sequence[Field], entries: Sequence[Entry], limit: i
     if len(groups) == 1:
         return [Shard(f"{stem}.gguf", fields, entries)]
     shards = []
-    for part, group in enumerate(groups):
-        own = [Field(NO, "u16", part), Field(TENSORS, "i32", len(entries)), Field(COUNT, "u16", len(groups))]
-        shards.append(Shard(part_name(stem, part, len(groups)), [*fields, *own] if part == 0 else own, group))
+    for number, group in enumerate(groups):
+        own = [Field(NO, "u16", number), Field(TENSORS, "i32", len(entries)), Field(COUNT, "u16", len(groups))]
+        shards.append(Shard(shard_name(stem, number, len(groups)), [*fields, *own] if number == 0 else own, group))
     return shards
 
 
@@ -83,13 +83,13 @@ def named(files: Sequence[str]) -> list[ModelFile]:
     return models
 
 
-def parts(path: Path) -> tuple[Path, ...]:
+def shard_paths(path: Path) -> tuple[Path, ...]:
     """Every file of the model that `path` is, or is a part of, by name; they need not exist."""
     match = PART.fullmatch(path.name)
     if not match:
         return (path,)
     count = int(match["count"])
-    return tuple(path.with_name(part_name(match["stem"], part, count)) for part in range(count))
+    return tuple(path.with_name(shard_name(match["stem"], number, count)) for number in range(count))
 
 
 def read_model(path: Path) -> Header:
@@ -104,7 +104,7 @@ def read_model(path: Path) -> Header:
         raise InputError(f"{path}: {NO} {str(number)[:20]!r} of {COUNT} {str(count)[:20]!r}; expected whole numbers")
     if count <= 1:
         return header
-    paths = parts(path)
+    paths = shard_paths(path)
     if len(paths) != count:
         raise InputError(
             f"{path}: is part {number + 1} of {count}, and the others are found by name: "
