@@ -178,12 +178,12 @@ def told(*arguments):
 
 
 def test_every_command_takes_json():
-    """But those that write one thing: a schema, which is JSON, and a recipe, which goes into a file."""
+    """But those that write one thing: a schema, which is JSON, and recipes, which go into a file."""
     options = {
         name: [option for parameter in leaf.params for option in parameter.opts] for name, leaf in LEAVES.items()
     }
     without = {name.removeprefix("qquant ") for name, known in options.items() if "--json" not in known}
-    assert without == {"recipe init", "recipe schema"}
+    assert without == {"recipe init", "recipe types", "recipe schema"}
 
 
 def test_recipes_as_json():
