@@ -1,6 +1,7 @@
 """How long work shows that it is alive: on stderr, quietly.
 
-    a terminal or notebook   one live line for the phase at hand: done, rate, time left, peak memory; a finished phase leaves one line
+    a terminal               one live line for the phase at hand: done, rate, time left, peak memory; a finished phase leaves one line
+    a notebook               the same lines in one output of the cell, which is written anew
     a pipe                   one line when a phase ends, and one a minute while it runs
     --log FILE               every step as a line of JSON: phase, done, of, seconds since the start, peak memory in bytes
 
@@ -10,13 +11,14 @@ that runs again (one check after another) begins again.
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from qquant.cli.terminal import echo
 
@@ -74,6 +76,7 @@ class Display:
         self.ended: dict[str, float] = {}  # when a line was last printed of a phase that ended
         self.log: IO[str] | None = None if log is None else log.open("a", encoding="utf-8")
         self.console = _live_console()
+        self.cell = _Cell.here()
         self.bars: Bars | None = None
         self.task: TaskID | None = None
 
@@ -92,7 +95,9 @@ class Display:
             current = self.phase = _Phase(phase, began, self.ended.get(phase, began))
         current.done, current.of, self.last = done, max(of, 1), now
         self._write(current, now)
-        if self.console is not None:
+        if self.cell is not None:
+            self.cell.tell(current, now)
+        elif self.console is not None:
             self._draw(self.console, current, now)
         elif done >= of or now - current.said >= MINUTE:
             self._say(current, now)
@@ -147,6 +152,38 @@ class Display:
             self.log.close()
 
 
+class _Cell:
+    """The output of a notebook's cell: a line for every phase that ended, and one for the phase at hand.
+
+    Its display is updated by the kernel's own protocol; rich needs ipywidgets for it, and warns where there is none.
+    """
+
+    def __init__(self, show: Any) -> None:
+        self.ended: list[str] = []
+        self.shown = 0.0  # when it was last written
+        self.output = show({"text/plain": ""}, raw=True, display_id=True)
+
+    @classmethod
+    def here(cls) -> _Cell | None:
+        """That of the cell which runs; None outside of notebooks."""
+        console = sys.modules.get("IPython")
+        shell = console.get_ipython() if console is not None else None
+        if shell is None or not hasattr(shell, "kernel"):
+            return None
+        return cls(importlib.import_module("IPython.display").display)
+
+    def tell(self, phase: _Phase, now: float) -> None:
+        """Write the line of a phase; at most twice a second while it runs."""
+        line, over = phase.line(now), phase.done >= phase.of
+        if over:
+            self.ended.append(line)
+        elif now - self.shown < 0.5:
+            return
+        self.shown = now
+        text = "\n".join(self.ended if over else [*self.ended, line])
+        self.output.update({"text/plain": text}, raw=True)
+
+
 def span(seconds: float) -> str:
     """Seconds for people: 42 s, 7 min, 2 h 05 min."""
     if seconds < 100:
@@ -164,8 +201,8 @@ def peak_memory() -> int:
 
 
 def _live_console() -> Console | None:
-    """stderr, where something can be drawn over; None where lines stay."""
+    """stderr, where something can be drawn over; None where lines stay, and in notebooks."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    return console if console.is_terminal or console.is_jupyter else None
+    return console if console.is_terminal and not console.is_jupyter else None

@@ -32,7 +32,8 @@ def as_html(report: Report) -> str:
     short = "".join(f"<li><b>{fact.question}</b> {html.escape(fact.answer)}</li>" for fact in facts(report))
     notes = "".join(f"<li>{html.escape(warning)}</li>" for warning in report.warnings)
     title = f"{html.escape(report.model)}: {TITLES[report.outcome]}"
-    return f"<p>{title}</p><ul>{short}</ul><table><tr>{head}</tr>{body}</table><ul>{notes}</ul>"
+    warnings = f"<ul>{notes}</ul>" if notes else ""
+    return f"<p>{title}</p><ul>{short}</ul><table><tr>{head}</tr>{body}</table>{warnings}"
 
 
 def as_frame(report: Report) -> pandas.DataFrame:

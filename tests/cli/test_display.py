@@ -3,6 +3,8 @@
 import io
 import json
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -113,3 +115,39 @@ def test_memory_is_that_of_this_process():
 )
 def test_spans(seconds, text):
     assert span(seconds) == text
+
+
+class Output:
+    """The output of a cell, as IPython's display gives it."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, data, raw, display_id):
+        self.texts.append(data["text/plain"])
+        return self
+
+    def update(self, data, raw):
+        self.texts.append(data["text/plain"])
+
+
+def test_a_notebook_shows_one_output_that_is_written_anew(monkeypatch):
+    """Without ipywidgets, rich warned in every cell and drew nothing."""
+    output = Output()
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=output))
+    with Display() as display:
+        for done in range(4):
+            display.advance("quantize", done, 3)
+        display.advance("check", 1, 2)
+    assert output.texts[0] == ""
+    assert len(output.texts) < 6, "steps that come at once are not all written"
+    first, *rest = output.texts[-1].splitlines()
+    assert first.startswith("quantize: block 3 of 3")
+    assert rest == [] or rest[0].startswith("check: block 1 of 2")
+
+
+def test_a_terminal_of_ipython_is_no_notebook(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object))
+    assert Display().cell is None
