@@ -30,7 +30,7 @@ from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, nearest, value_of
 from qquant.families import Family, ModelConfig, ScalePair, Stage
 
-GridFor = Callable[[str, tuple[int, int]], Grid]
+GridFor = Callable[[str, tuple[int, int]], Grid | None]  # None: the linear stays as it is
 Weights = Mapping[str, Tensor]  # by linear, float32 [N, K]
 FINALISTS = 3
 
@@ -110,6 +110,8 @@ def awq(
         if pair.tied_over_query_heads:
             tie = Tie(config.kv_heads, config.heads // config.kv_heads, config.head_dim)
         linears = {linear: new.weights[f"{linear}.weight"] for linear in stage.linears}
+        if any(grid_for(linear, (len(weight), weight.shape[1])) is None for linear, weight in linears.items()):
+            continue
         scale, choice = _best(stage, linears, grams[stage.name], scales, tie)
         new.choices += (choice,)
         if choice.ratio is not None:
@@ -141,7 +143,8 @@ def _apply(
 def _best(stage: Stage, weights: Weights, gram: Gram, search: ScaleSearch, tie: Tie) -> tuple[Tensor, Choice]:
     """The scale [K] of the producer's channels with the least loss, and what is known of it."""
     rounding = search.rounding
-    grids = {linear: search.grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
+    tried = {linear: search.grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
+    grids = {linear: grid for linear, grid in tried.items() if grid is not None}
     energy = sum(float(gram.energy(weight).sum()) for weight in weights.values()) or 1.0
     candidates = _candidates(weights, grids, gram, search.ratios, tie)
     if rounding is not None:

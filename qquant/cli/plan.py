@@ -112,7 +112,7 @@ def _print_artifacts(planned: Plan) -> None:
         table.add_row(Text(artifact.name), *numbers, fallbacks, ranks)
     console().print(table)
     for name in planned.unsettled:
-        click.echo(
+        echo(
             f"{name}: which tensor has which type is chosen by the build, in this size, by what each loses; `qquant recipe types` chooses now, and writes it down"
         )
     for artifact in planned.artifacts:

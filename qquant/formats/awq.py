@@ -15,11 +15,12 @@ Left out: GEMV, GEMVFast and the original llm-awq layouts, which vLLM and SGLang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
+from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe import AwqArtifact
@@ -138,6 +139,10 @@ class Awq(ModelFolder[AwqArtifact]):
             "zero_point": True,
         }
 
+    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """By name, and by the names of what runtimes fuse."""
+        return {"modules_to_not_convert": keeping.skipped(kept)}
+
     def read_layout(self, config: Mapping[str, Any], where: str) -> AwqLayout:
         """The layout of a folder made by any tool, from its quantization_config.
 
@@ -154,7 +159,7 @@ class Awq(ModelFolder[AwqArtifact]):
 
     def stated(self, source: FolderSource) -> dict[str, Stated]:
         """What readers of this layout ask for."""
-        layout = source.layout
+        layout, (kept, _) = source.layout, keeping.numbers(source)
         assert isinstance(layout, AwqLayout)
         bits, group = "codes are cut otherwise", "columns get the scales of others"
         order, another = "codes are read in another order", "it is read as another format"
@@ -172,5 +177,8 @@ class Awq(ModelFolder[AwqArtifact]):
             "group_size": Stated((layout.group_size,), group, layout.group_size),
             "q_group_size": Stated((layout.group_size,), group, layout.group_size),
             "zero_point": Stated((True,), "the zero points are not read", True),
-            "modules_to_not_convert": Stated((None, [], ["lm_head"]), "quantized weights are taken for plain ones"),
+            "modules_to_not_convert": Stated(
+                (keeping.skipped(kept),) if kept else (None, [], ["lm_head"]),
+                "quantized weights are taken for plain ones",
+            ),
         }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
-from qquant.formats import beside, folder_claims
+from qquant.formats import beside, folder_claims, keeping
 from qquant.formats.claims import Claims, claims, shown
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import ModelFile, PlannedArtifact, Stored, copied_file, safetensors_files, small_file
@@ -115,6 +115,10 @@ class ModelFolder(ABC, Generic[Spec]):
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
 
+    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """Keys of quantization_config that say which linears hold numbers, and which codes; by their full names."""
+        return {}
+
     harmless: frozenset[str] = frozenset()  # keys of quantization_config that tell how it was made, and change nothing
 
     def stated(self, source: FolderSource) -> Mapping[str, Stated]:
@@ -168,15 +172,13 @@ class ModelFolder(ABC, Generic[Spec]):
         """
         own = self._own(spec)
         family, layout = checkpoint.family, self.layout(own)
-        linears = family.matrices(checkpoint.config)
+        kept, linears = keeping.divided(own.keep, family, checkpoint.config, spec.name)
         for weight, matrix in linears.items():
             problem = layout.problems(matrix)
             if problem:
                 linear = family.inside(weight).removesuffix(".weight")
-                fitting = [str(size) for size in GROUPS if self._fits(own, size, linears)]
-                remedy = (
-                    f"Give it group_size: {' or '.join(fitting)}" if fitting else "No group_size fits: pad the model"
-                )
+                fitting = " or ".join(str(size) for size in GROUPS if self._fits(own, size, linears))
+                remedy = f"Give it group_size: {fitting}" if fitting else "No group_size fits: pad the model"
                 raise InputError(f"artifact {spec.name}: {linear} {problem}. {remedy}")
         entries: list[Entry] = []
         kinds: dict[str, Stored] = {}
@@ -192,10 +194,12 @@ class ModelFolder(ABC, Generic[Spec]):
                 dtype = checkpoint.dtype_of(tensor)
                 entries.append((tensor, dtype, shape))
                 kinds[tensor] = Stored(dtype, dtype.lower(), numbers=True)
-        config = dict(checkpoint.raw_config) | {"quantization_config": self.quantization_config(own)}
+        stated = self.quantization_config(own)
+        stated |= self.keeping(kept, [weight.removesuffix(".weight") for weight in linears]) if kept else {}
+        config = dict(checkpoint.raw_config) | {"quantization_config": stated}
         files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
         if self.config_copy:
-            files.append(small_file(self.config_copy, self.quantization_config(own)))
+            files.append(small_file(self.config_copy, stated))
         files += [copied_file(path) for path in checkpoint.side_files]
         folder = f"{name}-{self.folder_suffix(own)}"
         return PlannedArtifact(spec.name, spec, folder, tuple(files), family.parameters(checkpoint.config), kinds)

@@ -17,12 +17,13 @@ Left out: 2 and 3 bit, and writing asymmetric zeros (a zero of 0 is stored as -1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qquant import __version__
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
+from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe import GptqArtifact
@@ -210,6 +211,11 @@ class Gptq(ModelFolder[GptqArtifact]):
             "meta": {"quantizer": [f"qquant:{__version__}"]},
         }
 
+    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+        """For GPTQModel and vLLM, and for optimum, which reads the names of all others."""
+        dynamic: dict[str, Any] = {keeping.expression(name): {} for name in keeping.skipped(kept)}
+        return {"dynamic": dynamic, "modules_in_block_to_quantize": [list(quantized)]}
+
     config_copy = "quantize_config.json"
     harmless = frozenset(HARMLESS.split())
 
@@ -221,6 +227,8 @@ class Gptq(ModelFolder[GptqArtifact]):
         version = "gptq" if layout.shift else "gptq_v2"
         files = {file.file.stem for file in source.tensors.values()}
         linears, shift = source.family.linears, "zero points are off by one"
+        kept, coded = keeping.numbers(source)
+        ours = self.keeping(kept, coded)
         quantized = "other weights are taken for quantized"
         return {
             "quant_method": Stated(("gptq",), "it is read as another format", "gptq"),
@@ -234,10 +242,13 @@ class Gptq(ModelFolder[GptqArtifact]):
             "checkpoint_format": Stated((version,), shift, version),
             "format": Stated((version,), shift, version),
             "lm_head": Stated((False, None), quantized),
-            "dynamic": Stated((None, {}), quantized),
+            "dynamic": Stated((ours["dynamic"],) if kept else (None, {}), quantized),
             "modules_to_not_convert": Stated((None, [], ["lm_head"]), quantized),
             "modules_in_block_to_quantize": Stated(
-                (None, [list(stage.linears) for stage in source.family.stages], [list(linears)]), quantized
+                (ours["modules_in_block_to_quantize"],)
+                if kept
+                else (None, [list(stage.linears) for stage in source.family.stages], [list(linears)]),
+                quantized,
             ),
             "is_marlin_format": Stated((False, None), "codes are read in another order"),
             "pack_dtype": Stated(("int32",), "codes are cut otherwise", "int32"),

@@ -11,15 +11,15 @@ import datetime
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from qquant.recipe.fields import AtLeast0, AtLeast1, Conflict, Name, Share, Strict, Text, Truth, Whole
 from qquant.recipe.solvers import SOLVERS
-from qquant.recipe.words import hint, nearest, shown
+from qquant.recipe.tensors import UNITS, Keep, TypeChoice, bytes_of, unknown_types
+from qquant.recipe.words import shown
 
 SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
 BLOCK = 32  # columns of a block of the other GGUF types
@@ -28,37 +28,6 @@ GgufType = Literal[
     "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
     "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
-
-TENSOR_TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k",
-)  # fmt: skip
-"""What a single tensor of a GGUF file can be."""
-UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
-SIZE = re.compile(rf"(\d{{1,15}}(?:\.\d{{1,6}})?) ?({'|'.join(UNITS)})")
-
-TypeChoice = Annotated[
-    str | tuple[str, ...],
-    PlainValidator(lambda value: value),  # `conflicts` says what is wrong with it
-    PlainSerializer(lambda value: value),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": list(TENSOR_TYPES), "type": "string"},
-                {"type": "array", "items": {"enum": list(TENSOR_TYPES), "type": "string"}, "minItems": 1},
-            ]
-        }
-    ),
-]
 
 
 def _known_solver(value: object) -> object:
@@ -227,6 +196,8 @@ class _Artifact(Strict):
 class IntegerArtifact(_Artifact):
     """A folder of integer codes in groups: the settings that its layouts share, as their fields spell them."""
 
+    keep: Keep = ()
+
     if TYPE_CHECKING:  # fields of the layouts, each in its own order, with its own defaults and meanings
         bits: int
         group_size: int
@@ -344,8 +315,7 @@ class GgufArtifact(_Artifact):
     @property
     def most(self) -> int | None:
         """The most bytes that the file may have, from `size`."""
-        match = SIZE.fullmatch(self.size or "")
-        return int(Decimal(match[1]) * UNITS[match[2]]) if match else None
+        return bytes_of(self.size or "")
 
     @property
     def group(self) -> int:
@@ -374,26 +344,11 @@ class GgufArtifact(_Artifact):
         if len(targets) != 1:
             got = " and ".join(targets) or "none"
             yield (), f"needs a type or a size, got {got}; allowed: exactly one of {', '.join(TARGETS)}"
-        if isinstance(values["size"], str) and values["size"] and not SIZE.fullmatch(values["size"]):
+        if isinstance(values["size"], str) and values["size"] and bytes_of(values["size"]) is None:
             units = ", ".join(UNITS)
             yield ("size",), f"not a size, got {shown(values['size'])}; allowed: a number and one of {units}"
         if isinstance(values["types"], dict):
-            yield from _unknown_types(values["types"], lists=values["type"] is None)
-
-
-def _unknown_types(types: Mapping[str, Any], lists: bool) -> Iterator[Conflict]:
-    """Types that are none; `lists`: several may be named, to choose from."""
-    for pattern, choice in types.items():
-        place = ("types", pattern)
-        if isinstance(choice, tuple | list) and not lists:
-            yield place, "a list is what a size chooses from, and `type` is given; allowed: one type"
-            continue
-        several = choice if isinstance(choice, tuple | list) else (choice,)
-        for name in several or (choice,):
-            if name not in TENSOR_TYPES:
-                meant = hint(nearest(name, TENSOR_TYPES))
-                yield place, f"not a type of a tensor, got {shown(name)}; allowed: {', '.join(TENSOR_TYPES)}{meant}"
-                break
+            yield from unknown_types(values["types"], lists=values["type"] is None)
 
 
 ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]

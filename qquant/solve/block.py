@@ -69,10 +69,8 @@ def transform(view: View, draft: Draft, grams: Mapping[str, Gram]) -> Transforme
     if not spec.transforms:
         return Transformed(dict(view.weights), dict(grams))
 
-    def grid_for(linear: str, shape: tuple[int, int]) -> Grid:
-        grid = FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
-        assert grid is not None
-        return grid
+    def grid_for(linear: str, shape: tuple[int, int]) -> Grid | None:
+        return FORMATS[spec.format].grid_for(draft.plan, f"{prefix}{linear}.weight", shape[1])
 
     scaled = partial(awq, checkpoint.family, checkpoint.config, view.weights, grams, grid_for, spec.fold_points)
     if not spec.feedback:

@@ -99,6 +99,7 @@ def _propagated(
     }
     for stage in family.stages:
         gram, targets = _targets(view, stage, transformed.weights, _inputs(passes, last=stage is family.last))
+        targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
         del gram, targets

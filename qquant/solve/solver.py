@@ -140,6 +140,10 @@ class Solver:
         self.seconds[self.prefix + stage.name] = round(time.perf_counter() - began, 4)
         return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
 
+    def copies(self, name: str) -> bool:
+        """Whether the artifact holds a tensor of the block as numbers, which make up for nothing."""
+        return self.draft.plan.stored[self.prefix + name].numbers
+
     def _name(self, linear: str) -> str:
         return f"{self.prefix}{linear}.weight"
 

@@ -12,7 +12,7 @@ from qquant.formats.gguf.patterns import allowed
 from qquant.formats.gguf.types import TYPES
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
-from qquant.recipe.artifacts import TENSOR_TYPES
+from qquant.recipe.tensors import TENSOR_TYPES
 from qquant.source.checkpoint import Checkpoint
 
 MATRICES = {"token_embd.weight": (64, 256), "output.weight": (64, 256)} | {

@@ -189,7 +189,7 @@ def test_fingerprint_stays_what_it_was():
         calibration=Calibration(sources=(Source(bundled="a"),)),
         artifacts=(AwqArtifact(name="a", format="awq"),),
     )
-    assert recipe.fingerprint(made) == "e53ea7aa0c70f326596dba85e2daff276cf3bd0376e022ea8258a62d396bc756"
+    assert recipe.fingerprint(made) == "6707456bdb804d19ee9229261335ecdd9035992eb8b9a3cfa24c3bbfb8bd7c53"
 
 
 def test_import_and_load_stay_light():

@@ -13,7 +13,7 @@ from qquant.recipe import (
     Recipe,
     Source,
 )
-from qquant.recipe.artifacts import TENSOR_TYPES
+from qquant.recipe.tensors import TENSOR_TYPES
 from tests.worlds.recipe_text import GOOD, changed, problems
 
 # One problem, one line.
@@ -27,7 +27,7 @@ RECIPE_KEYS = (
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, behaviour, defaults, waiver"
 CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
 SOURCE_KEYS = "bundled, dataset, path, config, split, revision, field, kind, weight"
-AWQ_KEYS = "name, gates, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"
+AWQ_KEYS = "name, gates, keep, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"
 
 
 @pytest.mark.parametrize(

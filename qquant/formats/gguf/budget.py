@@ -32,7 +32,7 @@ from qquant.formats.gguf.container import padded
 from qquant.formats.gguf.mix import INSIDE, ModelShape
 from qquant.formats.gguf.types import TYPES
 from qquant.recipe import GgufArtifact
-from qquant.recipe.artifacts import TENSOR_TYPES
+from qquant.recipe.tensors import TENSOR_TYPES
 from qquant.resources import lazy
 
 if TYPE_CHECKING:

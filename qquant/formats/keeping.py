@@ -1,0 +1,96 @@
+r"""Linears of a model folder that stay as they are in the checkpoint (`keep` of a recipe), and how a config says so.
+
+    GPTQ   "dynamic": {"-:^model\\.layers\\.0\\.mlp\\.down_proj$": {}}     GPTQModel, vLLM, SGLang: no codes where a name fits
+           "modules_in_block_to_quantize": [[every other linear by its full name]]     transformers and optimum, which read no `dynamic`
+    AWQ    "modules_to_not_convert": ["model.layers.0.mlp.down_proj"]     transformers, vLLM, SGLang
+
+vLLM makes one linear of q, k and v, and of gate and up, and asks for it by a name of its own: so linears that share an input are kept
+together, and the names of what they are fused to are said too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from qquant.errors import UsageError
+from qquant.families import Family, ModelConfig
+from qquant.recipe.words import hint, nearest
+
+if TYPE_CHECKING:
+    from qquant.formats.folder import FolderSource
+
+FUSED = {"q_proj k_proj v_proj": "qkv_proj", "gate_proj up_proj": "gate_up_proj"}  # by the last words of what is fused
+
+
+def kept(patterns: Sequence[str], family: Family, config: ModelConfig, artifact: str) -> tuple[str, ...]:
+    """Names of the linears that `patterns` mean, without .weight, in the order of the model.
+
+    Raises:
+        UsageError: a pattern fits no linear, or only some of those that share an input.
+    """
+    names = [weight.removesuffix(".weight") for weight in family.matrices(config)]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern.removesuffix(".weight"))]
+        if not fitting:
+            roles = ", ".join(dict.fromkeys(name.replace(".0.", ".*.", 1) for name in names if ".0." in name))
+            raise UsageError(
+                f"artifact {artifact}: keep: {pattern}: fits no linear of this model; it has {roles}{hint(nearest(pattern, names))}"
+            )
+        chosen.update(fitting)
+    for group in groups(family, config):
+        missing = [name for name in group if name not in chosen]
+        if missing and len(missing) < len(group):
+            there = next(name for name in group if name in chosen)
+            raise UsageError(
+                f"artifact {artifact}: keep: {there} without {', '.join(missing)}: they share an input, and runtimes make one linear of "
+                "them. Keep all or none"
+            )
+    return tuple(name for name in names if name in chosen)
+
+
+def divided(
+    patterns: Sequence[str], family: Family, config: ModelConfig, artifact: str
+) -> tuple[tuple[str, ...], dict[str, tuple[int, int]]]:
+    """The linears that are kept, without .weight, and the shapes of the weights of all others.
+
+    Raises:
+        UsageError: as `kept`.
+    """
+    names = kept(patterns, family, config, artifact)
+    shapes = family.matrices(config)
+    return names, {weight: shape for weight, shape in shapes.items() if weight.removesuffix(".weight") not in names}
+
+
+def numbers(source: FolderSource) -> tuple[list[str], list[str]]:
+    """Linears of a folder that hold numbers, and those that hold codes."""
+    names = [weight.removesuffix(".weight") for weight in source.family.matrices(source.config)]
+    coded = [name for name in names if source.layout.holds(name, source.tensors)]
+    return [name for name in names if name not in coded], coded
+
+
+def groups(family: Family, config: ModelConfig) -> Iterator[tuple[str, ...]]:
+    """Names of the linears that share an input, for every stage of every block."""
+    for layer in range(config.layers):
+        prefix = family.block.format(layer)
+        yield from (tuple(f"{prefix}{linear}" for linear in stage.linears) for stage in family.stages)
+
+
+def skipped(names: Sequence[str]) -> list[str]:
+    """The names, and those of what runtimes fuse of them."""
+    found = list(names)
+    for words, fused in FUSED.items():
+        first, *others = words.split()
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            if last == first and all(f"{parent}.{other}" in names for other in others):
+                found.append(f"{parent}.{fused}")
+    return found
+
+
+def expression(name: str) -> str:
+    """A key of `dynamic` that takes one module out."""
+    return f"-:^{re.escape(name)}$"
