@@ -47,13 +47,15 @@ fuzz: $(READY)
 	  PYTHONPATH=. $(FUZZ)/bin/python tests/fuzz/readers.py $$reader $(RUNS) out/fuzz || exit 1; done
 	$(BIN)/python -m tests.fuzz.strangers $(RUNS)
 
-# Builds that are killed a thousand times, whose every call fails once, whose disk is full, and that come eight at once.
+# Builds that are killed a thousand times, whose every call fails once, whose disk is full, and that come eight at once; then the commands
+# that judge, publish, sign, patch and verify what they made.
 KILLS ?= 1000
 torture: $(READY)
 	$(BIN)/python -m tests.torture kill $(KILLS)
 	$(BIN)/python -m tests.torture calls
 	$(BIN)/python -m tests.torture full
 	$(BIN)/python -m tests.torture crowd
+	$(BIN)/python -m tests.torture_release 100
 
 # The table of rooms in qquant/README.md, from the heads of the files.
 map: $(READY)

@@ -418,10 +418,10 @@ def test_signals_stop_the_build_and_print_what_continues_it(make_checkpoint, bui
 # --- the harness, small ---------------------------------------------------------------------------------------------------
 
 
-def torture(*arguments):
+def torture(*arguments, module="tests.torture"):
     root = ROOT
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=root,
         capture_output=True,
         text=True,
@@ -461,6 +461,13 @@ def test_calls_that_fail_one_after_another(tortured):
 @pytest.mark.slow
 def test_every_tenth_call_fails():
     torture("calls", 10)
+
+
+@pytest.mark.slow
+def test_commands_after_a_build_are_killed_and_starved():
+    """check, publish, sign, verify, and publish and patch at a hub."""
+    found = torture(10, module="tests.torture_release")
+    assert min(found[f"{name}: calls"] for name in ("check", "publish", "sign")) >= 5
 
 
 def test_a_disk_that_is_full(tortured):

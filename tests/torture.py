@@ -423,6 +423,8 @@ def calls(range_, step, random_):
                 range_.counts[f"{fault}: calls"] = n - 1
                 print(f"{fault}: {n - 1} calls, {len(range_.violations)} violations", file=sys.stderr, flush=True)
                 break
+            if n % 50 == 0:
+                print(f"{fault} at call {n}, {len(range_.violations)} violations", file=sys.stderr, flush=True)
             n += random_.randint(max(1, step // 2), step)
 
 

@@ -1,6 +1,7 @@
 """Model cards: every number from report.json, every name from the manifest, and a check that finds what does not."""
 
 import dataclasses
+import errno
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from qquant.release.statements import with_statements
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
+from tests.torture_release import stand_in_for_signing
 from tests.worlds.hub_release import CONTENTS, GGUF, GPTQ, write_build
 
 FACTS = {"tag": "v1", "namespace": "org", "base_model": "Qwen/Qwen1.5-Test-Chat"}
@@ -387,6 +389,25 @@ def test_signing_needs_its_extra(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(EnvironmentMissingError, match=r"pip install 'qquant\[sign\]'"):
         signing.sign(written / GPTQ)
+
+
+def test_half_a_signature_is_never_in_a_folder(written, monkeypatch, tmp_path):
+    """A disk that is full while the library writes; then another that is not."""
+    library, folder = stand_in_for_signing(), written / GPTQ
+    monkeypatch.setitem(sys.modules, "model_signing", library)
+    before = sorted(path.name for path in folder.iterdir())
+
+    def full(self, model, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library.signing.Config, "sign", full)
+        with pytest.raises(EnvironmentMissingError, match="No space left"):
+            signing.sign(folder, tmp_path / "key.pem")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert len(signing.sign(folder, tmp_path / "key.pem").read_bytes()) == 25_000
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "model.sig"])
 
 
 def test_a_signed_folder_is_verified_by_the_reference_package(written, tmp_path):

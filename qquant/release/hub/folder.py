@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qquant.disk.digest import is_file_of, sha256_of
+from qquant.disk.writes import rename, sync
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
 from qquant.release.hub.request import Published, Request
 from qquant.release.repository import Repository
@@ -50,7 +51,9 @@ class Folder:
                     raise PublishError(f"{target}: was written with other bytes than {name} has; check the disk")
                 with target.open("rb") as file:
                     os.fsync(file.fileno())
-            partial.rename(final)
+            for folder in {(partial / name).parent for name in repository.files}:
+                sync(folder)
+            rename(partial, final)
         except OSError as error:
             raise EnvironmentMissingError(
                 f"{error.filename or final}: {error.strerror}. Nothing of it is visible"
