@@ -6,7 +6,7 @@ Each row is a chat of a question and a right answer, with what a marker needs:
     tools      calls, each of which is right as the first; pieces, the right answer cut where arguments begin and end: the even ones are structure
     code       function, the name that the program must define
 
-The tools are those of `tools.py`, held out, with other values. Facts are alike but for their places, so that one distracts from the others.
+The tools are those of `tools_heldout.py` with other values. Facts are alike but for their places, so that one distracts from the others.
 """
 
 import json
@@ -14,7 +14,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import tools
+import tools_heldout as scenarios
+from cases import Case
+from tools import calls, react
 
 FACTS, CALLS = 20, 64  # facts in each of two languages
 PLACES = {
@@ -57,8 +59,8 @@ def retrieval(language: str) -> Iterator[dict]:
         yield chat(f"{fact}\n\n{question}", value, task="retrieval", language=language, fact=fact)
 
 
-# Arguments that follow from the question. What `tools.logs` searches for does not.
-SCENARIOS = (tools.parcel, tools.route, tools.nutrition, tools.library, tools.air)
+# Arguments that follow from the question. What `tools_heldout.logs` searches for does not.
+SCENARIOS = (scenarios.parcel, scenarios.route, scenarios.nutrition, scenarios.library, scenarios.air)
 
 
 def value_pieces(arguments: dict[str, Any]) -> list[str]:
@@ -70,21 +72,21 @@ def value_pieces(arguments: dict[str, Any]) -> list[str]:
     return [*pieces, '"}']
 
 
-def call(draw: random.Random, case: tools.Case) -> dict:
+def call(draw: random.Random, case: Case) -> dict:
     """The first call of a case among two to four tools, in ReAct or as JSON."""
     used = list({step.tool.name: step.tool for step in case.steps}.values())
-    others = [tool for tool in tools.HELDOUT_TOOLS if tool not in used]
+    others = [tool for tool in scenarios.HELDOUT_TOOLS if tool not in used]
     offered = used + draw.sample(others, draw.randrange(1, 4))
     draw.shuffle(offered)
     step, right = case.steps[0], [{"name": step.tool.name, "arguments": step.arguments} for step in case.steps]
     first, *values = value_pieces(step.arguments)
     if draw.random() < 0.67:
-        (asked, _) = tools.react(case, offered, heldout=True)
+        (asked, _) = react(case, offered, heldout=True)
         pieces = ["Thought: ", step.thought, f"\nAction: {step.tool.name}\nAction Input: {first}", *values]
         pieces[-1] += "\nObservation:"
         messages = [asked]
     else:
-        messages = tools.calls(case, offered, heldout=True)[:2]
+        messages = calls(case, offered, heldout=True)[:2]
         pieces = [f'[{{"function": "{step.tool.name}", "parameters": {first}', *values]
         pieces[-1] += "}]"
     answer = {"role": "assistant", "content": "".join(pieces)}
@@ -97,7 +99,7 @@ def tool_calls() -> Iterator[dict]:
     while len(asked) < CALLS:
         case = SCENARIOS[len(asked) % len(SCENARIOS)](draw)
         if case.question in asked:
-            case = tools.parcel(draw)
+            case = scenarios.parcel(draw)
         if case.question not in asked:
             asked.add(case.question)
             yield call(draw, case)
