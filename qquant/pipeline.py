@@ -293,7 +293,7 @@ def bisect(
     candidates = (
         bisection.whole_blocks(source)
         if structure.folds(source, CachedWeights(checkpoint))
-        else bisection.stages(source)
+        else [*bisection.stages(source), *bisection.tables(source)]
     )
     search = bisection.Search(checkpoint, source, text.scored(text.windows[: text.looks[0]]), device, progress)
     return bisection.bisect(search, candidates, limit)

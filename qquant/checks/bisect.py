@@ -5,7 +5,8 @@ gives the KL divergence with each linear restored alone; gain(i) = KL(artifact) 
 of gain per byte, cheapest first, until the mean KL divergence is within the limit; the set is tried as a whole (gains add up only
 roughly), found by bisection over how many are taken, and then thinned: what can go back to the artifact without missing the limit does.
 
-The stages of a block are candidates as a whole (q, k, v are one), so that runtimes that fuse them still can.
+The stages of a block are candidates as a whole (q, k, v are one), so that runtimes that fuse them still can. So are the embedding and the
+head of a file that has codes of them, which most GGUF files do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 from qquant.checks.fidelity import Scored, measure
 from qquant.families import Family, ModelConfig
 from qquant.families.weights import WeightSource
+from qquant.formats import ArtifactSource
 from qquant.progress import Progress
+from qquant.source.safetensors_file import SIZES
 
 TOGETHER = 16  # mixtures read at a time
 
@@ -49,7 +52,7 @@ class PatchedWeights:
 
 @dataclass(frozen=True)
 class Restorable:
-    """Linears that are restored together: one stage of one block, or the head."""
+    """Linears that are restored together: one stage of one block, the embedding or the head."""
 
     name: str
     weights: tuple[str, ...]
@@ -106,6 +109,20 @@ def stages(source: WeightSource) -> list[Restorable]:
                 Restorable(f"{prefix}{stage.name}", weights, sum(math.prod(shapes[x]) for x in stage.linears))
             )
     return restorables
+
+
+def tables(source: WeightSource) -> list[Restorable]:
+    """The embedding and the head, where the artifact holds codes of them; a tied table is one."""
+    if not isinstance(source, ArtifactSource):
+        return []
+    family, config = source.family, source.config
+    size = config.vocab * config.hidden
+    if config.tied:
+        restorables = [Restorable(family.embedding.removesuffix(".weight"), (family.embedding, family.head), size)]
+    else:
+        names = family.embedding, family.head
+        restorables = [Restorable(name.removesuffix(".weight"), (name,), size) for name in names]
+    return [table for table in restorables if source.stored_as(table.weights[0]).upper() not in SIZES]
 
 
 def whole_blocks(source: WeightSource) -> list[Restorable]:

@@ -118,27 +118,41 @@ def check(
 )
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
 @click.option("--length", default=256, show_default=True, help="Tokens per window.")
+@click.option(
+    "--recipe",
+    "written",
+    type=OutputFile(),
+    help="Write the recipe of the artifact with these in 16 bits to this file; default: only the lines are printed.",
+)
 @ADAPTER
 @LOG
 @DEVICE
 @JSON
 def bisect(
-    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, adapter: Path | None,
-    log: Path | None, device: str, as_json: bool,
+    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, written: Path | None,
+    adapter: Path | None, log: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Find which linears carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
+    """Find which tensors carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
 
-    Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears.
+    Linears that share an input are one; an AWQ artifact is searched by blocks, since its scales are folded between linears. The embedding and the
+    head of a GGUF file are searched too. The answer is what a recipe says: `types` of a GGUF file, `keep` of a folder.
     """
     require_there(artifact)
     from qquant import pipeline
+    from qquant.artifact.again import again, in_16_bits
+    from qquant.recipe import dump, lines_of
     from qquant.source.checkpoint import Checkpoint
+
+    if written is not None:
+        again(artifact, {})  # there is a recipe, or this is the end
 
     source = Checkpoint.open(against, adapter=adapter)
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
     chosen = [restorable.name for restorable in bisection.chosen]
+    weights = [name for restorable in bisection.chosen for name in restorable.weights]
+    fields = in_16_bits(artifact, weights, source.dtype) if chosen else {}
     if as_json:
         gains = [
             {"name": restorable.name, "parameters": restorable.size, "gain": gain}
@@ -150,7 +164,8 @@ def bisect(
             "limit": bisection.limit,
             "gains": gains,
         }
-        echo(json.dumps(content | {"restored": chosen, "kl_restored": bisection.kl_chosen}, indent=2))
+        content |= {"restored": chosen, "kl_restored": bisection.kl_chosen, "recipe_entry": fields}
+        echo(json.dumps(content, indent=2))
     else:
         from rich.table import Table
 
@@ -164,9 +179,15 @@ def bisect(
         else:
             echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_chosen:.6f} with these in 16 bits:")
             echo("\n".join(f"  {name}" for name in chosen))
+            echo("in a recipe's entry of it:")
+            echo("\n".join(f"    {line}" for line in lines_of(fields)))
+    if written is not None and chosen:
+        written.write_text(dump(again(artifact, fields), brief=True), "utf-8")
+        if not as_json:
+            echo(f"{written}: its recipe with these. Next: qquant build {against} --recipe {written} --out DIR")
     if bisection.kl_chosen > max_kl:
         raise GateFailedError(
-            f"{artifact}: {bisection.kl_chosen:.6f} with every linear in 16 bits; the loss is elsewhere"
+            f"{artifact}: {bisection.kl_chosen:.6f} with all of these in 16 bits; the loss is elsewhere"
         )
 
 

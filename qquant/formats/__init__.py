@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from qquant.algorithms.grid import Grid, Integers, QuantizedTensor
 
 
+@runtime_checkable
 class ArtifactSource(WeightSource, Protocol):
     """The weights of an artifact, and what they are made of."""
 
@@ -101,6 +102,13 @@ class Format(Protocol):
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of weight `name`; None if the format stores it by itself."""
+        ...
+
+    def in_16_bits(self, path: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
+        """Fields of a recipe's entry for an artifact like the one at `path`, with these tensors as in a checkpoint of `dtype`.
+
+        A list or mapping is said whole, with what the artifact keeps already.
+        """
         ...
 
     def pack(self, planned: PlannedArtifact, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ class ModelFolder(ABC, Generic[Spec]):
     method: str  # quant_method of its config
     is_folder = True
     library = "transformers"
+    in_16_bits = keeping.in_16_bits
     config_copy: str | None  # file that repeats quantization_config, where readers expect one
 
     @abstractmethod
@@ -185,10 +186,8 @@ class ModelFolder(ABC, Generic[Spec]):
         for tensor, shape in family.shapes(checkpoint.config).items():
             module, _ = tensor.rsplit(".", 1)
             if tensor in linears:
-                entries += [
-                    (f"{module}.{suffix}", dtype, stored)
-                    for suffix, dtype, stored in layout.entries((shape[0], shape[1]))
-                ]
+                for suffix, dtype, stored in layout.entries((shape[0], shape[1])):
+                    entries.append((f"{module}.{suffix}", dtype, stored))
                 kinds[tensor] = Stored(PACKED, self.label(own), numbers=False)
             else:
                 dtype = checkpoint.dtype_of(tensor)

@@ -13,14 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qquant.errors import UsageError
 from qquant.families import Family, ModelConfig
 from qquant.recipe.words import hint, nearest
 
 if TYPE_CHECKING:
-    from qquant.formats.folder import FolderSource
+    from pathlib import Path
+
+    from qquant.formats.folder import FolderSource, ModelFolder
 
 FUSED = {"q_proj k_proj v_proj": "qkv_proj", "gate_proj up_proj": "gate_up_proj"}  # by the last words of what is fused
 
@@ -70,6 +72,15 @@ def numbers(source: FolderSource) -> tuple[list[str], list[str]]:
     names = [weight.removesuffix(".weight") for weight in source.family.matrices(source.config)]
     coded = [name for name in names if source.layout.holds(name, source.tensors)]
     return [name for name in names if name not in coded], coded
+
+
+def in_16_bits(layout: ModelFolder[Any], path: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
+    """`keep` with the linears among `tensors` besides those that the folder at `path` keeps already."""
+    del dtype
+    source = layout.read(path)
+    names = {*numbers(source)[0], *(tensor.removesuffix(".weight") for tensor in tensors)}
+    linears = (weight.removesuffix(".weight") for weight in source.family.matrices(source.config))
+    return {"keep": [name for name in linears if name in names]}
 
 
 def groups(family: Family, config: ModelConfig) -> Iterator[tuple[str, ...]]:

@@ -61,6 +61,7 @@ __all__ = [
     "dump",
     "eight_bits",
     "fingerprint",
+    "lines_of",
     "load",
     "names",
     "parse",
@@ -108,6 +109,15 @@ def names() -> list[str]:
 
 def dump(recipe: Recipe, *, brief: bool = False) -> str:
     """The recipe as YAML with every default visible, or `brief`, without them; `parse(dump(recipe)) == recipe`."""
+    return _yaml(shortest(recipe) if brief else recipe.model_dump(mode="json"))
+
+
+def lines_of(fields: dict[str, Any]) -> list[str]:
+    """Some fields of a recipe as lines of YAML, to be pasted."""
+    return _yaml(fields).splitlines()
+
+
+def _yaml(data: Any) -> str:
     yaml = ruamel.YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
@@ -115,7 +125,7 @@ def dump(recipe: Recipe, *, brief: bool = False) -> str:
     yaml.width = 120
     yaml.representer.add_representer(str, _represent_text)
     stream = io.StringIO()
-    yaml.dump(_short_first(shortest(recipe) if brief else recipe.model_dump(mode="json")), stream)
+    yaml.dump(_short_first(data), stream)
     return stream.getvalue()
 
 

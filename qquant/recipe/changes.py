@@ -62,7 +62,7 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
         data["calibration"]["default_system_share"] = 1.0  # no system turns are invented for a user's own chats
     for setting in flags.settings:
         _set(data, setting)
-    return fit.fitted(_Unplaced(), _frozen(data))
+    return fit.fitted(Unplaced(), frozen(data))
 
 
 def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ def _members(items: list[Any], key: str, setting: str) -> Iterator[tuple[int, st
     yield int(first), rest
 
 
-class _Unplaced(Page):
+class Unplaced(Page):
     """Problems by key alone: there is no file."""
 
     def __init__(self) -> None:
@@ -172,10 +172,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Tuples for lists, as recipes hold them."""
     if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
+        return {key: frozen(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_frozen(item) for item in value)
+        return tuple(frozen(item) for item in value)
     return value

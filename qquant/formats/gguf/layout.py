@@ -156,6 +156,17 @@ class Gguf:
             found[kind] = self.plan(checkpoint, entry, whole, name)
         return found
 
+    def in_16_bits(self, path: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
+        """`type` and `types`: of a file that is one of llama-quantize's mixes the tensors alone, else all that it has."""
+        source = GgufSource.open(path)
+        family, sixteen = source.family, budget.SIXTEEN[dtype]
+        shape, types = mix.ModelShape(family, source.config), said.matrix_types(source.header)
+        kind = said.kind_of(types, shape)
+        chosen = {patterns.short(name): sixteen for tensor in tensors if (name := family.gguf_name(tensor)) in types}
+        plain = mix.tensor_types(kind, shape, True).types
+        whole = {} if all(plain[name] == types[name] for name in shape.matrices()) else budget.abridged(types)
+        return {"type": budget.NOT_ASKED_FOR.get(kind, kind), "types": whole | chosen}
+
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of matrix `name` for a solver with steps; None: the type's own quantizer decides."""
         del columns
