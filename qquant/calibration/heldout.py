@@ -33,6 +33,9 @@ else:
     np = lazy("numpy")
 
 
+LETTERS = 40  # of a shared stretch that are no accident; the bundled texts share none of 8 words, or 24 letters without spaces
+
+
 def heldout(name_or_path: str, tokenizer: Tokenizer) -> tuple[NDArray[np.int32], dict[str, Any]]:
     """(ids int32 [n], provenance) of an evaluation text: "bundled:NAME" of calibration/heldout.yaml, or a .txt or .jsonl file.
 
@@ -101,10 +104,18 @@ def overlap(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], run:
 def require_apart(
     calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], tokenizer: Tokenizer, run: int = 32
 ) -> None:
-    """Raise InputError, showing the first shared text, if the model was calibrated on the text that judges it."""
+    """Raise InputError, showing the first shared text, if the model was calibrated on the text that judges it.
+
+    Shared is a stretch of `run` tokens or more that holds LETTERS letters: where a tokenizer spells a script byte by byte, 32 tokens are a
+    phrase that anybody may write, and in tool calls they are brackets and quotes.
+    """
     positions = shared_runs(calibration, heldout_tokens, run)
-    if len(positions):
-        start = int(positions[0])
+    gaps = np.flatnonzero(np.diff(positions) > 1) + 1
+    for stretch in np.split(positions, gaps) if len(positions) else ():
+        start = int(stretch[0])
+        whole = tokenizer.decode(heldout_tokens[start : int(stretch[-1]) + run].tolist())
+        if sum(map(str.isalpha, whole)) < LETTERS:
+            continue
         text = tokenizer.decode(heldout_tokens[start : start + run].tolist())
         raise InputError(
             f"the held-out text shares {len(positions)} runs of {run} tokens with the calibration set, the first at token {start}: {text!r}. "

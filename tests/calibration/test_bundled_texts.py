@@ -65,6 +65,29 @@ def test_calibrating_on_the_text_that_judges_is_an_error_that_shows_it(tiny, boo
     calibration.require_apart(found, tiny_ids(tiny, "Something else entirely. " * 20), tiny)
 
 
+@pytest.mark.parametrize(
+    "phrase", ["โดยคลิกที่ปุ่ม ที่อยู่ด้านขวา", '", "required": true, "schema": {"type": "string"}}, {"name": "']
+)
+def test_a_phrase_is_no_shared_text_and_a_passage_is_one(tiny, tmp_path, phrase):
+    """A tokenizer that spells Thai byte by byte takes 32 tokens for a few words: the published recipe refused its own texts there."""
+    (tmp_path / "a.txt").write_text(f"{book_of('ships')} {phrase} {book_of('sailors')}")
+    found = calibration.load(spec(Source(path=str(tmp_path / "a.txt")), samples=1, length=4096), tiny, False)
+    ids = tiny_ids(tiny, f"Elsewhere they wrote {phrase} and nothing else.")
+    assert calibration.overlap(found, ids) > 0
+    calibration.require_apart(found, ids, tiny)
+    (tmp_path / "b.txt").write_text(f"{book_of('ships')} {phrase * 3} {book_of('sailors')}")
+    found = calibration.load(spec(Source(path=str(tmp_path / "b.txt")), samples=1, length=4096), tiny, False)
+    with pytest.raises(InputError, match="shares"):
+        calibration.require_apart(found, tiny_ids(tiny, f"Elsewhere they wrote {phrase * 3} and nothing else."), tiny)
+
+
+def book_of(what):
+    return " ".join(
+        f"Chapter {number} tells of {what}, and of the harbour that they left {number} days ago."
+        for number in range(90)
+    )
+
+
 def tiny_ids(tokenizer, text):
     return np.array(tokenizer.encode(text), np.int32)
 
