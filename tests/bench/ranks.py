@@ -1,12 +1,15 @@
 """A build on 1, 2, 4, ... ranks of one host: the same bytes or not, seconds by phase, peak memory of each rank.
 
     python -m tests.bench.ranks --work FOLDER --out FOLDER [--shape demo|0.5B|1.8B|7B] [--layers 32] [--samples 128] [--worlds 1 2 4]
-                                [--only gptq-int4 q4_k_m ...] [--stop 20] [--check]
+                                [--only gptq-int4 q4_k_m ...] [--windows 16] [--stop 20]
 
 `demo`: the bundled checkpoint by its recipe; else random bf16 weights of the shape, and a recipe of the eleven published artifacts with
 random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), else
 one thread. Each world builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1
 is ended, and the next number of ranks continues. Numbers go to FOLDER/ranks.json after every world; a summary is printed.
+
+On a machine that others use, processor seconds say more than the clock: those of the slowest rank in each phase, summed, are what a build
+would take if every rank had a core of its own.
 """
 
 import argparse
@@ -31,44 +34,48 @@ calibration:
   samples: {samples}
   length: 2048
   default_system_share: 0
-checks: {{text: "bundled:zh-test", windows: 16, length: 512}}
+checks: {{text: "bundled:zh-test", windows: {windows}, length: 512}}
 artifacts:
 """
 FOLDERS = {"gptq-int4": "format: gptq, bits: 4", "gptq-int8": "format: gptq, bits: 8", "awq": "format: awq"}
 GGUF = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
 
 
-def checkpoint_of(options):
-    """The folder of a checkpoint and its recipe."""
+def prepare(options):
+    """Write a recipe, and a checkpoint where none is there."""
     from qquant.resources import data_dir
 
     if options.shape == "demo":
-        return data_dir("recipes") / "demo" / "tiny-qwen1.5", "demo"
+        text = (data_dir("recipes") / "demo.yaml").read_text()
+        text = text.replace("samples: 96", f"samples: {options.samples or 96}")
+        (options.work / "ranks.yaml").write_text(text.replace("windows: 40", f"windows: {options.windows or 40}"))
+        return
     import torch
 
     from tests.bench.memory import write_random
 
-    folder = options.work / "model"
-    if not folder.exists():
-        write_random(folder, options.shape, options.layers, "cuda" if torch.cuda.is_available() else "cpu", shards=4)
+    if not (options.work / "model").exists():
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+        write_random(options.work / "model", options.shape, options.layers, place, shards=4)
     entries = FOLDERS | {name: f"format: gguf, type: {name}" for name in GGUF}
     lines = [f"  - {{name: {name}, {entry}, gates: {{defaults: false}}}}\n" for name, entry in entries.items()]
-    path = options.work / "ranks.yaml"
-    path.write_text(RECIPE.format(samples=options.samples) + "".join(lines))
-    return folder, str(path)
+    text = RECIPE.format(samples=options.samples or 128, windows=options.windows or 16)
+    (options.work / "ranks.yaml").write_text(text + "".join(lines))
 
 
 class Clock:
-    """Progress of a rank: seconds up to every step, by its phase."""
+    """Progress of a rank: seconds up to every step, by its phase, of the clock and of the processor."""
 
     def __init__(self):
-        self.began = self.last = time.monotonic()
-        self.phases = {}  # seconds
+        self.began = time.monotonic()
+        self.last = self.began, time.process_time()
+        self.phases = {}
 
     def advance(self, phase, done, of):
         """As a build reports it."""
-        now = time.monotonic()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
+        now = time.monotonic(), time.process_time()
+        known = self.phases.get(phase, (0.0, 0.0))
+        self.phases[phase] = tuple(known[i] + now[i] - self.last[i] for i in range(2))
         self.last = now
 
     def check_stop(self):
@@ -82,22 +89,24 @@ def rank_main(options):
     from qquant import pipeline, recipe
     from qquant.cli import together
     from qquant.plan.plan import Plan
+    from qquant.resources import data_dir
     from qquant.source.checkpoint import Checkpoint
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    folder, name = checkpoint_of(options)
+    demo = options.shape == "demo"
+    folder = data_dir("recipes") / "demo" / "tiny-qwen1.5" if demo else options.work / "model"
     with together.joined(os.environ, ["build"]) as ranks:
         device = together.device_of("auto", ranks)
-        loaded, source, clock = recipe.load(name), Checkpoint.open(folder), Clock()
+        loaded, source, clock = recipe.load(str(options.work / "ranks.yaml")), Checkpoint.open(folder), Clock()
         plan = Plan.of(loaded, source, tuple(options.only))
         pipeline.build(loaded, source, plan, options.work / "out", device, clock, ranks)
         whole = time.monotonic() - clock.began
         on_cuda = device.type == "cuda"
+        clock.advance("end", 1, 1)
         found = {
             "seconds": whole,
-            "phases": {
-                phase: round(took, 2) for phase, took in (clock.phases | {"end": time.monotonic() - clock.last}).items()
-            },
+            "phases": {phase: round(took, 2) for phase, (took, _) in clock.phases.items()},
+            "processor": {phase: round(took, 2) for phase, (_, took) in clock.phases.items()},
             "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
             "device": torch.cuda.get_device_name() if on_cuda else "cpu",
@@ -147,7 +156,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, help="of the calibration; default: 128, the demo's 96")
+    parser.add_argument("--windows", type=int, help="of the check; default: 16, the demo's 40")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--threads", default="1", help="of a rank on the CPU")
@@ -159,7 +169,7 @@ def main():
         rank_main(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint_of(options)
+    prepare(options)
     shutil.rmtree(options.work / "out", ignore_errors=True)
     results, files, wrong = [], {}, []
     for world in options.worlds:
@@ -183,16 +193,24 @@ def main():
     sys.exit(bool(wrong) or any("ranks" not in found for found in results))
 
 
+def longest(found):
+    """Processor seconds of the slowest rank in each phase, summed."""
+    ranks = [rank["processor"] for rank in found.get("ranks", [])]
+    return sum(max(rank.get(phase, 0.0) for rank in ranks) for phase in {phase for rank in ranks for phase in rank})
+
+
 def summary(found, first):
     """Lines for people."""
     if "ranks" not in found:
         return f"{found['world']} ranks: ended with {found['status']} after {found['seconds']:.1f} s"
     slowest = max(found["ranks"], key=lambda rank: rank["seconds"])
     before = max((rank["seconds"] for rank in first.get("ranks", [])), default=0)
+    processor, processor_before = longest(found), longest(first)
     whole = f"{slowest['seconds']:.1f} s ({found['seconds']:.1f} s with the start of processes)"
     told = f"{len(found['different'])} of {found['files']} files ({found['bytes']:,} bytes) differ {found['different'][:4] or ''}"
     lines = [
-        f"{found['world']} ranks on {slowest['device']}: {whole}, {before / slowest['seconds']:.2f} times as fast; {told}"
+        f"{found['world']} ranks on {slowest['device']}: {whole}, {before / slowest['seconds']:.2f} times as fast; {told}",
+        f"  longest way by processor: {processor:.1f} s, {processor_before / processor:.2f} times as fast",
     ]
     for number, rank in enumerate(found["ranks"]):
         phases = ", ".join(f"{phase} {took:.1f}" for phase, took in rank["phases"].items())
