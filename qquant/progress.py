@@ -6,6 +6,7 @@ came; who does not ask cannot be stopped there.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,3 +48,22 @@ class Share:
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole says so."""
         self.whole.check_stop()
+
+
+class Timed:
+    """Progress that keeps the seconds of each phase: those up to each of its steps."""
+
+    def __init__(self, shown: Progress) -> None:
+        self.shown, self.last = shown, time.monotonic()
+        self.took: dict[str, float] = {}
+
+    def advance(self, phase: str, done: int, of: int) -> None:
+        """Count the time since the last step, and show this one."""
+        now = time.monotonic()
+        self.took[phase] = self.took.get(phase, 0.0) + now - self.last
+        self.last = now
+        self.shown.advance(phase, done, of)
+
+    def check_stop(self) -> None:
+        """As what is shown."""
+        self.shown.check_stop()

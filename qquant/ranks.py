@@ -213,6 +213,14 @@ class Ranks:
 ALONE = Ranks()
 
 
+def dealt(costs: Mapping[str, float], world: int) -> list[list[str]]:
+    """Names by rank, so that the rank with most to do has little: the dearest first, each to whom has least."""
+    hands: list[list[str]] = [[] for _ in range(world)]
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        min(hands, key=lambda hand: (sum(costs[one] for one in hand), len(hand))).append(name)
+    return hands
+
+
 @dataclass
 class _Watch:
     """Signs for its rank, and looks after the others."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,11 @@ def data_dir(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "_data" / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def cache_dir() -> Path:
+    """The folder of this user for what can be measured again: `$XDG_CACHE_HOME/qquant`, or `~/.cache/qquant`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qquant"
 
 
 class _Lazy(ModuleType):

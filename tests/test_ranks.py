@@ -11,7 +11,6 @@ import pytest
 from torch.distributed import HashStore
 
 from qquant import doctor, pipeline, ranks
-from qquant.artifact.owning import dealt
 from qquant.cli import main, together
 from qquant.errors import (
     GateFailedError,
@@ -22,7 +21,7 @@ from qquant.errors import (
 )
 from qquant.plan.plan import Plan
 from qquant.processes import dead, identity, start_of
-from qquant.ranks import ALONE, Membership, Ranks
+from qquant.ranks import ALONE, Membership, Ranks, dealt
 from qquant.source.checkpoint import Checkpoint
 from tests.test_pipeline import CPU, contents, load_recipe, quiet
 from tests.worlds import ROOT

@@ -18,15 +18,7 @@ from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import finished
 from qquant.artifact.manifest import Origin
 from qquant.formats.planned import PlannedArtifact
-from qquant.ranks import Ranks
-
-
-def dealt(costs: Mapping[str, float], world: int) -> list[list[str]]:
-    """Names by rank, so that the rank with most to do has little: the dearest first, each to whom has least."""
-    hands: list[list[str]] = [[] for _ in range(world)]
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        min(hands, key=lambda hand: (sum(costs[one] for one in hand), len(hand))).append(name)
-    return hands
+from qquant.ranks import Ranks, dealt
 
 
 def share(

@@ -19,3 +19,14 @@ def write(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
     write_synced(
         path, (json.dumps({"schema": "qquant-timings-1", "artifacts": {**timings, **took}}, indent=2) + "\n").encode()
     )
+
+
+def foresee(out: Path, took: Mapping[str, float], foreseen: Mapping[str, float]) -> None:
+    """Leave what each phase of a build took, beside what was foreseen of it (nothing, where nobody asked the machine before)."""
+    path = out / TIMINGS
+    content = read_json(path) if path.is_file() else {"schema": "qquant-timings-1", "artifacts": {}}
+    phases = {
+        phase: {"took": round(seconds, 3)} | ({"foreseen": round(foreseen[phase], 3)} if phase in foreseen else {})
+        for phase, seconds in took.items()
+    }
+    write_synced(path, (json.dumps(content | {"phases": phases}, indent=2) + "\n").encode())

@@ -13,10 +13,9 @@ from dataclasses import replace
 
 from safetensors.torch import load, save
 
-from qquant.artifact.owning import dealt
 from qquant.checks.fidelity import TILE, Fidelity, Peaks, Scored
 from qquant.disk.records import to_plain, typed
-from qquant.ranks import Ranks
+from qquant.ranks import Ranks, dealt
 from qquant.report.record import Answers
 
 Read = Callable[[Scored], dict[str, Fidelity]]

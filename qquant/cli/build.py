@@ -27,11 +27,17 @@ from qquant.cli.options import (
 )
 from qquant.cli.terminal import Stop, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
+from qquant.progress import Timed
 
 if TYPE_CHECKING:
+    import torch
+
     from qquant.plan.asked import Asked
     from qquant.plan.plan import Plan
+    from qquant.ranks import Ranks
+    from qquant.recipe import Recipe
     from qquant.report.record import Report
+    from qquant.source.checkpoint import Checkpoint
 
 
 @command(epilog=EXITS, example="build Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat --out release")
@@ -69,16 +75,33 @@ def build(
     for warning in plan.warnings:
         echo(f"warning: {warning}", err=True)
     from qquant import pipeline
+    from qquant.artifact import timings
 
     began, ranks = time.monotonic(), ranks_here()
+    where = device_of(device, ranks)
+    foreseen = _foreseen(loaded, source, plan, where, ranks)
     with Stop(ranks.first) as stop, working(ranks, log, stop) as progress:
-        report = pipeline.build(loaded, source, plan, out, device_of(device, ranks), progress, ranks)
+        clock = Timed(progress)
+        report = pipeline.build(loaded, source, plan, out, where, clock, ranks)
+    if ranks.first and "quantize" in clock.took:
+        timings.foresee(out, clock.took, foreseen)
     if not as_json:
-        echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}: {out}", err=True)
+        told = f", {span(sum(foreseen.values()))} foreseen" if foreseen else ""
+        echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}{told}: {out}", err=True)
         echo("\n".join(_next(report, plan, out)), err=True)
     if ranks.first:
         tell_watchers([report], junit, github)
     show(report, as_json)
+
+
+def _foreseen(recipe: Recipe, source: Checkpoint, plan: Plan, device: torch.device, ranks: Ranks) -> dict[str, float]:
+    """Seconds by phase, where `qquant doctor --calibrate` has measured this machine; otherwise nothing, and no time is spent on it."""
+    from qquant.plan import machine, seconds
+
+    measured = machine.known(device) if ranks.first else None
+    if measured is None:
+        return {}
+    return measured.foreseen(seconds.seconds(recipe, source, plan, seconds.probe(source, device), device, ranks.world))
 
 
 def _next(report: Report, plan: Plan, out: Path) -> Iterator[str]:

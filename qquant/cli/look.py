@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qquant.cli.command import command
+from qquant.cli.display import Display
 from qquant.cli.options import DEVICE, EXITS, JSON
 from qquant.cli.terminal import counted, echo, echo_json
 from qquant.cli.together import device_of, ranks_here
+
+if TYPE_CHECKING:
+    import torch
+
+    from qquant.doctor import Finding
 
 WIDTH = 200  # characters of a value that are shown
 
@@ -91,9 +98,14 @@ def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, obj
 
 @command(epilog=EXITS, example="doctor --out release")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="The folder that builds will write to.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Also build something small, in a minute, and keep what it took: `plan` and `build` then foresee better.",
+)
 @DEVICE
 @JSON
-def doctor(out: Path, device: str, as_json: bool) -> None:
+def doctor(out: Path, calibrate: bool, device: str, as_json: bool) -> None:
     """Find out whether this machine can build: versions, memory, the file system of --out, kernels, hub login.
 
     Under `torchrun -m` also whether ranks can work together: collectives, and one folder for all of them.
@@ -106,6 +118,8 @@ def doctor(out: Path, device: str, as_json: bool) -> None:
     findings = list(examination.examine(out, here))
     if ranks.world > 1:
         findings += examination.group(out, here, ranks, findings)
+    if calibrate and ranks.first:
+        findings.append(_calibrated(here))
     if as_json:
         content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
         echo(json.dumps(content, indent=2))
@@ -115,3 +129,16 @@ def doctor(out: Path, device: str, as_json: bool) -> None:
     failed = [finding for finding in findings if finding.state == examination.FAILURE]
     if failed and ranks.first:
         raise EnvironmentMissingError("; ".join(f"{finding.name}: {finding.text}" for finding in failed))
+
+
+def _calibrated(device: torch.device) -> Finding:
+    """What a small build took over what was counted, kept for `plan`."""
+    from qquant import reference
+    from qquant.doctor import OK, Finding
+    from qquant.plan import machine
+
+    with Display() as progress:
+        measured = reference.measure(device, progress)
+    path = machine.keep(measured, device)
+    factors = ", ".join(f"{phase} {factor:.2f}" for phase, factor in measured.factors.items())
+    return Finding("calibrated", OK, f"times what is counted: {factors}; kept in {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,14 @@ from qquant.cli.options import DEVICE, EXITS, JSON, PLANNING, asking, given_imat
 from qquant.cli.terminal import console, counted, echo
 
 if TYPE_CHECKING:
+    import torch
+
     from qquant.formats.planned import PlannedArtifact
     from qquant.plan.asked import Asked
     from qquant.plan.beside import Cost
+    from qquant.plan.machine import Machine
     from qquant.plan.plan import Plan
+    from qquant.plan.seconds import Rates
     from qquant.recipe import Recipe
     from qquant.source.checkpoint import Checkpoint
 
@@ -37,11 +41,18 @@ SIGNS = {"top-1 agreement": "at least"}
     default=None,
     help="Say how long the phases take here, from a probe of a second (imports torch); default: on a terminal.",
 )
+@click.option(
+    "--world",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Ranks that build together (torchrun --nproc-per-node); with more than 1 their shares are printed.",
+)
 @DEVICE
 @JSON
 def plan(
     asked: Asked, only: tuple[str, ...], name: str | None, imatrix: Path | None, files: bool, tensors: bool, gates: bool,
-    timed: bool | None, device: str, as_json: bool,
+    timed: bool | None, world: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what a build will write to the byte, the memory, disk and time it takes, and what does not fit.
 
@@ -55,7 +66,7 @@ def plan(
     phases: dict[str, float] = {}
     clock = None
     if sys.stdout.isatty() if timed is None else timed:
-        clock = _clock(source, device)
+        clock = _clock(source, device, world)
         phases = clock(loaded, planned)
     costs = beside(loaded, source, planned, None if clock is None else lambda *asked: sum(clock(*asked).values()))
     if as_json:
@@ -68,20 +79,44 @@ def plan(
     if tensors:
         _print_tensors(planned)
     _print_checks(planned, source, gates)
-    _print_needs(planned, phases)
+    _print_needs(planned, phases, known=clock is not None and clock.known)
+    if world > 1:
+        _print_ranks(planned, source, device, world)
     _print_efforts(costs)
     for warning in planned.warnings:
         echo(f"warning: {warning}")
 
 
-def _clock(source: Checkpoint, device: str) -> Callable[[Recipe, Plan], dict[str, float]]:
-    """Seconds by phase of a build on this machine, whose rates are probed once."""
+@dataclass(frozen=True)
+class _Clock:
+    """Seconds of builds of one checkpoint on one device."""
+
+    source: Checkpoint
+    device: torch.device
+    rates: Rates
+    machine: Machine | None  # what `qquant doctor --calibrate` found
+    world: int
+
+    @property
+    def known(self) -> bool:
+        """Whether the machine was measured."""
+        return self.machine is not None
+
+    def __call__(self, recipe: Recipe, planned: Plan) -> dict[str, float]:
+        """By phase."""
+        from qquant.plan import seconds
+
+        counted = seconds.seconds(recipe, self.source, planned, self.rates, self.device, self.world)
+        return self.machine.foreseen(counted) if self.machine else counted
+
+
+def _clock(source: Checkpoint, device: str, world: int) -> _Clock:
+    """What tells the seconds of a plan, by rates that a probe of a second finds."""
     from qquant import devices
-    from qquant.plan import seconds
+    from qquant.plan import machine, seconds
 
     where = devices.named(device)
-    rates = seconds.probe(source, where)
-    return lambda recipe, planned: seconds.seconds(recipe, source, planned, rates, where)
+    return _Clock(source, where, seconds.probe(source, where), machine.known(where), world)
 
 
 def _print_efforts(costs: list[Cost]) -> None:
@@ -195,14 +230,32 @@ def _print_slices(planned: Plan, source: Checkpoint) -> None:
             )
 
 
-def _print_needs(planned: Plan, phases: dict[str, float]) -> None:
+def _print_ranks(planned: Plan, source: Checkpoint, device: str, world: int) -> None:
+    """What each rank builds, and what all of them need of one machine."""
+    from qquant import devices
+    from qquant.plan import seconds
+
+    hands = seconds.shares(source, planned, devices.named(device), world)
+    for rank, hand in enumerate(hands):
+        echo(f"rank {rank}: {', '.join(artifact.name for artifact in hand) or 'no artifact; windows of the check'}")
+    echo(
+        f"ranks:  each reads {sum(tensor.nbytes for tensor in source.tensors.values()):,} bytes of the checkpoint, up to three times; {world * planned.memory / 1e9:.1f} GB on one machine"
+    )
+
+
+def _print_needs(planned: Plan, phases: dict[str, float], known: bool) -> None:
     """Time, memory and disk, each beside what is there."""
     from qquant.cli.display import span
     from qquant.devices import host_memory
 
     if phases:
+        within = (
+            "by what this machine took before"
+            if known
+            else "within a factor of two or three; `qquant doctor --calibrate` tells better"
+        )
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
-        echo(f"time:   about {span(sum(phases.values()))} here ({each}), within a factor of two or three")
+        echo(f"time:   about {span(sum(phases.values()))} here ({each}), {within}")
     free = f"; {host_memory() / 1e9:.1f} GB are free on the host"
     echo(f"memory: about {planned.memory / 1e9:.1f} GB at the peak{free}")
     room = shutil.disk_usage(Path.cwd()).free

@@ -10,14 +10,14 @@
     answer      ANSWERS of checkpoint and artifacts in two dtypes, DECODE times as slow a token as reading
 
 The counts of operations are fitted to builds of the demo checkpoint on one core, and hold within a factor of about two there; on a GPU,
-whose kernels take whole columns, within about three. Reading, writing and hashing are left out: a disk is not probed. Needs torch.
+whose kernels take whole columns, within about three; `plan.machine` has what `qquant doctor --calibrate` found of this machine. Reading, writing and hashing are left out: a disk is not probed. Needs torch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from qquant.calibration import behaviour
 from qquant.calibration.slices import documents_length, most_tokens
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan.plan import Plan
+from qquant.ranks import dealt
 from qquant.recipe import Checks, Recipe
 from qquant.resources import lazy
 from qquant.source.checkpoint import Checkpoint
@@ -87,36 +88,54 @@ def _a_second(step: Callable[[], object], device: torch.device) -> float:
     return count / took
 
 
-def seconds(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, device: torch.device) -> dict[str, float]:
-    """Seconds by phase, as `build` shows them."""
+def seconds(
+    recipe: Recipe, checkpoint: Checkpoint, plan: Plan, rates: Rates, device: torch.device, world: int = 1
+) -> dict[str, float]:
+    """Seconds by phase, as `build` shows them; on `world` ranks those of the slowest in each."""
     family, config = checkpoint.family, checkpoint.config
     layers = range(config.layers)
-    asked, checks = recipe.calibration, recipe.checks
+    aim, checks = recipe.calibration, recipe.checks
     linears = [shape for layer in layers for shape in family.linear_shapes(config, layer).values()]
     forward = 2 * sum(map(math.prod, linears)) / rates.forward  # a token through all blocks
     gram = 2 * sum(k * k for layer in layers for k in family.inputs(config, layer).values()) / rates.exact
     head = 2 * config.vocab * config.hidden / rates.exact
-    tokens = plan.tokens
-    gradient_tokens = min(tokens, asked.gradient_tokens)
-    specs = [artifact.spec for artifact in plan.artifacts]
-    own = sum(spec.own_stream for spec in specs)
-    solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
-    texts, models = 1 + len(checks.texts), 1 + len(specs)
+    seen = min(plan.tokens, aim.gradient_tokens)
+    hands = shares(checkpoint, plan, device, world)
+    texts, models = 1 + len(checks.texts), 1 + len(plan.artifacts)
+    most = 1 + max(map(len, hands))  # models that a rank asks
     read = plan.looks[0] * checks.length * texts
+
+    def stream(hand: Sequence[PlannedArtifact]) -> float:
+        """The blocks of one rank."""
+        specs = [artifact.spec for artifact in hand]
+        own = sum(spec.own_stream for spec in specs)
+        shared = forward + (gram if hand is hands[0] or any(not s.own_stream or s.transforms for s in specs) else 0)
+        solved = sum(_solving(linears, spec.sweeps, rates, device) for spec in specs if spec.feedback)
+        return plan.tokens * (shared + own * (forward + PAIRED * gram)) + solved
+
     by_phase = {
-        "curvature": gradient_tokens * ((1 + BACKWARD) * forward + 3 * head)
-        if any(spec.feedback for spec in specs)
+        "curvature": seen * ((1 + BACKWARD) * forward + 3 * head)
+        if any(artifact.spec.feedback for artifact in plan.artifacts)
         else 0.0,
-        "embedding and head": sum(
-            _tables(artifact, checkpoint, rates, device) for artifact in plan.artifacts if gradient_tokens
-        ),
-        "quantize": tokens * (forward + gram) + own * tokens * (forward + PAIRED * gram) + solved,
-        "check": models * read * (forward + head),
-        **_slices(checks, checkpoint, models, forward + head, rates),
-        **_behaviour(checks, checkpoint, models, forward, rates),
-        "answer": models * 2 * ANSWERS * checks.answer_length * forward * DECODE,
+        "embedding and head": max(
+            sum(_tables(artifact, checkpoint, rates, device) for artifact in hand) for hand in hands
+        )
+        if seen
+        else 0.0,
+        "quantize": max(map(stream, hands)),
+        "check": models * read * (forward + head) / min(world, plan.looks[0] * texts),
+        **{phase: took / world for phase, took in _slices(checks, checkpoint, models, forward + head, rates).items()},
+        **_behaviour(checks, checkpoint, most, forward, rates),
+        "answer": most * 2 * ANSWERS * checks.answer_length * forward * DECODE,
     }
     return {phase: took for phase, took in by_phase.items() if took}
+
+
+def shares(checkpoint: Checkpoint, plan: Plan, device: torch.device, world: int) -> list[list[PlannedArtifact]]:
+    """The artifacts of each rank, as a build deals them."""
+    costs = {artifact.name: solving(checkpoint, plan, device, artifact) for artifact in plan.artifacts}
+    by_name = {artifact.name: artifact for artifact in plan.artifacts}
+    return [[by_name[name] for name in hand] for hand in dealt(costs, world)]
 
 
 NOMINAL = {  # rates of no machine in particular: good for comparing artifacts with each other

@@ -1,15 +1,18 @@
 """Predicted seconds: what they count is what the phases do, and rates are those of the machine."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qquant import reference
 from qquant.checks import sanity
-from qquant.plan import seconds
+from qquant.plan import machine, seconds
 from qquant.plan.asked import Asked
 from qquant.plan.plan import Plan
 from qquant.plan.seconds import Rates, probe
+from qquant.progress import Quiet
 from qquant.recipe.changes import Flags
 from qquant.solve import curvature, outside
 
@@ -63,3 +66,56 @@ def test_the_probe_is_short_and_sees_a_slower_machine(demo, monkeypatch):
     monkeypatch.setattr(seconds, "_a_second", lambda step, device: real(lambda: [step() for _ in range(4)], device))
     slower = probe(checkpoint, CPU)
     assert slower.exact < 0.7 * rates.exact
+
+
+def test_more_ranks_share_the_work(demo):
+    """What all need stays; what is dealt shrinks; nobody is slower beside others."""
+    recipe, checkpoint = Asked(str(demo), "demo").open()
+    plan = Plan.of(recipe, checkpoint)
+    by_world = [seconds.seconds(recipe, checkpoint, plan, ONE, CPU, world) for world in (1, 2, 4, 8)]
+    assert {found["curvature"] for found in by_world} == {by_world[0]["curvature"]}
+    for phase in ("quantize", "check", "answer"):
+        told = [found[phase] for found in by_world]
+        assert told == sorted(told, reverse=True)
+        assert told[1] < told[0]
+    assert by_world[1]["check"] == pytest.approx(by_world[0]["check"] / 2)
+    dealt = seconds.shares(checkpoint, plan, CPU, 2)
+    assert sorted(artifact.name for hand in dealt for artifact in hand) == sorted(a.name for a in plan.artifacts)
+
+
+def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.known(CPU) is None
+    found = machine.Machine(machine.SCHEMA, "cpu", 1, {"quantize": 0.5, "check": 3.0})
+    path = machine.keep(found, CPU)
+    assert path.parent == tmp_path / "qquant"
+    assert machine.known(CPU) == found
+    assert found.foreseen({"quantize": 10.0, "slices": 2.0, "curvature": 7.0}) == {
+        "quantize": 5.0,
+        "slices": 6.0,
+        "curvature": 7.0,
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert machine.known(CPU) is None
+    finally:
+        torch.set_num_threads(threads)
+    path.write_text(path.read_text().replace("0.5", '"much"'))
+    assert machine.known(CPU) is None
+
+
+def test_the_reference_build_measures_every_phase(monkeypatch):
+    """On a fake clock on which every step takes two seconds, and every count is one second."""
+    progress, steps = Quiet(), iter(range(0, 10**6, 2))
+    monkeypatch.setattr("qquant.progress.time", SimpleNamespace(monotonic=lambda: next(steps)))
+    monkeypatch.setattr(reference.seconds, "seconds", lambda *_: {"curvature": 1.0, "check": 4.0, "slices": 1.0})
+
+    def build(recipe, checkpoint, plan, out, device, clock):
+        assert [artifact.name for artifact in plan.artifacts] == list(reference.ONLY)
+        assert recipe.calibration.samples == 32
+        for phase, done in (("curvature", 0), ("curvature", 1), ("quantize", 1), ("check", 1)):
+            clock.advance(phase, done, 1)
+
+    monkeypatch.setattr(reference.pipeline, "build", build)
+    assert reference.measure(CPU, progress).factors == {"curvature": 4.0, "check": 0.5}

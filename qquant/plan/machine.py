@@ -1,0 +1,75 @@
+"""What a machine took for a small build whose arithmetic is known, so that it is foreseen what it takes for others.
+
+`qquant doctor --calibrate` builds and checks a few artifacts of the bundled checkpoint in about a minute and keeps, for each phase,
+
+    factor = seconds that it took / seconds that were counted (`plan.seconds`)
+
+in the user's cache, by device. `plan` multiplies what it counts by them, and `build` leaves what was foreseen beside what it took. Phases
+that the small build does not have take the factor of one that is like them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qquant.disk.records import to_plain, typed
+from qquant.disk.writes import make_folder, write_synced
+from qquant.errors import InputError
+from qquant.resources import cache_dir, lazy
+from qquant.source.untrusted import read_json
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+SCHEMA = "qquant-machine-1"
+LIKE = {"slices": "check", "long documents": "check", "retrieval": "check", "behaviour": "answer"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on a device."""
+
+    schema: str
+    device: str
+    threads: int  # of torch on the CPU
+    factors: Mapping[str, float]  # by phase
+
+    def foreseen(self, counted: Mapping[str, float]) -> dict[str, float]:
+        """Seconds by phase, from those that were counted."""
+        return {phase: took * self.factors.get(LIKE.get(phase, phase), 1.0) for phase, took in counted.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called where it is remembered: the GPU's name, or "cpu"."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+
+
+def path_of(device: torch.device) -> Path:
+    """The file that holds what was measured on a device with so many threads."""
+    key = hashlib.sha256(f"{device_name(device)} {torch.get_num_threads()}".encode()).hexdigest()[:16]
+    return cache_dir() / f"machine-{key}.json"
+
+
+def known(device: torch.device) -> Machine | None:
+    """What was measured on a device; None if nothing was, or it cannot be read."""
+    path = path_of(device)
+    try:
+        found = typed(Machine, read_json(path), str(path)) if path.is_file() else None
+    except InputError:
+        return None
+    return found if found is not None and found.schema == SCHEMA else None
+
+
+def keep(machine: Machine, device: torch.device) -> Path:
+    """The file in which `machine` is kept from now on."""
+    path = path_of(device)
+    make_folder(path.parent)
+    write_synced(path, (json.dumps(to_plain(machine), indent=1) + "\n").encode())
+    return path

@@ -1,0 +1,35 @@
+"""The small build by which `qquant doctor --calibrate` gets to know a machine: three artifacts of the bundled checkpoint, and their check."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from qquant import pipeline
+from qquant.plan import seconds
+from qquant.plan.asked import Asked
+from qquant.plan.machine import SCHEMA, Machine, device_name
+from qquant.plan.plan import Plan
+from qquant.progress import Progress, Timed
+from qquant.recipe.changes import Flags
+
+ONLY = ("gptq-int4", "awq", "gguf-q4_0")
+CHANGES = ("calibration.samples=32", "checks.windows=8", "checks.max_windows=null", "checks.answer_length=8")
+LEAST = 0.01  # seconds below which a phase says nothing of the machine
+
+
+def measure(device: torch.device, progress: Progress, changes: tuple[str, ...] = CHANGES) -> Machine:
+    """What `device` takes for a build of known arithmetic, phase by phase.
+
+    Raises as a build.
+    """
+    recipe, checkpoint = Asked(None, "demo", flags=Flags(settings=changes)).open()
+    plan = Plan.of(recipe, checkpoint, ONLY)
+    counted = seconds.seconds(recipe, checkpoint, plan, seconds.probe(checkpoint, device), device)
+    clock = Timed(progress)
+    with tempfile.TemporaryDirectory(prefix="qquant-") as scratch:
+        pipeline.build(recipe, checkpoint, plan, Path(scratch, "out"), device, clock)
+    factors = {phase: clock.took[phase] / took for phase, took in counted.items() if clock.took.get(phase, 0) > LEAST}
+    return Machine(SCHEMA, device_name(device), torch.get_num_threads(), factors)
