@@ -48,7 +48,7 @@ from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
 from qquant.release.repository import SOURCE, ReleaseSource
-from qquant.report import html
+from qquant.report import views
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
 from qquant.solve import sensitivity, walk
@@ -131,7 +131,7 @@ def build(
             warnings=(*remarks, *reviewed.warnings),
         )
         if ranks.first:
-            _write(report, out)
+            views.write(report, out)
         return _heard(report, ranks)
 
 
@@ -259,7 +259,7 @@ def check(  # noqa: PLR0913  each is the user's
     if out is not None and ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         kept.record(out, measured, text, checkpoint)
-        _write(report, out)
+        views.write(report, out)
     return _heard(report, ranks)
 
 
@@ -336,13 +336,6 @@ def _heard(report: Report, ranks: Ranks) -> Report:
         return report
     said = ranks.once(report.to_json)
     return report if ranks.first else Report.from_json(json.loads(said))
-
-
-def _write(report: Report, out: Path) -> None:
-    """The views first, the record last: where there is a report.json, everything else is there."""
-    write_synced(out / "report.md", report.to_markdown().encode())
-    write_synced(out / "report.html", html.render(report).encode())
-    write_synced(out / "report.json", report.to_json().encode())
 
 
 def versions(device: torch.device) -> dict[str, str]:

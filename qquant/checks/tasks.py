@@ -14,19 +14,25 @@ Left out: tasks that make no difference between questions (perplexity; `qquant c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qquant.artifact.manifest import REPORT, read_report
 from qquant.checks import statistics
+from qquant.checks.task_suites import Benchmark, KeptScores, chosen, local_copies, require_data
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
+from qquant.formats import weight_files
 from qquant.progress import Progress
-from qquant.report.record import Proof
+from qquant.report import views
+from qquant.report.tasks import TaskScore
 from qquant.runtime import loading
 from qquant.source.checkpoint import Checkpoint
 
@@ -45,22 +51,23 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One metric of one task."""
+class SuiteQuestions:
+    """The benchmarks of a suite (`task_suites`), and how they are asked."""
+
+    suite: str
+    data: Path | None = None  # local copies of the data sets; None: the hub
+    limit: int | None = None  # questions per task
+    batch: int = 8
+    margin: float = 0.02
+    execute_code: bool = False  # benchmarks that run programs of the model are asked, too
+    kept: KeptScores = field(default_factory=lambda: KeptScores(None))
+
+
+@dataclass(frozen=True)
+class TaskResult(TaskScore):
+    """One metric of one task, of an artifact."""
 
     artifact: str
-    task: str
-    metric: str
-    questions: int
-    score: float
-    score_baseline: float
-    to_wrong: int  # flips
-    to_right: int
-    p_worse: float  # McNemar, one-sided
-    low: float  # 95 % interval of the score minus the checkpoint's
-    high: float
-    margin: float
-    outcome: Proof
 
 
 def run(
@@ -87,6 +94,111 @@ def run(
     for path, mine in zip(paths, scores[1:], strict=True):
         results += [compared(str(path), key, scores[0][key], mine[key], questions.margin) for key in scores[0]]
     return results
+
+
+def run_suite(
+    checkpoint: Checkpoint, paths: Sequence[Path], questions: SuiteQuestions, device: torch.device, progress: Progress
+) -> list[TaskResult]:
+    """Ask the checkpoint and every artifact the benchmarks of a suite: one result for each artifact and benchmark.
+
+    Raises:
+        EnvironmentMissingError: lm-eval or a data set is missing.
+        UsageError: this lm-eval does not know a task, or gives another metric.
+        InputError: kept scores are damaged.
+        StoppedError: with `questions.kept`, what is done is there when it is asked again.
+    """
+    harness = _harness()
+    benchmarks, _ = chosen(questions.suite, questions.execute_code)
+    if questions.data is not None:
+        require_data(benchmarks, questions.data)
+    models = [_ModelAsked(checkpoint, path, device) for path in (checkpoint.path, *paths)]
+    scores: list[list[Mapping[str, float]]] = []
+    for index, model in enumerate(models):
+        scores.append([])
+        for number, benchmark in enumerate(benchmarks):
+            scores[-1].append(_benchmark(harness, model, benchmark, questions))
+            progress.advance("ask", index * len(benchmarks) + number + 1, len(models) * len(benchmarks))
+            progress.check_stop()
+        model.release()
+    results = []
+    for path, mine in zip(paths, scores[1:], strict=True):
+        for benchmark, theirs, ours in zip(benchmarks, scores[0], mine, strict=True):
+            results.append(compared(str(path), (benchmark.name, benchmark.metric), theirs, ours, questions.margin))
+    return results
+
+
+class _ModelAsked:
+    """A model that is loaded when something must be asked, and its digest."""
+
+    def __init__(self, checkpoint: Checkpoint, path: Path, device: torch.device) -> None:
+        self.checkpoint, self.path, self.device = checkpoint, path, device
+        self.loaded: tuple[Any, Any] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the files of its weights and config, and of its checkpoint."""
+        files = sorted({*weight_files(self.path), *self.path.glob("*.json")}) if self.path.is_dir() else [self.path]
+        found = hashlib.sha256(self.checkpoint.fingerprint.encode())
+        for file in files:
+            with file.open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
+        return found.hexdigest()
+
+    def get(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        if self.loaded is None:
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.checkpoint.path, local_files_only=True)
+            self.loaded = loading.load(self.path, self.device), tokenizer
+        return self.loaded
+
+    def release(self) -> None:
+        """Free its memory."""
+        self.loaded = None
+
+
+def _benchmark(
+    harness: Any, model: _ModelAsked, benchmark: Benchmark, questions: SuiteQuestions
+) -> Mapping[str, float]:
+    """Scores by question of all subtasks, kept or asked now."""
+    kept = questions.kept
+    version = str(getattr(harness, "__version__", "unknown"))
+    path = kept.path(model.digest, benchmark, questions.limit, version) if kept.folder else None
+    known = kept.read(path)
+    if known is not None:
+        return known
+    with local_copies(questions.data), _data_missing(benchmark):
+        every = _scores(
+            harness,
+            *model.get(),
+            Questions(benchmark.tasks, limit=questions.limit, batch=questions.batch),
+            num_fewshot=benchmark.shots,
+            **({"confirm_run_unsafe_code": True} if benchmark.runs_code else {}),
+        )
+    scores = {
+        f"{task} {question}": value
+        for (task, metric), answers in every.items()
+        if metric == benchmark.metric
+        for question, value in answers.items()
+    }
+    if not scores:
+        have = ", ".join(dict.fromkeys(metric for _, metric in every))
+        raise UsageError(f"{benchmark.name}: this lm-eval gives {have}, not {benchmark.metric}; take lm-eval 0.4.13")
+    kept.write(path, benchmark, scores)
+    return scores
+
+
+@contextlib.contextmanager
+def _data_missing(benchmark: Benchmark) -> Iterator[None]:
+    """Say which data set could not be had, and how to have it."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise EnvironmentMissingError(
+            f"{benchmark.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. It needs the data set {benchmark.data}: go online, or copy it and "
+            f"give --data DIR: hf download {benchmark.data} --repo-type dataset --local-dir DIR/{benchmark.data}"
+        ) from error
 
 
 def compared(
@@ -132,7 +244,7 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _scores(harness: Any, model: Any, tokenizer: Any, questions: Questions) -> Scores:
+def _scores(harness: Any, model: Any, tokenizer: Any, questions: Questions, **options: Any) -> Scores:
     """Score by question of every task and metric that lm-eval gives per question."""
     manager = harness.tasks.TaskManager(include_path=None if questions.include is None else str(questions.include))
     unknown = [task for task in questions.tasks if not manager.match_tasks([task])]
@@ -147,6 +259,7 @@ def _scores(harness: Any, model: Any, tokenizer: Any, questions: Questions) -> S
             limit=questions.limit,
             log_samples=True,
             bootstrap_iters=0,
+            **options,
         )
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for task, samples in result["samples"].items():
@@ -165,3 +278,21 @@ def _quiet() -> Iterator[None]:
     """What lm-eval prints goes where progress goes, since stdout carries the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def keep_scores(out: Path, results: Sequence[TaskResult]) -> list[str]:
+    """Put scores of benchmarks into the report of an output folder, if it has one; the artifacts that it does not know."""
+    path = out / REPORT
+    if not path.is_file():
+        return []
+    report = read_report(path)
+    by_place: dict[Path, list[TaskScore]] = {}
+    for one in results:
+        score = TaskScore(**{key: value for key, value in vars(one).items() if key != "artifact"})
+        by_place.setdefault(Path(one.artifact).resolve(), []).append(score)
+    rows = []
+    for row in report.artifacts:
+        place = next((place for place in (Path(row.path), out / row.path) if place.resolve() in by_place), None)
+        rows.append(replace(row, tasks=tuple(by_place.pop(place.resolve()))) if place else row)
+    views.write(replace(report, artifacts=tuple(rows)), out)
+    return [str(place) for place in by_place]

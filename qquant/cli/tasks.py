@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,13 +14,28 @@ from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON
 from qquant.cli.terminal import cells, console, echo
-from qquant.errors import GateFailedError, InconclusiveError
+from qquant.errors import GateFailedError, InconclusiveError, UsageError
+
+if TYPE_CHECKING:
+    from qquant.checks.tasks import TaskResult
 
 
 @command(epilog=EXITS, example="tasks release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --task arc_easy")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
-@click.option("--task", "names", multiple=True, required=True, help="A task of lm-eval; may be repeated.")
+@click.option("--task", "names", multiple=True, help="A task of lm-eval; may be repeated; default: those of --suite.")
+@click.option("--suite", type=click.Choice(["qwen1.5"]), help="The benchmarks of an announcement; default: none.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder with local copies of the suite's data sets, DIR/OWNER/NAME; default: the hub.",
+)
+@click.option("--execute-code", is_flag=True, help="Also ask the benchmarks that run programs which the model wrote.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the suite's scores in DIR/tasks, go on from there, and show them in the report of DIR; default: nowhere.",
+)
 @click.option(
     "--include",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -33,20 +50,29 @@ from qquant.errors import GateFailedError, InconclusiveError
 @DEVICE
 @JSON
 def tasks(
-    artifacts: tuple[Path, ...], against: str, names: tuple[str, ...], include: Path | None, limit: int | None,
-    batch: int, margin: float, adapter: Path | None, device: str, as_json: bool,
+    artifacts: tuple[Path, ...], against: str, names: tuple[str, ...], suite: str | None, data: Path | None, execute_code: bool,
+    out: Path | None, include: Path | None, limit: int | None, batch: int, margin: float, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Ask artifacts and their checkpoint the questions of lm-eval tasks, and count the answers that changed.
+    """Ask artifacts and their checkpoint the questions of lm-eval tasks, or of a suite, and count the answers that changed.
 
     Needs the extra: pip install "qquant[tasks]". Exit status 3: a loss beyond --margin is proven, 4: it can be neither proven nor excluded.
     """
     from qquant.checks import tasks as checks
+    from qquant.checks.task_suites import KeptScores
     from qquant.source.checkpoint import Checkpoint
 
+    if (suite is None) == (not names):
+        raise UsageError("give either --task NAME or --suite NAME")
     source = Checkpoint.open(against, adapter=adapter)
-    asked = checks.Questions(names, include, limit, batch, margin)
     with Display() as progress:
-        results = checks.run(source, artifacts, asked, devices.named(device), progress)
+        if suite is None:
+            asked = checks.Questions(names, include, limit, batch, margin)
+            results = checks.run(source, artifacts, asked, devices.named(device), progress)
+        else:
+            kept = KeptScores(None if out is None else out / "tasks")
+            whole = checks.SuiteQuestions(suite, data, limit, batch, margin, execute_code, kept)
+            results = checks.run_suite(source, artifacts, whole, devices.named(device), progress)
+            _tell(results, suite, execute_code, out)
     if as_json:
         echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
     else:
@@ -67,3 +93,16 @@ def tasks(
         lines = [f"{one.artifact}: {one.task}, {one.metric}: {text}" for one in results if one.outcome == outcome]
         if lines:
             raise error("\n".join(lines))
+
+
+def _tell(results: Sequence[TaskResult], suite: str, execute_code: bool, out: Path | None) -> None:
+    """What was left out, and where the scores are."""
+    from qquant.checks import tasks as checks
+    from qquant.checks.task_suites import chosen
+
+    _, left_out = chosen(suite, execute_code)
+    if left_out:
+        echo(f"left out, since they run programs of the model: {', '.join(left_out)} (--execute-code)", err=True)
+    if out is not None:
+        for path in checks.keep_scores(out, results):
+            echo(f"warning: {path} is no artifact of the report in {out}", err=True)

@@ -36,7 +36,7 @@ from qquant.errors import InputError
 from qquant.formats import FORMATS
 from qquant.formats.planned import ModelFile
 from qquant.release.repository import Repository
-from qquant.report import behaviour, slices
+from qquant.report import behaviour, slices, tasks
 from qquant.report.escape import in_line, markdown
 from qquant.report.facts import in_short
 from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
@@ -218,6 +218,7 @@ def body(manifest: Manifest, report: Report) -> str:
         "read": str(report.conditions.tokenizer or ""),
         "kept": slices.table(report.artifacts),
         "does": behaviour.table(report.artifacts),
+        "benchmarks": tasks.table(report.artifacts),
         "waivers": [(row.name, row.verdict.waiver) for row in report.artifacts if row.verdict.waiver],
         "made": list(_made(manifest, report)),
         "manifest": MANIFEST,

@@ -39,6 +39,7 @@ def render(report: Report) -> str:
         charts=_charts([report.artifacts], names),
         slices=pictures.kept(report.artifacts),
         behaviour=pictures.asked(report.artifacts),
+        benchmarks=pictures.benchmarks(report.artifacts),
         heat=[pictures.heat(artifact) for artifact in report.artifacts if len(artifact.layers) > 1],
         headroom=pictures.headroom(report.artifacts),
         histograms=[

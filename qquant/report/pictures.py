@@ -10,7 +10,7 @@ from typing import Any
 
 from qquant.recipe.limits import WORST_SLICE
 from qquant.recipe.solvers import title
-from qquant.report import behaviour, slices
+from qquant.report import behaviour, slices, tasks
 from qquant.report.facts import size
 from qquant.report.record import KL_BINS, ArtifactReport, Pace
 from qquant.report.slices import SliceReport
@@ -280,6 +280,23 @@ def asked(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
         return None
     rows = [(next(row for row in rows if row), rows) for rows in behaviour.by_name(shown)]
     return {"artifacts": shown, "rows": rows, "legend": behaviour.LEGEND, "title": behaviour.TITLE}
+
+
+def benchmarks(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
+    """Benchmarks x artifacts: scores beside the checkpoint's."""
+    shown = [artifact for artifact in artifacts if artifact.tasks]
+    if not shown:
+        return None
+    known = [{one.task: one for one in artifact.tasks} for artifact in shown]
+    names = dict.fromkeys(one.task for artifact in shown for one in artifact.tasks)
+    rows = [[scores.get(name) for scores in known] for name in names]
+    first = [next(one for one in row if one) for row in rows]
+    return {
+        "artifacts": shown,
+        "rows": list(zip(first, rows, strict=True)),
+        "legend": tasks.LEGEND,
+        "title": tasks.TITLE,
+    }
 
 
 def _shade(one: SliceReport) -> int | None:

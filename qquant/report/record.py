@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from qquant.disk.records import Count, Number, shortened, to_plain, typed
 from qquant.disk.writes import finite
 from qquant.errors import InputError
-from qquant.report import behaviour, slices
+from qquant.report import behaviour, slices, tasks
 from qquant.report.behaviour import BehaviourReport
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.escape import markdown
 from qquant.report.facts import in_short
 from qquant.report.slices import SliceReport
 from qquant.report.solved import Solved
+from qquant.report.tasks import TaskScore
 from qquant.resources import lazy
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class ArtifactReport:
     headroom: tuple[Number, ...] = ()  # by block: largest |activation| as a share of what fp16 holds
     speed: SpeedReport | None = None  # null: not measured
     slices: tuple[SliceReport, ...] = ()  # languages, kinds of text, positions: `checks.profile: release`
+    tasks: tuple[TaskScore, ...] = ()  # benchmarks: `qquant tasks --suite`
     behaviour: tuple[BehaviourReport, ...] = ()  # retrieval, tool calls, code, loops, scripts: the same
     warnings: tuple[str, ...] = ()
     sha256: str = ""  # of its files, as `ArtifactEntry.digest`; empty: not an artifact of a build
@@ -285,7 +287,7 @@ class Report:
                 for reason in artifact.verdict.lines
             ]
             lines += ["", f"## {title}", "", *entries] if entries else []
-        for view in (slices, behaviour):
+        for view in (slices, behaviour, tasks):
             shown = view.table(self.artifacts)
             lines += ["", f"## {view.TITLE}", "", *shown] if shown else []
         for title, lines_of in (("Warnings", self.warnings), ("Conditions", self.condition_lines())):
