@@ -103,7 +103,8 @@ def build(
         if ranks.first:
             timings.write(took, out)
             write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
-        owning.finish(drafts, out, Origin(cast(RecipeCopy, published(recipe)), inputs, adapter), device, ranks)
+        origin = Origin(cast(RecipeCopy, published(recipe)), inputs, adapter)
+        owning.finish(drafts, plan.artifacts, out, origin, device, ranks)
         if ranks.first:
             tokens.save(out / "calibration")
             write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")

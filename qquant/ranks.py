@@ -65,7 +65,7 @@ class Membership:
 
 @dataclass(eq=False)
 class Ranks:
-    """This rank among all. Every rank must call `gather`, `meet`, `once`, `agree` and `in_turn` alike, in the same order."""
+    """This rank among all. Every rank must call `gather`, `meet`, `once`, `after_first` and `agree` alike, in the same order."""
 
     member: Membership = Membership(0, 1, 0)
     store: Store | None = None
@@ -142,15 +142,6 @@ class Ranks:
         if self.first:
             self.meet()
         return value
-
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """One rank after another; at the end all are done."""
-        for _ in range(self.rank):
-            self.meet()
-        yield
-        for _ in range(self.world - self.rank):
-            self.meet()
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Go on only if every rank has the same facts.

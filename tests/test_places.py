@@ -82,8 +82,8 @@ def test_an_artifact_that_is_taken_away_while_it_is_checked_is_built_again(
     _, whole = build(folder, "gptq-int4", out="whole")
     finish = pipeline.owning.finish
 
-    def taken(drafts, out, *given):
-        finish(drafts, out, *given)
+    def taken(drafts, planned, out, *given):
+        finish(drafts, planned, out, *given)
         for path in (out / "model-GPTQ-Int4").iterdir():
             path.unlink()
 

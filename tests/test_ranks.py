@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
 
 from qquant import doctor, pipeline, ranks
+from qquant.artifact import owning
 from qquant.cli import main, together
 from qquant.errors import (
     GateFailedError,
@@ -53,19 +56,35 @@ def test_values_come_in_the_order_of_ranks():
     assert on_ranks(3, work) == [([[0], [1], [2]], [b"\0", b"\1", b"\2"], 7)] * 3
 
 
-def test_ranks_take_turns_and_the_first_goes_before():
+def test_the_first_goes_before():
     order = []
 
     def work(group):
-        group.after_first(lambda: order.append(("first", group.rank)))
-        with group.in_turn():
-            time.sleep(0.05 * (3 - group.rank))
-            order.append(("turn", group.rank))
-        return len(order)
+        time.sleep(0.1 if group.first else 0)
+        return group.after_first(lambda: order.append(group.rank) or len(order))
 
-    assert on_ranks(3, work) == [6] * 3
-    assert order[0] == ("first", 0)
-    assert order[3:] == [("turn", rank) for rank in range(3)]
+    assert on_ranks(3, work)[0] == 1
+    assert order[0] == 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_artifacts_get_their_names_in_the_order_of_the_plan(tmp_path, world):
+    """Whoever made them: several join one folder, whose manifest lists them in the order in which they came."""
+    order, planned = [], [SimpleNamespace(name=name) for name in "abcdef"]
+
+    def draft(artifact):
+        def finish(out, origin, values):
+            time.sleep(0.02 * random.random())
+            order.append((artifact.name, values))
+
+        return SimpleNamespace(plan=artifact, readings=lambda _: iter([lambda: artifact.name]), finish=finish)
+
+    def work(group):
+        mine = [draft(artifact) for artifact in planned if ord(artifact.name) % world == group.rank]
+        owning.finish(mine, planned, tmp_path, None, CPU, group)
+
+    assert on_ranks(world, work) == [None] * world
+    assert order == [(name, [name]) for name in "abcdef"]
 
 
 def test_what_was_said_is_forgotten():
@@ -88,8 +107,7 @@ def test_a_rank_alone_asks_nobody():
     assert ALONE.once(lambda: "x") == "x"
     assert ALONE.ends("anything", 5)
     assert ALONE.lost() is None
-    with ALONE.in_turn():
-        ALONE.agree({"a": "b"})
+    ALONE.agree({"a": "b"})
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Which rank makes which artifact, and how artifacts of several ranks get their names.
 
 An artifact is made by one rank from its beginning to its end, since its own stream waits for nothing but its own linears; drafts and
-journals do not say by whom, so another number of ranks continues them. Owners read back what they wrote, at the same time; then one rank
-after another gives names, since several artifacts may join one folder.
+journals do not say by whom, so another number of ranks continues them. Owners read back what they wrote, at the same time; then one
+artifact after another gets its name, in the order of the plan, since several may join one folder, whose manifest lists them.
 """
 
 from __future__ import annotations
@@ -48,14 +48,24 @@ def draft(artifact: PlannedArtifact, folder: Path, key: str) -> Draft:
     return begun
 
 
-def finish(drafts: Sequence[Draft], out: Path, origin: Origin, device: torch.device, ranks: Ranks) -> None:
-    """Read the artifacts back, on a GPU build by all cores and one artifact ahead, and make them visible one after another."""
+def finish(
+    drafts: Sequence[Draft],
+    planned: Sequence[PlannedArtifact],
+    out: Path,
+    origin: Origin,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Read this rank's artifacts back, on a GPU build by all cores and one ahead; all ranks' become visible in the order of the plan."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as results:
-        read = results if ranks.world == 1 else list(results)
-        with ranks.in_turn():
-            for draft, values in zip(drafts, read, strict=True):
+    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as found:
+        read = zip(drafts, found if ranks.world == 1 else list(found), strict=True)
+        mine = {draft.plan.name for draft in drafts}
+        for artifact in planned:
+            if artifact.name in mine:
+                draft, values = next(read)
                 draft.finish(out, origin, values)
+            ranks.meet()
 
 
 def seconds(drafts: Sequence[Draft], ranks: Ranks) -> dict[str, dict[str, float]]:
