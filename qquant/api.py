@@ -50,6 +50,7 @@ def build(
     bits: Literal[4, 8] | None = None,
     group_size: int | None = None,
     types: Sequence[str] = (),
+    size: str | None = None,
     calibration: Place | Sequence[Place] = (),
     settings: Mapping[str, object] | None = None,
     effort: EffortName | None = None,
@@ -67,10 +68,11 @@ def build(
         recipe: a bundled name, a YAML file, or a `Recipe`; by default the published one that fits the checkpoint.
         out: a folder that is new, empty, or of an earlier run.
         only: names of the recipe's artifacts; by default all.
-        format: build one artifact of this format instead, with `bits`, `group_size` or (gguf) `types`.
+        format: build one artifact of this format instead, with `bits`, `group_size` or (gguf) `types` or `size`.
         bits: per weight.
         group_size: weights that share a scale; -1 is a whole row.
         types: GGUF types, such as ["q4_k_m", "q8_0"].
+        size: a GGUF file of at most this size, such as "4.4GB", its types chosen by what each tensor loses.
         calibration: your texts or chats (.jsonl, .txt, .parquet) instead of the recipe's.
         settings: changes of the recipe by dotted key, such as {"calibration.samples": 64, "artifacts.awq.group_size": 64}.
         effort: "fast", "default" or "best": how long the solvers may take, where the recipe does not say it.
@@ -90,7 +92,7 @@ def build(
     """
     sources = [calibration] if isinstance(calibration, str | PathLike) else calibration
     changes = tuple(f"{key}={json.dumps(value)}" for key, value in (settings or {}).items())
-    flags = Flags(format, bits, group_size, tuple(types), (), changes, effort)
+    flags = Flags(format, bits, group_size, tuple(types), (), changes, effort, size)
     chosen = Path(recipe) if isinstance(recipe, PathLike) else recipe
     lora = None if adapter is None else Path(adapter)
     asked = Asked(str(checkpoint), chosen, revision, lora, flags, tuple(Path(source) for source in sources))

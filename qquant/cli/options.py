@@ -126,6 +126,11 @@ CHANGES = (
         help="GGUF files of these types, e.g. q4_k_m; default: the recipe's.",
     ),
     click.option(
+        "--size",
+        metavar="SIZE",
+        help="A GGUF file of at most this size, e.g. 4.4GB, its types chosen by what each tensor loses; default: the recipe's.",
+    ),
+    click.option(
         "--calibration",
         multiple=True,
         type=click.Path(path_type=Path),
@@ -157,13 +162,14 @@ def asking(*planning: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
         @functools.wraps(command)
         def gathered(
             *, checkpoint: str | None, recipe: str | None, revision: str | None, adapter: Path | None, format: str | None,
-            effort: EffortName | None, bits: int | None, group_size: int | None, types: tuple[str, ...], calibration: tuple[Path, ...],
+            effort: EffortName | None, bits: int | None, group_size: int | None, types: tuple[str, ...], size: str | None,
+            calibration: tuple[Path, ...],
             settings: tuple[str, ...], **others: Any,
         ) -> Any:  # fmt: skip
             from qquant.plan.asked import Asked
             from qquant.recipe.changes import Flags
 
-            flags = Flags(format, bits, group_size, types, (), settings, effort)
+            flags = Flags(format, bits, group_size, types, (), settings, effort, size)
             return command(asked=Asked(checkpoint, recipe, revision, adapter, flags, calibration), **others)
 
         for option in reversed((*SOURCE, *CHANGES, *planning)):

@@ -28,7 +28,7 @@ NO_CODES = ("f16", "bf16")  # GGUF types without codes to solve for
 
 @dataclass(frozen=True)
 class Flags:
-    """What `--format`, `--bits`, `--group-size`, `--type`, `--set` and `--effort` say; as in a recipe."""
+    """What `--format`, `--bits`, `--group-size`, `--type`, `--size`, `--set` and `--effort` say; as in a recipe."""
 
     format: str | None = None
     bits: int | None = None
@@ -37,11 +37,12 @@ class Flags:
     sources: tuple[Mapping[str, Any], ...] = ()  # of the calibration
     settings: tuple[str, ...] = ()  # KEY=VALUE
     effort: EffortName | None = None
+    size: str | None = None  # of a GGUF file
 
     @property
     def chooses(self) -> bool:
         """Whether they say which artifacts to build."""
-        return bool(self.format or self.bits or self.group_size or self.types)
+        return bool(self.format or self.bits or self.group_size or self.types or self.size)
 
 
 def changed(recipe: Recipe, flags: Flags) -> Recipe:
@@ -66,19 +67,25 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
 
 
 def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
-    kind = flags.format or ("gguf" if flags.types else None)
+    kind = flags.format or ("gguf" if flags.types or flags.size else None)
     if kind is None:
         raise UsageError("--bits and --group-size need --format gptq or --format awq")
     if kind == "gguf":
-        if not flags.types or flags.bits or flags.group_size:
-            raise UsageError("--format gguf takes --type (q4_k_m, q8_0, ...), not --bits or --group-size")
+        if not (flags.types or flags.size) or flags.bits or flags.group_size:
+            raise UsageError(
+                "--format gguf takes --type (q4_k_m, q8_0, ...) or --size (4.4GB), not --bits or --group-size"
+            )
+        if flags.size:
+            name = f"gguf-{flags.size.replace(' ', '').lower()}"
+            yield {"name": name, "format": kind, "size": flags.size, "solver": "gptq", "propagate": True}
         for name in flags.types:
             yield _like(known, {"format": kind, "type": name}) or {
                 "name": f"gguf-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
             }  # fmt: skip
         return
-    if flags.types:
-        raise UsageError(f"--type belongs to --format gguf, got --format {kind}; give --bits")
+    if flags.types or flags.size:
+        word = "--type" if flags.types else "--size"
+        raise UsageError(f"{word} belongs to --format gguf, got --format {kind}; give --bits")
     wanted: dict[str, Any] = {"format": kind}
     if flags.bits is not None or kind == "gptq":
         wanted["bits"] = flags.bits

@@ -52,6 +52,7 @@ def test_an_artifact_whose_name_has_dots():
         (Flags(types=("q4_k_m",)), {"name": "gguf-q4_k_m", "solver": "gptq", "propagate": True}),
         (Flags(format="gguf", types=("q5_1",)), {"name": "gguf-q5_1", "solver": "gptq", "propagate": False}),
         (Flags(types=("bf16",)), {"name": "gguf-bf16", "solver": "ggml"}),
+        (Flags(size="4.4 GB"), {"name": "gguf-4.4gb", "type": None, "size": "4.4 GB", "solver": "gptq"}),
     ],
 )
 def test_flags_name_an_artifact_with_the_settings_of_the_recipe(flags, expected):
@@ -79,6 +80,8 @@ def test_several_types_are_several_files():
         (Flags(format="gptq"), "needs --bits"),
         (Flags(format="gptq", bits=3), "artifacts[0].bits: not an allowed value, got 3; allowed: 4, 8"),
         (Flags(format="gguf"), "takes --type"),
+        (Flags(size="4.4 gigs"), 'not a size, got "4.4 gigs"; allowed: a number and one of B, KB'),
+        (Flags(format="awq", size="4GB"), "--size belongs to --format gguf, got --format awq"),
         (Flags(types=("Q4_K_M",)), "did you mean 'q4_k_m'?"),
         (Flags(format="awq", types=("q4_0",)), "--type belongs to --format gguf"),
     ],
