@@ -18,6 +18,7 @@ from qquant.progress import Quiet
 from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import toy_family
+from tests.worlds.builds import CPU, HEAD, load_recipe, quiet
 from tests.worlds.chats import prose
 from tests.worlds.hub_release import Waits, write_build
 from tests.worlds.hub_server import serve
@@ -163,6 +164,19 @@ def make_checkpoint(tmp_path):
         return write_checkpoint(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture
+def build(tmp_path):
+    """`build(folder, *artifacts, out="out")` -> (report, out)."""
+
+    def run(folder, *names, out="out", text=HEAD, adapter=None):
+        loaded = load_recipe(tmp_path, names, text)
+        checkpoint = Checkpoint.open(folder, adapter=adapter)
+        report = pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / out, CPU, quiet)
+        return report, tmp_path / out
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,11 @@ from qquant.report.solved import LinearRecord, warnings_of
 from qquant.solve import outside, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
-from tests.test_pipeline import ARTIFACTS, CPU, contents, quiet
-from tests.test_pipeline import HEAD as WHOLE
-from tests.test_pipeline import load_recipe as loaded_recipe
 from tests.torture import VOCABULARY, cut_vocabulary
 from tests.worlds import ROOT
+from tests.worlds.builds import ARTIFACTS, CPU, contents, quiet
+from tests.worlds.builds import HEAD as WHOLE
+from tests.worlds.builds import load_recipe as loaded_recipe
 
 HEAD = WHOLE.replace("bundled: books-en", "path: PLACE/read.txt").replace("bundled:wikitext-2-test", "PLACE/judge.txt")
 NAMES = ("gptq-int4", "awq", "gguf-q4_0")

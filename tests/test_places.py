@@ -14,9 +14,7 @@ from qquant.cli.terminal import Stop
 from qquant.errors import InputError, StoppedError, UsageError
 from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
-from tests.test_pipeline import CPU, HEAD, build, contents, load_recipe, quiet
-
-assert build
+from tests.worlds.builds import CPU, HEAD, contents, load_recipe, quiet
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from qquant.plan.plan import Plan
 from qquant.processes import dead, identity, start_of
 from qquant.ranks import ALONE, Membership, Ranks, dealt
 from qquant.source.checkpoint import Checkpoint
-from tests.test_pipeline import CPU, contents, load_recipe, quiet
 from tests.worlds import ROOT
+from tests.worlds.builds import CPU, contents, load_recipe, quiet
 
 
 def on_ranks(world, work, store=None):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qquant import __version__
 from qquant.cli import main
 from tests.source.test_checkpoint import edit_config
-from tests.test_pipeline import ARTIFACTS, HEAD
+from tests.worlds.builds import ARTIFACTS, HEAD
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ from qquant.release.repository import complete, read_release
 from qquant.release.statements import with_statements
 from qquant.source.checkpoint import Checkpoint
 from tests.source.test_checkpoint import low_rank, write_adapter
-from tests.test_pipeline import ARTIFACTS, CPU, HEAD, build, load_recipe, quiet
+from tests.worlds.builds import ARTIFACTS, CPU, HEAD, load_recipe, quiet
 from tests.worlds.hub_release import GPTQ, write_build
 
-assert build
 NAMED = {"gptq": "{name: a, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}", "gguf": "{name: a, format: gguf, type: q4_0, gates: {defaults: false}}"}  # fmt: skip
 
 

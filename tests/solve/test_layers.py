@@ -16,11 +16,7 @@ from qquant.solve.curvature import BlockCurvature
 from qquant.solve.layers import Layers
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
-from tests.test_pipeline import (
-    build,  # noqa: F401  a fixture
-    contents,
-    load_recipe,
-)
+from tests.worlds.builds import contents, load_recipe
 
 CPU = torch.device("cpu")
 
@@ -60,7 +56,7 @@ def test_nothing_is_kept_on_a_cpu(make_checkpoint):
     assert not Layers.of(Checkpoint.open(make_checkpoint()), CPU).keeps
 
 
-def test_bytes_are_those_of_a_build_that_looks_at_every_sample(make_checkpoint, build, as_on_a_card, monkeypatch):  # noqa: F811
+def test_bytes_are_those_of_a_build_that_looks_at_every_sample(make_checkpoint, build, as_on_a_card, monkeypatch):
     folder, names = make_checkpoint(), ["gptq-int4", "awq", "gguf-q4_0"]
     _, quick = build(folder, *names, out="quick")
     monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], threads=False, waits=False))

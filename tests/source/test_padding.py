@@ -17,7 +17,7 @@ from qquant.recipe import AwqArtifact, GgufArtifact, GptqArtifact
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import padded, padded_size, zero_padded_codes
 from tests.conftest import SMALL
-from tests.test_pipeline import CPU, HEAD, quiet
+from tests.worlds.builds import CPU, HEAD, quiet
 
 QWEN2 = FAMILIES["qwen2"]
 ARTIFACTS = {

@@ -1,0 +1,63 @@
+"""A stream of an artifact's own: what it holds, and the correction by its definition."""
+
+import weakref
+
+import torch
+from safetensors.torch import load_file
+
+from qquant.families import FAMILIES
+from qquant.families.forward import StageInput
+from qquant.solve import block as blocks
+from qquant.solve import propagate
+from tests.worlds.builds import HEAD
+
+
+def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
+    """Else its activations stay in memory: Python up to 3.12.3 keeps what a closed generator held."""
+    ways = [iter([StageInput("down", torch.ones(1)), StageInput("", torch.zeros(1))]) for _ in range(2)]
+    held = _passage(ways[0])
+    known = weakref.ref(held)
+    passes = {7: [held, _passage(ways[1])]}
+    del held
+    found = list(propagate._inputs(passes, last=True))
+    assert [place for place, _, _ in found] == [7]
+    assert known() is None
+    assert [next(way)[0] for way in passes[7]] == [""]
+
+
+def _passage(way):
+    yield from way
+
+
+def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, build):
+    folder = make_checkpoint(hidden_size=128, intermediate_size=256, num_hidden_layers=3)
+    text = HEAD.replace("samples: 6", "samples: 24")
+    shared, first = build(folder, "gptq-shared", text=text)
+    own, second = build(folder, "gptq-own", out="own", text=text)
+    a, b = (load_file(out / "model-GPTQ-Int4" / "model.safetensors") for out in (first, second))
+    assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
+    assert not torch.equal(a["model.layers.1.mlp.down_proj.qweight"], b["model.layers.1.mlp.down_proj.qweight"])
+    assert own.artifacts[0].kl_divergence < shared.artifacts[0].kl_divergence
+
+
+def test_the_correction_is_the_ridge_regression_of_what_is_missing():
+    """For weights W' = W + correction: W' x~ is nearest to W x + (r - r~) under the ridge, computed by stacking rows."""
+    generator = torch.Generator().manual_seed(3)
+    weight, x, own, r, q = (
+        torch.randn(*shape, generator=generator) for shape in ((5, 8), (40, 8), (40, 8), (40, 5), (40, 5))
+    )
+    own = x + 0.3 * own
+    stage = FAMILIES["qwen2"].stage("o")
+    weights = {f"{stage.linears[0]}.weight": weight}
+    view = blocks.View(None, 0, weights, torch.float32, None)
+    inputs = [
+        propagate.Inputs(place, StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
+        for place, part in enumerate((slice(0, 25), slice(25, None)))
+    ]
+    gram, targets = propagate._targets(view, stage, weights, inputs)
+    found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
+    wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
+    ridge = (propagate.RIDGE * gram.matrix.diagonal().mean()).sqrt()
+    stacked = torch.cat([own, ridge * torch.eye(8)]).double(), torch.cat([wanted, torch.zeros(8, 5)]).double()
+    expected = torch.linalg.lstsq(*stacked).solution.T
+    assert torch.allclose(found.double(), expected, atol=1e-5)
