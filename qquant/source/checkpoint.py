@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     fingerprint: str  # sha256 of config, headers and file sizes
     adapter: Adapter | None = None
-    ignored: tuple[str, ...] = field(default=())  # tensors of the files that the model does not use
     reference: str = ""  # what it was opened as: a folder, or a hub id
     base: str = ""  # the fingerprint without the adapter
     as_dtype: str = ""  # safetensors name of the dtype that every tensor is rounded to as it is read; empty: its own
@@ -94,14 +93,14 @@ class Checkpoint:
         family = family_of(raw, str(path / "config.json"))
         config = parse_config(raw, str(path / "config.json"))
         present, digest = read_tensors(path)
-        tensors, ignored = _verify(path, family, config, present)
+        tensors = _verify(path, family, config, present)
         digest.update(json.dumps(raw, sort_keys=True).encode())
         base = digest.hexdigest()
         lora = Adapter.open(adapter, {name: info.shape for name, info in tensors.items()}) if adapter else None
         if lora:
             digest.update(lora.fingerprint.encode())
         print_ = digest.hexdigest()
-        return cls(path, name, commit, raw, family, config, tensors, print_, lora, ignored, str(reference), base)
+        return cls(path, name, commit, raw, family, config, tensors, print_, lora, str(reference), base)
 
     @property
     def dtype(self) -> str:
@@ -275,7 +274,8 @@ def _single(path: Path) -> dict[Path, set[str]]:
 
 def _verify(
     path: Path, family: Family, config: ModelConfig, present: Mapping[str, TensorInfo]
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+) -> dict[str, TensorInfo]:
+    """The tensors of the model, and a copy of the tied head, which is not read."""
     expected = family.shapes(config)
     problems = []
     for name, shape in expected.items():
@@ -306,4 +306,4 @@ def _verify(
         raise InputError(
             f"{path}: tensors and config.json disagree ({len(problems)}):{shown}{more}\nCheck the numbers in config.json"
         )
-    return {name: present[name] for name in expected} | {name: present[name] for name in tied_copy}, tuple(tied_copy)
+    return {name: present[name] for name in expected} | {name: present[name] for name in tied_copy}

@@ -1,6 +1,7 @@
 """Type mixes: llama-quantize's own maps for every Qwen1.5 size, and exact sizes."""
 
 import json
+import math
 from typing import get_args
 
 import gguf
@@ -62,6 +63,12 @@ def test_file_types_have_llama_cpps_numbers(file_type):
     assert FILE_TYPES[file_type] == names[file_type]
 
 
+def nbytes(mix, shape):
+    """Bytes of every tensor in the type that it has."""
+    shapes = shape.matrices() | {name: (length,) for name, length in shape.vectors().items()}
+    return {name: TYPES[mix.types[name]].nbytes(shape) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize(
     ("size", "file_type", "gigabytes", "bits"),
     [
@@ -77,18 +84,21 @@ def test_file_types_have_llama_cpps_numbers(file_type):
     ],
 )
 def test_sizes_are_known(size, file_type, gigabytes, bits):
-    mix = tensor_types(file_type, shape_of(size), imatrix=False)
-    assert sum(mix.bytes.values()) / 1e9 == pytest.approx(gigabytes, abs=6e-4)
-    assert mix.bits_per_weight == pytest.approx(bits, abs=6e-3)
+    shape = shape_of(size)
+    total = sum(nbytes(tensor_types(file_type, shape, imatrix=False), shape).values())
+    count = sum(map(math.prod, shape.matrices().values())) + sum(shape.vectors().values())
+    assert total / 1e9 == pytest.approx(gigabytes, abs=6e-4)
+    assert 8 * total / count == pytest.approx(bits, abs=6e-3)
 
 
 def test_bytes_are_exact():
     mix = tensor_types("q4_k_m", shape_of("14B"), imatrix=True)
     assert mix.types["blk.0.ffn_down.weight"] == "q8_0"
-    assert mix.bytes["blk.0.ffn_down.weight"] == 5120 * 13696 // 32 * 34
-    assert mix.bytes["token_embd.weight"] == 152064 * 5120 // 256 * 144
-    assert mix.bytes["blk.3.attn_k.bias"] == 4 * 5120
-    assert set(mix.bytes) == set(mix.types)
+    sizes = nbytes(mix, shape_of("14B"))
+    assert sizes["blk.0.ffn_down.weight"] == 5120 * 13696 // 32 * 34
+    assert sizes["token_embd.weight"] == 152064 * 5120 // 256 * 144
+    assert sizes["blk.3.attn_k.bias"] == 4 * 5120
+    assert set(sizes) == set(mix.types)
     assert len(mix.types) == 40 * 12 + 3
 
 

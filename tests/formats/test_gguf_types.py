@@ -173,7 +173,7 @@ def test_fit_is_what_quantize_stores(name, mode):
         if a is not None and b is not None:
             assert a.dtype == b.dtype
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    assert torch.equal(grid(name).pack(codes, fitted), blocks)
+    assert torch.equal(pack(codes, fitted), blocks)
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -16,7 +16,6 @@ Left out: IQ1, IQ2, IQ3, TQ and expert models.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -142,11 +141,7 @@ class TypeMap:
     """Every tensor of a file."""
 
     types: dict[str, str]  # tensor name: block type
-    bytes: dict[str, int]  # tensor name: size of its data, without padding
-    fallbacks: tuple[
-        tuple[str, str, str], ...
-    ]  # (tensor, wanted type, given type): its row is not a multiple of the block
-    bits_per_weight: float  # over all parameters of the file
+    fallbacks: tuple[tuple[str, str, str], ...]  # (tensor, wanted, given): its row is not a multiple of the block
 
 
 def tensor_types(
@@ -171,13 +166,8 @@ def tensor_types(
         for name, size in shape.matrices().items()
     }
     types = {name: fitting(wish, size[1]) for name, (wish, size) in wanted.items()}
-    nbytes = {name: TYPES[types[name]].nbytes(size) for name, (_, size) in wanted.items()}
     fallbacks = tuple((name, wish, types[name]) for name, (wish, _) in wanted.items() if types[name] != wish)
-    vectors = shape.vectors()
-    types |= dict.fromkeys(vectors, "f32")
-    nbytes |= {name: 4 * length for name, length in vectors.items()}
-    count = sum(math.prod(size) for _, size in wanted.values()) + sum(vectors.values())
-    return TypeMap(types, nbytes, fallbacks, 8 * sum(nbytes.values()) / count)
+    return TypeMap(types | dict.fromkeys(shape.vectors(), "f32"), fallbacks)
 
 
 def fitting(type_name: str, columns: int) -> str:

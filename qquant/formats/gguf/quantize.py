@@ -97,14 +97,6 @@ class BlockGrid:
 
         return BlockParams(self.type, given(joined("d")), joined("dmin"), joined("scales"), joined("mins"))
 
-    def pack(self, codes: Tensor, params: BlockParams) -> Tensor:
-        """Blocks uint8 [N, bytes per row] of `codes` uint8 [N, K]; see `pack`."""
-        return pack(codes, params)
-
-    def unpack(self, blocks: Tensor) -> tuple[Tensor, BlockParams]:
-        """(codes uint8 [N, K], params) of `blocks` uint8 [N, bytes per row]; see `unpack`."""
-        return unpack(blocks, self.type.name)
-
 
 def grid(type_name: str) -> BlockGrid:
     """The grid of a block type.
