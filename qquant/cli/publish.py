@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +15,9 @@ from qquant.cli.command import command
 from qquant.cli.options import EXITS, JSON
 from qquant.cli.terminal import counted, echo
 from qquant.errors import PartlyPublishedError, UsageError
+
+if TYPE_CHECKING:
+    from qquant.release.hub.request import Published
 
 NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -113,6 +118,7 @@ def publish(
         statements.with_statements(card.with_card(complete(repository, tag, namespace, base_model)))
         for repository in release.repositories
     ]
+    _warn({what: None for repository in repositories for what in card.unknown(repository.manifest)})
     if signed:
         repositories = [signing.with_signature(repository, signed) for repository in repositories]
     request = hub.Request(
@@ -121,12 +127,23 @@ def publish(
     done = hub.destination(to, out, endpoint, lambda text: echo(text, err=True)).publish(repositories, request)
     if as_json:
         echo(json.dumps({"schema": "qquant-published-1", "repositories": [vars(result) for result in done]}, indent=2))
-    for result in () if as_json else done:
-        echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
+    else:
+        _tell(done)
     if done and all(result.state == "unchanged" for result in done):
         echo(f"nothing to publish: {tag} is there with these bytes, nothing was changed", err=True)
     if release.refused:
         raise PartlyPublishedError(f"published without {', '.join(release.refused)}, as said above")
+
+
+def _warn(unknown: Iterable[str]) -> None:
+    """Say what readers of the cards will look for in vain."""
+    for what in unknown:
+        echo(f"warning: the cards name no {what}", err=True)
+
+
+def _tell(done: Iterable[Published]) -> None:
+    for result in done:
+        echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
 
 
 @command(epilog=EXITS, example="patch generation_config.json:top_p=0.8 --repos 'my-organisation/Qwen1.5-*' --dry-run")

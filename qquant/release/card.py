@@ -104,6 +104,16 @@ def head(manifest: Manifest, report: Report) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value not in (None, [], "")}
 
 
+def unknown(manifest: Manifest) -> list[str]:
+    """What readers look for in the head of a card and the build did not know, each with how to say it."""
+    release = _release(manifest)
+    remedies = {
+        "base model": (release.base_model, "--base-model"),
+        "licence": ((release.card or {}).get("license"), "`license:` in the head of a README.md beside the checkpoint"),
+    }
+    return [f"{what} ({remedy})" for what, (value, remedy) in remedies.items() if not value]
+
+
 def _release(manifest: Manifest) -> ReleaseEntry:
     if manifest.release is None:
         raise AssertionError("a card is of a release")
@@ -214,7 +224,7 @@ def body(manifest: Manifest, report: Report) -> str:
         "baseline_bits": f"{report.baseline_bits:g}",
         "fallbacks": [(row.name, note) for row in report.artifacts for note in fallback_note(row.fallbacks)],
         "gates": [_cells(_gate(row, gate)) for row in report.artifacts for gate in row.verdict.gates],
-        "short": [Markup(line) for line in in_short(report)],
+        "short": [Markup(line) for line in in_short(report, published=True)],
         "read": str(report.conditions.tokenizer or ""),
         "kept": slices.table(report.artifacts),
         "does": behaviour.table(report.artifacts),

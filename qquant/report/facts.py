@@ -40,9 +40,16 @@ def facts(report: Report) -> list[Fact]:
     ]
 
 
-def in_short(report: Report) -> list[str]:
-    """The answers as a list in Markdown."""
-    return [f"- **{fact.question}** {markdown(fact.answer)}" for fact in facts(report)]
+def in_short(report: Report, *, published: bool = False) -> list[str]:
+    """The answers as a list in Markdown; where it is `published`, for those who load it: they do not ask whether they may."""
+    lines = facts(report)
+    if published:
+        waived = ", with a waiver" if report.outcome == "waived" else ""
+        gated = any(artifact.verdict.gates for artifact in report.artifacts)
+        lines[0] = Fact(
+            "Checked", f"proven within the limits of the recipe{waived}." if gated else "measured, without limits."
+        )
+    return [f"- **{fact.question}** {markdown(fact.answer)}" for fact in lines]
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

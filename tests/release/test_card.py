@@ -432,3 +432,21 @@ def test_a_signed_folder_is_verified_by_the_reference_package(written, tmp_path)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="mismatch|hash"):
         check()
+
+
+def test_a_card_begins_with_what_its_reader_asks(build):
+    """Not whether one may publish it, which somebody decided."""
+    text = text_of(releases(build)[GGUF])
+    assert "Publish?" not in text
+    lines = text.split("\n")
+    first = lines.index("- **Checked** measured, without limits.")
+    assert lines[first + 1].startswith("- **Smallest** ")
+    assert first < lines.index("## How to run it")
+
+
+def test_what_a_card_cannot_say_is_told_to_the_publisher(build):
+    manifest = releases(build)[GGUF].manifest
+    bare = dataclasses.replace(manifest, release=dataclasses.replace(manifest.release, base_model=None, card={}))
+    assert [what.partition(" (")[0] for what in card.unknown(bare)] == ["base model", "licence"]
+    full = dataclasses.replace(manifest.release, base_model="a/b", card={"license": "mit"})
+    assert card.unknown(dataclasses.replace(manifest, release=full)) == []

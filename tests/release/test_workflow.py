@@ -82,7 +82,7 @@ def test_jobs_are_built_checked_and_published_and_again(release, runner, hub):
     assert not runner.failed, runner.log[-1]
     assert list(hub.repos) == ["org/One-GGUF"]
     assert hub.repos["org/One-GGUF"].tags.keys() == {"v1"}
-    assert "May" in (summary := (runner.folder / ".summary").read_text()) or "Publish?" in summary
+    assert "Publish?" in (runner.folder / ".summary").read_text()
     before = dict(hub.uploaded), len(hub.repos["org/One-GGUF"].commits)
 
     runner.context["matrix"] = two
