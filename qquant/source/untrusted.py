@@ -65,6 +65,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _integer(text: str) -> int | float:
+    """-0 is no integer to readers in other languages."""
+    return -0.0 if text == "-0" else int(text)
+
+
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
@@ -79,7 +84,7 @@ def parse_json(data: bytes, items: int = ITEM_LIMIT) -> Any:
         raise ValueError(f"more than {items:,} items")
     text = data.decode("utf-8")
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
     if "\\u" in text and _holds_surrogate(value):

@@ -116,7 +116,8 @@ class Reference:
     def __init__(self, target):
         self.target, self.process = target, None
 
-    def refusal(self, path):
+    def refusal(self, path, again=True):
+        """What the reference says against a file; one that hangs is asked once more, since it may have waited for the machine."""
         if self.process is None or not self.process.is_alive():
             self.connection, theirs = multiprocessing.Pipe()
             self.process = multiprocessing.get_context("spawn").Process(
@@ -133,7 +134,7 @@ class Reference:
             return "the reference crashed"
         self.process.kill()
         self.process.join()
-        return "the reference hung"
+        return self.refusal(path, again=False) if again else "the reference hung"
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

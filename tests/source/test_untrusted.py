@@ -64,6 +64,7 @@ def test_truncated_and_grown_files(place, cut, more):
         (json.dumps({"a": {"dtype": "F32", "shape": [2**62, 4, 0], "data_offsets": [0, 0]}}).encode(), "overflows"),
         (b" " + json.dumps(GOOD).encode(), "must be a mapping"),
         (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "nested deeper"),
+        (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,-0]}}', r"bad data_offsets \[0, -0.0\]"),
         (b'{"__metadata__":{"a":NaN}}', "NaN is not a JSON number"),
         (b"{" + b",".join(b'"%d":1' % i for i in range(250_000)) + b"}", "at most 200,000 tensors"),
     ],
