@@ -249,7 +249,8 @@ def review(
     rows = []
     for candidate in candidates:
         answered = answers.get(candidate.name, Answers())
-        warnings = (*said[candidate.name].warnings, *_warnings(candidate, measured, answered))
+        noticed = tuple(f"{tensor} {remark}" for tensor, remark in sources[candidate.name].remarks.items())
+        warnings = (*said[candidate.name].warnings, *noticed, *_warnings(candidate, measured, answered))
         row = _row(
             candidate,
             measured,

@@ -229,6 +229,35 @@ def test_nan_scale_in_a_gguf_file(damaged):
     assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in reasons()
 
 
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize("scale", [0.95, 1.02])
+def test_a_head_of_another_scale(damaged, kind, scale):
+    made, reasons = damaged(kind)
+    name = "model.embed_tokens.weight"  # tied
+    edit(made, lambda tensors: tensors.update({name: (tensors[name].float() * scale).half()}))
+    assert f"embed_tokens.weight is {scale:.3f} times the checkpoint's weight" in reasons()
+
+
+def test_a_linear_of_another_scale(damaged):
+    made, reasons = damaged("gptq")
+    edit(made, lambda tensors: tensors.update({f"{Q}.scales": tensors[f"{Q}.scales"] * 1.1}))
+    assert "q_proj.weight is 1.091 times the checkpoint" in reasons()
+
+
+def test_one_bias(damaged, built):
+    """Zeroed it is a fault; a tenth off it may be meant so, and is told."""
+    made, reasons = damaged("gptq")
+    kept = load_file(made / "model.safetensors")[f"{Q}.bias"]
+    edit(made, lambda tensors: tensors[f"{Q}.bias"].zero_())
+    assert f"{Q}.bias is not the checkpoint's vector" in reasons()
+    edit(made, lambda tensors: tensors.update({f"{Q}.bias": kept * 1.1}))
+    checks = Checks(windows=2, length=32)
+    report = pipeline.check([made], Checkpoint.open(built[0]), checks, Gates(defaults=False), CPU, quiet)
+    assert [line for line in report.artifacts[0].warnings if "bias" in line] == [
+        f"{Q}.bias is 10.0% off the checkpoint's vector"
+    ]
+
+
 def test_two_bits_are_no_fault():
     weight = torch.randn(64, 256)
     coarse = (weight / 0.9).round().clamp(-2, 1) * 0.9
