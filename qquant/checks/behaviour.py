@@ -47,7 +47,7 @@ from qquant.source.checkpoint import Checkpoint
 
 GATE = "worst behaviour"
 ABLE = 0.25  # of the questions that the checkpoint must have right
-BROKEN = 0.4
+BROKEN = 0.5
 BATCH = 8
 CALLS, CODE, ENDLESS, SCRIPT = "tool calls", "code that compiles", "no endless repetition", "script of the question"
 

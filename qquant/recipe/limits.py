@@ -38,7 +38,7 @@ POWER = 0.8  # of the detectable effect
 SLICES = 0.006  # of `LEVEL`, for the worst of all slices
 BEHAVIOUR = LEVEL - ASKED - SLICES  # of `LEVEL`, for the worst of all kinds of questions
 WORST_SLICE = 3.0  # default of `gates.worst_slice`
-LOST = 0.25  # default of `gates.behaviour`, or the disagreement that is allowed where that is more
+LOST = 0.2  # default of `gates.behaviour`, or the disagreement that is allowed where that is more
 RESOLVED = (
     0.001  # nats, what 16-bit artifacts may lose: English counts as at least this where slices are compared with it
 )

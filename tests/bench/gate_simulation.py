@@ -2,6 +2,7 @@
 
     python tests/bench/gate_simulation.py OUT [--runs 10000] [--windows 40]
     python tests/bench/gate_simulation.py --slices [--runs 1000]
+    python tests/bench/gate_simulation.py --profile [--runs 1000]
 
 OUT has a report.json with evidence/ of many windows (`qquant check ... --windows 360 --no-defaults --out OUT`). For every artifact, d are its
 window means of a loss; shifted to have a mean of our choice, they are a population, and draws of `--windows` from it are judged:
@@ -17,6 +18,10 @@ which window means spread, which `qquant/recipe/limits.py` plans with.
 `--slices` draws window means of 18 slices from three distributions, two as skewed as real ones and one more so, and asks the gate on the worst:
 "at the limit" (every slice's true ratio is the limit: the worst case of a harmless artifact) and "no effect" (every ratio is 1); "lost" is one
 slice at three times the limit. English always has 24 windows, the others as many as said.
+
+`--profile` judges an artifact by everything at once: three gates on 40 windows, 18 slices of 24, and the kinds of questions of `KINDS`. "At the limit"
+is the worst case of a harmless artifact: each loss, each slice and each kind of question is at its own limit. "No effect": losses are half of their
+limits, slices are as English, and answers change both ways alike. "Lost": as that, but six tenths of what the checkpoint had right in tool calls is wrong.
 """
 
 import argparse
@@ -25,8 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qquant.checks import evidence, slices, statistics
+from qquant.checks import behaviour, evidence, gate, slices, statistics
+from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.ratios import ratio
+from qquant.recipe.limits import LOST
 
 LOSSES = ("kl", "top1", "nll")
 SLICES = 18
@@ -97,10 +104,63 @@ def slice_rates(runs, rng):
             print(f"{name:<24}{windows:>8}" + "".join(f"{text:>26}" for text in told), flush=True)
 
 
+KINDS = {  # questions, share that the checkpoint has right, share of all that changes both ways alike
+    **{f"retrieval, {length:,} tokens": (40, 0.9, 0.02) for length in (4096, 8192, 16384, 32768)},
+    behaviour.CALLS: (64, 0.7, 0.06),
+    behaviour.CODE: (48, 0.8, 0.05),
+    behaviour.ENDLESS: (164, 0.9, 0.03),
+    behaviour.SCRIPT: (52, 0.95, 0.01),
+}
+
+
+def answered(rng, name, lost):
+    """Answers of a kind of question: `lost` of what the checkpoint has right goes wrong beyond what changes both ways."""
+    count, share, both = KINDS[name]
+    theirs = rng.random(count) < share
+    wrong = rng.random(count) < lost + both / share
+    right = rng.random(count) < both / (1 - share)
+    return AnswerPairs(name, np.where(theirs, ~wrong, right).tolist(), theirs.tolist())
+
+
+def limit_of(name):
+    """Share of the right answers that may be lost of a kind of question."""
+    return LOST * (behaviour.BROKEN if name in (behaviour.ENDLESS, behaviour.SCRIPT) else 1)
+
+
+def whole_profile(rng, draw, losses, factor, lost):
+    """(outcome of everything, of the questions alone)."""
+    draws = {name: losses * draw(rng, 40) for name in LOSSES}
+    outcome = decided(draws, dict.fromkeys(LOSSES, 1.0))
+    sliced = judged(rng, draw, 24, [factor] * SLICES)
+    _, asked = behaviour.judge([answered(rng, name, lost(name)) for name in KINDS], LOST)
+    both = gate.with_gates(gate.Verdict(outcome), gate.Verdict(sliced), asked)
+    return both.outcome, asked.outcome
+
+
+def profile_rates(runs, rng):
+    """Print, by distribution, how often the whole profile and its questions alone fail and pass."""
+    cases = {
+        "at the limit": (1.0, 3.0, limit_of),
+        "no effect": (0.5, 1.0, lambda name: 0.0),
+        "lost": (0.5, 1.0, lambda name: 0.6 if name == behaviour.CALLS else 0.0),
+    }
+    for name, draw in MEANS.items():
+        for case, settings in cases.items():
+            found = [whole_profile(rng, draw, *settings) for _ in range(runs)]
+            told = [
+                f"{[one[part] for one in found].count('fail') / runs:.2%} fail, {[one[part] for one in found].count('pass') / runs:.1%} pass"
+                for part in (0, 1)
+            ]
+            print(f"{name:<18}{case:<14} all: {told[0]:<28} questions: {told[1]}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--slices", action="store_true", help="simulate the gate on the worst slice; needs no OUT")
+    parser.add_argument(
+        "--profile", action="store_true", help="simulate all that the release profile judges; needs no OUT"
+    )
     parser.add_argument("--runs", type=int, default=10000)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--margin", type=float, default=0.1, help="of the mean KL divergence and disagreement")
@@ -108,6 +168,9 @@ def main():
     parser.add_argument("--spread", type=float, default=0.35, help="standard deviation of a window's own NLL, nats")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
+    if options.profile:
+        profile_rates(options.runs, rng)
+        return
     if options.slices:
         slice_rates(options.runs, rng)
         return

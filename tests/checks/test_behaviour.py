@@ -283,7 +283,7 @@ def test_artifacts_at_the_limit_fail_as_seldom_as_promised(share):
 
 def test_limits_by_kind():
     gates = Gates()
-    assert limits.resolved(gates, "int4", 10**9).behaviour == 0.25
+    assert limits.resolved(gates, "int4", 10**9).behaviour == 0.2
     assert limits.resolved(gates, "q2_k", 10**9).behaviour == 0.45
     assert limits.resolved(Gates(behaviour=0.1), "q2_k", 10**9).behaviour == 0.1
     assert limits.resolved(Gates(defaults=False), "int4", 10**9).behaviour is None
