@@ -19,6 +19,7 @@ def commands(page):
     spans = re.findall(r"`([^`\n]+)`", text)
     for line in [*blocks, *spans]:
         line = line.split(" #")[0].removeprefix(".venv/bin/").strip()
+        line = re.sub(r"^(srun )?torchrun .* -m qquant ", "qquant ", line)
         if line.startswith("qquant ") and "|" not in line and "\\" not in line:
             yield line
 
