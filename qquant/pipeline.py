@@ -53,6 +53,7 @@ from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
 from qquant.solve import sensitivity, walk
 from qquant.solve.moments import Moments, write_imatrix
+from qquant.solve.writing import Author
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json
@@ -78,7 +79,8 @@ def build(
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)
-        tokens = calibration.load(recipe.calibration, tokenizer, template_expected=False)
+        author = Author(checkpoint, versions(device), out / "calibration", device, progress)
+        tokens = calibration.load(recipe.calibration, tokenizer, False, author.for_all(ranks))
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
         adapter = _adapter(checkpoint)
@@ -86,9 +88,7 @@ def build(
         ranks.agree(inputs | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
         progress.advance("read", 2, 3)
         aside = set_aside(out)
-        earlier = {
-            artifact.name: earlier_release(artifact.spec.gates, artifact.name, text) for artifact in plan.artifacts
-        }
+        earlier = {one.name: earlier_release(one.spec.gates, one.name, text) for one in plan.artifacts}
         progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(folder / f"moments-{_key(inputs)[:16]}", plan.imatrix, ranks)
@@ -140,7 +140,8 @@ def choose_types(
     recipe: Recipe, checkpoint: Checkpoint, plan: Plan, scratch: Path, device: torch.device, progress: Progress
 ) -> Plan:
     """The plan with types chosen for every artifact that asks for a size, as a build would choose them; `scratch` is a folder of its own."""
-    tokens = calibration.load(recipe.calibration, Tokenizer.open(checkpoint.path), template_expected=False)
+    author = Author(checkpoint, versions(device), scratch, device, progress)
+    tokens = calibration.load(recipe.calibration, Tokenizer.open(checkpoint.path), False, author)
     samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
     inputs = _inputs(recipe, checkpoint, plan, tokens, device)
     question = sensitivity.Question(recipe, checkpoint, plan, inputs)

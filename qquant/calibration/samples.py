@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qquant.calibration import openings
 from qquant.calibration.chats import ChatRecord, brings_system, chat_tokens, give_systems
 from qquant.calibration.draw import allot, rank, shuffled
 from qquant.calibration.sources import Corpus, Drop, Messages, Reading, SourceRecord, open_source
@@ -34,6 +36,8 @@ READ_AHEAD = 8  # a hub dataset is read until it gave this many times what is ne
 CHARACTERS_PER_TOKEN = 4  # of English, about
 SET_FILE, PROVENANCE_FILE = "calibration.safetensors", "provenance.json"
 SCHEMA = "qquant.calibration/1"
+
+_Talk = tuple[Corpus, str, Messages]  # (source, place, chat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +133,13 @@ class CalibrationSet:
         return calibration
 
 
-def load(spec: recipe.Calibration, tokenizer: Tokenizer, template_expected: bool) -> CalibrationSet:
+def load(
+    spec: recipe.Calibration, tokenizer: Tokenizer, template_expected: bool, write: openings.Writer = openings.refuse
+) -> CalibrationSet:
     """The calibration set of a recipe, the same for the same recipe, sources and tokenizer.
 
     `template_expected`: the checkpoint is a chat model, so a missing chat template is an error even where only texts are read.
+    `write`: the model, where a source is generated.
     Raises InputError, UsageError (unknown bundled name) or EnvironmentMissingError (hub out of reach).
     """
     has_chats = any(source.kind == "chat" for source in spec.sources)
@@ -143,16 +150,21 @@ def load(spec: recipe.Calibration, tokenizer: Tokenizer, template_expected: bool
     reading = Reading(frozenset(tokenizer.special))
     read = []
     for source, count in zip(spec.sources, first, strict=True):
+        if source.generated:
+            read.append(openings.open_openings(source, spec.seed, reading.special))
+            continue
         size = 1 if source.kind == "chat" else spec.length * CHARACTERS_PER_TOKEN
         read.append(open_source(source, reading, READ_AHEAD * max(count, 1) * size))
     for corpus in read:
+        if corpus.openings:
+            continue
         corpus.ids = tokenizer.encode("\n\n".join(corpus.texts), special=False)
-        if not corpus.capacity(spec.length):
+        if not corpus.capacity(spec.length, spec.samples):
             raise InputError(
                 f"{corpus.where}: {len(corpus.ids)} tokens, fewer than one sample of {spec.length}. Lower calibration.length or give more text"
             )
-    counts = allot(weights, [corpus.capacity(spec.length) for corpus in read], spec.samples)
-    samples, chats = _draw(read, counts, spec, tokenizer)
+    counts = allot(weights, [corpus.capacity(spec.length, spec.samples) for corpus in read], spec.samples)
+    samples, chats = _draw(read, counts, spec, tokenizer, write)
     order = shuffled(spec.seed, "samples", len(samples))
     tokens = tuple(np.array(samples[i], dtype=np.int32) for i in order)
     notes = _notes(read, first, counts, spec)
@@ -185,28 +197,55 @@ def _pick(corpus: Corpus, count: int, share: float, default: str | None, seed: i
 
 
 def _draw(
-    read: list[Corpus], counts: list[int], spec: recipe.Calibration, tokenizer: Tokenizer
+    read: list[Corpus], counts: list[int], spec: recipe.Calibration, tokenizer: Tokenizer, write: openings.Writer
 ) -> tuple[list[list[int]], ChatRecord | None]:
-    """The samples of every source, in the order of the sources, and how its chats were rendered."""
+    """The samples of every source, texts before chats, each in the order of the sources, and how chats were rendered."""
     samples: list[list[int]] = []
-    talks: list[tuple[SourceRecord, str, Messages]] = []
+    talks: list[_Talk] = []
     for corpus, count in zip(read, counts, strict=True):
         corpus.record.samples = count
         if corpus.record.kind == "text":
-            samples += _windows(corpus, count, spec.length, spec.seed)
+            samples += (
+                openings.texts(corpus, count, spec, tokenizer, write)
+                if corpus.openings
+                else _windows(corpus, count, spec.length, spec.seed)
+            )
             corpus.record.tokens = count * spec.length
+        elif corpus.openings:
+            talks += [
+                (corpus, corpus.where, [{"role": "user", "content": opening}])
+                for opening in openings.chosen(corpus, count, spec.seed)
+            ]
         else:
             picked = _pick(corpus, count, spec.default_system_share, tokenizer.default_system, spec.seed)
-            talks += [(corpus.record, f"{corpus.where}, {location}", chat) for location, chat in picked]
+            talks += [(corpus, f"{corpus.where}, {location}", chat) for location, chat in picked]
     if not talks:
         return samples, None
     rendered, chats = give_systems([chat for _, _, chat in talks], tokenizer, spec.default_system_share, spec.seed)
-    placed = [(where, chat) for (_, where, _), chat in zip(talks, rendered, strict=True)]
-    for (record, _, _), ids in zip(talks, chat_tokens(tokenizer, placed), strict=True):
-        record.truncated += len(ids) > spec.length
-        samples.append(ids[: spec.length])
-        record.tokens += len(samples[-1])
+    given = [(corpus, where, chat) for (corpus, where, _), chat in zip(talks, rendered, strict=True)]
+    for (corpus, _, _), (ids, cut) in zip(talks, _rendered(given, spec, tokenizer, write), strict=True):
+        corpus.record.truncated += cut
+        samples.append(ids)
+        corpus.record.tokens += len(ids)
     return samples, chats
+
+
+def _rendered(
+    talks: list[_Talk], spec: recipe.Calibration, tokenizer: Tokenizer, write: openings.Writer
+) -> Iterator[tuple[list[int], bool]]:
+    """Each chat as ids, answered by the model where its source is generated; and whether it was cut."""
+    answered = {}
+    for corpus in {id(corpus): corpus for corpus, _, _ in talks if corpus.openings}.values():
+        asked = [chat for owner, _, chat in talks if owner is corpus]
+        answered[id(corpus)] = iter(openings.answers(corpus, asked, spec, tokenizer, write))
+    whole = chat_tokens(tokenizer, [(where, chat) for corpus, where, chat in talks if not corpus.openings])
+    for corpus, _, _ in talks:
+        if corpus.openings:
+            ids = next(answered[id(corpus)])
+            yield ids, ids[-1] not in (tokenizer.end_of_turn, *tokenizer.eos)
+        else:
+            ids = next(whole)
+            yield ids[: spec.length], len(ids) > spec.length
 
 
 def _notes(read: list[Corpus], asked: list[int], counts: list[int], spec: recipe.Calibration) -> tuple[str, ...]:

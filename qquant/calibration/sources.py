@@ -83,9 +83,12 @@ class Corpus:
     texts: list[str] = field(default_factory=list)
     chats: list[tuple[str, Messages]] = field(default_factory=list)  # (place, chat)
     ids: list[int] = field(default_factory=list)  # of the texts, joined
+    openings: list[str] = field(default_factory=list)  # of what the checkpoint writes; empty where it writes nothing
 
-    def capacity(self, length: int) -> int:
-        """How many samples it can give."""
+    def capacity(self, length: int, asked: int) -> int:
+        """How many of the `asked` samples it can give."""
+        if self.openings:
+            return asked
         return len(self.chats) if self.record.kind == "chat" else len(self.ids) // length
 
 

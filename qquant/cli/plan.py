@@ -78,6 +78,8 @@ def plan(
         _print_files(planned)
     if tensors:
         _print_tensors(planned)
+    if planned.writing:
+        echo(f"calibration: {planned.writing}")
     _print_checks(planned, source, gates)
     _print_needs(planned, phases, known=clock is not None and clock.known)
     if world > 1:

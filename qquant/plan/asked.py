@@ -24,6 +24,7 @@ from qquant.source.rounding import rounded
 
 CHAT, BASE = "qwen1.5-chat", "qwen1.5-base"
 TURNS = ("messages", "conversations")  # columns that hold chats
+GENERATED = "generated"  # instead of a file: what the checkpoint writes itself
 HEAD = 1 << 20  # bytes of a text that are looked at
 
 
@@ -74,8 +75,15 @@ class Asked:
         """
         proposal = self.proposal()
         known = recipes.load(proposal.name) if proposal else _loaded(self.recipe or BASE)
-        sources = tuple({"path": str(path), "kind": kind_of_text(path)} for path in self.calibration)
+        sources = tuple(map(self._source, self.calibration))
         return changed(known, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
+
+    def _source(self, path: Path) -> dict[str, Any]:
+        """A file as a source of calibration, or the checkpoint itself."""
+        if str(path) != GENERATED or path.exists():
+            return {"path": str(path), "kind": kind_of_text(path)}
+        folder = Checkpoint.open(self.reference, self.revision).path
+        return {"generated": True, "kind": "chat" if proposed(folder).name == CHAT else "text"}
 
     def open(self) -> tuple[Recipe, Checkpoint]:
         """The recipe, and the checkpoint with its adapter, rounded and padded as the recipe says.

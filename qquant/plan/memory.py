@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from qquant.plan.writing import writing_bytes
 from qquant.recipe import Recipe
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import SIZES
@@ -40,7 +41,8 @@ def build_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
     if any(own):  # float32, and a 16-bit stream beside it in float32 too
         lockstep = 2 * lockstep + 8 * tokens * config.hidden
     weights = block * (SIZES[checkpoint.dtype] * 2 + 4 * transforms + 8 * any(own))
-    return PROCESS + stream + sample + solve + rows + lockstep + weights
+    solving = stream + sample + solve + rows + lockstep + weights
+    return PROCESS + max(solving, writing_bytes(recipe, checkpoint))
 
 
 def scratch_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:

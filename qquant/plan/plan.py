@@ -19,6 +19,7 @@ from qquant.plan.memory import build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
 from qquant.plan.places import require_model_name
 from qquant.plan.texts import NOT_COUNTED, PlannedTexts, examine
+from qquant.plan.writing import PlannedWriting, planned_writing
 from qquant.recipe import Checks, Gates, Recipe
 from qquant.recipe.limits import Reach, reach, resolved
 from qquant.source.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ class Plan:
     in_float32: tuple[str, ...] = ()  # artifacts that keep float32 where they are not quantized
     unsettled: tuple[str, ...] = ()  # artifacts whose types are still to be chosen; their files have the right size
     expected: Mapping[str, float] = field(default_factory=dict)  # KL divergence of those that were chosen, by artifact
+    writing: PlannedWriting | None = None  # calibration that the checkpoint writes itself
 
     @classmethod
     def of(
@@ -100,6 +102,7 @@ class Plan:
         return cls(
             name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
             texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
+            writing=planned_writing(recipe, checkpoint),
         )  # fmt: skip
 
     @property
@@ -158,7 +161,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for `--json`."""
-        return {
+        written = {"generated": vars(self.writing) | {"tokens": self.writing.tokens}} if self.writing else {}
+        return written | {
             "schema": "qquant-plan-1",
             "model": self.model,
             "memory_bytes": self.memory,

@@ -1,5 +1,6 @@
 """How long a build takes, by phase: arithmetic counted from shapes, over rates that this machine shows in a second.
 
+    generate    a token and the head for each that the checkpoint writes, WRITE times as slow as reading, with the weights in memory
     curvature   (1 + BACKWARD) forward passes of the tokens that curvature is measured on, and the head's gradient
     embedding and head    as for a linear [words, hidden], where they are codes of a solver
     quantize    one forward pass with Gram matrices; for an artifact with a stream of its own, another, and PAIRED Gram matrices;
@@ -43,6 +44,7 @@ TABLE_ROWS = 4096  # as in `qquant.solve.outside`
 SWEEP = 2  # products of N K K that a sweep costs
 ANSWERS = 33  # to the bundled prompts, in each of two dtypes
 DECODE = 16  # a token that is decoded in a batch, over one that is read
+WRITE = 4  # a token that is written with up to 63 others, over one that is read
 ENOUGH = 0.15  # seconds of each probe
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -114,6 +116,7 @@ def seconds(
         return plan.tokens * (shared + own * (forward + PAIRED * gram)) + solved
 
     by_phase = {
+        "generate": plan.writing.tokens * (forward + head) * WRITE if plan.writing else 0.0,
         "curvature": seen * ((1 + BACKWARD) * forward + 3 * head)
         if any(artifact.spec.feedback for artifact in plan.artifacts)
         else 0.0,

@@ -37,7 +37,7 @@ def examine(recipe: Recipe, folder: Path) -> PlannedTexts:
         InputError: a file of the recipe is not there, or cannot be read as what the recipe says.
     """
     for source in recipe.calibration.sources:
-        _require_file(source.path, "calibration.sources")
+        _require_file(source.path or source.openings, "calibration.sources")
     for text in (recipe.checks.text, *recipe.checks.texts):
         _require_file(None if text.startswith("bundled:") else text, "checks")
     template = _template(recipe.calibration, folder)

@@ -136,6 +136,9 @@ def published(recipe: Recipe) -> dict[str, Any]:
         data["checkpoint"] = Path(data["checkpoint"]).name
     for source in data["calibration"]["sources"]:
         source["path"] = source["path"] and Path(source["path"]).name
+        openings = source.pop("openings")
+        if source.pop("generated"):
+            source |= {"generated": True, "openings": openings and Path(openings).name}
     checks = data["checks"]
     checks["text"], checks["texts"] = _named(checks["text"]), [_named(text) for text in checks["texts"]]
     for artifact in data["artifacts"]:

@@ -87,12 +87,27 @@ def _held_out_in_calibration(calibration: Any, checks: Any) -> Iterator[Conflict
     texts: dict[Location, Any] = {("checks", "text"): _entry(checks, "text")}
     texts |= {("checks", "texts", index): text for index, text in enumerate(_listed(_entry(checks, "texts")))}
     for index, source in enumerate(_listed(_entry(calibration, "sources"))):
-        bundled, path = _entry(source, "bundled"), _entry(source, "path")
+        bundled, path = _entry(source, "bundled"), _entry(source, "path") or _entry(source, "openings")
         origin = path if bundled is None else f"bundled:{bundled}"
         where = key_path(("calibration", "sources", index))
         for field, text in texts.items():
             if text is not None and text == origin:
                 yield field, f"held-out text must not calibrate, got {shown(text)}, which is {where} too"
+
+
+def _wrong_columns(values: Mapping[str, Any], path: str) -> Iterator[Conflict]:
+    if path.endswith(".txt"):
+        if values["kind"] == "chat":
+            yield ("kind",), 'a .txt file has no turns, got "chat"; allowed: text'
+        if values["field"] is not None:
+            yield ("field",), f"a .txt file has no columns, got {shown(values['field'])}; allowed: null"
+
+
+def _wrong_openings(values: Mapping[str, Any], path: str) -> Iterator[Conflict]:
+    if values["field"] is not None and not path.endswith((".jsonl", ".jsonl.gz")):
+        yield ("field",), f"only openings in a .jsonl file have columns, got {shown(values['field'])}; allowed: null"
+    if values["openings"] is not None and not path.removesuffix(".gz").endswith((".jsonl", ".txt")):
+        yield ("openings",), f"not a .jsonl or .txt file, got {shown(values['openings'])}; allowed: one of these"
 
 
 def _with(model: Model, settings: Settings) -> Model:
@@ -112,16 +127,25 @@ def _no_float(value: object) -> object:
 
 
 class Source(Strict):
-    """One origin of calibration text. Exactly one of `bundled`, `dataset`, `path`."""
+    """One origin of calibration text. Exactly one of `bundled`, `dataset`, `path`, `generated`."""
 
     bundled: Text | None = Field(default=None, description="a corpus of calibration/corpora.yaml")
     dataset: Text | None = Field(default=None, description="a `datasets` id on the hub")
     path: Text | None = Field(default=None, description="a local .jsonl, .parquet or .txt file")
+    generated: bool = Field(
+        default=False,
+        description="true: the checkpoint writes the samples itself, at temperature 1, from short openings of the bundled texts, or as answers to the questions of the bundled chats (`kind: chat`)",
+    )
+    openings: Text | None = Field(
+        default=None,
+        description="your openings for `generated`: a .txt file, one a line, or a .jsonl file with a column of strings",
+    )
     config: Text | None = Field(default=None, description="configuration name of `dataset`")
     split: Text = Field(default="train", description="split of `dataset`")
     revision: Text | None = Field(default=None, description="commit, branch or tag of `dataset`")
     field: Text | None = Field(
-        default=None, description="column of the text or the messages; null: the first of messages, conversations, text"
+        default=None,
+        description="column of the text, the messages or the openings; null: the first of messages, conversations, text",
     )
     kind: Literal["chat", "text"] = Field(
         default="text", description="chat: turns, rendered with the checkpoint's template; text: as it is"
@@ -131,17 +155,18 @@ class Source(Strict):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         origins = [key for key in ("bundled", "dataset", "path") if values[key] is not None]
+        origins += ["generated"] if values["generated"] is not False else []
         if len(origins) != 1:
             got = " and ".join(origins) or "none"
-            yield (), f"needs one origin, got {got}; allowed: exactly one of bundled, dataset, path"
+            yield (), f"needs one origin, got {got}; allowed: exactly one of bundled, dataset, path, generated"
         for key, unset in {"config": None, "revision": None, "split": "train"}.items():
             if "dataset" not in origins and values[key] != unset:
                 yield (key,), f"belongs to a dataset, got {shown(values[key])}; allowed: {unset or 'null'}"
-        if str(values["path"]).lower().endswith(".txt"):
-            if values["kind"] == "chat":
-                yield ("kind",), 'a .txt file has no turns, got "chat"; allowed: text'
-            if values["field"] is not None:
-                yield ("field",), f"a .txt file has no columns, got {shown(values['field'])}; allowed: null"
+        yield from _wrong_columns(values, str(values["path"]).lower())
+        if "generated" in origins:
+            yield from _wrong_openings(values, str(values["openings"]).lower())
+        elif isinstance(values["openings"], str):
+            yield ("openings",), f"belongs to `generated: true`, got {shown(values['openings'])}; allowed: null"
 
 
 class Calibration(Strict):

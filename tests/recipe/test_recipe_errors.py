@@ -26,7 +26,7 @@ RECIPE_KEYS = (
 )
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, behaviour, defaults, waiver"
 CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
-SOURCE_KEYS = "bundled, dataset, path, config, split, revision, field, kind, weight"
+SOURCE_KEYS = "bundled, dataset, path, generated, openings, config, split, revision, field, kind, weight"
 AWQ_KEYS = "name, gates, keep, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"
 
 
@@ -194,12 +194,32 @@ def test_one_problem_one_line(old, new, line):
         (
             "- bundled: docs-en",
             "- weight: 1",
-            "6:7: calibration.sources[0]: needs one origin, got none; allowed: exactly one of bundled, dataset, path",
+            "6:7: calibration.sources[0]: needs one origin, got none; allowed: exactly one of bundled, dataset, path, generated",
         ),
         (
             "- bundled: docs-en",
             "- {bundled: docs-en, path: a.txt}",
-            "6:7: calibration.sources[0]: needs one origin, got bundled and path; allowed: exactly one of bundled, dataset, path",
+            "6:7: calibration.sources[0]: needs one origin, got bundled and path; allowed: exactly one of bundled, dataset, path, generated",
+        ),
+        (
+            "- bundled: docs-en",
+            "- {bundled: docs-en, generated: true}",
+            "6:7: calibration.sources[0]: needs one origin, got bundled and generated; allowed: exactly one of bundled, dataset, path, generated",
+        ),
+        (
+            "- bundled: docs-en",
+            "- {bundled: docs-en, openings: a.txt}",
+            '6:36: calibration.sources[0].openings: belongs to `generated: true`, got "a.txt"; allowed: null',
+        ),
+        (
+            "- bundled: docs-en",
+            "- {generated: true, openings: a.pdf}",
+            '6:35: calibration.sources[0].openings: not a .jsonl or .txt file, got "a.pdf"; allowed: one of these',
+        ),
+        (
+            "- bundled: docs-en",
+            "- {generated: true, openings: a.txt, field: x}",
+            '6:49: calibration.sources[0].field: only openings in a .jsonl file have columns, got "x"; allowed: null',
         ),
         (
             "- bundled: docs-en",

@@ -55,7 +55,7 @@ def example(model, name, value):
         Waiver: {"reason": "x", "who": "y", "until": '"2030-01-01"'},
         Checks: {},
     }
-    if name in ("bundled", "dataset", "path"):
+    if name in ("bundled", "dataset", "path", "generated"):
         entries[model] = {}  # a source has one origin
     if name in ("size", "bits_per_weight"):
         del entries[model]["type"]  # one of the three
@@ -87,7 +87,7 @@ def test_every_field_is_strict(model, name, field):
         assert not re.search(r"[Ii]nput|should be|type=|valid ", lines[0]), "the words of pydantic"
     if (
         "default" in field
-        and name not in ("bundled", "dataset", "path", "type", "size", "bits_per_weight")
+        and name not in ("bundled", "dataset", "path", "generated", "type", "size", "bits_per_weight")
         and model is not Waiver
     ):
         recipe.parse(example(model, name, json.dumps(field["default"])))

@@ -106,6 +106,13 @@ sources = st.one_of(
         kind=st.sampled_from(["chat", "text"]),
         **local,
     ),
+    st.builds(
+        Source,
+        generated=st.just(True),
+        openings=st.none() | texts.map(lambda text: text + ".txt"),
+        kind=st.sampled_from(["chat", "text"]),
+        **local,
+    ),
     st.builds(Source, dataset=texts, config=st.none() | texts, split=texts, revision=st.none() | texts, **local),
 )
 specs = st.one_of(
