@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qquant import recipe
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
+from qquant.calibration.sources import corpora, heldout_texts
 from qquant.formats import FORMATS
 from qquant.formats.gguf.container import read_header
 from qquant.formats.gguf.tokenizer import gguf_tokenizer
@@ -461,14 +462,20 @@ def test_the_tokenizer_of_a_gguf_file_is_qwens(tmp_path):
     texts = [tmp_path / f"{number}.txt" for number in range(len(cases))]
     for text, case in zip(texts, cases, strict=True):
         text.write_text(case, newline="")
+    for entry in (*corpora().values(), *heldout_texts().values()):  # a stretch of all that calibrates and judges
+        texts.append(tmp_path / f"{len(texts)}.txt")
+        texts[-1].write_text(entry.read()[:20_000].decode(errors="ignore"), newline="")
     texts += [SHARED / "data" / "wiki.test.raw", SHARED / "data" / "wiki.valid.txt"]
     said = run("llama", "llama_tokens.py", path, tmp_path / "ids.safetensors", *texts)
     theirs = load_file(tmp_path / "ids.safetensors")
     ours, from_file = Tokenizer.open(checkpoint), gguf_tokenizer(path, header)
+    users = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     for number, text in enumerate(texts):
         found = theirs[str(number)].tolist()
         content = text.read_bytes().decode()
         assert found == ours.encode(content, special=False) == from_file.encode(content, special=False), text
+        if "<|" not in content:
+            assert found == users(content, add_special_tokens=False, verbose=False).input_ids, text
         if number < len(golden):
             assert found == golden[number]
     assert said["round_trip"][-2:] == [True, True]

@@ -233,7 +233,7 @@ class IntegerArtifact(_Artifact):
 
 
 class GptqArtifact(IntegerArtifact):
-    """AutoGPTQ v1 layout, read by transformers, vLLM, SGLang."""
+    """AutoGPTQ v1 layout, read by transformers, vLLM, SGLang. A head that is tied to the embedding is stored once; auto-gptq 0.7.1 reads zeros then."""
 
     format: Literal["gptq"] = Field(description="the kind of artifact, whose fields this table has")
     bits: Annotated[Literal[4, 8], Whole] = Field(description="bits per weight")

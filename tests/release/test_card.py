@@ -10,9 +10,11 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
+from safetensors import safe_open
 
 from qquant.artifact import verification
 from qquant.errors import EnvironmentMissingError, InputError
+from qquant.recipe import GptqArtifact
 from qquant.release import card, signing
 from qquant.release.hub import Folder, Request
 from qquant.release.repository import ReleaseSource, as_json, card_facts, complete, read_release
@@ -163,6 +165,7 @@ def test_programs_of_llama_cpp_have_every_option_that_is_printed(build):
 
 def test_a_head_that_is_stored_once_is_told(build):
     assert "tie_word_embeddings" in text_of(releases(build)[GPTQ])
+    assert "auto-gptq 0.7.1 does not tie them" in text_of(releases(build)[GPTQ])
     assert "tie_word_embeddings" not in text_of(releases(build)[GGUF])
 
 
@@ -450,3 +453,12 @@ def test_what_a_card_cannot_say_is_told_to_the_publisher(build):
     assert [what.partition(" (")[0] for what in card.unknown(bare)] == ["base model", "licence"]
     full = dataclasses.replace(manifest.release, base_model="a/b", card={"license": "mit"})
     assert card.unknown(dataclasses.replace(manifest, release=full)) == []
+
+
+def test_a_tied_head_is_stored_once(built):
+    """So says its config, and so say recipe and card: auto-gptq 0.7.1, which ties nothing, would read a head of zeros."""
+    folder = next(built[1].glob("*-Int4"))
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {"model.embed_tokens.weight", "lm_head.weight"} & {*file.keys()} == {"model.embed_tokens.weight"}
+    assert "auto-gptq 0.7.1 reads zeros" in GptqArtifact.__doc__
