@@ -29,7 +29,7 @@ def as_html(report: Report) -> str:
     """The verdict, what it costs, the table and the warnings; texts of the report are text, whatever marks they hold."""
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in report.rows())
-    short = "".join(f"<li><b>{fact.question}</b> {html.escape(fact.answer)}</li>" for fact in facts(report))
+    short = "".join(f"<li><strong>{fact.question}</strong> {html.escape(fact.answer)}</li>" for fact in facts(report))
     notes = "".join(f"<li>{html.escape(warning)}</li>" for warning in report.warnings)
     title = f"{html.escape(report.model)}: {TITLES[report.outcome]}"
     warnings = f"<ul>{notes}</ul>" if notes else ""
