@@ -1,7 +1,7 @@
 """Builds on several ranks, of which one is killed or stopped: python -m tests.torture_ranks [KILLS] [SEED] prints one JSON line.
 
 First one, two, three and four ranks build, undisturbed. Then one rank of two to four gets SIGKILL, at a random time or at a random call
-of `writes.reached`; every third gets SIGSTOP instead, or runs out of memory. The others must end by themselves within BOUND seconds, with
+of `writes.crash_point`; every third gets SIGSTOP instead, or runs out of memory. The others must end by themselves within BOUND seconds, with
 75 and one line that names the rank; then another number of ranks continues. After each, what `tests.torture` asks of builds. Ranks are
 forks of this process that meet in a file, without a launcher.
 """
@@ -116,7 +116,7 @@ class Group(Range):
         def prepare():
             left = [at]
 
-            def reached(_):
+            def at_crash_point(_):
                 left[0] -= 1
                 if left[0] == 0:
                     if how is MemoryError:
@@ -124,7 +124,7 @@ class Group(Range):
                     os.kill(os.getpid(), how)
 
             if at is not None:
-                hook(reached)
+                hook(at_crash_point)
 
         children = self.start_group(world, prepare, whom)
         if at is None:

@@ -49,7 +49,7 @@ class ToyArtifact(IntegerArtifact):
 class ToyParams(UniformParams):
     """Steps in bfloat16, also where a solver chose them again."""
 
-    def with_factors(self, coefficients: Sequence[Tensor]) -> ToyParams:
+    def with_coefficients(self, coefficients: Sequence[Tensor]) -> ToyParams:
         return ToyParams(coefficients[0].bfloat16(), self.zeros)
 
 
