@@ -55,6 +55,7 @@ torture: $(READY)
 	$(BIN)/python -m tests.torture calls
 	$(BIN)/python -m tests.torture full
 	$(BIN)/python -m tests.torture crowd
+	$(BIN)/python -m tests.torture_ranks 60
 	$(BIN)/python -m tests.torture_release 100
 
 # The table of rooms in qquant/README.md, from the heads of the files.

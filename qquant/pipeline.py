@@ -85,7 +85,8 @@ def build(
         progress.advance("read", 1, 3)
         adapter = _adapter(checkpoint)
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
-        ranks.agree(inputs | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
+        threads = {"number of threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
+        ranks.agree(inputs | threads | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
         progress.advance("read", 2, 3)
         aside = set_aside(out)
         earlier = {one.name: earlier_release(one.spec.gates, one.name, text) for one in plan.artifacts}

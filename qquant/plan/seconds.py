@@ -41,6 +41,7 @@ PAIRED = 1.5  # Gram matrices' worth of the pairs that an own stream adds
 COLUMN = 62  # small operations for each column of a linear; a GPU's kernels take columns at once
 SEARCH = 500  # elementwise operations a weight: scales and their refits
 TABLE_ROWS = 4096  # as in `qquant.solve.outside`
+SCALED = 0.5  # of everything else that an artifact takes: the search for scales to fold
 SWEEP = 2  # products of N K K that a sweep costs
 ANSWERS = 33  # to the bundled prompts, in each of two dtypes
 DECODE = 16  # a token that is decoded in a batch, over one that is read
@@ -159,7 +160,7 @@ def solving(checkpoint: Checkpoint, plan: Plan, device: torch.device, artifact: 
     if spec.own_stream:
         squares = sum(k * k for layer in range(config.layers) for k in family.inputs(config, layer).values())
         total += plan.tokens * 2 * (weights / rates.forward + PAIRED * squares / rates.exact)
-    return total
+    return total * (1 + SCALED) if spec.transforms else total
 
 
 def _tables(artifact: PlannedArtifact, checkpoint: Checkpoint, rates: Rates, device: torch.device) -> float:

@@ -79,6 +79,8 @@ def test_more_ranks_share_the_work(demo):
         assert told == sorted(told, reverse=True)
         assert told[1] < told[0]
     assert by_world[1]["check"] == pytest.approx(by_world[0]["check"] / 2)
+    costs = {artifact.name: seconds.solving(checkpoint, plan, CPU, artifact) for artifact in plan.artifacts}
+    assert costs["awq"] > costs["gptq-int4"] > costs["gptq-int8"], "scales are searched; no stream of its own"
     dealt = seconds.shares(checkpoint, plan, CPU, 2)
     assert sorted(artifact.name for hand in dealt for artifact in hand) == sorted(a.name for a in plan.artifacts)
 
