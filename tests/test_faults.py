@@ -415,6 +415,25 @@ def test_signals_stop_the_build_and_print_what_continues_it(make_checkpoint, bui
     assert contents(out) == contents(whole)
 
 
+def test_a_limit_of_file_sizes_is_told_and_survived(make_checkpoint, build, tmp_path):
+    """`ulimit -f`: a write that is refused for the file's size ends the build; without the limit the same command goes on."""
+    folder = make_checkpoint()
+    load_recipe(tmp_path, ["gptq-int4"])
+    _, whole = build(folder, "gptq-int4", out="whole")
+    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    out = ["--recipe", str(tmp_path / "test.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2}))\n{PROGRAM}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "build", str(folder), *out], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (6, 75), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "out").glob("model-*"))
+    build(folder, "gptq-int4")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 # --- the harness, small ---------------------------------------------------------------------------------------------------
 
 
