@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from qquant import calibration
 from qquant.calibration.openings import Writing, rows_at_once
 from qquant.errors import InputError, NumericalError, UsageError
 from qquant.families.decoder import embed, logits, source_block
+from qquant.plan.asked import Asked
 from qquant.plan.plan import Plan
 from qquant.plan.writing import planned_writing
 from qquant.progress import Quiet
@@ -101,7 +103,7 @@ def test_draws_have_the_distribution_of_the_softmax():
     deviation = (expected * (1 - expected) / count).sqrt()
     assert ((share - expected).abs() <= 4 * deviation).all()
     assert drawn(torch.tensor([[0.0, 0.0, -torch.inf]]), [1 - 2**-53]) == [1]
-    assert drawn(scores, [0.0]) == [0]
+    assert drawn(torch.tensor([[-torch.inf, 0.0, 1.0]]), [0.0]) == [1]  # what has no chance is never drawn
 
 
 def test_every_token_is_drawn_from_the_prediction_of_the_whole_prefix(checkpoint):
@@ -231,3 +233,12 @@ def test_rows_at_a_time_fit_their_cache(checkpoint):
     assert rows_at_once(checkpoint.config, 24) == 64
     assert rows_at_once(checkpoint.config, (4 << 30) // row // 3) == 3
     assert rows_at_once(checkpoint.config, 4 << 30) == 1
+
+
+@pytest.mark.parametrize(("eos", "kind"), [(8191, "chat"), (8189, "text")])
+def test_the_command_line_asks_the_checkpoint_by_a_word(make_checkpoint, tmp_path, eos, kind):
+    folder = make_checkpoint()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    recipe = Asked(str(folder), parse(RECIPE % ""), calibration=(Path("generated"),)).wanted()
+    assert [(source.generated, source.kind) for source in recipe.calibration.sources] == [(True, kind)]
