@@ -48,7 +48,7 @@ def test_damage_beyond_8192_positions_is_named(length, off, named, tmp_path, mon
     theta = source.config.rope_theta
     artifacts = {"harmless": Noisy(model, 0.03), "rope": Noisy(model, 0.03, rope_theta=theta * off)}
     letters = SimpleNamespace(size=512, decode=lambda ids: "".join(chr(97 + one % 26) for one in ids))
-    readings = slices.parts(model, artifacts, text, letters, CPU, Quiet())
+    readings = slices.readings(model, artifacts, text, letters, CPU, Quiet())
     rows, verdict = slices.judge(readings["harmless"], 3.0)
     assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
     rows, verdict = slices.judge(readings["rope"], 3.0)
@@ -90,7 +90,7 @@ def test_damage_to_the_tokens_of_tool_calls_is_named(demo, tiny, monkeypatch):
         return changed
 
     artifacts = {"harmless": Noisy(source, 0.03), "forgets": Noisy(source, 0.03, forgets)}
-    readings = slices.parts(source, artifacts, text, tiny, CPU, Quiet())
+    readings = slices.readings(source, artifacts, text, tiny, CPU, Quiet())
     rows, verdict = slices.judge(readings["harmless"], 3.0)
     assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
     rows, verdict = slices.judge(readings["forgets"], 3.0)
