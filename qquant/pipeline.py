@@ -34,7 +34,7 @@ from qquant.checks.review import (
 )
 from qquant.checks.structure import CachedWeights
 from qquant.disk.output import DAMAGED, LOSSES, claim
-from qquant.disk.writes import write_synced
+from qquant.disk.writes import told, write_synced
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file
@@ -260,9 +260,10 @@ def check(  # noqa: PLR0913  each is the user's
         ),
     )
     if out is not None and ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        kept.record(out, measured, text, checkpoint)
-        views.write(report, out)
+        with told(out):
+            out.mkdir(parents=True, exist_ok=True)
+            kept.record(out, measured, text, checkpoint)
+            views.write(report, out)
     return _heard(report, ranks)
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from qquant.disk.lock import PATIENCE, hold
-from qquant.disk.writes import crash_point, failure, rename
+from qquant.disk.writes import crash_point, failure, rename, told
 from qquant.errors import EnvironmentMissingError, InputError, LockedError, QQuantError, UsageError
 from qquant.ranks import ALONE, Ranks
 
@@ -63,12 +63,9 @@ def claim(out: Path, ranks: Ranks = ALONE, orphans: Collection[str] = ()) -> Ite
         if ranks.first:
             _await_earlier(partial, out)
         ranks.meet()
-        try:
-            with nullcontext() if ranks.first else hold(partial / f"lock-{ranks.rank}", out):
-                yield partial
-                ranks.meet()  # nobody writes into what is removed
-        except OSError as error:
-            raise failure(error, out) from error
+        with told(out), nullcontext() if ranks.first else hold(partial / f"lock-{ranks.rank}", out):
+            yield partial
+            ranks.meet()  # nobody writes into what is removed
 
 
 @contextmanager

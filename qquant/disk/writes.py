@@ -10,7 +10,8 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,23 @@ def failure(error: OSError, out: Path) -> QQuantError:
         return EnvironmentMissingError(
             f"{where}: {error.strerror}. What is finished is kept; the same command continues"
         )
-    room = f" ({shutil.disk_usage(out).free:,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    room = f" ({shutil.disk_usage(there).free:,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return StoppedError(f"{where}: {error.strerror}{room}. What is finished is kept; the same command continues")
+
+
+@contextmanager
+def told(out: Path) -> Iterator[None]:
+    """Meanwhile a failed call to the file system is what it is to the user of `out`.
+
+    Raises:
+        StoppedError: the disk is full or failing, which may pass.
+        EnvironmentMissingError: anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise failure(error, out) from error
 
 
 def sync(path: Path) -> None:

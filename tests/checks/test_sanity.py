@@ -1,6 +1,8 @@
 """Injected faults, each caught by its name; and the rules that judge answers."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 
@@ -11,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from qquant import pipeline
 from qquant.calibration import Tokenizer
 from qquant.checks import decoding, sanity, structure
+from qquant.errors import EnvironmentMissingError, StoppedError
 from qquant.formats import claims_of
 from qquant.formats.gguf.source import GgufSource
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
+from qquant.report import views
 from qquant.report.record import AnswerRun
 from qquant.source.checkpoint import Checkpoint
 
@@ -256,6 +260,28 @@ def test_one_bias(damaged, built):
     assert [line for line in report.artifacts[0].warnings if "bias" in line] == [
         f"{Q}.bias is 10.0% off the checkpoint's vector"
     ]
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, StoppedError), (errno.EACCES, EnvironmentMissingError)])
+def test_a_report_that_cannot_be_written_is_one_error(built, tmp_path, monkeypatch, number, error):
+    """Of `check --out`, as of a build: a full disk is 75, a folder that may not be written is 6."""
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number), str(tmp_path / "new" / "report.md"))
+
+    monkeypatch.setattr(views, "write", fails)
+    folder, out = built
+    (made,) = [path for path in out.iterdir() if path.name.endswith("Int4")]
+    with pytest.raises(error, match=f"report.md: {os.strerror(number)}"):
+        pipeline.check(
+            [made],
+            Checkpoint.open(folder),
+            Checks(windows=2, length=32),
+            Gates(defaults=False),
+            CPU,
+            quiet,
+            tmp_path / "new",
+        )
 
 
 def test_two_bits_are_no_fault():
