@@ -236,8 +236,8 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
     assert bool((last <= after * (1 + 1e-5)).all())
     if kind in ("q2_k", "q3_k", "q4_k"):
         assert float(last.sum()) < 0.99 * float(before.sum())
-    blocks = grid.pack(codes, chosen)
-    again, stored = grid.unpack(blocks)
+    blocks = quantize.pack(codes, chosen)
+    again, stored = quantize.unpack(blocks, kind)
     assert torch.equal(again, codes)
     assert torch.equal(
         value_of(again, *stored.step_and_offset(), grid), value_of(codes, *chosen.step_and_offset(), grid)
