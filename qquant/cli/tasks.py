@@ -63,7 +63,12 @@ def tasks(
 
     if (suite is None) == (not names):
         raise UsageError("give either --task NAME or --suite NAME")
-    source = Checkpoint.open(against, adapter=adapter)
+    if adapter is not None:  # the questions go to the folder as transformers loads it, without the adapter
+        raise UsageError(
+            f"--adapter {adapter}: tasks asks the checkpoint as it is on the disk; merge the adapter into it first "
+            "(peft's merge_and_unload), and give that folder as --against"
+        )
+    source = Checkpoint.open(against)
     with Display() as progress:
         if suite is None:
             asked = checks.Questions(names, include, limit, batch, margin)

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from qquant.cli import cli
+from qquant.errors import UsageError
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -74,7 +75,7 @@ def test_check_bisect_and_perplexity_take_the_adapter(merged):
     assert numbers["kld_mean"] < 3 * near
 
 
-@pytest.mark.parametrize("command", ["check", "bisect", "speed", "perplexity", "tasks"])
+@pytest.mark.parametrize("command", ["check", "bisect", "speed", "perplexity"])
 def test_the_checkpoint_is_opened_with_the_adapter(command, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
@@ -88,8 +89,17 @@ def test_the_checkpoint_is_opened_with_the_adapter(command, tmp_path, monkeypatc
         raise Opened
 
     monkeypatch.setattr(Checkpoint, "open", look)
-    needed = {"bisect": ["--max-kl", "1"], "tasks": ["--task", "x"]}.get(command, [])
+    needed = {"bisect": ["--max-kl", "1"]}.get(command, [])
     arguments = [command, tmp_path / "a.gguf", "--against", "base", "--adapter", tmp_path / "adapter", *needed]
     done = CliRunner().invoke(cli, list(map(str, arguments)))
     assert isinstance(done.exception, Opened), done.output
     assert seen == [tmp_path / "adapter"]
+
+
+def test_tasks_refuse_an_adapter_that_they_would_not_merge(tmp_path):
+    """They ask the folder as transformers loads it: the baseline would be the model without the adapter."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    arguments = ["tasks", tmp_path / "a.gguf", "--against", "base", "--adapter", tmp_path, "--task", "x"]
+    done = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert isinstance(done.exception, UsageError)
+    assert "merge the adapter" in str(done.exception)
