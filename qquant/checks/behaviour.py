@@ -70,19 +70,23 @@ class AnswerPairs:
     read: TokenLoss | None = None
 
 
-def pairs(
-    checkpoint: Checkpoint,
-    artifacts: Mapping[str, WeightSource],
-    asked: BehaviourText,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, list[AnswerPairs]]:
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked what: a checkpoint and its artifacts, the questions, and how they are read."""
+
+    checkpoint: Checkpoint
+    artifacts: Mapping[str, WeightSource]
+    text: BehaviourText
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def pairs(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
     """By artifact every kind of question. Raises NumericalError as `measure`."""
-    by_name = _retrieved(checkpoint, artifacts, asked, tokenizer, device, NamedPhase(progress, "retrieval"))
-    structure = _structure(checkpoint, artifacts, asked, tokenizer, device, NamedPhase(progress, "calls"))
-    if sanity.fits(checkpoint, device):
-        for name, answered in _answered(checkpoint, artifacts, asked, tokenizer, device, progress).items():
+    by_name = _retrieved(asking, NamedPhase(progress, "retrieval"))
+    structure = _structure(asking, NamedPhase(progress, "calls"))
+    if sanity.fits(asking.checkpoint, asking.device):
+        for name, answered in _answered(asking, progress).items():
             first, *others = answered
             by_name[name] += [replace(first, read=structure.get(name)), *others]
     return by_name
@@ -106,19 +110,12 @@ def _pairs(name: str, right: list[bool], theirs: list[bool], read: list[list[flo
 # Read in lockstep.
 
 
-def _retrieved(
-    checkpoint: WeightSource,
-    artifacts: Mapping[str, WeightSource],
-    asked: BehaviourText,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, list[AnswerPairs]]:
-    by_name: dict[str, list[AnswerPairs]] = {name: [] for name in artifacts}
-    for hidden in asked.hidden:
-        text = Scored(torch.as_tensor(hidden.windows, dtype=torch.int64), hidden.first, tokenizer.size)
-        for group in turns(artifacts, hidden.length * checkpoint.config.hidden, device):
-            for name, whole in measure(checkpoint, group, text, device, progress).items():
+def _retrieved(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
+    by_name: dict[str, list[AnswerPairs]] = {name: [] for name in asking.artifacts}
+    for hidden in asking.text.hidden:
+        text = Scored(torch.as_tensor(hidden.windows, dtype=torch.int64), hidden.first, asking.tokenizer.size)
+        for group in turns(asking.artifacts, hidden.length * asking.checkpoint.config.hidden, asking.device):
+            for name, whole in measure(asking.checkpoint, group, text, asking.device, progress).items():
                 answers = [
                     _span(whole, row, span, hidden.first) for row, spans in enumerate(hidden.answers) for span in spans
                 ]
@@ -141,21 +138,14 @@ def _read(parts: Sequence[Fidelity]) -> TokenLoss:
     )
 
 
-def _structure(
-    checkpoint: WeightSource,
-    artifacts: Mapping[str, WeightSource],
-    asked: BehaviourText,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, TokenLoss]:
-    calls = asked.calls
+def _structure(asking: Asking, progress: Progress) -> dict[str, TokenLoss]:
+    calls = asking.text.calls
     if not len(calls.windows):
         return {}
-    text = Scored(torch.as_tensor(calls.windows, dtype=torch.int64), calls.first, tokenizer.size)
+    text = Scored(torch.as_tensor(calls.windows, dtype=torch.int64), calls.first, asking.tokenizer.size)
     chosen = torch.as_tensor(calls.structure[:, calls.first + 1 :])
     by_name = {}
-    for name, whole in measure(checkpoint, artifacts, text, device, progress).items():
+    for name, whole in measure(asking.checkpoint, asking.artifacts, text, asking.device, progress).items():
         rows = range(len(chosen))
         by_name[name] = _read(
             [Fidelity(**{key: column[row][chosen[row]] for key, column in vars(whole).items()}) for row in rows]
@@ -166,18 +156,13 @@ def _structure(
 # Answered.
 
 
-def _answered(
-    checkpoint: Checkpoint,
-    artifacts: Mapping[str, WeightSource],
-    asked: BehaviourText,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, list[AnswerPairs]]:
-    sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
+def _answered(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
+    sources: dict[str, WeightSource] = {"": asking.checkpoint, **asking.artifacts}
     marks: dict[str, dict[str, list[bool]]] = {}
     for done, (name, source) in enumerate(sources.items(), start=1):
-        marks[name] = _marks(PromptDecoder(source, torch.bfloat16, device), asked.questions, tokenizer, progress)
+        marks[name] = _marks(
+            PromptDecoder(source, torch.bfloat16, asking.device), asking.text.questions, asking.tokenizer, progress
+        )
         progress.advance("behaviour", done, len(sources))
         progress.check_stop()
     theirs = marks.pop("")

@@ -231,7 +231,8 @@ def review(
             kept = {name: slice_changes.means(readings, text.sliced) for name, readings in parts.items()}
             measured = replace(measured, slices=kept)
         if text.asked:
-            known = behaviour.pairs(checkpoint, asked, text.asked, text.tokenizer, device, progress) if asked else {}
+            asking = behaviour.Asking(checkpoint, asked, text.asked, text.tokenizer, device)
+            known = behaviour.pairs(asking, progress) if asked else {}
             pairs = behaviour.of_all(known, ranks)
         if text.answers:
             answers = sanity.answer(checkpoint, asked, text.tokenizer, text.answers, device, progress) if asked else {}

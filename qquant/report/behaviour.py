@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qquant.disk.records import Count, Number
 from qquant.report.escape import in_line, markdown
-from qquant.report.slices import Estimate
+from qquant.report.slices import Estimate, aligned
 
 if TYPE_CHECKING:
     from qquant.report.record import ArtifactReport
@@ -64,9 +64,7 @@ def line(artifact: ArtifactReport) -> str:
 
 def by_name(artifacts: Sequence[ArtifactReport]) -> list[list[BehaviourReport | None]]:
     """Every kind of question in order, one of each artifact; None where an artifact was not asked."""
-    known = [{row.name: row for row in artifact.behaviour} for artifact in artifacts]
-    names = dict.fromkeys(row.name for artifact in artifacts for row in artifact.behaviour)
-    return [[rows.get(name) for rows in known] for name in names]
+    return aligned([artifact.behaviour for artifact in artifacts])
 
 
 def table(artifacts: Sequence[ArtifactReport]) -> list[str]:

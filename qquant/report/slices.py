@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from qquant.disk.records import Count, Number
 from qquant.report.escape import in_line, markdown
@@ -73,11 +73,24 @@ def comparison(one: SliceReport) -> str:
     return f"{times:.3g} times the KL divergence of {other}"
 
 
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_Named)
+
+
+def aligned(columns: Sequence[Sequence[Row]]) -> list[list[Row | None]]:
+    """Rows of several artifacts by their names, in the order in which these first come; None where one has none of that name."""
+    known = [{row.name: row for row in column} for column in columns]
+    names = dict.fromkeys(row.name for column in columns for row in column)
+    return [[rows.get(name) for rows in known] for name in names]
+
+
 def by_name(artifacts: Sequence[ArtifactReport]) -> list[list[SliceReport | None]]:
     """Every slice in order, one of each artifact; None where an artifact has none of that name."""
-    known = [{one.name: one for one in artifact.slices} for artifact in artifacts]
-    names = dict.fromkeys(one.name for artifact in artifacts for one in artifact.slices)
-    return [[slices.get(name) for slices in known] for name in names]
+    return aligned([artifact.slices for artifact in artifacts])
 
 
 def table(artifacts: Sequence[ArtifactReport]) -> list[str]:

@@ -159,7 +159,7 @@ def test_damage_to_one_ability_is_named(kind, demo, tiny, asked, monkeypatch):
     broken = damaged(answers, asked, tiny, task, lambda one, ids: change(one, ids, tiny))
     checkpoint = Checkpoint.open(str(demo))
     artifacts = {"same": Answering(checkpoint, answers), "broken": Answering(checkpoint, broken)}
-    pairs = behaviour.pairs(Answering(checkpoint, answers), artifacts, few, tiny, CPU, Quiet())
+    pairs = behaviour.pairs(behaviour.Asking(Answering(checkpoint, answers), artifacts, few, tiny, CPU), Quiet())
     rows, verdict = behaviour.judge(pairs["same"], 0.25)
     assert [row.standing for row in rows] == ["pass"] * 4
     assert all(row.right == row.right_baseline == row.questions for row in rows)
@@ -184,7 +184,7 @@ def test_what_is_read_is_scored_on_the_answers_alone(demo, tiny, monkeypatch):
         def rows(self, name, start, stop):
             return self.checkpoint.rows(name, start, stop) * 0.8
 
-    pairs = behaviour.pairs(checkpoint, {"other": Other(checkpoint, {})}, text, tiny, CPU, Quiet())
+    pairs = behaviour.pairs(behaviour.Asking(checkpoint, {"other": Other(checkpoint, {})}, text, tiny, CPU), Quiet())
     (retrieval,) = pairs["other"]  # no answers without memory
     whole = behaviour.measure(
         checkpoint, {"other": Other(checkpoint, {})}, behaviour.Scored(torch.as_tensor(windows).long(), 0, tiny.size), CPU, Quiet()
