@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,18 +16,15 @@ from qquant import background, devices, pipeline
 from qquant.algorithms.gram import Gram
 from qquant.artifact import draft
 from qquant.checks import loading
-from qquant.disk import lock
-from qquant.disk.output import MANIFEST, claim
-from qquant.errors import EnvironmentMissingError, LockedError, NumericalError, QQuantError, StoppedError, UsageError
+from qquant.disk.output import MANIFEST
+from qquant.errors import EnvironmentMissingError, NumericalError, QQuantError, StoppedError
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
-from qquant.processes import start_of
 from qquant.report.solved import LinearRecord, warnings_of
 from qquant.solve import outside, propagate, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.torture import VOCABULARY, cut_vocabulary
-from tests.worlds import ROOT
 from tests.worlds.builds import ARTIFACTS, CPU, contents, quiet
 from tests.worlds.builds import HEAD as WHOLE
 from tests.worlds.builds import load_recipe as loaded_recipe
@@ -246,83 +242,7 @@ def test_what_the_solver_met_is_a_warning(layer, told):
     assert warnings_of([LinearRecord("w", 0.0, **layer)]) == ([told] if told else [])
 
 
-# --- F25: locks -----------------------------------------------------------------------------------------------------------
-
-
-def owner(**changes):
-    return lock.identity() | changes
-
-
-@pytest.mark.parametrize(
-    ("left", "free"),
-    [
-        (b"", True),
-        (b"nonsense", True),
-        (json.dumps(owner(pid=2**22 + 5, start="1")).encode(), True),
-        (json.dumps(owner(pid=os.getppid(), start="1")).encode(), True),  # the number was used again
-        (json.dumps(owner(pid=os.getppid(), boot="another")).encode(), True),
-        (json.dumps(owner(pid=os.getppid(), start=start_of(os.getppid()))).encode(), False),
-        (json.dumps(owner(host="elsewhere")).encode(), True),  # its beat stands still
-    ],
-    ids=["empty", "nonsense", "no-process", "number-used-again", "earlier-boot", "alive", "elsewhere-and-still"],
-)
-def test_a_lock_is_taken_over_from_the_provably_dead(tmp_path, monkeypatch, left, free):
-    monkeypatch.setattr(lock, "PATIENCE", 0.1)
-    (tmp_path / "out" / ".partial").mkdir(parents=True)
-    (tmp_path / "out" / ".partial" / "lock").write_bytes(left)
-    if free:
-        with claim(tmp_path / "out"):
-            assert json.loads((tmp_path / "out" / ".partial" / "lock").read_bytes())["pid"] == os.getpid()
-    else:
-        with (
-            pytest.raises(LockedError, match=rf"another build is writing to it \(process {os.getppid()} on "),
-            claim(tmp_path / "out"),
-        ):
-            pass
-
-
-def test_a_lock_of_another_host_that_beats_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.05)
-    path = tmp_path / "out" / ".partial" / "lock"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(json.dumps(owner(host="elsewhere")).encode())
-    real = time.sleep
-    monkeypatch.setattr(
-        lock.time, "sleep", lambda s: (path.write_bytes(json.dumps(owner(host="elsewhere", beat=9)).encode()), real(s))
-    )
-    with pytest.raises(LockedError, match="on elsewhere"), claim(tmp_path / "out"):
-        pass
-
-
-def test_the_owner_beats(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.02)
-    with claim(tmp_path / "out") as partial:
-        time.sleep(0.5)
-        assert json.loads((partial / "lock").read_bytes())["beat"] > 1
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with pytest.raises(EnvironmentMissingError, match="cannot be locked"), claim(tmp_path / "out"):
-        pass
-
-
 # --- F1, F3: what a killed build leaves, and disks ------------------------------------------------------------------------
-
-
-def test_a_temporary_file_of_a_killed_write_is_no_stranger(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".report.json.tmp").write_text("half")
-    (tmp_path / "out" / ".partial.done").mkdir()
-    with claim(tmp_path / "out"):
-        pass
-    assert not (tmp_path / "out" / ".partial.done").exists()
-    (tmp_path / "out" / ".thesis.tmp").write_text("mine")
-    with pytest.raises(UsageError, match="was not made by qquant"), claim(tmp_path / "out"):
-        pass
 
 
 def test_room_is_asked_for_what_is_still_to_be_written(make_checkpoint, build, tmp_path, monkeypatch):
@@ -432,72 +352,6 @@ def test_a_limit_of_file_sizes_is_told_and_survived(make_checkpoint, build, tmp_
     assert not list((tmp_path / "out").glob("model-*"))
     build(folder, "gptq-int4")
     assert contents(tmp_path / "out") == contents(whole)
-
-
-# --- the harness, small ---------------------------------------------------------------------------------------------------
-
-
-def torture(*arguments, module="tests.torture"):
-    root = ROOT
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["violations"] == [], found
-    return found
-
-
-@pytest.fixture(scope="module")
-def tortured():
-    return torture("sample", 14)
-
-
-def test_builds_that_are_killed(tortured):
-    """Every named place once, and a random time; 200 under `slow`, 1,000 by `make torture`."""
-    assert tortured["builds"] == 14
-    assert tortured["kills by place"] >= 13
-    assert 13 <= tortured["named places"] <= 14
-
-
-@pytest.mark.slow
-def test_builds_that_are_killed_200_times():
-    found = torture("kill", 200, 1)
-    assert found["builds"] == 200
-    assert min(found[f"kills by {way}"] for way in ("place", "time", "call")) > 50
-
-
-def test_calls_that_fail_one_after_another(tortured):
-    """Some of 800 calls; every tenth under `slow`, every single one by `make torture`."""
-    assert tortured["ENOSPC: calls"] > 500
-    assert tortured["ENOSPC: status 75"] >= 1
-
-
-@pytest.mark.slow
-def test_every_tenth_call_fails():
-    torture("calls", 10)
-
-
-@pytest.mark.slow
-def test_commands_after_a_build_are_killed_and_starved():
-    """check, publish, sign, verify, and publish and patch at a hub."""
-    found = torture(10, module="tests.torture_release")
-    assert min(found[f"{name}: calls"] for name in ("check", "publish", "sign")) >= 5
-
-
-def test_a_disk_that_is_full(tortured):
-    if "full: status 75" not in tortured:
-        pytest.skip("mounting a small disk needs root on Linux")
-    assert tortured["full: status 75"] == 2
-
-
-def test_eight_builds_at_once(tortured):
-    assert tortured["own folders"] == 8
-    assert tortured["one folder: 0 9 9 9 9 9 9 9"] == 1
 
 
 # --- threads beside the computation, as on a GPU ----------------------------------------------------------------------------

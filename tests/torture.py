@@ -158,9 +158,8 @@ class Range:
 
     # --- children -------------------------------------------------------------------------------------------------------
 
-    def start(self, prepare=None, out=None):
-        """A child that builds; `prepare()` runs in it first."""
-        log = self.place / "log"
+    def fork(self, work):
+        """A child that ends with the status that `work()` returns, or as a bug, and tells the rest to the file `stderr`."""
         child = os.fork()
         if child:
             return child
@@ -168,21 +167,30 @@ class Range:
         try:
             sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 2)
-            log_writes(log)
-            if prepare:
-                prepare()
-            device, quiet = torch.device("cpu"), Quiet()
-            pipeline.build(self.recipe, self.checkpoint, self.plan, out or self.out, device, quiet)
-            status = 0
-        except QQuantError as error:
-            append(self.place / "errors", f"{error.exit_code} {error}")
-            status = error.exit_code
+            status = work()
         except BaseException:  # noqa: BLE001  told to the parent
             import traceback
 
             traceback.print_exc()
         finally:
             os._exit(status)
+
+    def start(self, prepare=None, out=None):
+        """A child that builds; `prepare()` runs in it first."""
+
+        def work():
+            log_writes(self.place / "log")
+            try:
+                if prepare:
+                    prepare()
+                device, quiet = torch.device("cpu"), Quiet()
+                pipeline.build(self.recipe, self.checkpoint, self.plan, out or self.out, device, quiet)
+            except QQuantError as error:
+                append(self.place / "errors", f"{error.exit_code} {error}")
+                return error.exit_code
+            return 0
+
+        return self.fork(work)
 
     def finish(self, child):
         """Its exit status, negative for a signal."""

@@ -26,7 +26,7 @@ from qquant.cli import together
 from qquant.disk import lock, output
 from qquant.errors import QQuantError, StoppedError
 from qquant.progress import Quiet
-from tests.torture import BUG, Range, append, digests, hook, log_writes, places
+from tests.torture import Range, append, digests, hook, log_writes, places
 
 WORLDS = (2, 3, 4)
 BOUND = 20.0  # seconds, on a busy machine
@@ -41,20 +41,7 @@ class Group(Range):
 
     def start_rank(self, rank, world, prepare=None):
         """The child that is this rank of the group at hand; `prepare()` runs in it first."""
-        child = os.fork()
-        if child:
-            return child
-        status = BUG
-        try:
-            sink = os.open(self.place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(sink, 2)
-            status = self.in_rank(rank, world, prepare)
-        except BaseException:  # noqa: BLE001  told to the parent
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        return self.fork(lambda: self.in_rank(rank, world, prepare))
 
     def in_rank(self, rank, world, prepare):
         store = PrefixStore("test", FileStore(str(self.place / f"store-{self.groups}"), world))

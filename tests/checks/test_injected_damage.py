@@ -11,7 +11,7 @@ from qquant.calibration.slices import LENGTH, Slice, Sliced
 from qquant.checks import slices
 from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
-from tests.checks.test_slices import Noisy, english_and
+from tests.checks.test_slices import Noisy, english_and, named_alone
 from tests.conftest import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -83,16 +83,4 @@ def test_damage_to_the_tokens_of_tool_calls_is_named(demo, tiny, monkeypatch):
     damaged = torch.as_tensor(structure & (counts[0] < 4) & (counts[1] < 4))
     assert 5 < damaged.sum() < 40
 
-    def forgets(name, value):
-        changed = value.clone()
-        if name == source.family.embedding:
-            changed[damaged] *= -1
-        return changed
-
-    artifacts = {"harmless": Noisy(source, 0.03), "forgets": Noisy(source, 0.03, forgets)}
-    readings = slices.readings(source, artifacts, text, tiny, CPU, Quiet())
-    rows, verdict = slices.judge(readings["harmless"], 3.0)
-    assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
-    rows, verdict = slices.judge(readings["forgets"], 3.0)
-    assert [row.standing for row in rows] == ["reference", "pass", "fail"], [(row.name, row.relative) for row in rows]
-    assert verdict.reasons[0].startswith("worst slice: tool calls has ")
+    named_alone(source, text, tiny, damaged, "tool calls")

@@ -232,6 +232,27 @@ def english_and(tiny, **others):
     )
 
 
+def named_alone(source, text, tiny, damaged, name):
+    """The verdict names slice `name` and no other where embeddings of the `damaged` tokens are turned round; noise alone passes."""
+
+    def forgets(tensor, value):
+        changed = value.clone()
+        if tensor == source.family.embedding:
+            changed[damaged] *= -1
+        return changed
+
+    artifacts = {"harmless": Noisy(source, 0.03), "forgets": Noisy(source, 0.03, forgets)}
+    readings = slices.readings(source, artifacts, text, tiny, CPU, Quiet())
+    rows, verdict = slices.judge(readings["harmless"], 3.0)
+    assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
+    rows, verdict = slices.judge(readings["forgets"], 3.0)
+    first, *others = rows
+    assert first.standing == "reference"
+    assert {row.name for row in others} > {name}
+    assert all(row.standing == ("fail" if row.name == name else "pass") for row in others), rows
+    assert verdict.reasons[0].startswith(f"worst slice: {name} has ")
+
+
 def test_damage_to_the_tokens_of_one_language_is_named(demo, tiny, monkeypatch):
     """Embeddings of tokens that German uses and English does not; the demo model knows neither well, which is lifted here."""
     monkeypatch.setattr(slices, "KNOWN", 2.0)
@@ -241,19 +262,7 @@ def test_damage_to_the_tokens_of_one_language_is_named(demo, tiny, monkeypatch):
     mostly = torch.as_tensor((counts[1] > 3) & (counts[1] > 4 * counts[0]) & (counts[1] > 4 * counts[2]))
     assert 20 < mostly.sum() < 500
 
-    def forgets(name, value):
-        damaged = value.clone()
-        if name == source.family.embedding:
-            damaged[mostly] *= -1
-        return damaged
-
-    artifacts = {"harmless": Noisy(source, 0.03), "forgets": Noisy(source, 0.03, forgets)}
-    found = slices.readings(source, artifacts, text, tiny, CPU, Quiet())
-    rows, verdict = slices.judge(found["harmless"], 3.0)
-    assert verdict.outcome == "pass", [(row.name, row.relative) for row in rows]
-    rows, verdict = slices.judge(found["forgets"], 3.0)
-    assert [row.standing for row in rows] == ["reference", "fail", "pass"], [(row.name, row.relative) for row in rows]
-    assert verdict.reasons[0].startswith("worst slice: German has ")
+    named_alone(source, text, tiny, mostly, "German")
 
 
 def test_damage_to_far_positions_is_named(tmp_path, tiny, monkeypatch):
