@@ -15,7 +15,7 @@ A curvature of rows and columns: YAQA (arXiv 2505.22988).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from qquant.algorithms.descent import Columns, blocks_of, visit
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
-from qquant.kernels.product import product
+from qquant.kernels.product import SplitMatrix, product
 from qquant.kernels.replay import Replay
 
 PARTS = 8  # subsets of coupled rows
@@ -91,8 +91,12 @@ def _swept(
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
         pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky_ex(inside).L).flatten(0, 1)
-        subsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
-        visited_codes, change = visited(count, pull, inside, *subsets, columns.gram.whole, *columns.blocks)
+        known, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
+        of_rows = pull, inside, known, steps, offsets
+        if columns.gram.whole is None:  # a recording would keep another copy of the matrix
+            visited_codes, change = _visited(count, *of_rows, columns.gram, columns.blocks)
+        else:
+            visited_codes, change = visited(count, *of_rows, columns.gram.whole, *columns.blocks)
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes
@@ -105,7 +109,8 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
         return solution
     codes, spacing = solution.codes, joined(solution.params)
     for count in range(problem.settings.sweeps):
-        codes = sweep(problem.weight, problem.damped, codes, spacing, problem.grid, count % 2 == 1, problem.rows)
+        with problem.damped() as gram:
+            codes = sweep(problem.weight, gram, codes, spacing, problem.grid, count % 2 == 1, problem.rows)
     return replace(solution, codes=codes)
 
 
@@ -121,6 +126,19 @@ def visited(
     *factored: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, the rest as of `descent.visit`."""
+    return _visited(count, pull, inside, codes, step, offset, SplitMatrix(gram), factored)
+
+
+def _visited(  # noqa: PLR0913  what `visited` takes, and a matrix that may be halves
+    count: int,
+    pull: Tensor,
+    inside: Tensor,
+    codes: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    gram: SplitMatrix,
+    factored: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     batch, rows, _ = inside.shape
 
     def lowers(change: Tensor, gain: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
-from qquant.kernels.product import SplitMatrix, product, split_matrix
+from qquant.kernels.product import SplitMatrix, product, split_in_place, split_matrix
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
 FEW = 8
+WIDE = 16384  # columns from which on a copy of the matrix that saves no time is not kept
 SYSTEM = 1 << 26  # values of the systems of scales that are solved at a time
 
 
@@ -39,7 +40,7 @@ class Columns:
     """Columns in the order of their blocks, within a block by falling diag(H)."""
 
     order: Tensor  # int64 [K]
-    gram: SplitMatrix  # H, float32 [K, K], in this order
+    gram: SplitMatrix  # H, float32 [K, K], in this order; of more than WIDE columns its halves alone
     blocks: list[
         Tensor
     ]  # H_SS, H_SS^-1, and the upper factor of the latter [B, S, S]; then those of a narrower last block
@@ -51,8 +52,9 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     columns = torch.arange(len(gram), device=gram.device).roll(size // 2 if shift else 0)
     parts = columns.split(size)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
-    gram = gram[order][:, order]
-    return Columns(order, split_matrix(gram), list(_factored(gram, size)))
+    gram = gram[order[:, None], order]
+    blocks = list(_factored(gram, size))
+    return Columns(order, split_in_place(gram) if len(gram) > WIDE else split_matrix(gram), blocks)
 
 
 def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
@@ -79,14 +81,14 @@ def sweep(
         step, offset = (level[span].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
         known = codes[span][:, columns.order]
         slope = product(step * known - offset - weight[span][:, columns.order], columns.gram)
-        fixed = columns.gram.whole, columns.blocks, grid.levels
+        fixed = columns.gram, columns.blocks, grid.levels
         blocks = [block for block, _ in visit(*fixed, slope, known, (step, offset), _row_by_row)]
         swept[span, columns.order] = torch.cat(blocks, 1)
     return swept
 
 
 def visit(
-    gram: Tensor,
+    gram: SplitMatrix,
     factored: Sequence[Tensor],
     count: int,
     slope: Tensor,
@@ -112,7 +114,7 @@ def visit(
         change = torch.addcmul(minus, step, rounded.float()).sub_(offset)
         keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
-        slope[:, stop:].addmm_(change, gram[block, stop:])
+        slope[:, stop:].addmm_(change, gram.part(block, slice(stop, None)).values())
         yield torch.where(keep, rounded, known), change
 
 
@@ -205,15 +207,16 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
         return solution
     codes, params = solution.codes, dict(solution.params)
     for count in range(problem.settings.sweeps):
-        codes = sweep(problem.weight, problem.damped, codes, joined(params), problem.grid, shift=count % 2 == 1)
-        for linear, part in problem.split(codes).items():
-            params[linear] = _refitted(problem, linear, part, params[linear])
+        with problem.damped() as gram:
+            codes = sweep(problem.weight, gram, codes, joined(params), problem.grid, shift=count % 2 == 1)
+            for linear, part in problem.split(codes).items():
+                params[linear] = _refitted(problem, gram, linear, part, params[linear])
     return replace(solution, codes=codes, params=params)
 
 
-def _refitted(problem: Problem, linear: str, codes: Tensor, params: Params) -> Params:
+def _refitted(problem: Problem, gram: Tensor, linear: str, codes: Tensor, params: Params) -> Params:
     """The parameters that suit the codes best: coefficients, integers, and coefficients for these integers."""
-    weight, gram = problem.linears[linear], problem.damped
+    weight = problem.linears[linear]
 
     def values(params: Params) -> Tensor:
         return value_of(codes, *params.step_and_offset(), problem.grid)

@@ -28,6 +28,7 @@ from qquant.algorithms.problem import Problem, Solution, joined, stacked
 from qquant.kernels.gptq_block import gptq_block
 
 BLOCK = 128
+PIECE = 1 << 22  # values that are turned round at a time
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
 
 
@@ -64,10 +65,26 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
 
 def _root(matrix: Tensor, backwards: Tensor, damping: float, dead: float) -> Tensor | None:
     """R of the head of this file, where channels that were never active have `dead` on the diagonal; None if there is none."""
-    damped = matrix[backwards[:, None], backwards]
+    buffer = matrix[backwards, backwards[:, None]]
+    damped = buffer.mT  # in the layout that is factored in place
     damped.diagonal().add_(damping + (damped.diagonal() == 0) * dead)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    return lower.flip(0, 1) if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    lower, info = torch.linalg.cholesky_ex(damped, out=(damped, info))
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    _reverse(buffer.view(-1))
+    return lower
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn values round in place; of a square matrix that is rows and columns."""
+    count = len(values)
+    for start in range(0, count // 2, PIECE):
+        stop = min(start + PIECE, count // 2)
+        front, back = values[start:stop], values[count - stop : count - start]
+        turned = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(turned)
 
 
 def rounding_weight(gram: Gram, damping: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -51,9 +52,8 @@ class Problem:
         """The linears as one matrix, float32 [N, K]."""
         return stacked(self.linears)
 
-    @cached_property
-    def damped(self) -> Tensor:
-        """H with its damping, float32 [K, K], positive definite where GPTQ could factorise it."""
+    def damped(self) -> AbstractContextManager[Tensor]:
+        """H with its damping, float32 [K, K], positive definite where GPTQ could factorise it; inside the context `gram` has it too."""
         return with_damping(self.gram.matrix, self.settings.damping)
 
     def split(self, value: Tensor) -> dict[str, Tensor]:

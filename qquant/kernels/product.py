@@ -38,13 +38,20 @@ def tensor_cores() -> Iterator[None]:
 class SplitMatrix:
     """A matrix that is multiplied with often; its halves h and l once they are needed, on a GPU."""
 
-    whole: Tensor
+    whole: Tensor | None  # None: its halves have to do
     halves: tuple[Tensor, Tensor] | None = None
 
     def part(self, rows: slice, columns: slice) -> SplitMatrix:
         """Some of its rows and columns."""
         halves = self.halves and (self.halves[0][rows, columns], self.halves[1][rows, columns])
-        return SplitMatrix(self.whole[rows, columns], halves)
+        return SplitMatrix(None if self.whole is None else self.whole[rows, columns], halves)
+
+    def values(self) -> Tensor:
+        """The matrix itself, a new one where only its halves are there."""
+        if self.whole is not None:
+            return self.whole
+        assert self.halves is not None
+        return self.halves[0] + self.halves[1]
 
 
 def split_matrix(matrix: Tensor) -> SplitMatrix:
@@ -52,9 +59,17 @@ def split_matrix(matrix: Tensor) -> SplitMatrix:
     return SplitMatrix(matrix, halves(matrix) if matrix.is_cuda else None)
 
 
+def split_in_place(matrix: Tensor) -> SplitMatrix:
+    """The same of a matrix that is used up: two of them in memory, not three."""
+    if not matrix.is_cuda:
+        return SplitMatrix(matrix)
+    upper = _upper(matrix)
+    return SplitMatrix(None, (upper, matrix.sub_(upper)))
+
+
 def product(a: Tensor, b: SplitMatrix) -> Tensor:
     """The product of float32 [..., M, K] and [K, N], about as precise as float32 is."""
-    return a @ b.whole if b.halves is None else three(a, b.halves)
+    return a @ b.values() if b.halves is None else three(a, b.halves)
 
 
 def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,5 +82,9 @@ def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """(h, l) of the head of this file; h + l = x."""
-    upper = (x.contiguous().view(torch.int32) & UPPER).view(torch.float32)
+    upper = _upper(x)
     return upper, x - upper
+
+
+def _upper(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) & UPPER).view(torch.float32)

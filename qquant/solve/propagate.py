@@ -163,10 +163,10 @@ def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tu
 
 def _ridge(gram: Gram) -> Tensor:
     """The lower factor of H + RIDGE mean(diag H) I."""
-    damped = gram.matrix.clone()
+    damped = gram.matrix.mT.contiguous().mT  # in the layout that is factored in place
     mean = damped.diagonal().mean()
     damped.diagonal().add_(RIDGE * mean + (mean == 0))
-    return torch.linalg.cholesky(damped)
+    return torch.linalg.cholesky(damped, out=damped)
 
 
 def _against(correction: Tensor, factor: Tensor) -> Tensor:

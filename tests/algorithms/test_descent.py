@@ -14,6 +14,11 @@ from qquant.formats.gguf import quantize
 from tests.algorithms.test_gptq import problem
 
 
+def damped_copy(gram):
+    with with_damping(gram.matrix, 0.01) as matrix:
+        return matrix.clone()
+
+
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch):
     """Several blocks, and a rest, in the small matrices of these tests."""
@@ -31,7 +36,7 @@ def solved(request):
     grid = UniformGrid(4, 32, request.param, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
-    return weight, gram, with_damping(gram.matrix, 0.01), codes, params, grid
+    return weight, gram, damped_copy(gram), codes, params, grid
 
 
 def test_a_sweep_lowers_the_loss_of_every_row_it_changes(solved):
@@ -59,7 +64,7 @@ def test_blocks_are_narrower_where_levels_are_few(bits, sizes):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(bits, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes, damped = gptq(weight, gram, params.step_and_offset(), grid, 0.01), with_damping(gram.matrix, 0.01)
+    codes, damped = gptq(weight, gram, params.step_and_offset(), grid, 0.01), damped_copy(gram)
     stacks = descent.blocks_of(damped, False, grid).blocks[::3]
     assert [len(block) for stack in stacks for block in stack] == sizes
     before = loss(weight, damped, codes, params.step_and_offset(), grid)
@@ -217,7 +222,7 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
     grid = quantize.grid(kind)
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
-    damped = with_damping(gram.matrix, 0.01)
+    damped = damped_copy(gram)
     values = value_of(codes, *params.step_and_offset(), grid)
     factors = params.linear_form(codes)
     made = sum(c.float().repeat_interleave(512 // c.shape[1], 1) * basis for c, basis in factors)
@@ -251,7 +256,7 @@ def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
     grid = UniformGrid(4, 32, True, "importance")
     params = grid.fit(weight, rounding_weight(gram, 0.01))
     codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
-    damped, matrices = with_damping(gram.matrix, 0.01), curvature(*rows)
+    damped, matrices = damped_copy(gram), curvature(*rows)
     ends = []
     for device in ("cpu", "cuda"):
         given = [x.to(device) for x in (weight, damped, codes)]

@@ -65,10 +65,10 @@ def ours(stages, sweeps, search="importance"):
         weight = torch.cat(weights)
         params = grid.fit(weight, rounding_weight(gram, 0.01))
         codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
-        damped = with_damping(gram.matrix, 0.01)
-        for count in range(sweeps):
-            codes = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift=count % 2 == 1)
-            params = descent.refit(weight, damped, codes, params)
+        with with_damping(gram.matrix, 0.01) as damped:
+            for count in range(sweeps):
+                codes = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift=count % 2 == 1)
+                params = descent.refit(weight, damped, codes, params)
         error = value_of(codes, *params.step_and_offset(), grid) - weight
         loss += float(((error @ h) * error).sum())
     return loss

@@ -16,15 +16,16 @@ def step(problem: Problem, earlier: Solution | None) -> Solution:
     """Move one code of every row by one, where that lowers w H w' of its error most; as often as the recipe asks."""
     codes, spacing = earlier.codes.clone(), joined(earlier.params)
     size = spacing[0].repeat_interleave(problem.grid.width, dim=1)
-    curve = problem.damped.diagonal() * size.square()
-    for _ in range(problem.settings.flips):
-        slope = (value_of(codes, *spacing, problem.grid) - problem.weight) @ problem.damped * size
-        up, down = curve + 2 * slope, curve - 2 * slope
-        up[codes == problem.grid.levels - 1] = down[codes == 0] = 0
-        gain, column = up.minimum(down).min(1, keepdim=True)
-        move = (up.gather(1, column) < down.gather(1, column)).int() * 2 - 1
-        moved = codes.gather(1, column).int() + move * (gain < 0)
-        codes.scatter_(1, column, moved.to(codes.dtype))
+    with problem.damped() as damped:
+        curve = damped.diagonal() * size.square()
+        for _ in range(problem.settings.flips):
+            slope = (value_of(codes, *spacing, problem.grid) - problem.weight) @ damped * size
+            up, down = curve + 2 * slope, curve - 2 * slope
+            up[codes == problem.grid.levels - 1] = down[codes == 0] = 0
+            gain, column = up.minimum(down).min(1, keepdim=True)
+            move = (up.gather(1, column) < down.gather(1, column)).int() * 2 - 1
+            moved = codes.gather(1, column).int() + move * (gain < 0)
+            codes.scatter_(1, column, moved.to(codes.dtype))
     return Solution(codes, earlier.params, earlier.damping, earlier.steps)
 
 

@@ -1,0 +1,105 @@
+"""How many matrices [K, K] the solvers hold: of a wide linear each takes gigabytes. The bits are those of plain formulas."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qquant.algorithms import coupled, descent, gptq
+from qquant.algorithms.gram import with_damping
+from qquant.algorithms.grid import UniformGrid
+from qquant.algorithms.problem import Problem, solve
+from qquant.kernels.product import SplitMatrix, _upper, halves
+from tests.algorithms.test_gptq import problem
+from tests.worlds.allocations import Allocations
+
+ROWS, COLUMNS = 24, 192
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Blocks and pieces that are small beside the matrix."""
+    monkeypatch.setattr(descent, "BLOCK", 64)
+    monkeypatch.setattr(gptq, "PIECE", 1000)
+
+
+@pytest.fixture
+def asked():
+    """GPTQ with everything that follows it."""
+    weight, gram = problem(ROWS, COLUMNS, 600)
+    mixed = torch.randn(12, 12, generator=torch.Generator().manual_seed(5))
+    rows = [mixed @ mixed.T + torch.eye(12)] * 2
+    settings = SimpleNamespace(damping=0.01, sweeps=1)
+    return Problem({"a": weight}, gram, UniformGrid(4, 32, True, "importance"), settings, rows, alone=True)
+
+
+@pytest.fixture
+def by_halves(monkeypatch):
+    """Products as on a GPU, of upper and lower halves: `by_halves(wide)` leaves wide matrices nothing else."""
+
+    def in_place(matrix):
+        upper = _upper(matrix)
+        return SplitMatrix(None, (upper, matrix.sub_(upper)))
+
+    def choose(wide):
+        monkeypatch.setattr(descent, "WIDE", COLUMNS - 1 if wide else COLUMNS)
+
+    monkeypatch.setattr(descent, "split_matrix", lambda matrix: SplitMatrix(matrix, halves(matrix)))
+    monkeypatch.setattr(descent, "split_in_place", in_place)
+    return choose
+
+
+def test_the_factor_has_the_bits_of_the_formula(asked):
+    matrix = asked.gram.matrix
+    order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+    back = order.flip(0)
+    damped = matrix[back][:, back]
+    damped.diagonal().add_(0.01 * float(matrix.diagonal().mean()))
+    root = torch.linalg.cholesky(damped).flip(0, 1)
+    upper = torch.linalg.solve_triangular(root, torch.eye(COLUMNS), upper=True)
+    assert torch.equal(gptq.factorize(asked.gram, 0.01).upper, upper)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 2000, 2001, 6543])
+def test_values_are_turned_round_in_place(count):
+    values = torch.arange(count)
+    wanted = values.flip(0)
+    gptq._reverse(values)
+    assert torch.equal(values, wanted)
+
+
+def test_damping_is_taken_back(asked):
+    before = asked.gram.matrix.clone()
+    with with_damping(asked.gram.matrix, 0.01) as damped:
+        assert torch.equal(damped - torch.diag(damped.diagonal()), before - torch.diag(before.diagonal()))
+        assert bool((damped.diagonal() > before.diagonal()).all())
+    assert torch.equal(asked.gram.matrix, before)
+
+
+def test_a_solve_holds_three_matrices(asked):
+    """H, its root and the factor in GPTQ; then H and its columns in the order of a sweep."""
+    with Allocations() as seen:
+        solve(asked, ["rtn", "gptq", "sweeps", "coupled"])
+    assert seen.squares(COLUMNS) == 3
+
+
+def test_a_sweep_by_halves_holds_three_matrices(asked, by_halves):
+    """H and two halves, where a narrow one is there as a whole, too."""
+    counts = {}
+    for wide in (True, False):
+        by_halves(wide)
+        found = solve(asked, ["rtn", "gptq"])
+        with Allocations() as seen:
+            coupled.step(asked, descent.step(asked, found))
+        counts[wide] = seen.squares(COLUMNS)
+    assert counts == {True: 3, False: 4}
+
+
+def test_wide_matrices_give_the_codes_of_narrow_ones(asked, by_halves):
+    found = []
+    for wide in (True, False):
+        by_halves(wide)
+        found.append(solve(asked, ["rtn", "gptq", "sweeps", "coupled"]))
+    assert torch.equal(found[0].codes, found[1].codes)
+    steps = [solution.params["a"].step_and_offset()[0] for solution in found]
+    assert torch.equal(*steps)
