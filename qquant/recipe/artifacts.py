@@ -148,6 +148,11 @@ class _Artifact(Strict):
         """The row of `limits.LIMITS`: "int4", "q4_k_m"."""
 
     @property
+    def variant(self) -> str:
+        """What stands in the names of its files besides the model and the format: two artifacts that share it cannot lie in one folder."""
+        return self.kind
+
+    @property
     def sized(self) -> bool:
         """Whether what its tensors are is to be chosen by how many bytes it may have."""
         return False
@@ -306,6 +311,11 @@ class GgufArtifact(_Artifact):
         """What its files are called after the model: the mix, or where types were asked for its own name."""
         plain = self.type is not None and not self.types
         return self.kind if plain else re.sub("[^a-z0-9]+", "_", self.name.removeprefix("gguf-"))
+
+    @property
+    def variant(self) -> str:
+        """The label."""
+        return self.label
 
     @property
     def sized(self) -> bool:

@@ -26,8 +26,6 @@ Model = TypeVar("Model", bound=Strict)
 RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
 
-TOLD_APART_BY = {"gptq": ("bits",), "awq": (), "gguf": ("label",)}  # what stands in the names of an artifact's files
-
 # What no single field shows. Values may be of any type here: a file can have several faults at once.
 
 
@@ -305,10 +303,10 @@ class Recipe(Strict):
     @property
     def clashes(self) -> tuple[str, ...]:
         """Pairs of artifacts that write the same files; `plan` and `build` take one of each with `--only`."""
-        first: dict[tuple[str, ...], str] = {}
+        first: dict[tuple[str, str], str] = {}
         clashes = []
         for spec in self.artifacts:
-            target = (spec.format, *(str(getattr(spec, key)) for key in TOLD_APART_BY.get(spec.format, ("name",))))
+            target = (spec.format, spec.variant)
             other = first.setdefault(target, spec.name)
             if other != spec.name:
                 clashes.append(f"artifacts {other} and {spec.name} would both write the files of {' '.join(target)}")

@@ -15,7 +15,7 @@ from qquant.artifact.draft import Draft
 from qquant.artifact.opening import open_weights
 from qquant.artifact.verification import verify
 from qquant.checks.structure import CachedWeights, folds
-from qquant.errors import InputError, QQuantError
+from qquant.errors import InputError, QQuantError, UsageError
 from qquant.formats import FORMATS, detect, kind_of_file, weight_files
 from qquant.inspection import describe
 from qquant.plan.plan import Plan
@@ -248,6 +248,15 @@ def test_bytes_lost_on_the_way_to_disk_are_found(recipe, checkpoint, plan, monke
     with pytest.raises(QQuantError, match="read back differs"):
         build(recipe, checkpoint, plan, tmp_path / "out")
     assert not (tmp_path / "out" / plan.artifacts[0].folder).exists()
+
+
+def test_two_that_would_write_the_same_files_are_refused(recipe, checkpoint):
+    """By `qquant recipe validate`, which sees no checkpoint, as by `qquant plan`."""
+    (one,) = recipe.artifacts
+    both = recipe.model_copy(update={"artifacts": (one, one.model_copy(update={"name": "other"}))})
+    assert len(both.clashes) == 1
+    with pytest.raises(UsageError, match="artifacts one and other would both write"):
+        Plan.of(both, checkpoint)
 
 
 def test_a_finished_artifact_is_kept(recipe, checkpoint, plan, built, monkeypatch):
