@@ -32,6 +32,7 @@ from qquant.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from qquant.recipe import Recipe
+    from qquant.recipe.artifacts import FormatName
     from qquant.recipe.efforts import EffortName
     from qquant.report.record import Report
 
@@ -46,7 +47,7 @@ def build(
     out: Place = "release",
     *,
     only: Sequence[str] = (),
-    format: Literal["gptq", "awq", "gguf"] | None = None,
+    format: FormatName | None = None,
     bits: Literal[4, 8] | None = None,
     group_size: int | None = None,
     types: Sequence[str] = (),

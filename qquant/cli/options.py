@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -16,6 +16,8 @@ from qquant.cli.terminal import echo
 from qquant.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from qquant.formats.gguf.imatrix import Imatrix
     from qquant.plan.asked import Asked
     from qquant.recipe import Checks, Gates
@@ -84,6 +86,29 @@ ADAPTER = click.option(
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 
 
+class Format(click.ParamType[str]):
+    """A format by the word of recipes, which are imported when one is given or the words are shown."""
+
+    name = "format"
+
+    def _words(self) -> click.Choice[str]:
+        from qquant.recipe.artifacts import FormatName
+
+        return click.Choice(get_args(FormatName))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word itself."""
+        return self._words().convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        """Every word."""
+        return self._words().get_metavar(param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Words that begin so."""
+        return self._words().shell_complete(ctx, param, incomplete)
+
+
 def _recipe_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     """Names of published recipes that begin as what was typed, for shell completion."""
     from qquant import recipe
@@ -113,7 +138,7 @@ CHANGES = (
     ),
     click.option(
         "--format",
-        type=click.Choice(["gptq", "awq", "gguf"]),
+        type=Format(),
         help="Build this instead; default: the recipe's artifacts.",
     ),
     click.option("--bits", type=int, help="With --format gptq: 4 or 8; default with awq: 4."),

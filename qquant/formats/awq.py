@@ -23,7 +23,7 @@ from qquant.errors import InputError
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
-from qquant.recipe import AwqArtifact
+from qquant.recipe.artifacts import AwqArtifact
 from qquant.resources import lazy
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from qquant.errors import InputError
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
-from qquant.recipe import GptqArtifact
+from qquant.recipe.artifacts import GptqArtifact
 from qquant.resources import lazy
 from qquant.source.safetensors_file import read_tensor
 

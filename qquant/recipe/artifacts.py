@@ -2,7 +2,7 @@
 
 An entry is a table of fields that differ by format, each under the name that people of that format know. Properties say the same thing of
 all of them: `kind`, `group`, `feedback`, `own_stream`, `transforms`, `eight_bit`. Code outside `formats` asks for these, and for no format's
-name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds integer codes in groups) and a line in `ArtifactSpec`.
+name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds integer codes in groups), and name it in the two lines at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datetime
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -361,4 +361,7 @@ class GgufArtifact(_Artifact):
             yield from unknown_types(values["types"], lists=values["type"] is None)
 
 
+# A new entry stands in both: what a recipe takes, and the words of `--format` and `qquant.build(format=...)`.
 ArtifactSpec = Annotated[GptqArtifact | AwqArtifact | GgufArtifact, Field(discriminator="format")]
+FormatName = Literal["gptq", "awq", "gguf"]
+ENTRIES: tuple[type[Strict], ...] = get_args(get_args(ArtifactSpec)[0])

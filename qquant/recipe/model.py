@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from qquant.recipe.artifacts import ArtifactSpec, AwqArtifact, Gates, GgufArtifact, GptqArtifact, Waiver
+from qquant.recipe.artifacts import ENTRIES, ArtifactSpec, Gates, Waiver
 from qquant.recipe.efforts import EFFORTS, EffortName, Settings
 from qquant.recipe.fields import Conflict, Name, Share, Strict, Text, Whole
 from qquant.recipe.words import Location, key_path, shown
@@ -323,7 +323,5 @@ class Recipe(Strict):
         yield from _held_out_in_calibration(values["calibration"], values["checks"])
 
 
-MODELS: dict[str, type[Strict]] = {
-    model.__name__: model
-    for model in (Recipe, Calibration, Source, GptqArtifact, AwqArtifact, GgufArtifact, Gates, Waiver, Checks)
-}
+_ALL: tuple[type[Strict], ...] = (Recipe, Calibration, Source, *ENTRIES, Gates, Waiver, Checks)
+MODELS: dict[str, type[Strict]] = {model.__name__: model for model in _ALL}

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from qquant.inspection import describe
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
+from qquant.recipe.artifacts import ENTRIES, FormatName
 from qquant.release import card
 from qquant.release.hub import Folder, Request
 from qquant.release.repository import complete, read_release
@@ -95,6 +97,13 @@ def artifact(name, built, planned):
 def contents(out):
     """Every file of the artifact's folder and its bytes."""
     return {path.name: path.read_bytes() for folder in out.glob("model-*") for path in folder.iterdir()}
+
+
+def test_every_format_has_an_entry_and_its_word():
+    """Who adds one names it in FORMATS, and in the two last lines of recipe/artifacts.py."""
+    ours = set(FORMATS) - {toy_format.NAME}
+    assert {get_args(entry.model_fields["format"].annotation)[0] for entry in ENTRIES} == ours
+    assert set(get_args(FormatName)) == ours
 
 
 def test_every_format_has_a_sample():
@@ -318,8 +327,9 @@ def test_an_unknown_format_is_answered_with_those_that_are_known(checkpoint, tmp
     folder = shutil.copytree(checkpoint.path, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "unheard"}}))
+    folders = ", ".join(name for name in EVERY if FORMATS[name].is_folder)
     with pytest.raises(
-        InputError, match=r"config\.json: quant_method 'unheard'; qquant reads model folders \(gptq, awq, toy\)"
+        InputError, match=rf"config\.json: quant_method 'unheard'; qquant reads model folders \({folders}\)"
     ):
         detect(folder)
     (tmp_path / "model.bin").write_bytes(b"GGML")

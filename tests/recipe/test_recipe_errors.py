@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from pydantic import ValidationError
 
-from qquant import recipe
+from qquant import formats, recipe
 from qquant.recipe import (
     AwqArtifact,
     Calibration,
@@ -18,7 +18,7 @@ from tests.worlds.recipe_text import GOOD, changed, problems
 
 # One problem, one line.
 
-FORMATS = "awq, gguf, gptq"
+FORMATS = ", ".join(sorted(formats.FORMATS))
 NAME = "1 to 100 of a-z 0-9 . _ - that begin with a letter or digit"
 RECIPE_KEYS = (
     "version, name, description, checkpoint, revision, effort, dtype, pad_intermediate, calibration, artifacts, checks, shard_size, "

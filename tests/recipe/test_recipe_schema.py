@@ -2,27 +2,20 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 
 from qquant import recipe
 from qquant.errors import UsageError
-from qquant.recipe import (
-    AwqArtifact,
-    Calibration,
-    Checks,
-    Gates,
-    GgufArtifact,
-    GptqArtifact,
-    Recipe,
-    Source,
-    Waiver,
-)
+from qquant.recipe import Calibration, Checks, Gates, Recipe, Source, Waiver
+from qquant.recipe.artifacts import ENTRIES
+from qquant.recipe.model import MODELS as BY_NAME
 from qquant.resources import data_dir
+from tests.worlds.every_format import SAMPLES
 from tests.worlds.recipe_text import problems
 
-MODELS = (Recipe, Calibration, Source, GptqArtifact, AwqArtifact, GgufArtifact, Gates, Waiver, Checks)
-
+MODELS = tuple(BY_NAME.values())
 
 WRONG = {
     "integer": ['"4"', "4.5", "true", "null", "[]", "{}", "1e3", "4.0"],
@@ -42,15 +35,19 @@ def fields():
         yield from ((model, name, field) for name, field in shape["properties"].items() if name != "format")
 
 
+def entry_of(model):
+    """The least that an entry of this format says, as the sample of the format has it."""
+    (format,) = get_args(model.model_fields["format"].annotation)
+    return {"name": format, "format": format} | dict(part.split(": ") for part in SAMPLES[format].entry.split(", "))
+
+
 def example(model, name, value):
     """A recipe in flow style, right but for the field `name` of one `model`, which is the text `value`."""
     entries = {
         Recipe: {"version": "1", "name": "x"},
         Calibration: {},
         Source: {"dataset": "a/b"},
-        GptqArtifact: {"name": "g", "format": "gptq", "bits": "4"},
-        AwqArtifact: {"name": "a", "format": "awq"},
-        GgufArtifact: {"name": "u", "format": "gguf", "type": "q8_0"},
+        **{entry: entry_of(entry) for entry in ENTRIES},
         Gates: {},
         Waiver: {"reason": "x", "who": "y", "until": '"2030-01-01"'},
         Checks: {},
@@ -65,7 +62,8 @@ def example(model, name, value):
         return "{" + ", ".join(f"{key}: {text}" for key, text in (nested | entries[kind]).items()) + "}"
 
     waiver = {"waiver": flow(Waiver)} if model is Waiver else {}
-    artifacts = f"[{flow(GptqArtifact, gates=flow(Gates, **waiver))}, {flow(AwqArtifact)}, {flow(GgufArtifact)}]"
+    first, *others = ENTRIES
+    artifacts = f"[{', '.join([flow(first, gates=flow(Gates, **waiver)), *map(flow, others)])}]"
     calibration = flow(Calibration, sources=f"[{flow(Source)}]")
     return flow(Recipe, calibration=calibration, artifacts=artifacts, checks=flow(Checks))
 

@@ -129,7 +129,7 @@ class Toy(ModelFolder[ToyArtifact]):
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The format is known meanwhile: the lines that a newcomer would write into FORMATS, `ArtifactSpec` and MODELS."""
+    """The format is known meanwhile: what its line in FORMATS, and its entry in `ArtifactSpec`, from which MODELS follows, would do."""
     field = Recipe.model_fields["artifacts"]
     known = field.annotation
     entries = (*get_args(get_args(ArtifactSpec)[0]), ToyArtifact)
