@@ -10,6 +10,7 @@ another order would give artifacts whose bytes nobody can repeat.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +26,11 @@ else:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of work on one kind of device. None of them changes a result."""
+    """Sizes of work on one kind of device. None of them changes a result but `together`, which depends on nothing else."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
     waits: bool  # whether looking at a number costs: results are looked at once a block then
+    together: int  # tokens of samples of one length that go through a block at once; they change the last bits of what it gives
     checksummed: int  # values that are summed at a time
     searched: int  # weights whose group scales are searched at a time, by torch
     coded: int  # values of GGUF rows that are searched or coded at a time
@@ -43,6 +45,7 @@ POLICIES = {
     "cpu": Policy(
         threads=False,  # they would take cores and memory from the computation
         waits=False,
+        together=1,
         checksummed=1 << 20,
         searched=1 << 18,
         coded=1 << 18,
@@ -55,6 +58,7 @@ POLICIES = {
     "cuda": Policy(
         threads=True,
         waits=True,
+        together=8192,
         checksummed=1 << 24,
         searched=1 << 24,
         coded=1 << 24,
@@ -106,6 +110,24 @@ def free_memory(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return host_memory()
+
+
+def to_host(values: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that waits for contiguous copies of `values` in host memory, which a GPU makes while the caller goes on."""
+    if not any(value.is_cuda for value in values.values()):
+        copies = {name: value.cpu().contiguous() for name, value in values.items()}
+        return lambda: copies
+    copies = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in values.items()}
+    for name, value in values.items():
+        copies[name].copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> dict[str, torch.Tensor]:
+        copied.synchronize()
+        return copies
+
+    return wait
 
 
 _sharing = 1  # processes of this command on this host

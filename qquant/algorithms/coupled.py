@@ -90,7 +90,9 @@ def _swept(
         subset = torch.arange(first, rows, PARTS, device=weight.device)
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
-        pull = torch.cholesky_solve(mix @ slope, torch.linalg.cholesky_ex(inside).L).flatten(0, 1)
+        root = torch.linalg.cholesky_ex(inside).L
+        half = torch.linalg.solve_triangular(root, mix @ slope, upper=False)
+        pull = torch.linalg.solve_triangular(root.mT, half, upper=True).flatten(0, 1)
         known, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
         of_rows = pull, inside, known, steps, offsets
         if columns.gram.whole is None:  # a recording would keep another copy of the matrix

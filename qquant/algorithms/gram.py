@@ -98,7 +98,7 @@ class Gram:
             self._look(torch.stack(unseen).max())
 
     def clear(self) -> None:
-        """Forget everything that was added."""
+        """Forget everything that was added, and look at what is added at once."""
         for sums in (self.matrix, self.absolute, self.squares):
             sums.zero_()
         self.tokens, self.largest, self.unseen = 0, 0.0, None

@@ -5,7 +5,7 @@
     gated      silu(gate) * up
 
 The order of these is the family's (`families.forward`). Follows the arithmetic of transformers' models (norms and rotary tables in
-float32, the rest in the dtype of the activations), so that logits agree. One sequence at a time: no padding, no batch-dependent kernels, the same bits whatever the batch size.
+float32, the rest in the dtype of the activations), so that logits agree. No padding: sequences [T, features], or [B, T, features] of one length.
 Left out: KV cache, sliding windows, dropout.
 """
 
@@ -53,7 +53,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class Block:
-    """One decoder block with its weights in the dtype of the activations: `Operators` on one sequence [T, features] at a time."""
+    """One decoder block with its weights in the dtype of the activations: `Operators` on sequences [..., T, features] of one length."""
 
     def __init__(self, family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.family = family
@@ -82,17 +82,19 @@ class Block:
         return rms_norm_heads(x, self.weights[name], self.config.epsilon)
 
     def attend(self, heads: Sequence[Tensor]) -> Tensor:
-        """Causal self-attention over one sequence of queries, keys and values -> [T, heads * head_dim]."""
-        config, length = self.config, len(heads[0])
-        query, key, value = (x.view(length, -1, config.head_dim).transpose(0, 1) for x in heads)
+        """Causal self-attention over sequences of queries, keys and values -> [..., T, heads * head_dim]."""
+        config, (*_, length, _) = self.config, heads[0].shape
+        query, key, value = (x.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2) for x in heads)
         del heads
         cosine, sine = rotary(config, length, query.device, query.dtype)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         groups = config.heads // config.kv_heads
         if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0]
-        return mixed.transpose(0, 1).reshape(length, -1)
+            key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
+        lead = query.shape[:-3]
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).reshape(*lead, length, -1)
 
     def gated(self, pair: Sequence[Tensor]) -> Tensor:
         """silu(first) * second."""
@@ -104,7 +106,7 @@ class Block:
         return x + y
 
     def stages(self, x: Tensor) -> Generator[StageInput[Tensor], None, None]:
-        """Yield every stage with its input in order for one sequence x [T, hidden], last ("", output of the block).
+        """Yield every stage with its input in order for sequences x [..., T, hidden], last ("", output of the block).
 
         The weights of a stage are read only after its input was yielded, so a caller may replace them in between.
         """
@@ -114,7 +116,7 @@ class Block:
         yield StageInput("", output)
 
     def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
-        """Output [T, hidden] of the block; `observe(stage, input)` sees the input of every stage."""
+        """Output [..., T, hidden] of the block; `observe(stage, input)` sees the input of every stage."""
         for stage, value, _ in self.stages(x):
             if stage and observe:
                 observe(stage, value)

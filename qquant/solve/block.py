@@ -17,6 +17,7 @@ from qquant.families.decoder import Block
 from qquant.formats import FORMATS
 from qquant.solve.curvature import BlockCurvature
 from qquant.solve.solver import Rows, rounding_of
+from qquant.solve.stream import Piece
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding
 
@@ -36,17 +37,22 @@ class View:
         source = without_padding(self.checkpoint)
         return Block(source.family, source.config, weights or self.weights, self.dtype)
 
-    def add(self, gram: Gram, stage: str, x: Tensor, index: int) -> None:
-        """Add the input of a stage for sample `index` to its Gram matrix, weighted as `token_weights` says."""
-        gram.add(x, self.token_weights(stage, index))
+    def add(self, gram: Gram, stage: str, x: Tensor, piece: Piece) -> None:
+        """Add the input [..., T, K] of a stage for a piece of the samples to its Gram matrix, weighted as `token_weights` says."""
+        gram.add(x.flatten(0, -2), self.token_weights(stage, piece, x.shape[-2]))
 
-    def token_weights(self, stage: str, index: int) -> Tensor | None:
-        """What an error at each token of sample `index` costs, float32 [T]; None, which is 1, where no gradient was measured.
+    def token_weights(self, stage: str, piece: Piece, length: int) -> Tensor | None:
+        """What an error at each token of samples of `length` costs, float32 [B T]; None, which is 1, where no gradient was measured.
 
         Measured weights have mean 1, so that samples of both kinds count alike. Means of the measured ones by position
         predict no better (tests/bench/LOG.md).
         """
-        return None if self.curvature is None else self.curvature.weights[stage].get(index)
+        measured = self.curvature.weights[stage] if self.curvature else {}
+        known = [measured.get(sample) for sample in piece]
+        one = next((weights for weights in known if weights is not None), None)
+        if one is None or len(piece) == 1:
+            return one
+        return torch.cat([one.new_ones(length) if weights is None else weights for weights in known])
 
     def grams(self, device: torch.device) -> dict[str, Gram]:
         """Empty accumulators, by stage."""

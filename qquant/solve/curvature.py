@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +44,7 @@ from qquant import devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
 from qquant.background import write_behind
-from qquant.devices import free_memory
+from qquant.devices import free_memory, to_host
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
@@ -51,7 +53,7 @@ from qquant.kernels.gram import gram
 from qquant.progress import Progress
 from qquant.solve.head import HeadInput, head_gradients
 from qquant.solve.layers import Layers
-from qquant.solve.stream import Stream
+from qquant.solve.stream import Stream, all_finite
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
 
@@ -219,7 +221,7 @@ def measure(
             submit(partial(_write, folder, str(layer), factors, digests))
             del factors
             tell(layers + head + BACKWARD * (layers - layer))
-        submit(partial(_write, folder, OUTSIDE, _tables(source, samples, seen, gradients), digests))
+        submit(partial(_write, folder, OUTSIDE, to_host(_tables(source, samples, seen, gradients)), digests))
     write_synced(folder / "complete", json.dumps(digests).encode())
     return curvature
 
@@ -234,9 +236,9 @@ def _path(folder: Path, name: str) -> Path:
     return folder / (name if name == OUTSIDE else f"block-{name}")
 
 
-def _write(folder: Path, name: str, factors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
+def _write(folder: Path, name: str, factors: Callable[[], dict[str, Tensor]], digests: dict[str, str]) -> None:
     """Write the file of a block or of what lies outside them, and add its sha256 to `digests`."""
-    content = save(dict(factors))
+    content = save(factors())
     write_synced(_path(folder, name), content)
     digests[name] = hashlib.sha256(content).hexdigest()
 
@@ -247,13 +249,13 @@ def _tables(
     """What goes into the file of the embedding and the head, from the gradients by the embedding's output."""
     lookup = torch.zeros_like(seen.matrix)
     for gradient in gradients:
-        gram(lookup, gradient.contiguous())
+        gram(lookup, gradient.flatten(0, -2).contiguous())
     if not finite(lookup) or not finite(seen.matrix):
         raise NumericalError(f"embedding: gradients are not finite in {gradients[0].dtype}; {REMEDY}")
     counts = torch.bincount(torch.cat(list(samples.values())).cpu(), minlength=source.config.vocab)
     return {
-        "lookup": lookup.cpu(),
-        "head": seen.matrix.cpu(),
+        "lookup": lookup,
+        "head": seen.matrix,
         "counts": counts.float(),
         "predicted": seen.predicted,
         "sums": torch.tensor([int(counts.sum()), seen.spread, seen.largest], dtype=torch.float64),
@@ -271,7 +273,7 @@ def _place(device: torch.device, nbytes: int) -> Place:
 
 @dataclass
 class _Inputs:
-    """The inputs [T, hidden] of every block, until the way back asks for them."""
+    """The inputs [..., T, hidden] of every block, until the way back asks for them."""
 
     folder: Path
     kept_on: Place
@@ -320,24 +322,45 @@ def _complete(folder: Path, layers: int) -> bool:
     )
 
 
+@contextmanager
+def _repeatable(x: Tensor) -> Iterator[None]:
+    """Attention to x whose gradients are added in an order that does not change from run to run.
+
+    Plain products do so; on a GPU flash attention that is asked to, and 16-bit operators beside it do anyway.
+    """
+    if not x.is_cuda or x.dtype == torch.float32:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            warnings.simplefilter("ignore")  # of cuBLAS, which is repeatable on one stream
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def _backward(
     block: _Watched, layer: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients by the input of a block from those by its output, and what goes into the block's file, in host memory."""
+) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
+    """Gradients by the input of a block from those by its output, and what goes into the block's file, when it is in host memory."""
     family = block.family
     rows: dict[str, list[Tensor]] = {}
     weights: dict[str, list[Tensor]] = {stage.name: [] for stage in family.stages}
     before = []
     for x, gradient in zip(inputs, gradients, strict=True):
         leaf = x.clone().requires_grad_()
-        with sdpa_kernel(SDPBackend.MATH):  # the faster ones add gradients in an order that changes from run to run
+        with _repeatable(leaf):
             block.forward(leaf).backward(gradient)
         assert leaf.grad is not None
         before.append(leaf.grad)
         for stage in family.stages:
-            weights[stage.name].append(sum(block.gradients[name].float().square().sum(1) for name in stage.linears))  # type: ignore[arg-type]  # sum of a non-empty sequence
+            by_linear = {name: block.gradients[name].flatten(0, -2) for name in stage.linears}
+            weights[stage.name].append(sum(by_linear[name].float().square().sum(1) for name in stage.linears))  # type: ignore[arg-type]  # sum of a non-empty sequence
             for name in stage.linears:
-                parts = block.gradients[name].split(ROWS, dim=1)
+                parts = by_linear[name].split(ROWS, dim=1)
                 known = rows.setdefault(
                     name, [torch.zeros(part.shape[1], part.shape[1], device=x.device) for part in parts]
                 )
@@ -350,17 +373,17 @@ def _backward(
         for name, parts in rows.items()
         for index, part in enumerate(parts)
     }
-    tokens = sum(map(len, inputs))
+    tokens = sum(x.shape[:-1].numel() for x in inputs)
     stored |= {
         f"scale {name}": torch.stack([part.diagonal().sum() for part in parts]).sum().view(1) / tokens
         for name, parts in rows.items()
     }
-    if not all(finite(value) for value in stored.values()):
+    if not all_finite(list(stored.values())):
         raise NumericalError(f"block {layer}: gradients are not finite in {inputs[0].dtype}; {REMEDY}")
-    return before, {name: value.cpu().contiguous() for name, value in stored.items()}
+    return before, to_host(stored)
 
 
 def _mean_one(value: Tensor, of: Tensor | None = None) -> Tensor:
     """`value` over the mean of `of` (of itself); zeros stay as they are."""
     mean = (value if of is None else of).mean()
-    return value / mean if bool(mean != 0) else value
+    return value / torch.where(mean == 0, torch.ones_like(mean), mean)

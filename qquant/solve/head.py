@@ -62,7 +62,7 @@ class Drawn:
 def head_gradients(
     source: Checkpoint, hidden: Sequence[Tensor], seen: HeadInput, tell: Callable[[int, int], None]
 ) -> list[Tensor]:
-    """Gradients of log p(v) - log p(w), over sqrt 2, for drawn v and w by the output of the last block, [T, hidden] each.
+    """Gradients of log p(v) - log p(w), over sqrt 2, for drawn v and w by the output of the last block, in the shapes of `hidden` [..., hidden].
 
     `seen` takes what the head sees. `tell`: (tokens done, of all), after every slice of the tokens.
     """
@@ -70,7 +70,8 @@ def head_gradients(
     head = Head(source, hidden[0].device)
     norm = source.tensor(source.family.final_norm).to(hidden[0])
     pieces: list[Tensor] = []
-    tokens = torch.cat(list(hidden))
+    rows = [x.flatten(0, -2) for x in hidden]
+    tokens = torch.cat(rows)
     for part in tokens.split(devices.policy(tokens.device).head_tokens):
         leaf = part.clone().requires_grad_()
         normed = rms_norm(leaf, norm, source.config.epsilon)
@@ -80,7 +81,8 @@ def head_gradients(
         assert leaf.grad is not None
         pieces.append(leaf.grad)
         tell(sum(map(len, pieces)), len(tokens))
-    return list(torch.cat(pieces).split([len(x) for x in hidden]))
+    split = torch.cat(pieces).split([len(x) for x in rows])
+    return [gradient.view(x.shape) for gradient, x in zip(split, hidden, strict=True)]
 
 
 class Head:

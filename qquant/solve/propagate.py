@@ -9,46 +9,75 @@ linear then has the target that makes up for the errors before it, as far as its
 
 with x its input and r the residual stream that its output is added to (second term: o and down), both without quantization. The first
 term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 2505.11695).
+
+The 16-bit stream passes through the block beside it. Where nobody needs its statistics before, it is taken through here and nowhere
+else, and they are taken on the way (`Carried`).
+
+On a GPU the differences x - x~ of bfloat16 activations, and s x~, are rounded to bfloat16 each: 2^-9 of a correction that is damped anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotFiniteError
-from qquant.algorithms.grid import finite
 from qquant.artifact.draft import Draft
+from qquant.devices import policy
 from qquant.errors import NumericalError
 from qquant.families import Stage
 from qquant.families.forward import StageInput
-from qquant.kernels.product import tensor_cores
+from qquant.kernels.product import add_products, tensor_cores
 from qquant.solve.block import View, transform
 from qquant.solve.moments import Moments
 from qquant.solve.solver import Solver, unit
-from qquant.solve.stream import STATES, Stream
+from qquant.solve.stream import STATES, Piece, Stream, all_finite, require_finite
 
-Passage = Generator[StageInput[Tensor], None, None]  # of a sample through a block
+Passage = Generator[StageInput[Tensor], None, None]  # of a piece through a block
 SHARE = 0.7  # of the correction for errors before a linear
 RIDGE = 0.2  # of the mean of diag(H~)
 
 
 class Inputs(NamedTuple):
-    """What a sample brings to a stage: without quantization, and with it."""
+    """What a piece of the samples brings to a stage: without quantization, and with it."""
 
-    sample: int  # its index
+    piece: Piece
     exact: StageInput[Tensor]
     own: StageInput[Tensor]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The 16-bit stream, where it goes through a block with an artifact's own, and empty sums for its statistics, if they are wanted."""
+
+    stream: Stream
+    grams: Mapping[str, Gram]
+    moments: Moments
+
+
+def carry(view: View, carried: Carried, stream: Stream, draft: Draft) -> bool:
+    """Solve a block on the artifact's own stream, and move both streams on; False where something is not finite: nothing has changed then.
+
+    Only for an artifact whose block is neither there nor transformed.
+    """
+    for gram in carried.grams.values():
+        gram.clear()
+    try:
+        solver = Solver(view.checkpoint, draft, view.layer, carried.moments, alone=True)
+        _propagated(view, {}, carried.stream.by_piece, stream, solver, (), carried)
+    except NotFiniteError:
+        return False
+    return True
 
 
 def own_block(
     view: View,
     grams: Mapping[str, Gram],
-    before: Mapping[int, Tensor],
+    before: Mapping[Piece, Tensor],
     stream: Stream,
     draft: Draft,
     moments: Moments,
@@ -74,14 +103,15 @@ def own_block(
 def _propagated(
     view: View,
     grams: Mapping[str, Gram],
-    before: Mapping[int, Tensor],
+    before: Mapping[Piece, Tensor],
     stream: Stream,
     solver: Solver,
     overflowed: Collection[int],
+    carried: Carried | None = None,
 ) -> None:
     """Solve stage by stage, each on inputs that came through the stages already quantized.
 
-    `before`: the input of the 16-bit block, by the index of the samples that `stream` runs on.
+    `before`: the input of the 16-bit block, by the pieces of the samples that `stream` runs on.
     """
     layer, family = view.layer, view.checkpoint.family
     if unit(layer) in solver.draft.units:
@@ -94,30 +124,38 @@ def _propagated(
     own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
     passes = {
-        sample: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
-        for (sample, x), y in zip(before.items(), stream.hidden, strict=True)
+        piece: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
+        for (piece, x), y in zip(before.items(), stream.hidden, strict=True)
     }
+    seen: Mapping[str, Gram] = carried.grams if carried else {}
     for stage in family.stages:
-        gram, targets = _targets(view, stage, transformed.weights, _inputs(passes, last=stage is family.last))
+        inputs = _inputs(passes, last=stage is family.last and not carried)
+        gram, targets = _targets(view, stage, transformed.weights, inputs, seen.get(stage.name))
         targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
         del gram, targets
-    hidden = [next(sample).x.to(kept) for (sample,) in passes.values()]
-    if not all(finite(y) for y in hidden):
+    hidden = [next(both[-1]).x.to(kept) for both in passes.values()]
+    moved = [next(both[0]).x.to(kept) for both in passes.values()] if carried else []
+    if not all_finite([*hidden, *moved]):
         raise NotFiniteError(f"its output is not finite in {kept}")
     if stream.pressure >= STATES:
-        hidden = [y.cpu() for y in hidden]
+        hidden, moved = [y.cpu() for y in hidden], [y.cpu() for y in moved]
+    if carried:
+        require_finite(layer, seen)
+        carried.stream.hidden, carried.stream.overflowed = moved, set()
+        if seen:
+            carried.moments.save(layer, seen)
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
     stream.hidden = hidden
 
 
-def _inputs(passes: Mapping[int, list[Passage]], last: bool) -> Iterator[Inputs]:
-    """The next stage's inputs of every sample in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
-    for sample, both in passes.items():
+def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Inputs]:
+    """The next stage's inputs of every piece in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
+    for piece, both in passes.items():
         own = both[-1]
         # Closing is not enough: Python up to 3.12.3 keeps what a closed generator held.
-        yield Inputs(sample, next(both.pop(0) if last else both[0]), next(own))
+        yield Inputs(piece, next(both.pop(0) if last else both[0]), next(own))
 
 
 def _targets(
@@ -125,11 +163,12 @@ def _targets(
     stage: Stage,
     weights: Mapping[str, Tensor],
     inputs: Iterable[Inputs],
+    seen: Gram | None,
 ) -> tuple[Gram, dict[str, Tensor]]:
-    """H~ of a stage, and its weights with what makes up for the errors before them, float32."""
+    """H~ of a stage, and its weights with what makes up for the errors before them, float32; inputs without quantization go into `seen`."""
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
     columns = next(iter(targets.values())).shape[1]
-    gram, cross, residuals = _drift(view, stage.name, columns, inputs)
+    gram, cross, residuals = _drift(view, stage.name, columns, inputs, seen)
     with tensor_cores():
         lacking = {
             name: weight @ cross if residuals is None else weight @ cross + residuals
@@ -142,23 +181,47 @@ def _targets(
     return gram, targets
 
 
-def _drift(view: View, stage: str, columns: int, inputs: Iterable[Inputs]) -> tuple[Gram, Tensor, Tensor | None]:
-    """H~, sum s (x - x~) x~' [K, K], and where there is a residual r, sum s (r - r~) x~' [N, K]."""
+def _drift(
+    view: View, stage: str, columns: int, inputs: Iterable[Inputs], seen: Gram | None
+) -> tuple[Gram, Tensor, Tensor | None]:
+    """H~, sum s (x - x~) x~' [K, K], and where there is a residual r, sum s (r - r~) x~' [N, K].
+
+    Raises:
+        NotFiniteError: an input is not finite.
+    """
     device = next(iter(view.weights.values())).device
     gram = Gram.zeros(columns, device)
     cross = torch.zeros_like(gram.matrix)
     residuals = None
-    for sample, (_, x, r), (_, y, q) in inputs:
-        view.add(gram, stage, y, sample)
-        own_input = y.float()
-        weights = view.token_weights(stage, sample)
-        weighted = own_input if weights is None else own_input * weights.unsqueeze(1)
-        with tensor_cores():
-            cross.addmm_((x.float() - own_input).T, weighted)
-            if r is not None and q is not None:
-                residuals = torch.zeros(r.shape[1], columns, device=device) if residuals is None else residuals
-                residuals.addmm_((r.float() - q.float()).T, weighted)
+    sums = [gram] if seen is None else [gram, seen]
+    for one in sums:
+        one.unseen = [] if policy(device).waits else None
+    for piece, (_, x, r), (_, y, q) in inputs:
+        view.add(gram, stage, y, piece)
+        if seen is not None:
+            view.add(seen, stage, x, piece)
+        weights = view.token_weights(stage, piece, y.shape[-2])
+        weighted = _weighted(y.flatten(0, -2), weights)
+        cross = add_products(cross, _difference(x, y), weighted)
+        if r is not None and q is not None:
+            residuals = torch.zeros(r.shape[-1], columns, device=device) if residuals is None else residuals
+            residuals = add_products(residuals, _difference(r, q), weighted)
+    for one in sums:
+        one.settle()
     return gram, cross, residuals
+
+
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows of x [T, K] times their weights, in float32; 16 bit stay that on a GPU."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return x if weights is None else x * weights.to(x.dtype).unsqueeze(1)
+    return x.float() if weights is None else x.float() * weights.unsqueeze(1)
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """X - y of [..., T, K] as rows, in float32; 16 bit stay that on a GPU."""
+    kept = x.is_cuda and x.dtype == torch.bfloat16
+    return (x - y if kept else x.float() - y.float()).flatten(0, -2)
 
 
 def _ridge(gram: Gram) -> Tensor:

@@ -42,7 +42,7 @@ from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.solve.outside import kinds_of
 from qquant.solve.solver import padded_gram
-from qquant.solve.stream import STREAM_DTYPES, Stream
+from qquant.solve.stream import STREAM_DTYPES, Piece, Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding, zero_padded
 from qquant.source.untrusted import read_json
@@ -193,8 +193,8 @@ def _forward(
             view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device))
             grams = view.grams(device)
 
-            def add(gram: Gram, stage: str, x: Tensor, index: int, view: View = view) -> None:
-                view.add(gram, stage, x, places[index])
+            def add(gram: Gram, stage: str, x: Tensor, piece: Piece, view: View = view) -> None:
+                view.add(gram, stage, x, tuple(places[index] for index in piece))
 
             stream.advance(layer, view.block(), grams, add)
             yield layer, view, grams

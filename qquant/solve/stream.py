@@ -1,10 +1,11 @@
 """Hidden states of the calibration samples, and how they get through a block where memory or range is short.
 
-Samples go through one by one, and each stage's input is added to its Gram matrix once, in the same order with the same arithmetic,
-whatever happens in between; so what is written does not depend on how much memory there was.
+Samples go through one by one, on a GPU a few of one length together (`pieces`), and each stage's input is added to its Gram matrix
+once, in the same order with the same arithmetic, whatever happens in between; so what is written does not depend on how much memory
+there was.
 
-    memory    after an allocation that failed the same sample is tried again, and stages that were added already are passed over:
-              first with caches emptied, then with the other samples' states in host memory, then with the Gram matrices there too;
+    memory    after an allocation that failed the same samples are tried again, and stages that were added already are passed over:
+              first with caches emptied, then with the others' states in host memory, then with the Gram matrices there too;
               then the build ends with exit status 6, and what is finished is kept
     range     a sample whose activations are not finite in the dtype of the stream (bfloat16) goes through this block in float32, and
               goes on in the dtype of the stream; the report counts such samples. Float16 checkpoints are computed in float32 from
@@ -35,13 +36,25 @@ CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
 SPARE = 0.25  # of the free memory of a device for a second copy of the hidden states
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Add = Callable[[Gram, str, Tensor, int], None]  # (Gram of a stage, stage, its input, sample)
+Piece = tuple[int, ...]  # indices of the samples that go together
+Add = Callable[[Gram, str, Tensor, Piece], None]  # (Gram of a stage, stage, its input [..., T, K], whose it is)
 
 
-def add_unweighted(gram: Gram, stage: str, x: Tensor, index: int) -> None:
+def add_unweighted(gram: Gram, stage: str, x: Tensor, piece: Piece) -> None:
     """Every token counts alike."""
-    del stage, index
-    gram.add(x)
+    del stage, piece
+    gram.add(x.flatten(0, -2))
+
+
+def pieces(lengths: Sequence[int], together: int) -> list[Piece]:
+    """Neighbours of one length in pieces of at most `together` tokens, or of one sample."""
+    cut: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        if cut and lengths[cut[-1][0]] == length and (len(cut[-1]) + 1) * length <= together:
+            cut[-1].append(index)
+        else:
+            cut.append([index])
+    return [tuple(piece) for piece in cut]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,23 +63,63 @@ def is_out_of_memory(error: BaseException) -> bool:
     return refused or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
+def all_finite(values: Sequence[Tensor]) -> bool:
+    """Whether none of `values`, of one device, holds NaN or infinity; the host waits for a GPU once."""
+    extremes = [extreme for value in values for extreme in torch.aminmax(value)]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def require_finite(layer: int, grams: Mapping[str, Gram]) -> None:
+    """Raise NumericalError where the sums of a stage's input are not finite."""
+    for stage, gram in grams.items():
+        if not finite(gram.matrix):
+            raise NumericalError(
+                f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
+                "see the checkpoint's weights"
+            )
+
+
 @dataclass
 class Stream:
-    """Hidden states [T, hidden] of the samples after the blocks walked so far, on `device` while there is room."""
+    """Hidden states of the samples after the blocks walked so far, on `device` while there is room.
+
+    Those of a piece are one tensor: [T, hidden] of one sample, [B, T, hidden] of more. float32 streams have no such.
+    """
 
     hidden: list[Tensor]
     device: torch.device
     pressure: int = 0  # what has given way
     overflowed: set[int] = field(default_factory=set)  # samples that went through the last block in float32
+    pieces: list[Piece] = field(
+        default_factory=list
+    )  # whose the hidden states are; a sample each, where it is not said
+
+    def __post_init__(self) -> None:
+        """A sample each."""
+        self.pieces = self.pieces or [(index,) for index in range(len(self.hidden))]
 
     @classmethod
     def start(cls, source: WeightSource, samples: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Stream:
         """The embeddings of samples, int token ids [T] each, for which the table is read once."""
-        rows = embed(source, torch.cat(list(samples)), dtype).split([len(sample) for sample in samples])
-        return cls([piece.clone().to(device) for piece in rows], device)
+        lengths = [len(sample) for sample in samples]
+        together = policy(device).together if dtype != torch.float32 else 1
+        cut = pieces(lengths, together)
+        shapes = [(len(piece), lengths[piece[0]], -1) if len(piece) > 1 else (lengths[piece[0]], -1) for piece in cut]
+        rows = embed(source, torch.cat(list(samples)), dtype).split([sum(lengths[i] for i in piece) for piece in cut])
+        hidden = [own.clone().to(device).view(shape) for own, shape in zip(rows, shapes, strict=True)]
+        return cls(hidden, device, pieces=cut)
+
+    def branch(self) -> Stream:
+        """Another stream that begins where this one is."""
+        return Stream(list(self.hidden), self.device, pieces=self.pieces)
+
+    @property
+    def by_piece(self) -> dict[Piece, Tensor]:
+        """The hidden states, by whose they are."""
+        return dict(zip(self.pieces, self.hidden, strict=True))
 
     def advance(self, layer: int, block: Block, grams: Mapping[str, Gram], add: Add = add_unweighted) -> None:
-        """Run every sample through `block`, adding stage inputs to `grams` (may be empty) by `add`.
+        """Run every piece through `block`, adding stage inputs to `grams` (may be empty) by `add`.
 
         Raises:
             NumericalError: activations are not finite in float32 either.
@@ -77,16 +130,12 @@ class Stream:
             for index in range(len(self.hidden)):
                 observe = self._observer(grams, index, add) if grams else None
                 self.hidden[index] = self.with_less_memory(layer, partial(self._through, layer, block, index, observe))
-        for stage, gram in grams.items():
+        for gram in grams.values():
             gram.move(self.device)
-            if not finite(gram.matrix):
-                raise NumericalError(
-                    f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
-                    "see the checkpoint's weights"
-                )
+        require_finite(layer, grams)
 
     def _unchecked(self, block: Block, grams: Mapping[str, Gram], add: Add) -> bool:
-        """All samples through `block` without a look at any number, for which a GPU would have to wait for the host.
+        """All pieces through `block` without a look at any number, for which a GPU would have to wait for the host.
 
         False where this gains nothing, memory is short or something was not finite; nothing has changed then.
         """
@@ -101,10 +150,9 @@ class Stream:
             for index, x in enumerate(self.hidden):
                 observe = self._observer(grams, index, add) if grams else None
                 hidden.append(block.forward(x.to(block.dtype), observe).to(x.dtype))
-            extremes = [extreme for y in hidden for extreme in torch.aminmax(y)]
             for gram in grams.values():
                 gram.settle()
-            whole = not extremes or bool(torch.stack(extremes).isfinite().all())
+            whole = all_finite(hidden)
         except (RuntimeError, MemoryError, NotFiniteError) as error:
             if not isinstance(error, NotFiniteError) and not is_out_of_memory(error):
                 raise
@@ -127,10 +175,10 @@ class Stream:
             except NotFiniteError as failure:
                 if attempt.dtype == torch.float32:
                     raise NumericalError(
-                        f"block {layer}: activations of sample {index} are not finite in float32 either: {failure}; "
+                        f"block {layer}: activations of sample {', '.join(map(str, self.pieces[index]))} are not finite in float32 either: {failure}; "
                         "see the checkpoint's weights"
                     ) from None
-                self.overflowed.add(index)
+                self.overflowed.update(self.pieces[index])
             else:
                 break
         return y.cpu() if self.pressure >= STATES else y
@@ -142,7 +190,7 @@ class Stream:
             if stage in seen:
                 return
             grams[stage].move(self.device)
-            add(grams[stage], stage, value, index)
+            add(grams[stage], stage, value, self.pieces[index])
             seen.add(stage)
             if self.pressure >= GRAMS:
                 grams[stage].move("cpu")

@@ -1,6 +1,6 @@
 """The walk: once through the decoder blocks, every artifact from the same pass.
 
-For each block the calibration tokens run through its 16-bit weights sample by sample; the input of each stage goes into that
+For each block the calibration tokens run through its 16-bit weights; the input of each stage goes into that
 stage's Gram matrix, and the output is the next block's input. Then, for each artifact that does not have this block yet,
 
     transform (AWQ)  ->  fit the format's grid  ->  round  ->  pack, read back  ->  write in place, journal
@@ -37,7 +37,7 @@ from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.solve.outside import lacking, solve_tables, write_unsolved
-from qquant.solve.propagate import own_block
+from qquant.solve.propagate import Carried, carry, own_block
 from qquant.solve.solver import Solver, drafted, unit
 from qquant.solve.stream import STREAM_DTYPES, Stream
 from qquant.source.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ def _writing(drafts: Sequence[Draft], device: torch.device) -> Iterator[None]:
 def _own_stream(checkpoint: Checkpoint, draft: Draft, exact: Stream, samples: Sequence[Tensor]) -> Stream:
     """The beginning of an artifact's own stream: `exact`, or what its own embedding gives."""
     if copies(draft, checkpoint):
-        return Stream(list(exact.hidden), exact.device)
+        return exact.branch()
     return Stream.start(drafted(draft), samples, exact.hidden[0].dtype, exact.device)
 
 
@@ -132,13 +132,16 @@ def _walk(
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)
-            before = dict(enumerate(start.hidden if at_dtype else ()))
-            grams = _shared(view, start, shared, at_dtype + at_float32, moments)
+            before = start.by_piece if at_dtype else {}
+            carrier = _carried(view, start, own[: len(at_dtype)], shared + at_float32, moments)
+            grams = {} if carrier else _shared(view, start, shared, at_dtype + at_float32, moments)
             if not any(draft.plan.spec.transforms for draft in at_dtype + at_float32):
                 grams.clear()
             reference = view, before, start.overflowed
-            reference32 = replace(view, dtype=torch.float32), dict(enumerate(stream32.hidden)), ()
+            reference32 = replace(view, dtype=torch.float32), stream32.by_piece, ()
             for stream, draft in own:
+                if draft is carrier:
+                    continue
                 against, before, overflowed = reference32 if draft in at_float32 else reference
                 stream.with_less_memory(
                     layer, partial(own_block, against, grams, before, stream, draft, moments, overflowed)
@@ -148,6 +151,21 @@ def _walk(
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
+
+
+def _carried(
+    view: View, start: Stream, own: Sequence[tuple[Stream, Draft]], others: Sequence[Draft], moments: Moments
+) -> Draft | None:
+    """The draft of `own` that was solved, and took the 16-bit stream `start` along; None where one of all needs its statistics before."""
+    missing = [draft for draft in [*(draft for _, draft in own), *others] if unit(view.layer) not in draft.units]
+    if not missing or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in missing):
+        return None
+    for stream, draft in own:
+        if draft in missing:
+            grams = view.grams(stream.device) if moments.lacks(view.layer) else {}
+            work = partial(carry, view, Carried(start, grams, moments), stream, draft)
+            return draft if stream.with_less_memory(view.layer, work) else None
+    return None
 
 
 def _shared(

@@ -12,7 +12,7 @@ from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.solve import layers, stream
 from qquant.solve.block import View
-from qquant.solve.curvature import BlockCurvature
+from qquant.solve.curvature import BlockCurvature, measure
 from qquant.solve.layers import Layers
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
@@ -133,9 +133,66 @@ def test_samples_without_a_gradient_count_with_weight_one(make_checkpoint, tmp_p
 def test_weights_of_a_view_are_those_that_were_measured():
     weights = torch.tensor([0.5, 1.5])
     view = View(None, 0, {}, torch.float32, BlockCurvature({"qkv": {3: weights}}, None, {}))
-    assert view.token_weights("qkv", 3) is weights
-    assert view.token_weights("qkv", 2) is None
-    gram, x = Gram.zeros(3), torch.randn(2, 3)
-    view.add(gram, "qkv", x, 3)
-    view.add(gram, "qkv", x, 2)
+    assert view.token_weights("qkv", (3,), 2) is weights
+    assert view.token_weights("qkv", (2,), 2) is None
+    assert view.token_weights("qkv", (1, 2), 2) is None
+    assert view.token_weights("qkv", (2, 3), 2).tolist() == [1.0, 1.0, 0.5, 1.5]
+    gram, together, x = Gram.zeros(3), Gram.zeros(3), torch.randn(2, 3)
+    view.add(gram, "qkv", x, (3,))
+    view.add(gram, "qkv", x, (2,))
     assert torch.allclose(gram.matrix, x.T @ (weights[:, None] * x) + x.T @ x, atol=1e-5)
+    view.add(together, "qkv", torch.stack([x, x]), (3, 2))
+    assert torch.allclose(together.matrix, gram.matrix, atol=1e-5)
+    assert together.tokens == gram.tokens == 4
+
+
+def test_samples_go_together_where_they_are_of_one_length():
+    assert stream.pieces([4, 4, 4, 5, 5, 4], 8) == [(0, 1), (2,), (3,), (4,), (5,)]
+    assert stream.pieces([4, 4, 4, 5, 5, 4], 1) == [(index,) for index in range(6)]
+    assert stream.pieces([2, 2, 2, 2], 100) == [(0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("names", [["gptq-own"], ["gptq-shared", "awq", "gguf-q4_0"]])
+def test_what_goes_together_is_solved_as_one_by_one(make_checkpoint, build, monkeypatch, names):
+    """On a GPU samples go through a block a few at a time: but for the last bits of sums, the same statistics and artifacts."""
+    folder = make_checkpoint()
+    apart, one_by_one = build(folder, *names, out="apart")
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], together=150, waits=True))
+    ran, forward = [], Block.stages
+    monkeypatch.setattr(Block, "stages", lambda self, x: ran.append(x.shape) or forward(self, x))
+    together, a_few = build(folder, *names, out="together")
+    assert any(len(shape) == 3 for shape in ran)
+    for one, other in zip(apart.artifacts, together.artifacts, strict=True):
+        assert other.kl_divergence == pytest.approx(one.kl_divergence, rel=0.2)
+    sums = [(out / "calibration" / "imatrix.dat").read_bytes() for out in (one_by_one, a_few)]
+    assert len(sums[0]) == len(sums[1])
+
+
+def test_gradients_of_samples_together_are_those_of_each(make_checkpoint, tmp_path, monkeypatch):
+    source = Checkpoint.open(make_checkpoint())
+    samples = {3: torch.arange(20) % 60, 5: torch.arange(20) % 7, 6: torch.arange(9)}
+    apart = measure(source, samples, tmp_path / "apart", torch.bfloat16, CPU, Quiet())
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], together=40))
+    together = measure(source, samples, tmp_path / "together", torch.bfloat16, CPU, Quiet())
+    one, other = (curvature.block(0, CPU) for curvature in (apart, together))
+    for stage, weights in one.weights.items():
+        for sample, expected in weights.items():
+            assert torch.allclose(other.weights[stage][sample], expected, rtol=0.05, atol=0.02)
+    for linear, parts in one.rows.items():
+        for expected, part in zip(parts, other.rows[linear], strict=True):
+            assert float((part - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_are_the_same_every_time(make_checkpoint, tmp_path):
+    """Flash attention adds up as it is told; about what the plain products give."""
+    source, gpu = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512)), torch.device("cuda")
+    samples = {index: torch.randint(60, (256,)) for index in range(8)}
+    runs = [measure(source, samples, tmp_path / str(index), torch.bfloat16, gpu, Quiet()) for index in range(2)]
+    for layer in range(2):
+        first, again = ((run.folder / f"block-{layer}").read_bytes() for run in runs)
+        assert first == again
+    exact = measure(source, samples, tmp_path / "cpu", torch.float32, CPU, Quiet()).block(0, CPU)
+    for linear, parts in runs[0].block(0, CPU).rows.items():
+        for expected, part in zip(exact.rows[linear], parts, strict=True):
+            assert float((part - expected).norm() / expected.norm()) < 0.1

@@ -279,14 +279,14 @@ def test_an_own_stream_begins_with_the_artifacts_own_embedding(make_checkpoint, 
     """What is read back of it, also where a thread writes; and goes on with the same bytes after a stop among the blocks."""
     monkeypatch.setattr(devices, "threads_help", lambda device: threaded)
     folder, fields = make_checkpoint("m", num_hidden_layers=2), "type: q4_0, solver: gptq, sweeps: 1, propagate: true"
-    begun, solve = [], walk.own_block
+    begun, solve = [], walk.carry
 
-    def watched(view, grams, before, stream, *rest):
+    def watched(view, carried, stream, *rest):
         if view.layer == 0:
-            begun.append((list(before.values()), list(stream.hidden)))
-        return solve(view, grams, before, stream, *rest)
+            begun.append((list(carried.stream.hidden), list(stream.hidden)))
+        return solve(view, carried, stream, *rest)
 
-    monkeypatch.setattr(walk, "own_block", watched)
+    monkeypatch.setattr(walk, "carry", watched)
     whole = built(folder, fields, "whole")
     table, exact = open_weights(whole.file).tensor(EMBEDDING).bfloat16(), Checkpoint.open(folder).tensor(EMBEDDING)
     (before, own) = begun[0]
@@ -307,13 +307,13 @@ def test_an_own_stream_begins_with_the_artifacts_own_embedding(make_checkpoint, 
 
 
 def test_an_embedding_of_numbers_is_that_of_the_checkpoint(make_checkpoint, tmp_path, monkeypatch):
-    begun, solve = [], walk.own_block
+    begun, solve = [], walk.carry
 
-    def watched(view, grams, before, stream, *rest):
-        begun.append((list(before.values()), list(stream.hidden)) if view.layer == 0 else None)
-        return solve(view, grams, before, stream, *rest)
+    def watched(view, carried, stream, *rest):
+        begun.append((list(carried.stream.hidden), list(stream.hidden)) if view.layer == 0 else None)
+        return solve(view, carried, stream, *rest)
 
-    monkeypatch.setattr(walk, "own_block", watched)
+    monkeypatch.setattr(walk, "carry", watched)
     line = "  - {name: a, format: gptq, bits: 4, group_size: 32, sweeps: 0, gates: {defaults: false}}\n"
     loaded, checkpoint = recipe.parse(HEAD + line), Checkpoint.open(make_checkpoint("m", num_hidden_layers=1))
     pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / "out", CPU, quiet)

@@ -2,14 +2,16 @@
 
 import weakref
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from qquant.families import FAMILIES
+from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
 from qquant.solve import block as blocks
-from qquant.solve import propagate
-from tests.worlds.builds import HEAD
+from qquant.solve import propagate, walk
+from tests.worlds.builds import HEAD, contents
 
 
 def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
@@ -17,12 +19,12 @@ def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
     ways = [iter([StageInput("down", torch.ones(1)), StageInput("", torch.zeros(1))]) for _ in range(2)]
     held = _passage(ways[0])
     known = weakref.ref(held)
-    passes = {7: [held, _passage(ways[1])]}
+    passes = {(7,): [held, _passage(ways[1])]}
     del held
     found = list(propagate._inputs(passes, last=True))
-    assert [place for place, _, _ in found] == [7]
+    assert [place for place, _, _ in found] == [(7,)]
     assert known() is None
-    assert [next(way)[0] for way in passes[7]] == [""]
+    assert [next(way)[0] for way in passes[7,]] == [""]
 
 
 def _passage(way):
@@ -40,6 +42,38 @@ def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, buil
     assert own.artifacts[0].kl_divergence < shared.artifacts[0].kl_divergence
 
 
+@pytest.mark.parametrize("other", ["", "\n  - {name: other, format: gguf, type: q4_0, solver: gptq, propagate: true}"])
+def test_a_carried_stream_is_the_one_that_is_taken_through_by_itself(make_checkpoint, build, monkeypatch, other):
+    """Bytes and importance matrix, and no block runs twice for it."""
+    text = HEAD.replace("artifacts:", f"artifacts:{other}")
+    folder, ran, forward = make_checkpoint(), [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *rest: ran.append(self) or forward(self, *rest))
+    _, carried = build(folder, "gptq-own", out="carried", text=text)
+    once = len(ran)
+    ran.clear()
+    monkeypatch.setattr(walk, "carry", lambda *rest: False)
+    _, apart = build(folder, "gptq-own", out="apart", text=text)
+    assert contents(carried) == contents(apart)
+    assert len(ran) == once + 2 * 6  # blocks times samples
+    kept = [(out / "calibration" / "imatrix.dat").read_bytes() for out in (carried, apart)]
+    assert kept[0] == kept[1]
+
+
+def test_where_a_carried_stream_is_not_finite_the_block_is_taken_in_float32(make_checkpoint, build, monkeypatch):
+    """As without it: the samples that overflow are counted, and the same bytes."""
+    folder, attend = make_checkpoint(), Block.attend
+
+    def overflowing(self, heads):
+        mixed = attend(self, heads)
+        return mixed * torch.inf if self.dtype == torch.bfloat16 and len(mixed) > 60 else mixed
+
+    monkeypatch.setattr(Block, "attend", overflowing)
+    _, carried = build(folder, "gptq-own", out="carried")
+    monkeypatch.setattr(walk, "carry", lambda *rest: False)
+    _, apart = build(folder, "gptq-own", out="apart")
+    assert contents(carried) == contents(apart)
+
+
 def test_the_correction_is_the_ridge_regression_of_what_is_missing():
     """For weights W' = W + correction: W' x~ is nearest to W x + (r - r~) under the ridge, computed by stacking rows."""
     generator = torch.Generator().manual_seed(3)
@@ -51,10 +85,10 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
     weights = {f"{stage.linears[0]}.weight": weight}
     view = blocks.View(None, 0, weights, torch.float32, None)
     inputs = [
-        propagate.Inputs(place, StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
+        propagate.Inputs((place,), StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
         for place, part in enumerate((slice(0, 25), slice(25, None)))
     ]
-    gram, targets = propagate._targets(view, stage, weights, inputs)
+    gram, targets = propagate._targets(view, stage, weights, inputs, None)
     found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
     ridge = (propagate.RIDGE * gram.matrix.diagonal().mean()).sqrt()
