@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qquant.kernels.product import SplitMatrix, halves, product, split_matrix, tensor_cores, three
+from qquant.kernels.product import SplitMatrix, add_products, halves, product, split_matrix, tensor_cores, three
 
 
 def ill_matched(rows, columns, seed):
@@ -70,3 +70,19 @@ def test_a_gpu_keeps_the_precision_of_float32(columns):
     print(f"{columns} columns: float32 {whole:.2e}, three products {found:.2e}, one {once:.2e}")
     assert found < 1e-5
     assert once > 10 * found
+
+
+@pytest.mark.gpu
+def test_sums_of_products_on_a_gpu_lose_nothing_of_16_bits():
+    a, b = torch.randn(300, 96).bfloat16(), torch.randn(300, 160).bfloat16()
+    total = torch.randn(96, 160)
+    expected = total.double() + a.double().T @ b.double()
+    found = add_products(total.cuda(), a.cuda(), b.cuda())
+    assert torch.allclose(found.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_sums_of_products_are_added_in_place():
+    a, b, total = torch.randn(30, 9).bfloat16(), torch.randn(30, 16), torch.randn(9, 16)
+    expected = total + a.float().T @ b
+    assert add_products(total, a, b) is total
+    assert torch.allclose(total, expected, atol=1e-5)
