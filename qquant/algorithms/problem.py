@@ -23,7 +23,7 @@ from qquant.recipe.solvers import STEPS
 
 
 class SolverSettings(Protocol):
-    """What a recipe says of an artifact; a step may read more than these."""
+    """What steps read of an artifact's entry: a setting of a new step is a property here, and a field of every entry."""
 
     @property
     def damping(self) -> float:

@@ -37,11 +37,7 @@ def _known_solver(value: object) -> object:
 
 
 SolverName = Annotated[str, BeforeValidator(_known_solver), WithJsonSchema({"enum": list(SOLVERS), "type": "string"})]
-SOLVER = (
-    "rtn: to nearest; gptq: each column makes up for the errors before it, polished by `sweeps`, also in embedding and head where they "
-    "are codes; "
-    "ggml: byte-identical to llama-quantize, for GGUF alone"
-)
+SOLVER = "; ".join(f"{name}: {solver.meaning}" for name, solver in SOLVERS.items())
 Damping = Annotated[
     float, Field(gt=0, lt=1, description="added to the diagonal of H, as a share of its mean, for `solver: gptq`")
 ]
@@ -165,7 +161,7 @@ class _Artifact(Strict):
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps that find its codes, in order; none: the format's own quantizer does."""
-        return SOLVERS[self.solver]
+        return SOLVERS[self.solver].steps
 
     @property
     def feedback(self) -> bool:
@@ -213,7 +209,7 @@ class IntegerArtifact(_Artifact):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         if values["solver"] == "ggml":
-            words = ", ".join(name for name, steps in SOLVERS.items() if steps)
+            words = ", ".join(name for name, solver in SOLVERS.items() if solver.steps)
             yield ("solver",), f'llama-quantize has no such layout, got "ggml"; allowed: {words}'
 
     @property
@@ -345,7 +341,7 @@ class GgufArtifact(_Artifact):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         solver = values["solver"]
-        steps = SOLVERS.get(solver) if isinstance(solver, str) else None
+        steps = SOLVERS[solver].steps if isinstance(solver, str) and solver in SOLVERS else None
         if steps and values["type"] in ("f16", "bf16"):
             yield ("solver",), f"{values['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
         if values["propagate"] is True and steps is not None and len(steps) < 2:

@@ -3,8 +3,13 @@
     solver: gptq   ->   rtn  ->  gptq  ->  sweeps  ->  coupled        a step takes what the one before it found, and gives something better
 
 The module of a step has a function `step(problem, earlier) -> Solution` (`qquant.algorithms.problem` calls it); it is imported when it is
-first needed, so that this table costs a plan nothing. To add a step: a module in `qquant/algorithms`, a line in STEPS, and its name in a
-solver's sequence. A solver without steps leaves the weight to the format's own quantizer.
+first needed, so that this table costs a plan nothing. A linear that ends worse than after the first step keeps what that found. A solver of
+one step is taken to make up for no errors (`feedback` of an entry): its artifacts have no stream of their own, no curvature is measured for
+them, and what lies outside the blocks is not solved. A solver without steps leaves the weight to the format's own quantizer.
+
+To add a step: a module in `qquant/algorithms`, a line in STEPS, and its name in the sequence of a solver, of those here or a new one. A
+setting of its own is a property of `SolverSettings` (`qquant.algorithms.problem`) and a field of every entry in `recipe/artifacts.py`:
+mypy and tests/solve/test_solvers.py find those that lack it.
 """
 
 from __future__ import annotations
@@ -20,16 +25,27 @@ class Step:
     module: str
 
 
+@dataclass(frozen=True)
+class Solver:
+    """The steps of a solver in order, and what it does, in words for the tables of recipes/README.md."""
+
+    steps: tuple[str, ...]
+    meaning: str
+
+
 STEPS: dict[str, Step] = {
     "rtn": Step("to nearest", "qquant.algorithms.rtn"),
     "gptq": Step("GPTQ", "qquant.algorithms.gptq"),
     "sweeps": Step("descent and scales", "qquant.algorithms.descent"),
     "coupled": Step("coupled rows", "qquant.algorithms.coupled"),
 }
-SOLVERS: dict[str, tuple[str, ...]] = {
-    "rtn": ("rtn",),
-    "gptq": ("rtn", "gptq", "sweeps", "coupled"),
-    "ggml": (),
+SOLVERS: dict[str, Solver] = {
+    "rtn": Solver(("rtn",), "to nearest"),
+    "gptq": Solver(
+        ("rtn", "gptq", "sweeps", "coupled"),
+        "each column makes up for the errors before it, polished by `sweeps`, also in embedding and head where they are codes",
+    ),
+    "ggml": Solver((), "byte-identical to llama-quantize, for GGUF alone"),
 }
 
 

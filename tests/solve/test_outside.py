@@ -148,7 +148,7 @@ def test_solved_rows_cost_less_than_those_of_ggmls_own_search(kind):
     )
     spec = SimpleNamespace(damping=0.01, sweeps=2)
     problem = Problem({TOP: weight}, known.gram, quantize.grid(kind), spec)
-    solved = outside.solve(problem, SOLVERS["gptq"]).quantized(problem)[TOP].dequantize()
+    solved = outside.solve(problem, SOLVERS["gptq"].steps).quantized(problem)[TOP].dequantize()
     for importance in (None, known.gram.importance):
         ggml = quantize.dequantize(quantize.quantize(weight, kind, importance), kind)
         assert cost(solved - weight, known.gram.matrix) < 0.9 * cost(ggml - weight, known.gram.matrix)

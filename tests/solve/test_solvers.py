@@ -19,7 +19,8 @@ from qquant.recipe import GptqArtifact
 from qquant.recipe.solvers import SOLVERS, STEPS
 from qquant.source.checkpoint import Checkpoint
 from tests.algorithms.test_gptq import problem as random_problem
-from tests.worlds import toy_solver
+from tests.worlds import toy_format, toy_solver
+from tests.worlds.every_format import SAMPLES, recipe_of
 from tests.worlds.toy_solver import FlippedArtifact
 from tests.worlds.watched import Quiet
 
@@ -44,10 +45,29 @@ def problem(settings, linears=2):
 
 
 def test_every_step_of_every_solver_has_a_title_and_a_module():
-    assert {name for steps in SOLVERS.values() for name in steps} == set(STEPS)
+    assert {name for solver in SOLVERS.values() for name in solver.steps} == set(STEPS)
     for known in STEPS.values():
         assert known.title
         assert callable(importlib.import_module(known.module).step)
+
+
+@pytest.mark.parametrize("format", SAMPLES)
+@pytest.mark.parametrize("solver", [name for name, known in SOLVERS.items() if known.steps])
+def test_every_solver_finds_values_of_the_grid_that_are_near_and_the_same_again(solver, format, tmp_path):
+    """With the settings of any format's entry, whose solver a recipe may choose."""
+    with toy_format.registered():
+        (settings,) = recipe_of(format, tmp_path).artifacts
+    given = problem(settings.model_copy(update={"solver": solver}))
+    found, again = (solve(given, SOLVERS[solver].steps) for _ in range(2))
+    nearest = solve(given, SOLVERS["rtn"].steps)
+    assert found.codes.dtype == torch.uint8
+    assert found.codes.shape == given.weight.shape
+    assert int(found.codes.max()) < given.grid.levels
+    assert torch.equal(found.codes, again.codes)
+    for linear, part in found.quantized(given).items():
+        assert torch.equal(part.dequantize(), again.quantized(given)[linear].dequantize())
+        assert 0 < found.facts(linear)["error"] < 3 * nearest.facts(linear)["error"]
+        assert found.facts(linear)["fallback"] is None
 
 
 def test_the_table_costs_a_plan_no_torch():
@@ -85,7 +105,7 @@ def test_a_linear_that_ends_worse_keeps_what_the_first_step_found(monkeypatch):
         return type(found)(codes, found.params, found.damping, found.steps)
 
     monkeypatch.setattr(toy_solver, "step", spoil)
-    kept = solve(given, SOLVERS["flipped"])
+    kept = solve(given, SOLVERS["flipped"].steps)
     a, b = kept.quantized(given).values()
     assert torch.equal(a.dequantize(), first.quantized(given)["a"].dequantize())
     assert torch.equal(b.dequantize(), last.quantized(given)["b"].dequantize())

@@ -3,7 +3,7 @@
 from qquant.algorithms.grid import value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.recipe import GptqArtifact
-from qquant.recipe.solvers import SOLVERS, STEPS, Step
+from qquant.recipe.solvers import SOLVERS, STEPS, Solver, Step
 
 
 class FlippedArtifact(GptqArtifact):
@@ -32,4 +32,6 @@ def step(problem: Problem, earlier: Solution | None) -> Solution:
 def register(monkeypatch):
     """What the two lines in `qquant.recipe.solvers` would do."""
     monkeypatch.setitem(STEPS, "flips", Step("best single flips", __name__))
-    monkeypatch.setitem(SOLVERS, "flipped", (*SOLVERS["gptq"], "flips"))
+    monkeypatch.setitem(
+        SOLVERS, "flipped", Solver((*SOLVERS["gptq"].steps, "flips"), "the best single changes of codes after gptq")
+    )
