@@ -29,6 +29,7 @@ class Policy:
     """Sizes of work on one kind of device. None of them changes a result but `together`, which depends on nothing else."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
+    apart: bool  # whether it has memory of its own besides the host's
     waits: bool  # whether looking at a number costs: results are looked at once a block then
     together: int  # tokens of samples of one length that go through a block at once; they change the last bits of what it gives
     checksummed: int  # values that are summed at a time
@@ -44,6 +45,7 @@ class Policy:
 POLICIES = {
     "cpu": Policy(
         threads=False,  # they would take cores and memory from the computation
+        apart=False,
         waits=False,
         together=1,
         checksummed=1 << 20,
@@ -57,6 +59,7 @@ POLICIES = {
     ),
     "cuda": Policy(
         threads=True,
+        apart=True,
         waits=True,
         together=8192,
         checksummed=1 << 24,
@@ -107,8 +110,7 @@ def named(name: str | torch.device, option: str = "--device") -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that may be taken on a device without taking them from anybody: of the CPU, what the kernel says is available."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return _free_on_card(device)
     return host_memory()
 
 
@@ -128,6 +130,15 @@ def to_host(values: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.
         return copies
 
     return wait
+
+
+def _free_on_card(device: torch.device) -> int:
+    """What the card has left and torch holds in reserve, within the share of the card that this process was given."""
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    spare = torch.cuda.memory_reserved(device) - used
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(min(free + spare, share * total - used))
 
 
 _sharing = 1  # processes of this command on this host

@@ -47,10 +47,12 @@ def sweep(
     float32 [n, n] each, N rows together. Rows whose G is zero keep their codes.
     """
     columns = blocks_of(gram, shift, grid)
+    if columns.gram.whole is None:
+        visited.forget()  # memory is short beside such a matrix
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
         chosen = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
-        step, offset = (level[chosen].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
+        step, offset = (level[chosen][:, columns.order // grid.width] for level in spacing)
         chosen_rows = (weight[chosen][:, columns.order], codes[chosen][:, columns.order], step, offset)
         batched = [x.view(len(spans), -1, x.shape[1]) for x in chosen_rows]
         visited_codes = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)

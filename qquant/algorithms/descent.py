@@ -78,7 +78,7 @@ def sweep(
     rows = max(1, policy(weight.device).swept // weight.shape[1])
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
-        step, offset = (level[span].repeat_interleave(grid.width, dim=1)[:, columns.order] for level in spacing)
+        step, offset = (level[span][:, columns.order // grid.width] for level in spacing)
         known = codes[span][:, columns.order]
         slope = product(step * known - offset - weight[span][:, columns.order], columns.gram)
         fixed = columns.gram, columns.blocks, grid.levels

@@ -50,7 +50,7 @@ def with_damping(gram: Tensor, damping: float) -> Iterator[Tensor]:
 class Gram:
     """Second moments of a stage's input; `add` accumulates."""
 
-    matrix: Tensor  # float32 [K, K]
+    matrix: Tensor  # float32 [K, K]; [0, 0] where only the sums by channel are wanted
     absolute: Tensor  # float32 [K]: sum of |x|
     squares: Tensor  # float32 [K]: sum of x^2
     tokens: int = 0
@@ -59,10 +59,10 @@ class Gram:
     unseen: list[Tensor] | None = None  # largest |x| of inputs that `settle` will look at; None: `add` looks at once
 
     @classmethod
-    def zeros(cls, columns: int, device: torch.device | str = "cpu") -> Gram:
-        """An empty accumulator for inputs of `columns` channels."""
-        empty = torch.zeros(columns, device=device)
-        return cls(torch.zeros(columns, columns, device=device), empty, empty.clone())
+    def zeros(cls, columns: int, device: torch.device | str = "cpu", matrix: bool = True) -> Gram:
+        """An empty accumulator for inputs of `columns` channels; without the `matrix` it has sums by channel only."""
+        empty, side = torch.zeros(columns, device=device), columns if matrix else 0
+        return cls(torch.zeros(side, side, device=device), empty, empty.clone())
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add the rows of x [T, K] (any float dtype), with `weights` float32 [T] in the matrix; all of it, or nothing where it fails.
@@ -70,13 +70,13 @@ class Gram:
         Raises:
             NotFiniteError: `x` holds NaN or infinity.
         """
-        weighted = x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1)
         absolute, squares, top = column_sums(x)
         if self.unseen is None:
             self._look(top)
         else:
             self.unseen.append(top)
-        gram(self.matrix, weighted)
+        if self.matrix.numel():
+            gram(self.matrix, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
         self.absolute += absolute
         self.squares += squares
         self.tokens += len(x)

@@ -54,10 +54,10 @@ class View:
             return one
         return torch.cat([one.new_ones(length) if weights is None else weights for weights in known])
 
-    def grams(self, device: torch.device) -> dict[str, Gram]:
-        """Empty accumulators, by stage."""
+    def grams(self, device: torch.device, matrices: bool = True) -> dict[str, Gram]:
+        """Empty accumulators, by stage; without `matrices` of the moments of single channels only."""
         inputs = self.checkpoint.family.inputs(without_padding(self.checkpoint).config, self.layer)
-        return {stage: Gram.zeros(columns, device) for stage, columns in inputs.items()}
+        return {stage: Gram.zeros(columns, device, matrices) for stage, columns in inputs.items()}
 
     def rows(self, transformed: Transformed) -> Rows:
         """The curvature of every linear's rows after a transform; nothing where it was not measured."""

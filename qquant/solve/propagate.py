@@ -19,7 +19,8 @@ On a GPU the differences x - x~ of bfloat16 activations, and s x~, are rounded t
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -27,15 +28,18 @@ from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.artifact.draft import Draft
-from qquant.devices import policy
+from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError
 from qquant.families import Stage
+from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
 from qquant.kernels.product import add_products, tensor_cores
+from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
 from qquant.solve.moments import Moments
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import STATES, Piece, Stream, all_finite, require_finite
+from qquant.source.padding import without_padding
 
 Passage = Generator[StageInput[Tensor], None, None]  # of a piece through a block
 SHARE = 0.7  # of the correction for errors before a linear
@@ -123,24 +127,19 @@ def _propagated(
     exact = view.block(transformed.weights)
     own = view.block(exact.weights)  # the same tensors, until they are solved
     kept = stream.hidden[0].dtype
-    passes = {
-        piece: [exact.stages(x.to(stream.device, view.dtype)), own.stages(y.to(stream.device, view.dtype))]
-        for (piece, x), y in zip(before.items(), stream.hidden, strict=True)
-    }
+    transformed.grams.clear()  # what is solved here has statistics of its own
+    ways = _Ways(exact, own, before, stream, bool(carried), _anew(view, stream, 1 + bool(carried)))
     seen: Mapping[str, Gram] = carried.grams if carried else {}
-    for stage in family.stages:
-        inputs = _inputs(passes, last=stage is family.last and not carried)
-        gram, targets = _targets(view, stage, transformed.weights, inputs, seen.get(stage.name))
+    for number, stage in enumerate(family.stages):
+        gram, targets = _targets(view, stage, transformed.weights, ways.inputs(number), seen.get(stage.name))
         targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
         for linear, value in solver.solve(stage, targets, gram, rows).items():
             own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
         del gram, targets
-    hidden = [next(both[-1]).x.to(kept) for both in passes.values()]
-    moved = [next(both[0]).x.to(kept) for both in passes.values()] if carried else []
+    hidden = list(ways.outputs(own, kept))
+    moved = list(ways.outputs(exact, kept)) if carried else []
     if not all_finite([*hidden, *moved]):
         raise NotFiniteError(f"its output is not finite in {kept}")
-    if stream.pressure >= STATES:
-        hidden, moved = [y.cpu() for y in hidden], [y.cpu() for y in moved]
     if carried:
         require_finite(layer, seen)
         carried.stream.hidden, carried.stream.overflowed = moved, set()
@@ -148,6 +147,56 @@ def _propagated(
             carried.moments.save(layer, seen)
     solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
     stream.hidden = hidden
+
+
+def _anew(view: View, stream: Stream, whole: int) -> bool:
+    """Whether memory is too short for what every piece holds between two stages; `whole`: ways that go on to the end."""
+    tokens = sum(x.shape[:-1].numel() for x in stream.hidden)
+    config, itemsize = without_padding(view.checkpoint).config, torch.empty((), dtype=view.dtype).itemsize
+    held = passages_bytes(view.checkpoint.family, config, tokens, itemsize, whole)
+    return stream.pressure >= STATES or not passages_stay(held, free_memory(stream.device))
+
+
+@dataclass
+class _Ways:
+    """Both ways of every piece through a block, stage by stage.
+
+    They stand where the last stage left them or, `anew`, begin again for every stage: twice the time, and memory of one piece.
+    """
+
+    exact: Block
+    own: Block
+    before: Mapping[Piece, Tensor]
+    stream: Stream
+    whole: bool  # whether the one without quantization goes on to the end, too
+    anew: bool
+    passes: dict[Piece, list[Passage]] = field(default_factory=dict)  # those that stand
+
+    def _begun(self, *blocks: Block) -> Iterator[tuple[Piece, list[Passage]]]:
+        device = self.stream.device
+        for (piece, x), y in zip(self.before.items(), self.stream.hidden, strict=True):
+            begin = {self.exact: x, self.own: y}
+            yield piece, [block.stages(begin[block].to(device, block.dtype)) for block in blocks]
+
+    def inputs(self, number: int) -> Iterator[Inputs]:
+        """What every piece brings to stage `number`; to be asked for in their order, and each to its end."""
+        if self.anew:
+            for piece, both in self._begun(self.exact, self.own):
+                yield Inputs(piece, *(next(islice(way, number, None)) for way in both))
+        else:
+            self.passes = self.passes or dict(self._begun(self.exact, self.own))
+            last = number == len(self.own.family.stages) - 1
+            yield from _inputs(self.passes, last=last and not self.whole)
+
+    def outputs(self, block: Block, dtype: torch.dtype) -> Iterator[Tensor]:
+        """What a block makes of every piece, where the stream has its states."""
+        place = torch.device("cpu") if self.stream.pressure >= STATES else self.stream.device
+        if self.anew:
+            for _, (way,) in self._begun(block):
+                yield next(islice(way, len(block.family.stages), None)).x.to(place, dtype)
+        else:
+            for both in self.passes.values():
+                yield next(both[0 if block is self.exact else -1]).x.to(place, dtype)
 
 
 def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Inputs]:

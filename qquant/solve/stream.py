@@ -30,6 +30,7 @@ from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError, ShortMemoryError
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
+from qquant.plan.room import states_stay
 
 STREAM_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float32, "F32": torch.float32}  # by the checkpoint's
 CACHES, STATES, GRAMS = 1, 2, 3  # what gives way, in this order
@@ -72,7 +73,7 @@ def all_finite(values: Sequence[Tensor]) -> bool:
 def require_finite(layer: int, grams: Mapping[str, Gram]) -> None:
     """Raise NumericalError where the sums of a stage's input are not finite."""
     for stage, gram in grams.items():
-        if not finite(gram.matrix):
+        if not finite(gram.matrix) or not finite(gram.squares):
             raise NumericalError(
                 f"block {layer}: the Gram matrix of the input of {stage} is not finite (largest |x| {gram.largest:.3g}); "
                 "see the checkpoint's weights"
@@ -212,11 +213,26 @@ class Stream:
                     ) from None
             self._relieve(layer)
 
+    def leave_device(self) -> None:
+        """Have the states in host memory from now on; pieces come to the device one at a time."""
+        self.pressure = max(self.pressure, STATES)
+        self.hidden = [x.cpu() for x in self.hidden]
+
     def _relieve(self, layer: int) -> None:
         self.pressure += 1
         LOG.warning("block %d: out of memory, tried again with less in it (%d of %d)", layer, self.pressure, GRAMS)
         if self.pressure >= STATES:
-            self.hidden = [x.cpu() for x in self.hidden]
+            self.leave_device()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def make_room(streams: Sequence[Stream]) -> None:
+    """Have the states of all streams in host memory where they would take too much of their device's."""
+    device = streams[0].device
+    each = [sum(x.nbytes for x in stream.hidden) for stream in streams]
+    if not policy(device).apart or states_stay(sum(each) + max(each), free_memory(device)):
+        return
+    for stream in streams:
+        stream.leave_device()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 
@@ -39,7 +39,7 @@ from qquant.solve.moments import Moments
 from qquant.solve.outside import lacking, solve_tables, write_unsolved
 from qquant.solve.propagate import Carried, carry, own_block
 from qquant.solve.solver import Solver, drafted, unit
-from qquant.solve.stream import STREAM_DTYPES, Stream
+from qquant.solve.stream import STREAM_DTYPES, Stream, make_room
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding
 
@@ -126,46 +126,73 @@ def _walk(
     # 8 bits stray less from the checkpoint than activations of a 16-bit dtype are rounded: float32 then shows by how much.
     at_dtype = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
     at_float32 = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
-    stream32 = Stream.start(checkpoint, samples, torch.float32, device) if at_float32 else Stream([], device)
-    own = [(_own_stream(checkpoint, draft, start, samples), draft) for draft in at_dtype]
-    own += [(_own_stream(checkpoint, draft, stream32, samples), draft) for draft in at_float32]
+    start32 = Stream.start(checkpoint, samples, torch.float32, device) if at_float32 else None
+    own = [_Own(draft, _own_stream(checkpoint, draft, start, samples)) for draft in at_dtype]
+    if start32:
+        own += [_Own(draft, _own_stream(checkpoint, draft, start32, samples), True) for draft in at_float32]
+    make_room([start, *([start32] if start32 else []), *(one.stream for one in own)])
+    streams = _Streams(start, start32, shared, own, moments)
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
-            view = View(checkpoint, layer, next(forth), dtype, curvature.block(layer, device) if curvature else None)
-            before = start.by_piece if at_dtype else {}
-            carrier = _carried(view, start, own[: len(at_dtype)], shared + at_float32, moments)
-            grams = {} if carrier else _shared(view, start, shared, at_dtype + at_float32, moments)
-            if not any(draft.plan.spec.transforms for draft in at_dtype + at_float32):
-                grams.clear()
-            reference = view, before, start.overflowed
-            reference32 = replace(view, dtype=torch.float32), stream32.by_piece, ()
-            for stream, draft in own:
-                if draft is carrier:
-                    continue
-                against, before, overflowed = reference32 if draft in at_float32 else reference
-                stream.with_less_memory(
-                    layer, partial(own_block, against, grams, before, stream, draft, moments, overflowed)
-                )
-            if at_float32:
-                stream32.advance(layer, reference32[0].block(), {})
+            known = curvature.block(layer, device) if curvature else None
+            streams.move(View(checkpoint, layer, next(forth), dtype, known))
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
 
 
-def _carried(
-    view: View, start: Stream, own: Sequence[tuple[Stream, Draft]], others: Sequence[Draft], moments: Moments
-) -> Draft | None:
-    """The draft of `own` that was solved, and took the 16-bit stream `start` along; None where one of all needs its statistics before."""
-    missing = [draft for draft in [*(draft for _, draft in own), *others] if unit(view.layer) not in draft.units]
-    if not missing or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in missing):
+@dataclass(frozen=True)
+class _Own:
+    """An artifact with a stream of its own; the streams of some are float32."""
+
+    draft: Draft
+    stream: Stream
+    in_float32: bool = False
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Everything that goes through the blocks; what is known of a block is forgotten after it."""
+
+    start: Stream  # of the checkpoint
+    start32: Stream | None  # the same in float32
+    shared: Sequence[Draft]  # artifacts that follow `start`
+    own: Sequence[_Own]
+    moments: Moments
+
+    def move(self, view: View) -> None:
+        """Through the next block."""
+        before = self.start.by_piece if any(not one.in_float32 for one in self.own) else {}
+        carrier = self._carried(view)
+        others = [one.draft for one in self.own]
+        grams = {} if carrier else _shared(view, self.start, self.shared, others, self.moments)
+        reference = view, before, self.start.overflowed
+        reference32 = replace(view, dtype=torch.float32), self.start32.by_piece if self.start32 else {}, ()
+        for number, one in enumerate(self.own):
+            if not any(after.draft.plan.spec.transforms for after in self.own[number:]):
+                grams.clear()
+            if one.draft is carrier:
+                continue
+            against, inputs, overflowed = reference32 if one.in_float32 else reference
+            work = partial(own_block, against, grams, inputs, one.stream, one.draft, self.moments, overflowed)
+            one.stream.with_less_memory(view.layer, work)
+        if self.start32:
+            self.start32.advance(view.layer, reference32[0].block(), {})
+
+    def _carried(self, view: View) -> Draft | None:
+        """The draft that was solved and took the 16-bit stream along; None where one of all needs its statistics before."""
+        missing = [
+            draft for draft in [*(one.draft for one in self.own), *self.shared] if unit(view.layer) not in draft.units
+        ]
+        if not missing or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in missing):
+            return None
+        for one in self.own:
+            if one.draft in missing and not one.in_float32:
+                wanted = self.moments.lacks(view.layer)
+                grams = view.grams(one.stream.device, matrices=False) if wanted else {}
+                work = partial(carry, view, Carried(self.start, grams, self.moments), one.stream, one.draft)
+                return one.draft if one.stream.with_less_memory(view.layer, work) else None
         return None
-    for stream, draft in own:
-        if draft in missing:
-            grams = view.grams(stream.device) if moments.lacks(view.layer) else {}
-            work = partial(carry, view, Carried(start, grams, moments), stream, draft)
-            return draft if stream.with_less_memory(view.layer, work) else None
-    return None
 
 
 def _shared(
@@ -176,7 +203,7 @@ def _shared(
     todo = [draft for draft in drafts if unit(layer) not in draft.units]
     scaled = [draft for draft in others if draft.plan.spec.transforms and unit(layer) not in draft.units]
     needed = todo or scaled or moments.lacks(layer)
-    grams = view.grams(stream.device) if needed else {}
+    grams = view.grams(stream.device, matrices=bool(todo or scaled)) if needed else {}
     stream.advance(layer, view.block(), grams, view.add)
     if grams:
         moments.save(layer, grams)

@@ -1,16 +1,19 @@
 """A stream of an artifact's own: what it holds, and the correction by its definition."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qquant import devices
 from qquant.families import FAMILIES
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
+from qquant.plan import room
 from qquant.solve import block as blocks
-from qquant.solve import propagate, walk
+from qquant.solve import propagate, stream, walk
 from tests.worlds.builds import HEAD, contents
 
 
@@ -40,6 +43,33 @@ def test_propagated_artifact_makes_up_for_what_came_before(make_checkpoint, buil
     assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
     assert not torch.equal(a["model.layers.1.mlp.down_proj.qweight"], b["model.layers.1.mlp.down_proj.qweight"])
     assert own.artifacts[0].kl_divergence < shared.artifacts[0].kl_divergence
+
+
+def test_bytes_do_not_depend_on_what_gave_way(make_checkpoint, build, monkeypatch):
+    """Passages begin anew for every stage, and hidden states are on the host, where memory is short.
+
+    And the model's statistics are of single channels: nothing is solved on them, and matrices would be thrown away.
+    """
+    folder, names, sides = make_checkpoint(num_hidden_layers=1), ["gptq-own", "gptq-int8"], []
+    grams = blocks.View.grams
+
+    def seen(*asked, **how):
+        found = grams(*asked, **how)
+        sides.extend(len(gram.matrix) for gram in found.values())
+        return found
+
+    monkeypatch.setattr(blocks.View, "grams", seen)
+    _, kept = build(folder, *names, out="kept")
+    assert sides == [0] * 4
+    anew, left, begins, leave = [], [], propagate._anew, stream.Stream.leave_device
+    monkeypatch.setattr(propagate, "_anew", lambda *asked: anew.append(begins(*asked)) or anew[-1])
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], apart=True))
+    monkeypatch.setattr(room, "STATES", 0)
+    monkeypatch.setattr(stream.Stream, "leave_device", lambda self: left.append(self) or leave(self))
+    _, short = build(folder, *names, out="short")
+    assert len(left) == 2 + 2, "the model's in two dtypes, and one of each artifact"
+    assert anew == [True, True], "since their states had to leave"
+    assert contents(short) == contents(kept)
 
 
 @pytest.mark.parametrize("other", ["", "\n  - {name: other, format: gguf, type: q4_0, solver: gptq, propagate: true}"])

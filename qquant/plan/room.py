@@ -1,0 +1,30 @@
+"""What gives way where memory is short: rules by bytes alone, which a build obeys and a plan foresees. None of them changes a result.
+
+hidden states    of all streams, on the device, or on the host, from where each sample comes and goes
+passages         what a sample holds between two stages of a block on a stream of its own: kept, or made again for every stage
+
+A build finds in between that memory is shorter than was thought: then more gives way (`qquant.solve.stream`).
+"""
+
+from __future__ import annotations
+
+from qquant.families import Family, ModelConfig
+
+STATES = 0.3  # of the free memory that hidden states may take
+PASSAGES = 0.3  # of what is free beside them
+
+
+def states_stay(nbytes: int, free: int) -> bool:
+    """Whether hidden states stay on the device."""
+    return nbytes <= STATES * free
+
+
+def passages_bytes(family: Family, config: ModelConfig, tokens: int, itemsize: int, whole: int) -> int:
+    """Bytes that passages hold between two stages: three hidden states, and the widest input of the `whole` ones, which go on after it."""
+    widest = max(columns for layer in range(config.layers) for columns in family.inputs(config, layer).values())
+    return tokens * itemsize * (whole * widest + 3 * config.hidden)
+
+
+def passages_stay(nbytes: int, free: int) -> bool:
+    """Whether every sample keeps what it holds."""
+    return nbytes <= PASSAGES * free
