@@ -276,7 +276,7 @@ def drawn(queue: Any, length: int, count: int) -> Iterator[tuple[np.ndarray, np.
             yield ids, weights
 
 
-MINIATURE = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, positions=512)
+MINIATURE = Shape(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, positions=512)
 
 
 def main() -> None:
