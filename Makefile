@@ -58,7 +58,7 @@ torture: $(READY)
 	$(BIN)/python -m tests.torture_ranks 60
 	$(BIN)/python -m tests.torture_release 100
 
-# The table of rooms in qquant/README.md, from the heads of the files.
+# The tables of pages that are made from the code: rooms in qquant/README.md, fields of recipes in recipes/README.md.
 map: $(READY)
 	$(BIN)/python -m tests.worlds.house
 clean:

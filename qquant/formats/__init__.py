@@ -4,12 +4,13 @@ What differs between formats is answered here and nowhere else: no code outside 
 model folder of packed linears,
 
     formats/x.py          a `QuantizedLayout` (names, dtypes and shapes of what holds a weight; pack; dequantize) and a `ModelFolder` of it
-    recipe/artifacts.py   its entry: an `IntegerArtifact` with the fields that its people know, and the entry in `ArtifactSpec` and `MODELS`
+    recipe/artifacts.py   its entry: an `IntegerArtifact` with the fields that its people know, named in `ArtifactSpec` and `FormatName`
     FORMATS below         a line
 
-and `tests/formats/test_formats.py` and `tests/formats/test_every_format.py` run for it, from the round trip to the card. tests/worlds/toy_format.py
-is such a file, complete: another packing, bfloat16 scales, a tensor that holds a shape. A format that is a file of its own writes the class
-`Format` out, as gguf/layout.py does.
+and a sample in tests/worlds/every_format.py, for which `tests/formats/test_every_format.py` runs, from the round trip to the card.
+tests/worlds/toy_format.py is such a file, complete: another packing, bfloat16 scales, a tensor that holds a shape. A kind that is not in
+`recipe.limits.LIMITS` (an artifact's `kind`: int4, int8) gets its limits there. A format that is a file of its own writes the class `Format`
+out, as gguf/layout.py does.
 """
 
 from __future__ import annotations

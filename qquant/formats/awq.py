@@ -22,7 +22,7 @@ from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, Unifo
 from qquant.errors import InputError
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
-from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
+from qquant.formats.folder import Entry, FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe.artifacts import AwqArtifact
 from qquant.resources import lazy
 
@@ -34,7 +34,6 @@ else:
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output column held by each nibble
 INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds each output column
-Entry = tuple[str, str, tuple[int, ...]]
 
 
 def _interleave(codes: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-Entry = tuple[str, str, tuple[int, ...]]
+Entry = tuple[str, str, tuple[int, ...]]  # suffix, dtype as safetensors names it ("I8", "BF16"), shape
 GROUPS = (128, 64, 32)  # sizes to suggest
 PACKED = "packed"  # `Stored.type` of what a layout holds
 Spec = TypeVar("Spec", bound=IntegerArtifact)

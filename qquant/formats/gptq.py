@@ -25,7 +25,7 @@ from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, Unifo
 from qquant.errors import InputError
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
-from qquant.formats.folder import FolderSource, ModelFolder, QuantizedLayout, Stated
+from qquant.formats.folder import Entry, FolderSource, ModelFolder, QuantizedLayout, Stated
 from qquant.recipe.artifacts import GptqArtifact
 from qquant.resources import lazy
 from qquant.source.safetensors_file import read_tensor
@@ -40,7 +40,6 @@ HARMLESS = (
     "damp_percent damp_auto_increment static_groups true_sequential model_name_or_path meta quantizer mse dataset tokenizer "
     "block_name_to_quantize cache_block_outputs use_exllama exllama_config use_cuda_fp16 max_input_length"
 )  # keys that tell how it was made, or choose a kernel
-Entry = tuple[str, str, tuple[int, ...]]
 
 
 class GptqLayout(QuantizedLayout):

@@ -2,7 +2,7 @@
 
 An entry is a table of fields that differ by format, each under the name that people of that format know. Properties say the same thing of
 all of them: `kind`, `group`, `feedback`, `own_stream`, `transforms`, `eight_bit`. Code outside `formats` asks for these, and for no format's
-name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds integer codes in groups), and name it in the two lines at the end.
+name. To add a format, give it an entry here (of `IntegerArtifact`, if it holds integer codes in groups), and name it in `ArtifactSpec` and `FormatName`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class Sample:
 
     entry: str  # fields besides name, format and gates
     odd: dict[str, int]  # changes of config.json
-    said: str  # what is said of the shape then: by an error, or as a fallback where the format has one; a regular expression
+    said: (
+        str | None
+    )  # of the shape then, by an error, or as a fallback where the format has one (a regular expression); None: nothing, any shape fits
 
 
 SAMPLES = {

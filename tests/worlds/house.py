@@ -1,11 +1,17 @@
-"""The table of rooms in `qquant/README.md`, from the first sentences of the files: `python -m tests.worlds.house` writes it."""
+"""Tables of pages that are written from the code; `make map` (`python -m tests.worlds.house`) writes them again.
+
+The rooms in `qquant/README.md`, from the first sentences of the files; the fields in `recipes/README.md`, from the models of a recipe.
+"""
 
 import ast
 import re
 
+from qquant import recipe
 from tests.worlds import ROOT
 
 README = ROOT / "qquant" / "README.md"
+RECIPES = ROOT / "recipes" / "README.md"
+FIELDS = "\n### Recipe\n"  # the first of the tables of fields, with which the page ends
 BEGIN, END = "<!-- map: begin -->\n", "<!-- map: end -->"
 ROOMS = (
     "cli", "checks", "release", "release/hub", "runtime", "solve", "artifact", "plan", "formats", "formats/gguf", "calibration", "source",
@@ -40,5 +46,11 @@ def written(text):
     return text[:start] + table() + text[end:]
 
 
+def with_fields(text):
+    """`text` with the tables of fields at its end."""
+    return text[: text.index(FIELDS) + 1] + recipe.reference()
+
+
 if __name__ == "__main__":
     README.write_text(written(README.read_text()))
+    RECIPES.write_text(with_fields(RECIPES.read_text()))
