@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 root=$(cd ../.. && pwd)/.oracles
 tools() { [ "$1" != llama ] || ./llama-tools.sh "$root/llama" "$(sed -n 's/^llama_cpp_python==//p' llama.txt)"; }
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(llama transformers auto-gptq auto-awq vllm)
+[ ${#names[@]} -gt 0 ] || names=(llama transformers auto-gptq auto-awq autoround llmcompressor vllm)
 
 fingerprint() { { "$python" -VV; cat "$1.txt"; } | sha256sum | cut -d ' ' -f 1; }
 
