@@ -1,13 +1,14 @@
 """Quality of every tool's artifacts on the same calibration tokens, in the same formats, by the same check.
 
     make oracles
-    python tests/bench/quality.py CHECKPOINT [--recipe demo] [--windows 100] [--keep FOLDER] [--only gptq-int4 ...] [--group-size 64]
+    python tests/bench/quality.py CHECKPOINT [--recipe demo] [--windows 100] [--text bundled:code-test] [--keep FOLDER]
+        [--only gptq-int4 ...] [--tools auto-round-200 llm-compressor ...] [--group-size 64]
     python tests/bench/quality.py CHECKPOINT --peers-only --keep FOLDER --save peers.json
     python tests/bench/quality.py CHECKPOINT --ours OUT --against peers.json
 
-Builds each format with qquant and with the tools of that format (auto-gptq with Qwen's settings, gptqmodel's defaults, autoawq,
-llama-quantize with qquant's importance matrix), each in its pinned environment of `make oracles`, all from the calibration tokens of
-the recipe. Every result is read back and compared with the checkpoint on held-out text in one lockstep pass. The last column but two
+Builds each format with qquant and with the tools of that format (auto-gptq with Qwen's settings, gptqmodel's defaults, auto-round with
+50 and 200 steps a block, llm-compressor's GPTQ, autoawq, llama-quantize with qquant's importance matrix), each in its pinned
+environment of `make oracles`, all from the calibration tokens of the recipe. Every result is read back and compared with the checkpoint on held-out text in one lockstep pass. The last column but two
 is the mean KL divergence of ours divided by theirs, with a 95 % interval from resampling windows (paired: the same windows for both).
 
 What stands under --keep is not built again. --ours takes artifacts that `qquant build` made elsewhere, from every output folder below
@@ -44,6 +45,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / ".oracles"
 IMATRIX = "imatrix"  # an artifact that is built for its importance matrix only
 RUNNERS = ROOT / "tests" / "oracles"
+DEQUANTIZED = (
+    "dequantized"  # folder in an artifact of a format that qquant does not read: the same weights as a checkpoint
+)
+ROUNDED = {
+    "gptq-int4": (50, 200),
+    "gguf-q4_k_m": (0, 200),
+}  # steps a block of auto-round; 0: its search of scales alone
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 PROPAGATED = ("q4_k_m", "q4_0", "q3_k_m", "q2_k")  # as in the published recipes
 OURS = {
@@ -62,6 +70,17 @@ def theirs(name, source, work, group_size):
     """(tool, environment, command, result) for every rival of artifact `name`."""
     tokens = work.parent / "tokens.safetensors"
     size = ["--group-size", group_size]
+    rounded = "auto_gptq" if name == "gptq-int4" else name.replace("gguf-", "gguf:")
+    if name in ROUNDED:
+        for steps in ROUNDED[name]:
+            tool = f"auto-round-{steps}"
+            result = work / (f"{tool}.gguf" if ":" in rounded else tool)
+            command = ["autoround_quantize.py", source, tokens, result, "--format", rounded, "--iters", steps, *size]
+            yield tool, "autoround", command, result
+    if name == "gptq-int4":
+        result = work / "llm-compressor"
+        command = ["llmcompressor_quantize.py", source, tokens, result, *size, "--dequantized", result / DEQUANTIZED]
+        yield "llm-compressor", "llmcompressor", command, result
     if name.startswith("gptq"):
         for tool, environment in (("auto-gptq", "auto-gptq"), ("gptqmodel", "transformers")):
             runner = f"{tool.replace('-', '')}_quantize.py"
@@ -161,9 +180,11 @@ def build(base, checkpoint, options):
             spec = spec_of(base, name, options.group_size)
             built[name, "qquant"], *facts[name, "qquant"] = build_ours(base, checkpoint, spec, folder / "qquant")
         if not options.against:
-            if name.startswith("gguf"):
+            if name.startswith("gguf") and (not options.tools or "llama-quantize" in options.tools):
                 ready(base, checkpoint, options.keep)
             for tool, environment, command, result in theirs(name, checkpoint.path, folder, options.group_size):
+                if options.tools and tool not in options.tools:
+                    continue
                 if not result.exists():
                     facts[name, tool] = run(environment, command)
                 built[name, tool] = result
@@ -171,9 +192,14 @@ def build(base, checkpoint, options):
     return built, facts
 
 
+def readable(path):
+    """Where the weights of an artifact are in a format that qquant reads."""
+    return path / DEQUANTIZED if (path / DEQUANTIZED).is_dir() else path
+
+
 def measure(checkpoint, built, text):
     """What the table says of every artifact, by "format tool"; `kl`: the mean of every window."""
-    sources = {f"{name} {tool}": open_weights(path) for (name, tool), path in built.items()}
+    sources = {f"{name} {tool}": open_weights(readable(path)) for (name, tool), path in built.items()}
     found = fidelity.measure(checkpoint, sources, text.scored(text.windows), torch.device("cpu"), Quiet())
     rows = {}
     for (name, tool), path in built.items():
@@ -227,8 +253,10 @@ def arguments():
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--group-size", type=int, default=128, help="of GPTQ and AWQ, for every tool")
     parser.add_argument("--windows", type=int, default=100, help="of 512 tokens, the second half scored")
+    parser.add_argument("--text", default="bundled:wikitext-2-test", help="held out, as in a recipe's checks")
     parser.add_argument("--keep", type=Path, help="keep (and reuse) what was built here")
     parser.add_argument("--only", nargs="*", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--tools", nargs="*", help="of the others, these alone; default: all")
     parser.add_argument("--ours", type=Path, help="artifacts of ours that were built elsewhere; none is built")
     parser.add_argument("--peers-only", action="store_true", help="build and measure the other tools' artifacts only")
     parser.add_argument("--save", type=Path, help="keep what was measured, as JSON")
@@ -253,7 +281,7 @@ def main():
     if len(whole) < len(samples.tokens):
         raise SystemExit("the runners take samples of one length: use a recipe with plain texts only")
     save_file({"tokens": torch.stack(whole).int()}, options.keep / "tokens.safetensors")
-    text = held_out(Checks(text="bundled:wikitext-2-test", windows=options.windows, length=512), tokenizer)
+    text = held_out(Checks(text=options.text, windows=options.windows, length=512), tokenizer)
     conditions = {
         "checkpoint": checkpoint.content_hash(),
         "calibration": samples.sha256,
