@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,19 +21,13 @@ from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
-from qquant.checks import kept, llama_cpp, speed, structure
+from qquant.checks import kept, llama_cpp, loading, speed, structure
 from qquant.checks.comparable import require_same_numbers
 from qquant.checks.evidence import Evidence
-from qquant.checks.review import (
-    Candidate,
-    HeldOut,
-    Review,
-    earlier_release,
-    held_out,
-    review,
-    with_speed,
-)
+from qquant.checks.means import Means
+from qquant.checks.review import Candidate, HeldOut, Review, earlier_release, held_out, review, with_speed
 from qquant.checks.structure import CachedWeights
+from qquant.devices import threads_help
 from qquant.disk.output import DAMAGED, LOSSES, claim
 from qquant.disk.writes import told, write_synced
 from qquant.errors import InputError
@@ -52,9 +47,11 @@ from qquant.report import views
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
 from qquant.solve import sensitivity, walk
+from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments, write_imatrix
 from qquant.solve.writing import Author
 from qquant.source.checkpoint import Checkpoint
+from qquant.source.padding import without_padding
 from qquant.source.safetensors_file import SIZES
 from qquant.source.untrusted import read_json
 
@@ -75,7 +72,7 @@ def build(
     """
     require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
     plan.require_room(out)
-    with claim(out, ranks, orphaned(out, plan.artifacts)) as folder:
+    with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
         tokenizer = Tokenizer.open(checkpoint.path)
@@ -83,7 +80,6 @@ def build(
         tokens = calibration.load(recipe.calibration, tokenizer, False, author.for_all(ranks))
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
-        adapter = _adapter(checkpoint)
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
         threads = {"number of threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
         ranks.agree(inputs | threads | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
@@ -99,12 +95,14 @@ def build(
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
         drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
-        walk.quantize(checkpoint, samples, drafts, moments, device, progress, recipe.calibration.gradient_tokens)
+        blocks = Layers.of(without_padding(checkpoint), device)
+        walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, recipe.calibration.gradient_tokens)
+        idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0))
         took = owning.seconds(drafts, ranks)
         if ranks.first:
             timings.write(took, out)
             write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
-        origin = Origin(cast(RecipeCopy, published(recipe)), inputs, adapter)
+        origin = Origin(cast(RecipeCopy, published(recipe)), inputs, _adapter(checkpoint))
         owning.finish(drafts, plan.artifacts, out, origin, device, ranks)
         if ranks.first:
             tokens.save(out / "calibration")
@@ -114,7 +112,8 @@ def build(
         ]
         asked = kept.Question(recipe.checks, text, inputs)
         conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
-        reviewed, conditions = _judge(out, checkpoint, candidates, (asked, conditions), device, progress, ranks)
+        given = asked, conditions, Means(device, blocks.kept if blocks.source is checkpoint else {}, idle)
+        reviewed, conditions = _judge(out, checkpoint, candidates, given, progress, ranks)
         remarks = [
             *(plan.imatrix.remarks() if plan.imatrix else ()),
             *_short(recipe, tokens, text),
@@ -161,22 +160,21 @@ def _judge(
     out: Path,
     checkpoint: Checkpoint,
     candidates: Sequence[Candidate],
-    question: tuple[kept.Question, Conditions],
-    device: torch.device,
+    question: tuple[kept.Question, Conditions, Means],
     progress: Progress,
     ranks: Ranks,
 ) -> tuple[Review, Conditions]:
     """Rows for all candidates, measured now unless their verdicts still hold, and for artifacts that were left alone."""
-    asked, conditions = question
+    asked, conditions, means = question
     before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
     known = kept.answered(out, before, candidates)
     fresh = [candidate for candidate in candidates if candidate.name not in known]
     ranks.agree({"list of what is to be judged": ", ".join(candidate.name for candidate in fresh)})
     reviewed = Review(before.baseline_perplexity if before else 0.0, ())
     if fresh:
-        reviewed, measured = review(checkpoint, fresh, asked.text, device, progress, ranks)
+        reviewed, measured = review(checkpoint, fresh, asked.text, means, progress, ranks)
         if asked.checks.speed and ranks.first:
-            speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, device, progress)
+            speeds = speed.measure_all([candidate.path for candidate in fresh], checkpoint, means.device, progress)
             reviewed = with_speed(reviewed, speeds)
         if ranks.first:
             kept.record(out, measured, asked.text, checkpoint)
@@ -245,7 +243,7 @@ def check(  # noqa: PLR0913  each is the user's
             )
         )
     ranks.agree(versions(device) | {"checkpoint": checkpoint.fingerprint, "text": text.facts.sha256})
-    reviewed, measured = review(checkpoint, candidates, text, device, progress, ranks)
+    reviewed, measured = review(checkpoint, candidates, text, Means(device), progress, ranks)
     report = Report(
         model=checkpoint.name,
         recipe="check",

@@ -9,8 +9,8 @@
 
 A child process takes its parts in turn and says one line after each. One that is missing failed: by an error (its last line is the
 finding), a signal, or the limit of time. The rest go on in a new child. Several children share out the parts, the cores and the
-memory of a machine that has nothing better to do; one has all of them. No child outlives the call. Left out: vLLM and llama.cpp, which
-`make test-oracles` asks.
+memory of a machine that has nothing better to do; one has all of them. No child outlives the call. A build that will ask has some
+started before (`waiting`), which import meanwhile what takes longest. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ METADATA = 300_000_000  # bytes of weights that take as long as reading metadata
 TOKENS = 32  # of the forward pass, from all over the vocabulary
 TEXT = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2"
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
+EARLY = 3  # children that a build starts before it asks: metadata, weights and tokens of one artifact
 TOKENIZERS = ("tokenizer.json", "vocab.json")
+Child = subprocess.Popen[bytes]
 
 
 class Texts(NamedTuple):
@@ -71,6 +74,15 @@ class LoadTask(NamedTuple):
         return _size(self.path) if self.what == "weights" else METADATA
 
 
+class Nursery(NamedTuple):
+    """How children are had."""
+
+    children: int  # at a time
+    seconds: float  # that one may take to start, and for each part besides
+    stop: Event
+    idle: list[Child]  # that wait already
+
+
 Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
 """What went wrong, and the line that was said, by part."""
 
@@ -79,7 +91,7 @@ def faults(
     paths: Sequence[Path], stop: Event | None = None, children: int = 1, seconds: float = SECONDS
 ) -> dict[Path, str]:
     """The faults of `examine`."""
-    return examine(paths, None, stop, children, seconds).faults
+    return examine(paths, None, stop, children, seconds=seconds).faults
 
 
 def examine(
@@ -87,21 +99,38 @@ def examine(
     texts: Texts | None,
     stop: Event | None = None,
     children: int = 1,
+    idle: list[Child] | None = None,
     seconds: float = SECONDS,
 ) -> Loaded:
     """What keeps each of `paths` from loading, and the ids that transformers gives to `texts`.
 
-    `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time.
+    `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time, of
+    which the first are taken from `idle`.
     """
+    nursery = Nursery(children, seconds, stop or Event(), [] if idle is None else idle)
     if texts is None:
-        return _examine(paths, [], stop or Event(), children, seconds)
+        return _examine(paths, [], nursery)
     with tempfile.TemporaryDirectory(prefix="qquant-") as place:
         asked = Path(place, "texts.json")
         asked.write_text(json.dumps({"folder": str(texts.folder.absolute()), "texts": texts.texts}), "utf-8")
-        return _examine(paths, [LoadTask("tokens", asked)], stop or Event(), children, seconds)
+        return _examine(paths, [LoadTask("tokens", asked)], nursery)
 
 
-def _examine(paths: Sequence[Path], more: Sequence[LoadTask], stop: Event, children: int, seconds: float) -> Loaded:
+@contextmanager
+def waiting(count: int) -> Iterator[list[Child]]:
+    """So many children that import what they will need, for `examine` to take; those that nobody took are ended."""
+    idle: list[Child] = []
+    try:
+        for _ in range(count):
+            idle.append(_started(["-"], None))
+        yield idle
+    finally:
+        for child in idle:
+            child.kill()
+            child.communicate()
+
+
+def _examine(paths: Sequence[Path], more: Sequence[LoadTask], nursery: Nursery) -> Loaded:
     alike: dict[object, Path] = {}
     speaks = {path: alike.setdefault(_metadata(path), path) for path in paths}
     tasks = [
@@ -110,7 +139,7 @@ def _examine(paths: Sequence[Path], more: Sequence[LoadTask], stop: Event, child
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
-    by_task, said = _shared([*tasks, *more], seconds, stop, children)
+    by_task, said = _shared([*tasks, *more], nursery)
     problems = {
         path: by_task.get(LoadTask("metadata", speaks[path])) or by_task.get(LoadTask("weights", path))
         for path in paths
@@ -129,12 +158,13 @@ def _metadata(path: Path) -> object:
     return path
 
 
-def _shared(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
-    shares = _dealt(tasks, children)
+def _shared(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
+    shares = _dealt(tasks, nursery.children)
+    nursery = nursery._replace(children=max(1, len(shares)))
     if len(shares) <= 1:
-        return _in_turn(tasks, seconds, stop, 1)
+        return _in_turn(tasks, nursery)
     with ThreadPoolExecutor(len(shares), "qquant-loading") as pool:
-        doing = [pool.submit(_in_turn, share, seconds, stop, len(shares)) for share in shares]
+        doing = [pool.submit(_in_turn, share, nursery) for share in shares]
         try:
             problems, said = dict[LoadTask, str](), dict[LoadTask, bytes]()
             for done in as_completed(doing):
@@ -142,7 +172,7 @@ def _shared(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: in
                 said |= done.result()[1]
             return problems, said
         except BaseException:
-            stop.set()
+            nursery.stop.set()
             raise
 
 
@@ -154,10 +184,10 @@ def _dealt(tasks: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
     return shares
 
 
-def _in_turn(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> Said:
+def _in_turn(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
     left, problems, said = list(tasks), dict[LoadTask, str](), dict[LoadTask, bytes]()
-    while left and not stop.is_set():
-        lines, problem = _child(left, seconds, stop, children)
+    while left and not nursery.stop.is_set():
+        lines, problem = _child(left, nursery)
         said |= zip(left, lines, strict=False)
         left = left[len(lines) :]
         if left:
@@ -165,18 +195,40 @@ def _in_turn(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: i
     return problems, said
 
 
-def _child(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int) -> tuple[list[bytes], str]:
-    """(what it said of each of `tasks` that loaded, what happened to the next)."""
-    limit = sum((seconds + task.bytes() / BYTES_A_SECOND for task in tasks), seconds)
-    command = [sys.executable, "-m", "qquant.checks.loading", str(children)]
-    command += [word for task in tasks for word in (task.what, str(task.path.absolute()))]
+def _started(words: Sequence[str], threads: int | None) -> Child:
+    command = [sys.executable, "-m", "qquant.checks.loading", *words]
     search_path = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if children > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, background.cores() // children))
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd="/", env=environment, stdout=pipe, stderr=pipe) as child:
-        in_time = _wait(child, limit, stop)
+    ears = pipe if words == ["-"] else None
+    return subprocess.Popen(command, cwd="/", env=environment, stdin=ears, stdout=pipe, stderr=pipe)
+
+
+def _asked(words: Sequence[str], nursery: Nursery) -> Child:
+    """A child that loads: one that waits and still lives, or a new one."""
+    threads = max(1, background.cores() // nursery.children) if nursery.children > 1 else None
+    with contextlib.suppress(IndexError):
+        while True:
+            child = nursery.idle.pop()
+            try:
+                assert child.stdin is not None
+                child.stdin.write(json.dumps([threads, *words]).encode() + b"\n")
+                child.stdin.flush()
+            except OSError:
+                child.communicate()
+            else:
+                return child
+    return _started(words, threads)
+
+
+def _child(tasks: Sequence[LoadTask], nursery: Nursery) -> tuple[list[bytes], str]:
+    """(what it said of each of `tasks` that loaded, what happened to the next)."""
+    limit = sum((nursery.seconds + task.bytes() / BYTES_A_SECOND for task in tasks), nursery.seconds)
+    words = [word for task in tasks for word in (task.what, str(task.path.absolute()))]
+    with _asked([str(nursery.children), *words], nursery) as child:
+        in_time = _wait(child, limit, nursery.stop)
         output, errors = child.communicate()
     done = output.split(b"\n")[:-1]
     if not in_time:
@@ -187,7 +239,7 @@ def _child(tasks: Sequence[LoadTask], seconds: float, stop: Event, children: int
     return done, said[-1] if said else f"the process ended with {child.returncode}"
 
 
-def _wait(child: subprocess.Popen[bytes], limit: float, stop: Event) -> bool:
+def _wait(child: Child, limit: float, stop: Event) -> bool:
     """Whether a child ends within `limit` seconds by itself; it is ended where it does not, is not wanted, or nobody can wait."""
     late = time.monotonic() + limit
     try:
@@ -262,9 +314,22 @@ def tokens(path: Path) -> dict[str, Any]:
     return {"ids": tokenizer(asked["texts"], add_special_tokens=False, verbose=False).input_ids}
 
 
+def _waited() -> list[str]:
+    """What a child is asked for that was started before; it imports meanwhile what it will need."""
+    with contextlib.suppress(ImportError):  # who needs it says so
+        import torch
+        import transformers  # noqa: F401
+
+        from qquant.runtime import loading  # noqa: F401
+    threads, *words = json.loads(sys.stdin.readline() or "[null, 0]")
+    if threads:
+        torch.set_num_threads(threads)
+    return [str(word) for word in words]
+
+
 def main() -> None:
     """The child: a line for each part that loads; the first that does not ends it."""
-    children, *words = sys.argv[1:]
+    children, *words = sys.argv[1:] if sys.argv[1:] != ["-"] else _waited()
     load = {"metadata": metadata, "weights": lambda path: weights(path, int(children)), "tokens": tokens}
     for what, path in zip(words[::2], words[1::2], strict=True):
         said = load[what](Path(path))

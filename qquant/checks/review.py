@@ -42,6 +42,7 @@ from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.comparable import require_same_shape
 from qquant.checks.evidence import Evidence, SliceMeans
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
+from qquant.checks.means import Means
 from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
 from qquant.checks.structure import CachedWeights, InspectedWeights
@@ -200,7 +201,7 @@ def review(
     checkpoint: Checkpoint,
     candidates: Sequence[Candidate],
     text: HeldOut,
-    device: torch.device,
+    means: Means,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> tuple[Review, Measured]:
@@ -209,7 +210,8 @@ def review(
     Raises:
         InputError: a candidate was not made from a model of this shape.
     """
-    sources, baseline = {}, CachedWeights(checkpoint, device)
+    device = means.device
+    sources, baseline = {}, CachedWeights(checkpoint, device, means.blocks)
     for candidate in candidates:
         source = open_weights(candidate.path, device)
         require_same_shape(candidate.path, source, checkpoint)
@@ -223,7 +225,8 @@ def review(
     paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
-    with background.start_early(lambda stop: loading.examine(paths, spoken, stop, children), beside) as loaded:
+    tried = partial(loading.examine, paths, spoken)
+    with background.start_early(lambda stop: tried(stop, children, means.idle), beside) as loaded:
         measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
         if text.sliced:

@@ -17,6 +17,7 @@ folded, where the likelihood of texts does not show it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,9 @@ class CachedWeights:
 
     source: WeightSource
     device: torch.device | None = None  # where its tensors are wanted; None: where they are
+    blocks: Mapping[int, Mapping[str, Tensor]] = field(
+        default_factory=dict
+    )  # that are there already, by layer and name within
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +55,9 @@ class CachedWeights:
 
     def tensor(self, name: str) -> Tensor:
         """The source's tensor `name`, kept where several ask for it."""
+        layer = self.family.layer_of(name)
+        if layer is not None and layer in self.blocks:
+            return self.blocks[layer][name.removeprefix(self.family.block.format(layer))]
         if name not in self.kept:
             if self._block(name) != self._block(next(iter(self.kept), name)):
                 self.kept.clear()

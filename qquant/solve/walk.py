@@ -49,11 +49,11 @@ def quantize(
     samples: Sequence[Tensor],
     drafts: Sequence[Draft],
     moments: Moments,
-    device: torch.device,
+    blocks: Layers,
     progress: Progress,
     curvature_tokens: int = 0,
 ) -> None:
-    """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths.
+    """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths. `blocks`: the checkpoint's, without padding.
 
     With `curvature_tokens` the solvers minimise the KL divergence of the model, as measured on so many tokens; with 0 the output
     error of each linear.
@@ -62,7 +62,7 @@ def quantize(
         NumericalError: an activation is not finite.
         EnvironmentMissingError: there is not enough memory for one sample.
     """
-    source = without_padding(checkpoint)
+    source, device = without_padding(checkpoint), blocks.device
     dtype = STREAM_DTYPES[checkpoint.dtype]
     copied = [draft for draft in drafts if copies(draft, checkpoint)]
     solved = curvature_tokens > 0
@@ -70,7 +70,7 @@ def quantize(
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     unmeasured = any(moments.lacks(layer) for layer in range(layers))
-    curvature, blocks, ranks = None, Layers.of(source, device), moments.ranks
+    curvature, ranks = None, moments.ranks
     with background.start_early(write, devices.threads_help(device)) as written:
         asked = [
             draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))

@@ -207,6 +207,26 @@ def test_a_child_does_not_outlive_an_interrupt(children, monkeypatch):
     assert [child.returncode for child in children] == [-9]
 
 
+def test_a_child_that_waits_loads_what_it_is_told(paths, monkeypatch):
+    """And one that nobody took, or that died while it waited, changes nothing."""
+    with loading.waiting(3) as idle:
+        left, taken, dead = idle
+        dead.kill()
+        dead.wait()
+        monkeypatch.setattr(loading, "_started", None)  # no other is started
+        assert loading.examine([paths[0]], None, children=1, idle=idle).faults == {}
+        assert idle == [left]
+    assert taken.returncode == 0
+    assert left.returncode == -9
+
+
+def test_a_child_that_waits_finds_what_does_not_load(paths, tmp_path):
+    broken = copied(paths[0], tmp_path / "broken", edit_json("config.json", attention_dropout="much"))
+    with loading.waiting(1) as idle:
+        found = loading.examine([broken], None, idle=idle).faults
+    assert list(found) == [broken]
+
+
 def test_a_check_that_fails_meanwhile_ends_the_child(built, paths, children, monkeypatch):
     """As on a GPU; and a check that does not fail says the same as one that waits first."""
     monkeypatch.setattr(review, "loading", loading)

@@ -29,6 +29,7 @@ from qquant.runtime import linears, loading, parts
 from qquant.runtime.answering import Answerer, AnswerSettings, Text
 from qquant.runtime.skeleton import transformers_config
 from qquant.solve import walk
+from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
@@ -61,7 +62,7 @@ def built(checkpoint, folder, entries):
     for draft in drafts:
         draft.open()
     moments = Moments(folder / "moments", None)
-    walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, torch.device("cpu"), Quiet())
+    walk.quantize(checkpoint, [torch.arange(64)], drafts, moments, Layers.of(checkpoint, torch.device("cpu")), Quiet())
     (folder / "out").mkdir()
     for draft in drafts:
         draft.finish(folder / "out", Origin())
