@@ -94,16 +94,16 @@ def build(
         )
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
-        drafts = [owning.draft(artifact, folder, keys[artifact.name]) for artifact in mine]
-        blocks = Layers.of(without_padding(checkpoint), device)
-        walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, recipe.calibration.gradient_tokens)
+        drafts = owning.drafts(mine, folder, keys, ranks)
+        blocks, measured = Layers.of(without_padding(checkpoint), device), recipe.calibration.gradient_tokens
+        walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, measured, mine.together)
         idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0))
-        took = owning.seconds(drafts, ranks)
+        took = owning.seconds(mine.written(drafts, ranks), ranks)
         if ranks.first:
             timings.write(took, out)
             write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
         origin = Origin(cast(RecipeCopy, published(recipe)), inputs, _adapter(checkpoint))
-        owning.finish(drafts, plan.artifacts, out, origin, device, ranks)
+        owning.finish(mine.written(drafts, ranks), plan.artifacts, out, origin, device, ranks)
         if ranks.first:
             tokens.save(out / "calibration")
             write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")

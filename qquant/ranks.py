@@ -70,6 +70,7 @@ class Ranks:
     member: Membership = Membership(0, 1, 0)
     store: Store | None = None
     met: int = 0  # how often
+    sent: int = 0  # bytes of tensors that this rank handed others (`qquant.exchange`)
     sign: float = field(default_factory=time.monotonic)  # when work last gave one
 
     @property

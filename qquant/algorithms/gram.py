@@ -70,16 +70,31 @@ class Gram:
         Raises:
             NotFiniteError: `x` holds NaN or infinity.
         """
-        absolute, squares, top = column_sums(x)
+        sums = column_sums(x)
+        self._see(sums[2])
+        if self.matrix.numel():
+            self.add_products(x, weights)
+        self._count(sums, len(x))
+
+    def add_products(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """`add` in the matrix alone."""
+        gram(self.matrix, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
+
+    def add_sums(self, sums: tuple[Tensor, Tensor, Tensor], tokens: int) -> None:
+        """`add` in everything but the matrix: the `column_sums` of the rows, and how many they were."""
+        self._see(sums[2])
+        self._count(sums, tokens)
+
+    def _see(self, top: Tensor) -> None:
         if self.unseen is None:
             self._look(top)
         else:
             self.unseen.append(top)
-        if self.matrix.numel():
-            gram(self.matrix, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
-        self.absolute += absolute
-        self.squares += squares
-        self.tokens += len(x)
+
+    def _count(self, sums: tuple[Tensor, Tensor, Tensor], tokens: int) -> None:
+        self.absolute += sums[0]
+        self.squares += sums[1]
+        self.tokens += tokens
 
     def _look(self, top: Tensor) -> None:
         largest = float(top)  # waits for the device

@@ -1,24 +1,42 @@
 """Which rank makes which artifact, and how artifacts of several ranks get their names.
 
-An artifact is made by one rank from its beginning to its end, since its own stream waits for nothing but its own linears; drafts and
-journals do not say by whom, so another number of ranks continues them. Owners read back what they wrote, at the same time; then one
+    apart       an artifact is made by one rank from its beginning to its end: nothing waits for anybody, as long as all have enough to do
+    together    all ranks work on every artifact, which the first writes: where one of them would have most of the work to do
+
+Drafts and journals do not say by whom they were made, nor how, so another number of ranks continues them. Owners read back what they wrote, at the same time; then one
 artifact after another gets its name, in the order of the plan, since several may join one folder, whose manifest lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from qquant import background, devices
-from qquant.artifact.draft import Draft
+from qquant.artifact.draft import Draft, JournalUnit
 from qquant.artifact.finishing import finished
 from qquant.artifact.manifest import Origin
+from qquant.disk.records import to_plain, typed
 from qquant.formats.planned import PlannedArtifact
 from qquant.ranks import Ranks, dealt
+
+GAIN = 0.6  # of the ranks' time that is of use where they work together
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank does."""
+
+    artifacts: Sequence[PlannedArtifact]
+    together: bool  # with all others, or alone
+
+    def written(self, drafts: Sequence[Draft], ranks: Ranks) -> Sequence[Draft]:
+        """Those of its drafts that this rank writes."""
+        return drafts if ranks.first or not self.together else ()
 
 
 def share(
@@ -27,7 +45,7 @@ def share(
     out: Path,
     cost: Callable[[PlannedArtifact], float],
     ranks: Ranks,
-) -> list[PlannedArtifact]:
+) -> Share:
     """What this rank makes of the artifacts that `out` does not hold; `cost` is about the seconds that one takes.
 
     Raises as `finished`.
@@ -35,16 +53,33 @@ def share(
 
     def deal() -> list[list[str]]:
         lacking = [artifact for artifact in planned if not finished(out, artifact, keys[artifact.name])]
-        return dealt({artifact.name: cost(artifact) for artifact in lacking}, ranks.world)
+        costs = {artifact.name: cost(artifact) for artifact in lacking}
+        hands = dealt(costs, ranks.world)
+        return [list(costs)] if helps(costs, hands) else hands
 
-    mine = ranks.once(deal)[ranks.rank]
-    return [artifact for artifact in planned if artifact.name in mine]
+    hands = ranks.once(deal)
+    together = len(hands) < ranks.world
+    mine = hands[0 if together else ranks.rank]
+    return Share([artifact for artifact in planned if artifact.name in mine], together)
 
 
-def draft(artifact: PlannedArtifact, folder: Path, key: str) -> Draft:
-    """A draft in `folder`, new or continued, whoever began it."""
-    begun = Draft(artifact, folder, key)
-    begun.open()
+def helps(costs: Mapping[str, float], hands: Sequence[Sequence[str]]) -> bool:
+    """Whether all are done earlier together than with a hand for each rank."""
+    longest = max(sum(costs[name] for name in hand) for hand in hands)
+    return longest > sum(costs.values()) / (GAIN * len(hands))
+
+
+def drafts(mine: Share, folder: Path, keys: Mapping[str, str], ranks: Ranks) -> list[Draft]:
+    """A draft in `folder` of each artifact, new or continued, whoever began it; where all work together, the first opens and writes them."""
+    begun = [Draft(artifact, folder, keys[artifact.name]) for artifact in mine.artifacts]
+    if ranks.first or not mine.together:
+        for draft in begun:
+            draft.open()
+    if mine.together:
+        known = ranks.once(lambda: [[to_plain(unit) for unit in draft.units.values()] for draft in begun])
+        for draft, said in zip(begun, known, strict=True):
+            units = [typed(JournalUnit, unit, str(draft.journal)) for unit in said]
+            draft.units = {unit.unit: unit for unit in units}
     return begun
 
 

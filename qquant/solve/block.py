@@ -56,8 +56,12 @@ class View:
 
     def grams(self, device: torch.device, matrices: bool = True) -> dict[str, Gram]:
         """Empty accumulators, by stage; without `matrices` of the moments of single channels only."""
-        inputs = self.checkpoint.family.inputs(without_padding(self.checkpoint).config, self.layer)
-        return {stage: Gram.zeros(columns, device, matrices) for stage, columns in inputs.items()}
+        return {stage: Gram.zeros(columns, device, matrices) for stage, columns in self.inputs.items()}
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        """Columns of the input of each stage, without padding."""
+        return self.checkpoint.family.inputs(without_padding(self.checkpoint).config, self.layer)
 
     def rows(self, transformed: Transformed) -> Rows:
         """The curvature of every linear's rows after a transform; nothing where it was not measured."""

@@ -21,15 +21,15 @@ one file a block:
                        "scale <linear>" float32 [1]: mean of |g_t|^2, which the other two are without
     FOLDER/outside     what is known of the embedding (the gradient by the input of block 0) and of the head, see `Tables`
     FOLDER/complete    sha256 of every block file; nothing is used before it was compared
+
+Several ranks run the samples in turn, and each sums some of the G, in the order of the samples (`qquant.exchange`); the first writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,6 @@ from typing import Literal
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qquant import devices
 from qquant.algorithms.checksum import as_bytes
@@ -47,19 +46,19 @@ from qquant.background import write_behind
 from qquant.devices import free_memory, to_host
 from qquant.disk.writes import create, make_folder, put, sync, write_synced
 from qquant.errors import NumericalError
+from qquant.exchange import ALONE, Exchange
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import Block
 from qquant.kernels.gram import gram
 from qquant.progress import Progress
+from qquant.solve.backward import REMEDY, Watched, backward
 from qquant.solve.head import HeadInput, head_gradients
 from qquant.solve.layers import Layers
-from qquant.solve.stream import Stream, all_finite
+from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
 
 OUTSIDE = "outside"  # the file of what lies outside the blocks
-REMEDY = "set calibration.objective to output"
-ROWS = 2048  # rows of a linear whose curvature is kept together
 BACKWARD = (
     4  # times a block's forward pass: it runs that again, goes back, and sums G; 2.9 (float32) to 4.9 (bf16) on a CPU
 )
@@ -151,19 +150,6 @@ class Tables:
     largest: float  # largest |h| of the head's input
 
 
-class _Watched(Block):
-    """A block that reports the gradient of every linear's output."""
-
-    def __init__(self, family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        super().__init__(family, config, weights, dtype)
-        self.gradients: dict[str, Tensor] = {}
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        y = super().linear(name, x)
-        y.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
-        return y
-
-
 def spread(lengths: Sequence[int], tokens: int) -> list[int]:
     """Places of as many samples as hold about `tokens` tokens, evenly spread over all of them; at least one."""
     share = min(1.0, tokens / max(1, sum(lengths)))
@@ -171,7 +157,7 @@ def spread(lengths: Sequence[int], tokens: int) -> list[int]:
     return [index * len(lengths) // count for index in range(count)]
 
 
-def measure(
+def measure(  # noqa: PLR0913  each is of another thing
     source: Checkpoint,
     samples: Mapping[int, Tensor],
     folder: Path,
@@ -179,17 +165,18 @@ def measure(
     device: torch.device,
     progress: Progress,
     blocks: Layers | None = None,
+    exchange: Exchange = ALONE,
 ) -> Curvature:
     """Measure the factors on `samples` (int token ids [T], by index) into `folder`, or take them from there if they are complete.
 
-    `blocks`: the decoder blocks of `source`, where another pass wants them too. `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
+    `blocks`: the decoder blocks of `source`, where another pass wants them too. All ranks of `exchange` must call this. `progress`: told of "curvature" in units of one block's forward pass, with 0 done before the first.
 
     Raises:
         NumericalError: a gradient is not finite.
     """
     curvature = Curvature(folder, {index: len(sample) for index, sample in samples.items()})
     layers = source.config.layers
-    if _complete(folder, layers):
+    if exchange.ranks.once(lambda: _complete(folder, layers)):
         return curvature
     make_folder(folder)
     head = head_share(source.family, source.config)
@@ -199,8 +186,8 @@ def measure(
         progress.check_stop()
 
     beside = devices.threads_help(device)
-    stream = Stream.start(source, list(samples.values()), dtype, device)
-    inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)))
+    stream = Stream.start(source, list(samples.values()), dtype, device, exchange)
+    inputs = _Inputs(folder, _place(device, layers * sum(x.nbytes for x in stream.hidden)), exchange.rank)
     tell(0)
     blocks = blocks or Layers.of(source, device)
     with blocks.walk(range(layers)) as forth:
@@ -208,21 +195,28 @@ def measure(
             inputs.keep(layer, stream.hidden)
             stream.advance(layer, Block(source.family, source.config, next(forth), dtype), {})
             tell(layer + 1)
-    hidden = [x.to(device) for x in stream.hidden]
+    pieces = len(stream.every)
+    hidden = exchange.in_order([x.to(device) for x in stream.hidden], pieces)
     seen = HeadInput.zeros(source, device)
-    gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of))
+    gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of), exchange)
+    gradients = [gradients[index] for index in exchange.mine(pieces)]
     del stream, hidden
     digests: dict[str, str] = {}
     with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as submit:
         for layer in reversed(range(layers)):
             inputs_of_block = inputs.take(layer, device)
-            block = _Watched(source.family, source.config, next(back), dtype)
-            gradients, factors = _backward(block, layer, inputs_of_block, gradients)
-            submit(partial(_write, folder, str(layer), factors, digests))
+            block = Watched(source.family, source.config, next(back), dtype)
+            gradients, factors = backward(block, layer, inputs_of_block, gradients, pieces, exchange)
+            if exchange.first:
+                submit(partial(_write, folder, str(layer), to_host(factors), digests))
             del factors
             tell(layers + head + BACKWARD * (layers - layer))
-        submit(partial(_write, folder, OUTSIDE, to_host(_tables(source, samples, seen, gradients)), digests))
-    write_synced(folder / "complete", json.dumps(digests).encode())
+        gradients = exchange.in_order(gradients, pieces)
+        if exchange.first:
+            submit(partial(_write, folder, OUTSIDE, to_host(_tables(source, samples, seen, gradients)), digests))
+    if exchange.first:
+        write_synced(folder / "complete", json.dumps(digests).encode())
+    exchange.ranks.meet()
     return curvature
 
 
@@ -277,6 +271,7 @@ class _Inputs:
 
     folder: Path
     kept_on: Place
+    rank: int = 0
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # without data where that is in a file
 
     def keep(self, layer: int, hidden: Sequence[Tensor]) -> None:
@@ -306,7 +301,7 @@ class _Inputs:
         return [x.to(device) for x in kept]
 
     def _path(self, layer: int) -> Path:
-        return self.folder / f"input-{layer}"
+        return self.folder / f"input-{layer}-{self.rank}"
 
 
 def _complete(folder: Path, layers: int) -> bool:
@@ -320,70 +315,3 @@ def _complete(folder: Path, layers: int) -> bool:
         and hashlib.sha256(_path(folder, name).read_bytes()).hexdigest() == digests.get(name)
         for name in (*map(str, range(layers)), OUTSIDE)
     )
-
-
-@contextmanager
-def _repeatable(x: Tensor) -> Iterator[None]:
-    """Attention to x whose gradients are added in an order that does not change from run to run.
-
-    Plain products do so; on a GPU flash attention that is asked to, and 16-bit operators beside it do anyway.
-    """
-    if not x.is_cuda or x.dtype == torch.float32:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            warnings.simplefilter("ignore")  # of cuBLAS, which is repeatable on one stream
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _backward(
-    block: _Watched, layer: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
-    """Gradients by the input of a block from those by its output, and what goes into the block's file, when it is in host memory."""
-    family = block.family
-    rows: dict[str, list[Tensor]] = {}
-    weights: dict[str, list[Tensor]] = {stage.name: [] for stage in family.stages}
-    before = []
-    for x, gradient in zip(inputs, gradients, strict=True):
-        leaf = x.clone().requires_grad_()
-        with _repeatable(leaf):
-            block.forward(leaf).backward(gradient)
-        assert leaf.grad is not None
-        before.append(leaf.grad)
-        for stage in family.stages:
-            by_linear = {name: block.gradients[name].flatten(0, -2) for name in stage.linears}
-            weights[stage.name].append(sum(by_linear[name].float().square().sum(1) for name in stage.linears))  # type: ignore[arg-type]  # sum of a non-empty sequence
-            for name in stage.linears:
-                parts = by_linear[name].split(ROWS, dim=1)
-                known = rows.setdefault(
-                    name, [torch.zeros(part.shape[1], part.shape[1], device=x.device) for part in parts]
-                )
-                for total, part in zip(known, parts, strict=True):
-                    gram(total, part.contiguous())
-        block.gradients.clear()
-    stored = {f"weights {name}": _mean_one(torch.cat(values)) for name, values in weights.items()}
-    stored |= {
-        f"rows {name} {index:04d}": _mean_one(part, part.diagonal()).bfloat16()
-        for name, parts in rows.items()
-        for index, part in enumerate(parts)
-    }
-    tokens = sum(x.shape[:-1].numel() for x in inputs)
-    stored |= {
-        f"scale {name}": torch.stack([part.diagonal().sum() for part in parts]).sum().view(1) / tokens
-        for name, parts in rows.items()
-    }
-    if not all_finite(list(stored.values())):
-        raise NumericalError(f"block {layer}: gradients are not finite in {inputs[0].dtype}; {REMEDY}")
-    return before, to_host(stored)
-
-
-def _mean_one(value: Tensor, of: Tensor | None = None) -> Tensor:
-    """`value` over the mean of `of` (of itself); zeros stay as they are."""
-    mean = (value if of is None else of).mean()
-    return value / torch.where(mean == 0, torch.ones_like(mean), mean)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qquant import devices
+from qquant.exchange import ALONE, Exchange, Parcels
 from qquant.families.decoder import HEAD_ROWS, rms_norm
 from qquant.kernels.gram import gram
 from qquant.source.checkpoint import Checkpoint
@@ -41,12 +42,12 @@ class HeadInput:
         config = source.config
         return cls(torch.zeros(config.hidden, config.hidden, device=device), torch.zeros(config.vocab))
 
-    def add(self, normed: Tensor, drawn: Drawn) -> None:
-        """Add normed states [T, hidden] and what was drawn for them."""
-        gram(self.matrix, (normed * drawn.spread.sqrt().to(normed.dtype).unsqueeze(1)).contiguous())
-        pairs = drawn.words[drawn.words[:, 0] != drawn.words[:, 1]]
+    def add(self, normed: Tensor, words: Tensor, spread: Tensor) -> None:
+        """Add normed states [T, hidden], and the words and the spread that were `Drawn` for them."""
+        gram(self.matrix, (normed * spread.sqrt().to(normed.dtype).unsqueeze(1)).contiguous())
+        pairs = words[words[:, 0] != words[:, 1]]
         self.predicted += torch.bincount(pairs.flatten().cpu(), minlength=len(self.predicted)) / 2
-        self.spread += float(drawn.spread.double().sum())
+        self.spread += float(spread.double().sum())
         self.largest = max(self.largest, float(normed.abs().max()))
 
 
@@ -60,11 +61,16 @@ class Drawn:
 
 
 def head_gradients(
-    source: Checkpoint, hidden: Sequence[Tensor], seen: HeadInput, tell: Callable[[int, int], None]
+    source: Checkpoint,
+    hidden: Sequence[Tensor],
+    seen: HeadInput,
+    tell: Callable[[int, int], None],
+    exchange: Exchange = ALONE,
 ) -> list[Tensor]:
     """Gradients of log p(v) - log p(w), over sqrt 2, for drawn v and w by the output of the last block, in the shapes of `hidden` [..., hidden].
 
-    `seen` takes what the head sees. `tell`: (tokens done, of all), after every slice of the tokens.
+    `hidden`: of all samples; slices of their tokens are shared out among ranks, of which the first fills `seen` with what the head sees.
+    `tell`: (tokens done, of all), after every slice of the tokens.
     """
     generator = torch.Generator().manual_seed(SEED)
     head = Head(source, hidden[0].device)
@@ -72,14 +78,21 @@ def head_gradients(
     pieces: list[Tensor] = []
     rows = [x.flatten(0, -2) for x in hidden]
     tokens = torch.cat(rows)
-    for part in tokens.split(devices.policy(tokens.device).head_tokens):
-        leaf = part.clone().requires_grad_()
+    parts = tokens.split(devices.policy(tokens.device).head_tokens)
+    every = [head.chances(len(part), generator) for part in parts]
+
+    def give(number: int) -> Parcels:
+        leaf = parts[number].clone().requires_grad_()
         normed = rms_norm(leaf, norm, source.config.epsilon)
-        drawn = head.draw(normed.detach(), generator)
-        seen.add(normed.detach(), drawn)
+        drawn = head.draw(normed.detach(), every[number])
         normed.backward(drawn.gradient)
         assert leaf.grad is not None
-        pieces.append(leaf.grad)
+        return [[leaf.grad, normed.detach(), drawn.words, drawn.spread]] + [[leaf.grad]] * (exchange.world - 1)
+
+    for _, (gradient, *known) in exchange.in_turn(len(parts), give):
+        if exchange.first:
+            seen.add(*known)
+        pieces.append(gradient)
         tell(sum(map(len, pieces)), len(tokens))
     split = torch.cat(pieces).split([len(x) for x in rows])
     return [gradient.view(x.shape) for gradient, x in zip(split, hidden, strict=True)]
@@ -97,13 +110,16 @@ class Head:
     def _read(self, start: int, stop: int) -> Tensor:
         return self.source.rows(self.source.family.head, start, stop)
 
-    def draw(self, normed: Tensor, generator: torch.Generator) -> Drawn:
+    def chances(self, count: int, generator: torch.Generator) -> Tensor:
+        """The numbers by which `count` tokens draw, float64 [count, slices, 2], on the CPU."""
+        return torch.rand(count, len(self.slices), 2, dtype=torch.float64, generator=generator)
+
+    def draw(self, normed: Tensor, chances: Tensor) -> Drawn:
         """Independent v, w ~ softmax(normed @ head') for every row of `normed` [T, hidden].
 
         Slices are seen once: what was drawn so far gives way to a draw from the next slice with that one's share of the mass so far.
-        `generator`: on the CPU; every token takes its numbers in turn, so that calls with fewer tokens draw the same.
+        Every token has its own `chances`, so that calls with fewer tokens draw the same.
         """
-        chances = torch.rand(len(normed), len(self.slices), 2, dtype=torch.float64, generator=generator)
         chances = chances.to(normed.device)
         top = torch.full((len(normed), 1), -torch.inf, device=normed.device)
         total = torch.zeros(len(normed), 1, dtype=torch.float64, device=normed.device)

@@ -13,29 +13,30 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 The 16-bit stream passes through the block beside it. Where nobody needs its statistics before, it is taken through here and nowhere
 else, and they are taken on the way (`Carried`).
 
-On a GPU the differences x - x~ of bfloat16 activations, and s x~, are rounded to bfloat16 each: 2^-9 of a correction that is damped anyway.
+Several ranks that build one artifact run the samples in turn; the sums of a stage are made by several of them (`drift`), and
+the first solves it, since the next stage waits for this one. What it found goes to all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.artifact.draft import Draft
-from qquant.devices import free_memory, policy
+from qquant.devices import free_memory
 from qquant.errors import NumericalError
 from qquant.families import Stage
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
-from qquant.kernels.product import add_products, tensor_cores
+from qquant.kernels.product import tensor_cores
 from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
+from qquant.solve.drift import Drift, Inputs, drift
 from qquant.solve.moments import Moments
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import STATES, Piece, Stream, all_finite, require_finite
@@ -44,14 +45,6 @@ from qquant.source.padding import without_padding
 Passage = Generator[StageInput[Tensor], None, None]  # of a piece through a block
 SHARE = 0.7  # of the correction for errors before a linear
 RIDGE = 0.2  # of the mean of diag(H~)
-
-
-class Inputs(NamedTuple):
-    """What a piece of the samples brings to a stage: without quantization, and with it."""
-
-    piece: Piece
-    exact: StageInput[Tensor]
-    own: StageInput[Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ def _propagated(
 
     `before`: the input of the 16-bit block, by the pieces of the samples that `stream` runs on.
     """
-    layer, family = view.layer, view.checkpoint.family
+    layer, family, exchange = view.layer, view.checkpoint.family, stream.exchange
     if unit(layer) in solver.draft.units:
         device = stream.device
         stream.advance(layer, view.block({name: value.to(device) for name, value in solver.stored().items()}), {})
@@ -126,26 +119,35 @@ def _propagated(
     rows = view.rows(transformed)
     exact = view.block(transformed.weights)
     own = view.block(exact.weights)  # the same tensors, until they are solved
-    kept = stream.hidden[0].dtype
+    kept = stream.dtype
     transformed.grams.clear()  # what is solved here has statistics of its own
     ways = _Ways(exact, own, before, stream, bool(carried), _anew(view, stream, 1 + bool(carried)))
     seen: Mapping[str, Gram] = carried.grams if carried else {}
     for number, stage in enumerate(family.stages):
-        gram, targets = _targets(view, stage, transformed.weights, ways.inputs(number), seen.get(stage.name))
-        targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
-        for linear, value in solver.solve(stage, targets, gram, rows).items():
-            own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
-        del gram, targets
+        sums = drift(view, stage, ways.inputs(number), stream, seen.get(stage.name))
+        values: Sequence[Tensor] = ()
+        if sums is not None:
+            targets = _targets(stage, transformed.weights, sums)
+            targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
+            solved = solver.solve(stage, targets, sums.gram, rows)
+            values = [solved[linear].to(own.weights[f"{linear}.weight"]) for linear in stage.linears]
+            del targets, solved
+        del sums
+        names = [f"{linear}.weight" for linear in stage.linears]
+        own.weights.update(zip(names, exchange.from_rank(0, values), strict=True))
     hidden = list(ways.outputs(own, kept))
     moved = list(ways.outputs(exact, kept)) if carried else []
-    if not all_finite([*hidden, *moved]):
+    if not all(exchange.say(all_finite([*hidden, *moved]))):
         raise NotFiniteError(f"its output is not finite in {kept}")
     if carried:
         require_finite(layer, seen)
         carried.stream.hidden, carried.stream.overflowed = moved, set()
         if seen:
             carried.moments.save(layer, seen)
-    solver.finish(transformed.weights, transformed.choices, range(len(hidden)) if view.dtype != kept else overflowed)
+    in_float32 = sum(exchange.say(len(overflowed)))
+    if exchange.first:
+        every = sum(map(len, stream.every))
+        solver.finish(transformed.weights, transformed.choices, in_float32 if view.dtype == kept else every)
     stream.hidden = hidden
 
 
@@ -207,70 +209,19 @@ def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Input
         yield Inputs(piece, next(both.pop(0) if last else both[0]), next(own))
 
 
-def _targets(
-    view: View,
-    stage: Stage,
-    weights: Mapping[str, Tensor],
-    inputs: Iterable[Inputs],
-    seen: Gram | None,
-) -> tuple[Gram, dict[str, Tensor]]:
-    """H~ of a stage, and its weights with what makes up for the errors before them, float32; inputs without quantization go into `seen`."""
+def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift) -> dict[str, Tensor]:
+    """The weights of a stage with what makes up for the errors before them, float32; of `sums` H~ alone is left."""
     targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
-    columns = next(iter(targets.values())).shape[1]
-    gram, cross, residuals = _drift(view, stage.name, columns, inputs, seen)
     with tensor_cores():
         lacking = {
-            name: weight @ cross if residuals is None else weight @ cross + residuals
+            name: weight @ sums.cross if sums.residuals is None else weight @ sums.cross + sums.residuals
             for name, weight in targets.items()
         }
-    del cross, residuals
-    factor = _ridge(gram)
+    del sums.cross, sums.residuals
+    factor = _ridge(sums.gram)
     for name, weight in targets.items():
         targets[name] = weight + SHARE * _against(lacking.pop(name), factor)
-    return gram, targets
-
-
-def _drift(
-    view: View, stage: str, columns: int, inputs: Iterable[Inputs], seen: Gram | None
-) -> tuple[Gram, Tensor, Tensor | None]:
-    """H~, sum s (x - x~) x~' [K, K], and where there is a residual r, sum s (r - r~) x~' [N, K].
-
-    Raises:
-        NotFiniteError: an input is not finite.
-    """
-    device = next(iter(view.weights.values())).device
-    gram = Gram.zeros(columns, device)
-    cross = torch.zeros_like(gram.matrix)
-    residuals = None
-    sums = [gram] if seen is None else [gram, seen]
-    for one in sums:
-        one.unseen = [] if policy(device).waits else None
-    for piece, (_, x, r), (_, y, q) in inputs:
-        view.add(gram, stage, y, piece)
-        if seen is not None:
-            view.add(seen, stage, x, piece)
-        weights = view.token_weights(stage, piece, y.shape[-2])
-        weighted = _weighted(y.flatten(0, -2), weights)
-        cross = add_products(cross, _difference(x, y), weighted)
-        if r is not None and q is not None:
-            residuals = torch.zeros(r.shape[-1], columns, device=device) if residuals is None else residuals
-            residuals = add_products(residuals, _difference(r, q), weighted)
-    for one in sums:
-        one.settle()
-    return gram, cross, residuals
-
-
-def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows of x [T, K] times their weights, in float32; 16 bit stay that on a GPU."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return x if weights is None else x * weights.to(x.dtype).unsqueeze(1)
-    return x.float() if weights is None else x.float() * weights.unsqueeze(1)
-
-
-def _difference(x: Tensor, y: Tensor) -> Tensor:
-    """X - y of [..., T, K] as rows, in float32; 16 bit stay that on a GPU."""
-    kept = x.is_cuda and x.dtype == torch.bfloat16
-    return (x - y if kept else x.float() - y.float()).flatten(0, -2)
+    return targets
 
 
 def _ridge(gram: Gram) -> Tensor:

@@ -7,7 +7,7 @@ where it does. Seconds are kept apart: they are no part of the result.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -202,15 +202,13 @@ class Solver:
         shapes = self.checkpoint.family.block_shapes(without_padding(self.checkpoint).config, self.layer)
         return {name.removeprefix(self.prefix): _trimmed(source.tensor(name), shape) for name, shape in shapes.items()}
 
-    def finish(
-        self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), overflowed: Collection[int] = ()
-    ) -> None:
+    def finish(self, weights: Mapping[str, Tensor], choices: Sequence[Choice] = (), overflowed: int = 0) -> None:
         """Have the draft write the block: solved linears, and the norms and biases of `weights`, all of them on the host.
 
         Into the record go `choices` of a transform, and how many samples were computed in float32 (`overflowed`).
         """
         if overflowed:
-            self.record.append(BlockRecord(self.prefix.rstrip("."), len(overflowed)))
+            self.record.append(BlockRecord(self.prefix.rstrip("."), overflowed))
         self.record += [BlockRecord(self.prefix + one.stage, awq=ScaleChoice(**vars(one))) for one in choices]
         self.seconds[self.prefix.rstrip(".")] = round(time.perf_counter() - self.began, 4)
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import finite
 from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError, ShortMemoryError
+from qquant.exchange import ALONE, Exchange
 from qquant.families.decoder import Block, Observer, embed
 from qquant.families.weights import WeightSource
 from qquant.plan.room import states_stay
@@ -94,25 +95,49 @@ class Stream:
     pieces: list[Piece] = field(
         default_factory=list
     )  # whose the hidden states are; a sample each, where it is not said
+    exchange: Exchange = ALONE  # among whose ranks the pieces are shared out
+    every: Sequence[Piece] = ()  # pieces of all ranks
+    lengths: Sequence[int] = ()  # tokens of every sample, where ranks share them out
 
     def __post_init__(self) -> None:
         """A sample each."""
         self.pieces = self.pieces or [(index,) for index in range(len(self.hidden))]
+        self.every = self.every or self.pieces
 
     @classmethod
-    def start(cls, source: WeightSource, samples: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Stream:
-        """The embeddings of samples, int token ids [T] each, for which the table is read once."""
+    def start(
+        cls,
+        source: WeightSource,
+        samples: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        exchange: Exchange = ALONE,
+    ) -> Stream:
+        """The embeddings of this rank's samples among `samples`, int token ids [T] each, for which the table is read once."""
         lengths = [len(sample) for sample in samples]
         together = policy(device).together if dtype != torch.float32 else 1
-        cut = pieces(lengths, together)
+        every = pieces(lengths, together)
+        cut = [every[index] for index in exchange.mine(len(every))]
+        if not cut:  # there are more ranks than pieces
+            return cls([], device, exchange=exchange, every=every, lengths=lengths)
+        samples = [samples[index] for piece in cut for index in piece]
         shapes = [(len(piece), lengths[piece[0]], -1) if len(piece) > 1 else (lengths[piece[0]], -1) for piece in cut]
         rows = embed(source, torch.cat(list(samples)), dtype).split([sum(lengths[i] for i in piece) for piece in cut])
         hidden = [own.clone().to(device).view(shape) for own, shape in zip(rows, shapes, strict=True)]
-        return cls(hidden, device, pieces=cut)
+        return cls(hidden, device, pieces=cut, exchange=exchange, every=every, lengths=lengths)
 
     def branch(self) -> Stream:
         """Another stream that begins where this one is."""
-        return Stream(list(self.hidden), self.device, pieces=self.pieces)
+        return replace(self, hidden=list(self.hidden), pressure=0, overflowed=set())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states; where a rank has none, of nothing."""
+        return self.hidden[0].dtype if self.hidden else torch.float32
+
+    def tokens(self, index: int) -> int:
+        """Tokens of a piece of any rank's."""
+        return sum(self.lengths[sample] for sample in self.every[index])
 
     @property
     def by_piece(self) -> dict[Piece, Tensor]:
@@ -130,7 +155,7 @@ class Stream:
         if not self._unchecked(block, grams, add):
             for index in range(len(self.hidden)):
                 observe = self._observer(grams, index, add) if grams else None
-                self.hidden[index] = self.with_less_memory(layer, partial(self._through, layer, block, index, observe))
+                self.hidden[index] = self.with_less_memory(layer, partial(self.through, layer, block, index, observe))
         for gram in grams.values():
             gram.move(self.device)
         require_finite(layer, grams)
@@ -165,7 +190,11 @@ class Stream:
                 gram.clear()
         return whole
 
-    def _through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
+    def through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
+        """What `block` makes of a piece, in float32 where the dtype of the stream does not hold it: one step of `advance`.
+
+        `observe` may raise NotFiniteError, and is asked again then for the stages that it did not take.
+        """
         x = self.hidden[index].to(self.device)
         for in_float32 in (False, True):
             attempt = block.in_float32() if in_float32 else block
@@ -199,14 +228,17 @@ class Stream:
         return observe
 
     def with_less_memory(self, layer: int, work: Callable[[], Result]) -> Result:
-        """`work()`, again with less in memory where an allocation fails; it must give the same when it is called again."""
+        """`work()`, again with less in memory where an allocation fails; it must give the same when it is called again.
+
+        Work on several ranks is not done again: they would have to agree.
+        """
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.pressure == GRAMS:
+                if self.pressure == GRAMS or self.exchange.world > 1:
                     raise ShortMemoryError(
                         f"block {layer}: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}). What is finished is kept: "
                         "the same command continues where there is more, or with --device cpu"

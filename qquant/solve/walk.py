@@ -9,7 +9,8 @@ On a GPU a thread of each artifact does the last step, one block behind. Activat
 checkpoints are computed in float32: float16 overflows); what happens where they are not finite, or memory is short, is in `stream`.
 Only one block and its Gram matrices are in memory, besides one hidden state per calibration token.
 
-Of several ranks each walks for the drafts that it owns; the first measures the curvature for all, and keeps the moments.
+Several ranks measure the curvature together. Then each walks for drafts of its own, or all walk for the same (`sharing`): samples are run
+in turn, sums have an owner each, and the first rank writes. The first keeps the moments.
 
 With a `curvature` the tokens of a Gram matrix are weighted, codes are polished for the KL divergence of the whole model, and embedding
 and head are solved before the blocks (`outside`). Samples on which no gradient was measured count with weight 1, which is the mean of
@@ -29,22 +30,26 @@ from torch import Tensor
 
 from qquant import background, devices
 from qquant.algorithms import coupled
+from qquant.algorithms.awq import Transformed
 from qquant.algorithms.gram import Gram
 from qquant.artifact.draft import Draft
+from qquant.exchange import ALONE, Exchange, opened
+from qquant.families import Stage
 from qquant.progress import Progress
+from qquant.solve import sharing
 from qquant.solve.block import View, copies, transform
 from qquant.solve.curvature import Curvature, measure, spread
 from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments
 from qquant.solve.outside import lacking, solve_tables, write_unsolved
 from qquant.solve.propagate import Carried, carry, own_block
-from qquant.solve.solver import Solver, drafted, unit
+from qquant.solve.solver import Rows, Solver, drafted, unit
 from qquant.solve.stream import STREAM_DTYPES, Stream, make_room
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding
 
 
-def quantize(
+def quantize(  # noqa: PLR0913  each is of another thing
     checkpoint: Checkpoint,
     samples: Sequence[Tensor],
     drafts: Sequence[Draft],
@@ -52,8 +57,11 @@ def quantize(
     blocks: Layers,
     progress: Progress,
     curvature_tokens: int = 0,
+    together: bool = False,
 ) -> None:
     """Fill every draft, and `moments`. `samples`: int token ids [T] each, possibly of different lengths. `blocks`: the checkpoint's, without padding.
+
+    `together`: all ranks have the same drafts, which the first writes; else each has its own.
 
     With `curvature_tokens` the solvers minimise the KL divergence of the model, as measured on so many tokens; with 0 the output
     error of each linear.
@@ -64,14 +72,16 @@ def quantize(
     """
     source, device = without_padding(checkpoint), blocks.device
     dtype = STREAM_DTYPES[checkpoint.dtype]
-    copied = [draft for draft in drafts if copies(draft, checkpoint)]
+    ranks = moments.ranks
+    mine = [draft for draft in drafts if ranks.first or not together]  # that this rank writes
+    copied = [draft for draft in mine if copies(draft, checkpoint)]
     solved = curvature_tokens > 0
     write = partial(write_unsolved, checkpoint, copied, solved, torch.device("cpu"))
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     unmeasured = any(moments.lacks(layer) for layer in range(layers))
-    curvature, ranks = None, moments.ranks
-    with background.start_early(write, devices.threads_help(device)) as written:
+    curvature = None
+    with opened(ranks, device) as exchange, background.start_early(write, devices.threads_help(device)) as written:
         asked = [
             draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))
         ]
@@ -81,15 +91,19 @@ def quantize(
                 sample: samples[sample] for sample in spread([len(sample) for sample in samples], curvature_tokens)
             }
             scratch = moments.folder / "curvature"
-            curvature = ranks.after_first(lambda: measure(source, chosen, scratch, dtype, device, progress, blocks))
+            curvature = measure(source, chosen, scratch, dtype, device, progress, blocks, exchange)
         written()  # two units of a draft are not journalled at once
-    with _writing(drafts, device):
-        write_unsolved(checkpoint, [draft for draft in drafts if draft not in copied], solved, device, Event())
-        if curvature is not None:
-            solve_tables(checkpoint, drafts, curvature.tables(device), device, progress)
-    with _writing(drafts, device):
-        if waiting or (unmeasured and any(owns for _, owns in work)):
-            _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature)
+        with _writing(mine, device):
+            write_unsolved(checkpoint, [draft for draft in mine if draft not in copied], solved, device, Event())
+            if curvature is not None:
+                solve_tables(checkpoint, mine, curvature.tables(device), device, progress)
+        if together:
+            ranks.meet()  # an embedding that is codes begins a stream
+            unmeasured = ranks.once(lambda: unmeasured)
+        with _writing(mine, device):
+            if waiting or (unmeasured and any(owns for _, owns in work)):
+                group = exchange if together else ALONE
+                _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature, group)
 
 
 @contextmanager
@@ -101,14 +115,16 @@ def _writing(drafts: Sequence[Draft], device: torch.device) -> Iterator[None]:
         yield
 
 
-def _own_stream(checkpoint: Checkpoint, draft: Draft, exact: Stream, samples: Sequence[Tensor]) -> Stream:
+def _own_stream(
+    checkpoint: Checkpoint, draft: Draft, exact: Stream, samples: Sequence[Tensor], dtype: torch.dtype
+) -> Stream:
     """The beginning of an artifact's own stream: `exact`, or what its own embedding gives."""
     if copies(draft, checkpoint):
         return exact.branch()
-    return Stream.start(drafted(draft), samples, exact.hidden[0].dtype, exact.device)
+    return Stream.start(drafted(draft), samples, dtype, exact.device, exact.exchange)
 
 
-def _walk(
+def _walk(  # noqa: PLR0913  each is of another thing
     checkpoint: Checkpoint,
     samples: Sequence[Tensor],
     waiting: Sequence[Draft],
@@ -116,20 +132,23 @@ def _walk(
     blocks: Layers,
     progress: Progress,
     curvature: Curvature | None,
+    exchange: Exchange,
 ) -> None:
     """Once through the blocks, for drafts that do not have all of them."""
     dtype, device = STREAM_DTYPES[checkpoint.dtype], blocks.device
     layers = checkpoint.config.layers
-    start = Stream.start(checkpoint, samples, dtype, device)
+    start = Stream.start(checkpoint, samples, dtype, device, exchange)
     shared = [draft for draft in waiting if not draft.plan.spec.own_stream]
     apart = [draft for draft in waiting if draft.plan.spec.own_stream]
     # 8 bits stray less from the checkpoint than activations of a 16-bit dtype are rounded: float32 then shows by how much.
     at_dtype = [draft for draft in apart if dtype == torch.float32 or not draft.plan.spec.eight_bit]
     at_float32 = [draft for draft in apart if dtype != torch.float32 and draft.plan.spec.eight_bit]
-    start32 = Stream.start(checkpoint, samples, torch.float32, device) if at_float32 else None
-    own = [_Own(draft, _own_stream(checkpoint, draft, start, samples)) for draft in at_dtype]
+    start32 = Stream.start(checkpoint, samples, torch.float32, device, exchange) if at_float32 else None
+    own = [_Own(draft, _own_stream(checkpoint, draft, start, samples, dtype)) for draft in at_dtype]
     if start32:
-        own += [_Own(draft, _own_stream(checkpoint, draft, start32, samples), True) for draft in at_float32]
+        own += [
+            _Own(draft, _own_stream(checkpoint, draft, start32, samples, torch.float32), True) for draft in at_float32
+        ]
     make_room([start, *([start32] if start32 else []), *(one.stream for one in own)])
     streams = _Streams(start, start32, shared, own, moments)
     with blocks.walk(range(layers)) as forth:
@@ -188,7 +207,7 @@ class _Streams:
             return None
         for one in self.own:
             if one.draft in missing and not one.in_float32:
-                wanted = self.moments.lacks(view.layer)
+                wanted = any(one.stream.exchange.say(self.moments.lacks(view.layer)))
                 grams = view.grams(one.stream.device, matrices=False) if wanted else {}
                 work = partial(carry, view, Carried(self.start, grams, self.moments), one.stream, one.draft)
                 return one.draft if one.stream.with_less_memory(view.layer, work) else None
@@ -202,6 +221,8 @@ def _shared(
     layer, family = view.layer, view.checkpoint.family
     todo = [draft for draft in drafts if unit(layer) not in draft.units]
     scaled = [draft for draft in others if draft.plan.spec.transforms and unit(layer) not in draft.units]
+    if stream.exchange.world > 1:
+        return _shared_by_ranks(view, stream, todo, scaled, moments)
     needed = todo or scaled or moments.lacks(layer)
     grams = view.grams(stream.device, matrices=bool(todo or scaled)) if needed else {}
     stream.advance(layer, view.block(), grams, view.add)
@@ -214,8 +235,43 @@ def _shared(
         rows = view.rows(transformed)
         for stage in family.stages:
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
-        solver.finish(transformed.weights, transformed.choices, stream.overflowed)
+        solver.finish(transformed.weights, transformed.choices, len(stream.overflowed))
 
     for draft in todo:
         stream.with_less_memory(layer, partial(solve, draft))
+    return grams
+
+
+def _shared_by_ranks(
+    view: View, stream: Stream, todo: Sequence[Draft], scaled: Sequence[Draft], moments: Moments
+) -> dict[str, Gram]:
+    """What `_shared` does, with all ranks of the stream's; of the statistics matrices only where a draft needs all of them."""
+    layer, exchange, stages = view.layer, stream.exchange, view.checkpoint.family.stages
+    if not any(exchange.say(bool(todo or scaled or moments.lacks(layer)))):
+        stream.advance(layer, view.block(), {})
+        return {}
+    owned = sharing.owners(view, stream)
+    grams = sharing.advance(view, stream, owned if todo or scaled else {})
+    if any(draft.plan.spec.transforms for draft in (*todo, *scaled)):
+        sharing.to_all(grams, owned, stream)
+    moments.save(layer, grams)
+    overflowed = sum(exchange.say(len(stream.overflowed)))
+    for draft in todo:
+        transformed = transform(view, draft, grams)
+        rows = view.rows(transformed)
+
+        def solve_one(
+            stage: Stage, draft: Draft = draft, transformed: Transformed = transformed, rows: Rows = rows
+        ) -> Solver:
+            solver = Solver(view.checkpoint, draft, layer, moments)
+            solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
+            return solver
+
+        whole = Solver(view.checkpoint, draft, layer, moments)
+        for tensors, record, seconds in sharing.solve(stages, solve_one, owned, stream):
+            whole.tensors |= tensors
+            whole.record += record
+            whole.seconds |= seconds
+        if exchange.first:
+            whole.finish(transformed.weights, transformed.choices, overflowed)
     return grams

@@ -87,7 +87,7 @@ def test_drawn_gradients_have_the_fisher_information_as_second_moment(source):
     fisher = head.T.double() @ (torch.diag(p) - torch.outer(p, p)) @ head.double()
     draw = Head(source, CPU)
     generator = torch.Generator().manual_seed(SEED)
-    drawn = draw.draw(normed.expand(20000, -1).contiguous(), generator).gradient.double()
+    drawn = draw.draw(normed.expand(20000, -1).contiguous(), draw.chances(20000, generator)).gradient.double()
     estimate = drawn.T @ drawn / len(drawn)
     assert float((estimate - fisher).norm() / fisher.norm()) < 0.1
     assert float(drawn.mean(0).norm() / fisher.trace().sqrt()) < 0.03
@@ -99,8 +99,9 @@ def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
         for count in (90, 7, 60)
     ]
     draw, generator = Head(source, CPU), torch.Generator().manual_seed(SEED)
-    together = draw.draw(torch.cat(hidden), torch.Generator().manual_seed(SEED)).gradient
-    assert torch.equal(together, torch.cat([draw.draw(part, generator).gradient for part in hidden]))
+    together = draw.draw(torch.cat(hidden), draw.chances(157, torch.Generator().manual_seed(SEED))).gradient
+    apart = [draw.draw(part, draw.chances(len(part), generator)).gradient for part in hidden]
+    assert torch.equal(together, torch.cat(apart))
     assert len(together.unique(dim=0)) > 140
 
 
@@ -117,7 +118,8 @@ def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     monkeypatch.setattr(draw, "_read", lambda start, stop: head[start:stop])
     assert len(draw.slices) == 3
     count = 20000
-    drawn = draw.draw(normed.expand(count, -1).contiguous(), torch.Generator().manual_seed(5)).gradient.double()
+    chances = draw.chances(count, torch.Generator().manual_seed(5))
+    drawn = draw.draw(normed.expand(count, -1).contiguous(), chances).gradient.double()
     assert torch.allclose(drawn.mean(0), torch.zeros(hidden).double(), atol=5 * float(drawn.std() / count**0.5))
     mean = p @ head.double()
     variance = p @ head.double().square() - mean.square()

@@ -67,14 +67,14 @@ def test_bytes_are_those_of_a_build_that_looks_at_every_sample(make_checkpoint, 
 def test_a_sample_that_is_not_finite_is_found_at_the_end_of_the_block(make_checkpoint, as_on_a_card, monkeypatch):
     """Then every sample is looked at, as on a CPU, and that one goes through the block in float32; no sum is counted twice."""
     source, looked = Checkpoint.open(make_checkpoint()), []
-    through, forward = stream.Stream._through, Block.forward
+    through, forward = stream.Stream.through, Block.forward
 
     def overflows(self, x, observe=None):
         y = forward(self, x, observe)
         return y * torch.inf if len(x) == 7 and self.dtype == torch.bfloat16 else y
 
     monkeypatch.setattr(Block, "forward", overflows)
-    monkeypatch.setattr(stream.Stream, "_through", lambda self, *rest: looked.append(rest[2]) or through(self, *rest))
+    monkeypatch.setattr(stream.Stream, "through", lambda self, *rest: looked.append(rest[2]) or through(self, *rest))
     with Layers.of(source, CPU).walk([0]) as found:
         block = Block(source.family, source.config, next(found), torch.bfloat16)
     inputs = source.family.inputs(source.config, 0)

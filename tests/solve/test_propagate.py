@@ -13,8 +13,9 @@ from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
 from qquant.plan import room
 from qquant.solve import block as blocks
-from qquant.solve import propagate, stream, walk
-from tests.worlds.builds import HEAD, contents
+from qquant.solve import drift, propagate, stream, walk
+from qquant.solve.stream import Stream
+from tests.worlds.builds import CPU, HEAD, contents
 
 
 def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
@@ -115,13 +116,14 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
     weights = {f"{stage.linears[0]}.weight": weight}
     view = blocks.View(None, 0, weights, torch.float32, None)
     inputs = [
-        propagate.Inputs((place,), StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
+        drift.Inputs((place,), StageInput("o", x[part], r[part]), StageInput("o", own[part], q[part]))
         for place, part in enumerate((slice(0, 25), slice(25, None)))
     ]
-    gram, targets = propagate._targets(view, stage, weights, inputs, None)
+    sums = drift.drift(view, stage, iter(inputs), Stream([x[:25], x[25:]], CPU))
+    targets = propagate._targets(stage, weights, sums)
     found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
-    ridge = (propagate.RIDGE * gram.matrix.diagonal().mean()).sqrt()
+    ridge = (propagate.RIDGE * sums.gram.matrix.diagonal().mean()).sqrt()
     stacked = torch.cat([own, ridge * torch.eye(8)]).double(), torch.cat([wanted, torch.zeros(8, 5)]).double()
     expected = torch.linalg.lstsq(*stacked).solution.T
     assert torch.allclose(found.double(), expected, atol=1e-5)
