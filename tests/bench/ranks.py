@@ -1,11 +1,11 @@
-"""A build on 1, 2, 4, ... ranks of one host: the same bytes or not, seconds by phase, peak memory of each rank.
+"""A build on 1, 2, 4, ... ranks of one host: the same bytes or not, seconds by phase, peak memory and bytes sent of each rank.
 
     python -m tests.bench.ranks --work FOLDER --out FOLDER [--shape demo|0.5B|1.8B|7B] [--layers 32] [--samples 128] [--worlds 1 2 4]
                                 [--only gptq-int4 q4_k_m ...] [--windows 16] [--stop 20]
 
 `demo`: the bundled checkpoint by its recipe; else random bf16 weights of the shape, and a recipe of the eleven published artifacts with
 random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), else
-one thread. Each world builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1
+one thread. `--only` of one artifact is made by all ranks together, of several each by one. Each world builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1
 is ended, and the next number of ranks continues. Numbers go to FOLDER/ranks.json after every world; a summary is printed.
 
 On a machine that others use, processor seconds say more than the clock: those of the slowest rank in each phase, summed, are what a build
@@ -109,6 +109,7 @@ def rank_main(options):
             "processor": {phase: round(took, 2) for phase, (_, took) in clock.phases.items()},
             "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
+            "sent_gb": ranks.sent / 1e9,
             "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         }
         (options.work / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
@@ -215,7 +216,8 @@ def summary(found, first):
     for number, rank in enumerate(found["ranks"]):
         phases = ", ".join(f"{phase} {took:.1f}" for phase, took in rank["phases"].items())
         gpu = f"{rank['gpu_gb']:.1f} GB of the GPU, " if rank["gpu_gb"] else ""
-        lines.append(f"  rank {number}: {gpu}{rank['host_gb']:.1f} GB of the host; {phases}")
+        sent = f"{rank['sent_gb']:.2f} GB sent; " if rank["sent_gb"] else ""
+        lines.append(f"  rank {number}: {gpu}{rank['host_gb']:.1f} GB of the host; {sent}{phases}")
     return "\n".join(lines)
 
 
