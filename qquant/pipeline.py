@@ -35,6 +35,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file
 from qquant.formats.planned import PlannedArtifact
 from qquant.plan import seconds
+from qquant.plan.capacity import require_fit
 from qquant.plan.places import require_outside
 from qquant.plan.plan import Plan
 from qquant.plan.texts import shortfall
@@ -71,7 +72,7 @@ def build(
     `ranks` share out the artifacts; the bytes are the same, and all return the report.
     """
     require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
-    plan.require_room(out)
+    require_fit(recipe, checkpoint, plan, out, device)
     with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)

@@ -56,7 +56,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Print what a build will write to the byte, the memory, disk and time it takes, and what does not fit.
 
-    Needs no torch and no GPU but for --time.
+    Needs no torch and no GPU but for --time and --device; what does not fit on the device that is named exits with 6.
     """
     from qquant.plan.beside import beside
     from qquant.plan.plan import Plan
@@ -87,6 +87,17 @@ def plan(
     _print_efforts(costs)
     for warning in planned.warnings:
         echo(f"warning: {warning}")
+    _judge(loaded, source, planned, device)
+
+
+def _judge(recipe: Recipe, source: Checkpoint, planned: Plan, device: str) -> None:
+    """Raise EnvironmentMissingError where the device that was named here has too little memory."""
+    if device == "auto":
+        return
+    from qquant import devices
+    from qquant.plan.capacity import Free, require_memory
+
+    require_memory(recipe, source, planned, Free.of(devices.named(device)))
 
 
 @dataclass(frozen=True)
@@ -259,6 +270,10 @@ def _print_needs(planned: Plan, phases: dict[str, float], known: bool) -> None:
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
         echo(f"time:   about {span(sum(phases.values()))} here ({each}), {within}")
     free = f"; {host_memory() / 1e9:.1f} GB are free on the host"
-    echo(f"memory: about {planned.memory / 1e9:.1f} GB at the peak{free}")
+    host, card = planned.needs["cpu"], planned.needs["cuda"]
+    echo(f"memory: about {host.device / 1e9:.1f} GB at the peak on a CPU ({host.step}){free}")
+    echo(
+        f"        with --device cuda {card.device / 1e9:.1f} GB of the GPU, at least {card.least / 1e9:.1f} GB, and {card.host / 1e9:.1f} GB of the host"
+    )
     room = shutil.disk_usage(Path.cwd()).free
     echo(f"disk:   {planned.disk:,} bytes while it is built; {room:,} are free here")

@@ -43,4 +43,4 @@ def _cost(effort: str, recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock
     artifacts = tuple(dataclasses.replace(one, spec=specs[one.spec.name]) for one in plan.artifacts)
     tokens = recipe.calibration.samples * recipe.calibration.length
     other = dataclasses.replace(plan, artifacts=artifacts, tokens=tokens)
-    return Cost(effort, True, build_memory(recipe, checkpoint), clock(recipe, other) if clock else None)
+    return Cost(effort, True, build_memory(recipe, checkpoint).device, clock(recipe, other) if clock else None)

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qquant.devices import POLICIES
 from qquant.disk.output import PARTIAL
 from qquant.errors import EnvironmentMissingError, UsageError
 from qquant.formats import FORMATS, by_size
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import Losses, PlannedArtifact
-from qquant.plan.memory import build_memory, scratch_bytes
+from qquant.plan.memory import Memory, build_memory, scratch_bytes
 from qquant.plan.parallel import rank_sizes
 from qquant.plan.places import require_model_name
 from qquant.plan.texts import NOT_COUNTED, PlannedTexts, examine
@@ -34,7 +35,7 @@ class Plan:
 
     model: str
     artifacts: tuple[PlannedArtifact, ...]
-    memory: int  # bytes
+    needs: Mapping[str, Memory]  # by kind of device
     disk: int  # bytes
     gates: Mapping[str, Gates]  # by artifact, defaults filled in
     checks: Checks
@@ -95,15 +96,20 @@ class Plan:
         parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if FORMATS[spec.format].is_folder}
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
-        memory = build_memory(recipe, checkpoint)
+        needs = {kind: build_memory(recipe, checkpoint, kind, chosen) for kind in POLICIES}
         texts = examine(recipe, checkpoint.path)
         in_float32 = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
         expected = {one.name: _expected(one, losses[one.name]) for one in planned if one.name in losses}
         return cls(
-            name, planned, memory, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
+            name, planned, needs, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
             texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
             writing=planned_writing(recipe, checkpoint),
         )  # fmt: skip
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak of a build on a CPU."""
+        return self.needs["cpu"].device
 
     @property
     def looks(self) -> list[int]:
@@ -166,6 +172,7 @@ class Plan:
             "schema": "qquant-plan-1",
             "model": self.model,
             "memory_bytes": self.memory,
+            "memory": {kind: vars(needs) for kind, needs in self.needs.items()},
             "disk_bytes": self.disk,
             "warnings": list(self.warnings),
             "types_chosen_by_build": list(self.unsettled),

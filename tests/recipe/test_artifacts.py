@@ -39,7 +39,7 @@ def test_no_memory_is_planned_for_a_stream_that_is_not_walked(demo):
     """`propagate` is true by default and idle with `solver: rtn`."""
     checkpoint = Checkpoint.open(demo)
     asked, declined, walked = (
-        build_memory(recipe.parse(HEAD % fields), checkpoint)
+        build_memory(recipe.parse(HEAD % fields), checkpoint).device
         for fields in (
             "format: gptq, bits: 8, solver: rtn",
             "format: gptq, bits: 8, solver: rtn, propagate: false",
