@@ -157,6 +157,8 @@ class Exchange:
                 world_size=self.world,
                 timeout=timedelta(seconds=STUCK),
             )
+            if self.device.type == "cuda":  # not all need be there when the first pair connects, but now
+                distributed.all_reduce(torch.zeros(1, device=self.device))
         except RuntimeError as error:
             raise self._lost(error) from None
         self.connected = True

@@ -55,7 +55,8 @@ class _Recording(Generic[Result]):
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.graph.capture_begin()
+            # What other threads ask of the GPU meanwhile is theirs: the one that watches over NCCL queries events.
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.result = function(*mine)
             finally:
