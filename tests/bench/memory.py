@@ -42,6 +42,7 @@ COMMON = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+PEAKS = ("host", "device", "reserved", "planned", "planned at least", "planned for the host")
 CONTEXT = 0.6  # GB of a card: CUDA's context, and the workspaces of its libraries
 RECIPE = """
 version: 1
@@ -131,7 +132,7 @@ def build(folder, out, options):
     recipe = out.parent / "memory.yaml"
     entries = "".join(f"  - {ENTRIES[name]}\n" for name in options.artifacts)
     recipe.write_text(RECIPE.format(samples=options.samples, length=options.length) + entries)
-    planned = Plan.of(recipes.load(str(recipe)), Checkpoint.open(folder)).memory
+    need = Plan.of(recipes.load(str(recipe)), Checkpoint.open(folder)).needs[options.device.split(":")[0]]
     peak = out.parent / "peak"
     limit = options.limit_gb - CONTEXT if options.limit_gb else 0
     command = [sys.executable, "-c", CHILD, str(peak), str(limit), "build", str(folder), "--recipe", str(recipe)]
@@ -140,7 +141,8 @@ def build(folder, out, options):
         [*command, "--out", str(out), "--device", options.device], check=False, stdout=subprocess.DEVNULL
     )
     found = json.loads(peak.read_text())
-    return found | {"planned": planned, "seconds": round(time.monotonic() - began, 1), "exit": run.returncode}
+    planned = {"planned": need.device, "planned at least": need.least, "planned for the host": need.host}
+    return found | planned | {"seconds": round(time.monotonic() - began, 1), "exit": run.returncode}
 
 
 def measured(options, layers):
@@ -148,9 +150,7 @@ def measured(options, layers):
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         folder = write_random(Path(temporary) / "model", options.shape, layers, options.device, scale=options.scale)
         found = build(folder, Path(temporary) / "out", options)
-    sizes = ", ".join(
-        f"{name} {found[name] / 1e9:.3f} GB" for name in ("host", "device", "reserved", "planned") if name in found
-    )
+    sizes = ", ".join(f"{name} {found[name] / 1e9:.3f} GB" for name in PEAKS if found.get(name))
     narrow = f" / {options.scale}" if options.scale > 1 else ""
     print(
         f"{options.shape}{narrow}, layers {layers}, {options.samples} x {options.length}, {' '.join(options.artifacts)}: ",
