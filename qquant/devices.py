@@ -137,7 +137,8 @@ def _free_on_card(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     spare = torch.cuda.memory_reserved(device) - used
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    card = torch.cuda.current_device() if device.index is None else device
+    share: float = torch.cuda.get_per_process_memory_fraction(card)
     return int(min(free + spare, share * total - used))
 
 

@@ -36,3 +36,10 @@ def test_mps_on_the_command_line_is_one_line(demo, tmp_path, capsys):
     assert ended.value.code == 2
     assert "--device mps: qquant computes on cpu and cuda only; give cpu, cuda, or auto" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_free_memory_of_a_card_is_no_more_than_it_has(name):
+    _, total = torch.cuda.mem_get_info()
+    assert 0 < devices.free_memory(torch.device(name)) <= total
