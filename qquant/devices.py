@@ -137,8 +137,7 @@ def _free_on_card(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     spare = torch.cuda.memory_reserved(device) - used
-    card = torch.cuda.current_device() if device.index is None else device
-    share: float = torch.cuda.get_per_process_memory_fraction(card)
+    share = torch.cuda.get_per_process_memory_fraction(torch.empty(0, device=device).device)  # which has a number
     return int(min(free + spare, share * total - used))
 
 
