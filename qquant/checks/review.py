@@ -61,10 +61,9 @@ from qquant.report.record import (
     Verdict,
     fallback_note,
 )
-from qquant.report.solved import Solved, warnings_of
+from qquant.report.solved import FLOAT16_MAX, Solved, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
-FP16_MAX = 65504.0
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
 CORES = 2  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
 
@@ -336,7 +335,9 @@ def _read(
         main = {name: Fidelity.joined([main[name], more[name]]) for name in main}
         verdicts = _judge(candidates, main, verdicts, len(text.looks))
     peaks = spreading.largest(peaks, ranks)
-    headroom = {name: tuple(peak / FP16_MAX for peak in peaks.of(index)) for index, name in enumerate(["", *sources])}
+    headroom = {
+        name: tuple(peak / FLOAT16_MAX for peak in peaks.of(index)) for index, name in enumerate(["", *sources])
+    }
     return Measured(main, further, verdicts, headroom)
 
 

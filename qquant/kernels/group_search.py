@@ -34,7 +34,7 @@ FEW_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # coarse factors for up to 16 level
 MANY_LEVELS = (0.97, 1.0, 1.03, 1.06, 1.09, 1.12)  # and for more, where it hardly does
 FINE = (-5 / 7, -3 / 7, -1 / 7, 1 / 7, 3 / 7, 5 / 7)  # of the distance between coarse factors
 TINY = 2.0**-24  # smallest float16 above 0
-LARGEST = 65504.0
+FLOAT16_MAX = torch.finfo(torch.float16).max
 ROWS = 32
 MAX_GROUP = 256  # columns that the Triton kernel holds
 
@@ -89,7 +89,7 @@ def _check(weight: Tensor, importance: Tensor, group_size: int) -> None:
 
 def as_stored(scale: Tensor) -> Tensor:
     """Float32 scales rounded to float16 values, finite and not zero."""
-    return scale.abs().clamp_(TINY, LARGEST).copysign_(scale).half().float()
+    return scale.abs().clamp_(TINY, FLOAT16_MAX).copysign_(scale).half().float()
 
 
 class _Search:

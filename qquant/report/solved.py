@@ -13,7 +13,7 @@ from pydantic import Discriminator, Tag
 
 from qquant.disk.records import Count, Number
 
-FLOAT16 = 65504  # its largest number
+FLOAT16_MAX = 65504  # as torch.finfo has it, which a report does not import
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _of_linear(linear: LinearRecord) -> Iterable[str]:
         yield f"{linear.dead} input channels were always zero during calibration"
     if _above(linear.damping, linear.damping_asked):
         yield f"damping was raised from {linear.damping_asked:g} to {linear.damping:g}"
-    if _above(linear.largest, FLOAT16):
-        yield f"inputs up to {linear.largest:.3g} do not fit float16 ({FLOAT16}); run it in bfloat16"
+    if _above(linear.largest, FLOAT16_MAX):
+        yield f"inputs up to {linear.largest:.3g} do not fit float16 ({FLOAT16_MAX}); run it in bfloat16"
 
 
 def _of_block(block: BlockRecord) -> Iterable[str]:
