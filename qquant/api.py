@@ -94,9 +94,9 @@ def build(
     sources = [calibration] if isinstance(calibration, str | PathLike) else calibration
     changes = tuple(f"{key}={json.dumps(value)}" for key, value in (settings or {}).items())
     flags = Flags(format, bits, group_size, tuple(types), (), changes, effort, size)
-    chosen = Path(recipe) if isinstance(recipe, PathLike) else recipe
+    place = Path(recipe) if isinstance(recipe, PathLike) else recipe
     lora = None if adapter is None else Path(adapter)
-    asked = Asked(str(checkpoint), chosen, revision, lora, flags, tuple(Path(source) for source in sources))
+    asked = Asked(str(checkpoint), place, revision, lora, flags, tuple(Path(source) for source in sources))
     wanted, source = asked.open()
     plan = Plan.of(wanted, source, only, name, given_imatrix(None if imatrix is None else Path(imatrix), source))
     for warning in plan.warnings:

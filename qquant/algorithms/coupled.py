@@ -51,12 +51,12 @@ def sweep(
         visited.forget()  # memory is short beside such a matrix
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
-        chosen = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
-        step, offset = (level[chosen][:, columns.order // grid.width] for level in spacing)
-        chosen_rows = (weight[chosen][:, columns.order], codes[chosen][:, columns.order], step, offset)
-        batched = [x.view(len(spans), -1, x.shape[1]) for x in chosen_rows]
+        places = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
+        step, offset = (level[places][:, columns.order // grid.width] for level in spacing)
+        selected = (weight[places][:, columns.order], codes[places][:, columns.order], step, offset)
+        batched = [x.view(len(spans), -1, x.shape[1]) for x in selected]
         visited_codes = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)
-        swept[chosen] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
+        swept[places] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
     return swept
 
 

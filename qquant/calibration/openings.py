@@ -131,7 +131,7 @@ def _of_chats(corpus: Corpus) -> list[str]:
     return [text for text in dict.fromkeys(asked) if 0 < len(text.encode()) <= QUESTION]
 
 
-def chosen(corpus: Corpus, count: int, seed: int) -> list[str]:
+def drawn(corpus: Corpus, count: int, seed: int) -> list[str]:
     """`count` openings in their order from a seeded one on; with fewer than `count` they come again."""
     openings = corpus.openings
     start = rank(seed, corpus.record.name, 0) % len(openings)
@@ -140,7 +140,7 @@ def chosen(corpus: Corpus, count: int, seed: int) -> list[str]:
 
 def texts(corpus: Corpus, count: int, spec: recipe.Calibration, tokenizer: Tokenizer, write: Writer) -> list[list[int]]:
     """`count` samples of exactly `spec.length` tokens that go on from short openings."""
-    opened = [tokenizer.encode(opening, special=False) for opening in chosen(corpus, count, spec.seed)]
+    opened = [tokenizer.encode(opening, special=False) for opening in drawn(corpus, count, spec.seed)]
     prompts = tuple(tuple(ids[: min(OPENING, spec.length - 1)]) for ids in opened)
     return write(Writing(prompts, spec.length, (), tokenizer.size, spec.seed, f"text {corpus.record.name}"))
 

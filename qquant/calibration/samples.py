@@ -214,7 +214,7 @@ def _draw(
         elif corpus.openings:
             talks += [
                 (corpus, corpus.where, [{"role": "user", "content": opening}])
-                for opening in openings.chosen(corpus, count, spec.seed)
+                for opening in openings.drawn(corpus, count, spec.seed)
             ]
         else:
             picked = _pick(corpus, count, spec.default_system_share, tokenizer.default_system, spec.seed)

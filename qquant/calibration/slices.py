@@ -156,8 +156,8 @@ def _windows(ids: NDArray[np.int32], most: int) -> NDArray[np.int32]:
     """Up to `most` windows [n, LENGTH], one from each of as many equal stretches of the text."""
     there = len(ids) // LENGTH
     count = min(most, there)
-    chosen = [index * there // count for index in range(count)]
-    return ids[: there * LENGTH].reshape(there, LENGTH)[chosen]
+    places = [index * there // count for index in range(count)]
+    return ids[: there * LENGTH].reshape(there, LENGTH)[places]
 
 
 def frequencies(text: str) -> float:

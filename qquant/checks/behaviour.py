@@ -143,12 +143,12 @@ def _structure(asking: Asking, progress: Progress) -> dict[str, TokenLoss]:
     if not len(calls.windows):
         return {}
     text = Scored(torch.as_tensor(calls.windows, dtype=torch.int64), calls.first, asking.tokenizer.size)
-    chosen = torch.as_tensor(calls.structure[:, calls.first + 1 :])
+    structure = torch.as_tensor(calls.structure[:, calls.first + 1 :])
     by_name = {}
     for name, whole in measure(asking.checkpoint, asking.artifacts, text, asking.device, progress).items():
-        rows = range(len(chosen))
+        rows = range(len(structure))
         by_name[name] = _read(
-            [Fidelity(**{key: column[row][chosen[row]] for key, column in vars(whole).items()}) for row in rows]
+            [Fidelity(**{key: column[row][structure[row]] for key, column in vars(whole).items()}) for row in rows]
         )
     return by_name
 

@@ -66,8 +66,8 @@ class Bisection:
     kl: float  # of the artifact
     limit: float
     gains: tuple[tuple[Restorable, float], ...]  # largest first
-    chosen: tuple[Restorable, ...]  # the smallest set that was found; empty if nothing has to be restored
-    kl_chosen: float  # with `chosen` in 16 bits
+    restored: tuple[Restorable, ...]  # the smallest set that was found; empty if nothing has to be restored
+    kl_restored: float  # with `restored` in 16 bits
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,12 @@ def bisect(search: Search, candidates: Sequence[Restorable], limit: float) -> Bi
 
 def _thinned(search: Search, bisection: Bisection) -> Bisection:
     """The bisection without the parts that turn out not to be needed; the largest is tried first."""
-    chosen, kl_reached = list(bisection.chosen), bisection.kl_chosen
+    restored, kl_reached = list(bisection.restored), bisection.kl_restored
     if kl_reached > bisection.limit:
         return bisection
-    for candidate in sorted(bisection.chosen, key=lambda part: -part.size):
-        fewer = [other for other in chosen if other != candidate]
+    for candidate in sorted(bisection.restored, key=lambda part: -part.size):
+        fewer = [other for other in restored if other != candidate]
         kl = search.kl([fewer])[0]
         if fewer and kl <= bisection.limit:
-            chosen, kl_reached = fewer, kl
-    return Bisection(bisection.kl, bisection.limit, bisection.gains, tuple(chosen), kl_reached)
+            restored, kl_reached = fewer, kl
+    return Bisection(bisection.kl, bisection.limit, bisection.gains, tuple(restored), kl_reached)

@@ -143,14 +143,15 @@ def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence
         )
         for row in range(documents)
     ]
-    chosen = [row for row, reading in enumerate(whole_documents) if reading.known] or list(range(documents))
+    documents_told = [row for row, reading in enumerate(whole_documents) if reading.known] or list(range(documents))
     for name, start, stop in text.stretches():
         ours, beside = (
-            Fidelity(**{key: column[chosen, start:stop].flatten(0, 1) for key, column in values.items()})
+            Fidelity(**{key: column[documents_told, start:stop].flatten(0, 1) for key, column in values.items()})
             for values in (columns, again)
         )
         yield _described(
-            SliceReading(name, "position", ours, beside), [one for row in chosen for one in said[row][start:stop]]
+            SliceReading(name, "position", ours, beside),
+            [one for row in documents_told for one in said[row][start:stop]],
         )
 
 

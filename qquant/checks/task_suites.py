@@ -71,7 +71,7 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
 }
 
 
-def chosen(suite: str, execute_code: bool) -> tuple[list[Benchmark], list[str]]:
+def allowed(suite: str, execute_code: bool) -> tuple[list[Benchmark], list[str]]:
     """(the benchmarks of a suite that may be asked, the names of those that would run code)."""
     every = SUITES[suite]
     return (

@@ -27,7 +27,7 @@ import torch
 
 from qquant.artifact.manifest import REPORT, read_report
 from qquant.checks import statistics
-from qquant.checks.task_suites import Benchmark, KeptScores, chosen, local_copies, require_data
+from qquant.checks.task_suites import Benchmark, KeptScores, allowed, local_copies, require_data
 from qquant.errors import EnvironmentMissingError, InputError, UsageError
 from qquant.formats import weight_files
 from qquant.progress import Progress
@@ -108,7 +108,7 @@ def run_suite(
         StoppedError: with `questions.kept`, what is done is there when it is asked again.
     """
     harness = _harness()
-    benchmarks, _ = chosen(questions.suite, questions.execute_code)
+    benchmarks, _ = allowed(questions.suite, questions.execute_code)
     if questions.data is not None:
         require_data(benchmarks, questions.data)
     models = [_ModelAsked(checkpoint, path, device) for path in (checkpoint.path, *paths)]

@@ -150,9 +150,9 @@ def bisect(
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
-    chosen = [restorable.name for restorable in bisection.chosen]
-    weights = [name for restorable in bisection.chosen for name in restorable.weights]
-    fields = in_16_bits(artifact, weights, source.dtype) if chosen else {}
+    restored = [restorable.name for restorable in bisection.restored]
+    weights = [name for restorable in bisection.restored for name in restorable.weights]
+    fields = in_16_bits(artifact, weights, source.dtype) if restored else {}
     if as_json:
         gains = [
             {"name": restorable.name, "parameters": restorable.size, "gain": gain}
@@ -164,7 +164,7 @@ def bisect(
             "limit": bisection.limit,
             "gains": gains,
         }
-        content |= {"restored": chosen, "kl_restored": bisection.kl_chosen, "recipe_entry": fields}
+        content |= {"restored": restored, "kl_restored": bisection.kl_restored, "recipe_entry": fields}
         echo(json.dumps(content, indent=2))
     else:
         from rich.table import Table
@@ -174,20 +174,20 @@ def bisect(
             share = f"{gain / bisection.kl:.1%}" if bisection.kl else ""
             table.add_row(*cells(restorable.name, f"{restorable.size:,}", f"{gain:+.6f}", share))
         console().print(table)
-        if not chosen:
+        if not restored:
             echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")
         else:
-            echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_chosen:.6f} with these in 16 bits:")
-            echo("\n".join(f"  {name}" for name in chosen))
+            echo(f"mean KL divergence {bisection.kl:.6f}; {bisection.kl_restored:.6f} with these in 16 bits:")
+            echo("\n".join(f"  {name}" for name in restored))
             echo("in a recipe's entry of it:")
             echo("\n".join(f"    {line}" for line in lines_of(fields)))
-    if written is not None and chosen:
+    if written is not None and restored:
         written.write_text(dump(again(artifact, fields), brief=True), "utf-8")
         if not as_json:
             echo(f"{written}: its recipe with these. Next: qquant build {against} --recipe {written} --out DIR")
-    if bisection.kl_chosen > max_kl:
+    if bisection.kl_restored > max_kl:
         raise GateFailedError(
-            f"{artifact}: {bisection.kl_chosen:.6f} with all of these in 16 bits; the loss is elsewhere"
+            f"{artifact}: {bisection.kl_restored:.6f} with all of these in 16 bits; the loss is elsewhere"
         )
 
 

@@ -138,7 +138,7 @@ def _print_efforts(costs: list[Cost]) -> None:
 
     for cost in costs:
         took = "" if cost.seconds is None else f"about {span(cost.seconds)}, "
-        echo(f"effort: {cost.effort:<8} {took}{cost.memory / 1e9:.1f} GB{'  (chosen)' if cost.chosen else ''}")
+        echo(f"effort: {cost.effort:<8} {took}{cost.memory / 1e9:.1f} GB{'  (chosen)' if cost.asked else ''}")
 
 
 def _print_artifacts(planned: Plan) -> None:

@@ -88,7 +88,7 @@ def choose_types(
         place = devices.named(device)
         plan = pipeline.choose_types(loaded, source, plan, Path(scratch), place, progress)
     specs = {artifact.name: artifact.spec for artifact in plan.artifacts}
-    chosen = loaded.model_copy(
+    settled = loaded.model_copy(
         update={"artifacts": tuple(specs.get(spec.name, spec) for spec in loaded.artifacts if spec.name in specs)}
     )
     lines = [
@@ -97,7 +97,7 @@ def choose_types(
         for artifact in plan.artifacts
         if artifact.name in plan.expected
     ]
-    text = "".join(f"# {line}\n" for line in lines) + recipe.dump(chosen, brief=True)
+    text = "".join(f"# {line}\n" for line in lines) + recipe.dump(settled, brief=True)
     if str(out) == "-":
         echo(text, nl=False)
         return

@@ -103,9 +103,9 @@ def tasks(
 def _tell(results: Sequence[TaskResult], suite: str, execute_code: bool, out: Path | None) -> None:
     """What was left out, and where the scores are."""
     from qquant.checks import tasks as checks
-    from qquant.checks.task_suites import chosen
+    from qquant.checks.task_suites import allowed
 
-    _, left_out = chosen(suite, execute_code)
+    _, left_out = allowed(suite, execute_code)
     if left_out:
         echo(f"left out, since they run programs of the model: {', '.join(left_out)} (--execute-code)", err=True)
     if out is not None:

@@ -34,7 +34,7 @@ def kept(patterns: Sequence[str], family: Family, config: ModelConfig, artifact:
         UsageError: a pattern fits no linear, or only some of those that share an input.
     """
     names = [weight.removesuffix(".weight") for weight in family.matrices(config)]
-    chosen: set[str] = set()
+    fitted: set[str] = set()
     for pattern in patterns:
         fitting = [name for name in names if fnmatchcase(name, pattern.removesuffix(".weight"))]
         if not fitting:
@@ -42,16 +42,16 @@ def kept(patterns: Sequence[str], family: Family, config: ModelConfig, artifact:
             raise UsageError(
                 f"artifact {artifact}: keep: {pattern}: fits no linear of this model; it has {roles}{hint(nearest(pattern, names))}"
             )
-        chosen.update(fitting)
+        fitted.update(fitting)
     for group in groups(family, config):
-        missing = [name for name in group if name not in chosen]
+        missing = [name for name in group if name not in fitted]
         if missing and len(missing) < len(group):
-            there = next(name for name in group if name in chosen)
+            there = next(name for name in group if name in fitted)
             raise UsageError(
                 f"artifact {artifact}: keep: {there} without {', '.join(missing)}: they share an input, and runtimes make one linear of "
                 "them. Keep all or none"
             )
-    return tuple(name for name in names if name in chosen)
+    return tuple(name for name in names if name in fitted)
 
 
 def divided(

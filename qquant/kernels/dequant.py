@@ -88,8 +88,8 @@ def launch(qweight: Tensor, params: Tensor, bits: int, group_size: int, dtype: t
     columns = groups * group_size
     out = torch.empty((rows, columns), dtype=dtype, device=qweight.device)
     tiles = qweight.shape[1] // WORDS
-    chosen = constants(columns, bits, params.dtype == torch.float16)
-    _kernel[grid(rows, tiles)](qweight, params, out, rows, columns, tiles, groups, group_size, **chosen)
+    constexprs = constants(columns, bits, params.dtype == torch.float16)
+    _kernel[grid(rows, tiles)](qweight, params, out, rows, columns, tiles, groups, group_size, **constexprs)
     return out
 
 

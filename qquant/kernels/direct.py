@@ -86,17 +86,21 @@ class Call:
         sizes = (rows, outputs, columns, weights.qweight.shape[1] // WORDS, weights.params.shape[1], config.splits)
         symmetric, biased = weights.params.dtype == torch.float16, weights.bias is not None
         early = starts_early(x.device)
-        chosen = wq_mm.constants(rows, columns, weights.bits, weights.group_size, config, symmetric, biased, early)
+        constexprs = wq_mm.constants(rows, columns, weights.bits, weights.group_size, config, symmetric, biased, early)
         self._grid = blocks(outputs, config.rows), config.splits
         middle = (weights.qweight, weights.params, y if weights.bias is None else weights.bias)
         kernel = wq_mm._kernel
-        launched = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **chosen)
+        launched = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **constexprs)
         self._kernel = launched.result() if hasattr(launched, "result") else launched
         self._run = self._kernel.run
         self._keep = counters, sums
         bias = None if weights.bias is None else weights.bias.data_ptr()
         self._arguments = weights.qweight.data_ptr(), weights.params.data_ptr(), bias
-        self._last = (counters.data_ptr(), *sizes, *(chosen[name] for name in kernel.arg_names if name in chosen))
+        self._last = (
+            counters.data_ptr(),
+            *sizes,
+            *(constexprs[name] for name in kernel.arg_names if name in constexprs),
+        )
         return y
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -140,15 +144,15 @@ class Unpacking:
         check_group(columns, weights.group_size, weights.bits)
         tiles, groups = weights.qweight.shape[1] // WORDS, weights.params.shape[1]
         sizes = (rows, columns, tiles, groups, weights.group_size)
-        chosen = dequant.constants(columns, weights.bits, weights.params.dtype == torch.float16)
+        constexprs = dequant.constants(columns, weights.bits, weights.params.dtype == torch.float16)
         grid, kernel = dequant.grid(rows, tiles), dequant._kernel
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-        launched = kernel[grid](weights.qweight, weights.params, out, *sizes, **chosen)
+        launched = kernel[grid](weights.qweight, weights.params, out, *sizes, **constexprs)
         self._kernel = launched.result() if hasattr(launched, "result") else launched
         self._shape = rows, columns
         launch = (*grid, 1, self._stream, self._kernel.function, self._kernel.packed_metadata, None, None, None)
         self._head = (*launch, weights.qweight.data_ptr(), weights.params.data_ptr())
-        self._last = (*sizes, *(chosen[name] for name in kernel.arg_names if name in chosen))
+        self._last = (*sizes, *(constexprs[name] for name in kernel.arg_names if name in constexprs))
         return out
 
     def __call__(self, x: Tensor) -> Tensor | None:

@@ -108,7 +108,7 @@ def _symmetric_kernel(  # noqa: PLR0913 a kernel's arguments are its interface t
     there = b < B
     peak, live = _peak(x_at, b, there, B, E)
     zero = tl.zeros((LANES,), tl.float32)
-    total, best, scale, chosen = zero, zero, zero, zero
+    total, best, scale, best_inverse = zero, zero, zero, zero
     for e in range(E):
         total += tl.load(w_at + e * B + b, mask=there, other=0.0)
     for candidate in range(COUNT):
@@ -117,10 +117,10 @@ def _symmetric_kernel(  # noqa: PLR0913 a kernel's arguments are its interface t
         ratio = tl.where(l2 == 0, 0.0, tl.div_rn(lx, l2))
         better = (lx * lx > best * l2) | (zero + candidate == 0)
         scale = tl.where(better, ratio, scale)
-        chosen = tl.where(better, inverse, chosen)
+        best_inverse = tl.where(better, inverse, best_inverse)
         best = tl.where(better, ratio * lx, best)
     tl.store(scale_at + b, tl.where(live, scale, 0.0), mask=there)
-    tl.store(inverse_at + b, tl.where(live, chosen, 0.0), mask=there)
+    tl.store(inverse_at + b, tl.where(live, best_inverse, 0.0), mask=there)
     tl.store(weight_at + b, total, mask=there)
 
 
@@ -213,9 +213,9 @@ def _affine_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     dead = high <= start
     high = tl.where(dead, start + 1.0, high)
     low, base = start, start
-    chosen = tl.div_rn(zero + NMAX, high - low)
-    scale = tl.div_rn(zero + 1.0, chosen)
-    best = _error(x_at, w_at, b, there, B, chosen, low, scale, low, E, NMAX, ABSOLUTE)
+    best_inverse = tl.div_rn(zero + NMAX, high - low)
+    scale = tl.div_rn(zero + 1.0, best_inverse)
+    best = _error(x_at, w_at, b, there, B, best_inverse, low, scale, low, E, NMAX, ABSOLUTE)
     for candidate in range(COUNT):
         inverse = tl.div_rn(tl.load(numerators_at + candidate) + zero, high - low)
         sum_l, sum_ll, sum_lx = _fitted(x_at, w_at, b, there, B, inverse, low, E, NMAX)
@@ -230,11 +230,11 @@ def _affine_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
         base = tl.where(better, low, base)
         best = tl.where(better, error, best)
         scale = tl.where(better, trial, scale)
-        chosen = tl.where(better, inverse, chosen)
+        best_inverse = tl.where(better, inverse, best_inverse)
         low = tl.where(better, minimum, low)
     out = out_at + b
     tl.store(out, tl.where(dead, 0.0, scale), mask=there)
-    tl.store(out + B, tl.where(dead, 0.0, chosen), mask=there)
+    tl.store(out + B, tl.where(dead, 0.0, best_inverse), mask=there)
     tl.store(out + 2 * B, weight, mask=there)
     tl.store(out + 3 * B, tl.where(dead, start, low), mask=there)
     tl.store(out + 4 * B, base, mask=there)
@@ -366,7 +366,7 @@ def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
     b = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     there = b < B
     zero = tl.zeros((LANES,), tl.float32)
-    top, best, chosen = zero, zero, zero
+    top, best, best_inverse = zero, zero, zero
     for e in range(E):
         top = tl.maximum(top, tl.load(x_at + e * B + b, mask=there, other=0.0))
     live = top >= 1e-15
@@ -377,11 +377,11 @@ def _positive_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
         error = _misfit(x_at, w_at, b, there, B, inverse, first, E, NMAX)
         better = (error < best) | first
         best = tl.where(better, error, best)
-        chosen = tl.where(better, inverse, chosen)
+        best_inverse = tl.where(better, inverse, best_inverse)
     lx, l2 = zero, zero
     for e in range(E):
         x, w = _pair(x_at, w_at, e * B + b, there)
-        whole = tl.minimum(_nearest(x * chosen), NMAX)
+        whole = tl.minimum(_nearest(x * best_inverse), NMAX)
         code = whole.to(tl.float32)
         lx += w * x * code
         l2 += w * code * code

@@ -21,7 +21,7 @@ class Cost:
     """The cost of one effort; `seconds` is None where no clock was asked."""
 
     effort: str
-    chosen: bool  # the recipe says it
+    asked: bool  # the recipe says it
     memory: int  # bytes at the peak
     seconds: float | None
 
@@ -34,7 +34,7 @@ def beside(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | No
     for effort in EFFORTS:
         other = changed(recipe, Flags(effort=effort))
         cost = _cost(effort, other, checkpoint, plan, clock)
-        costs.append(dataclasses.replace(cost, chosen=effort == recipe.effort))
+        costs.append(dataclasses.replace(cost, asked=effort == recipe.effort))
     return costs
 
 

@@ -74,29 +74,29 @@ class Plan:
             raise UsageError(
                 f"--only {unknown[0]}: recipe {recipe.name} has no such artifact; it has {', '.join(known)}"
             )
-        chosen = [spec for spec in recipe.artifacts if not only or spec.name in only]
-        sized = {spec.name: None for spec in chosen if spec.sized}.keys()
+        specs = [spec for spec in recipe.artifacts if not only or spec.name in only]
+        sized = {spec.name: None for spec in specs if spec.sized}.keys()
         name = model or checkpoint.name
         require_model_name(name)
-        chosen = [
+        specs = [
             by_size(spec).settled(checkpoint, spec, recipe, name, imatrix, losses.get(spec.name))
             if spec.sized
             else spec
-            for spec in chosen
+            for spec in specs
         ]
-        settled = {spec.name: spec for spec in chosen}
+        settled = {spec.name: spec for spec in specs}
         recipe = recipe.model_copy(
             update={"artifacts": tuple(settled.get(spec.name, spec) for spec in recipe.artifacts)}
         )
-        planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in chosen)
+        planned = tuple(FORMATS[spec.format].plan(checkpoint, spec, recipe, name, imatrix) for spec in specs)
         _require_apart(planned)
         parameters = checkpoint.family.parameters(checkpoint.config)
-        gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in chosen}
+        gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in specs}
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
-        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in chosen if FORMATS[spec.format].is_folder}
+        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in specs if FORMATS[spec.format].is_folder}
         tokens = recipe.calibration.samples * recipe.calibration.length
         inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
-        needs = {kind: build_memory(recipe, checkpoint, kind, chosen) for kind in POLICIES}
+        needs = {kind: build_memory(recipe, checkpoint, kind, specs) for kind in POLICIES}
         texts = examine(recipe, checkpoint.path)
         in_float32 = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
         expected = {one.name: _expected(one, losses[one.name]) for one in planned if one.name in losses}

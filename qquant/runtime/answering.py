@@ -140,16 +140,14 @@ class Answerer:
 
     def _sampling(self, settings: AnswerSettings) -> dict[str, Any]:
         stated = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-        chosen = {name: value for name, value in stated.items() if value is not None}
-        asked = any(name != "repetition_penalty" for name in chosen)
+        given = {name: value for name, value in stated.items() if value is not None}
+        asked = any(name != "repetition_penalty" for name in given)
         sample = not settings.greedy and (asked or bool(self.model.generation_config.do_sample))
         if not sample:
-            chosen |= {"temperature": None, "top_p": None, "top_k": None}
+            given |= {"temperature": None, "top_p": None, "top_k": None}
         pad = self.model.generation_config.pad_token_id
         stops: dict[str, Any] = {"eos_token_id": self.stops} if self.stops else {}
-        return (
-            chosen | stops | {"do_sample": sample, "pad_token_id": pad if pad is not None else (self.stops or [0])[0]}
-        )
+        return given | stops | {"do_sample": sample, "pad_token_id": pad if pad is not None else (self.stops or [0])[0]}
 
 
 class Text:

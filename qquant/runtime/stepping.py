@@ -142,8 +142,8 @@ class Stepper:
 
         rows: of the cache, one for each part; by default all in their order.
         """
-        chosen = range(self.batch) if rows is None else rows
-        spans = [(row, len(part), start) for row, part, start in zip(chosen, parts, starts, strict=True)]
+        cache_rows = range(self.batch) if rows is None else rows
+        spans = [(row, len(part), start) for row, part, start in zip(cache_rows, parts, starts, strict=True)]
         positions = torch.cat([_counted(start, start + count, self.device) for _, count, start in spans])
         owners = torch.cat([self.rows[row : row + 1].expand(count) for row, count, _ in spans])
 

@@ -179,17 +179,17 @@ class _Table:
         weight = self.checkpoint.rows(self.name, rows.start, rows.stop).to(device).float()
         values, stored = torch.empty_like(weight), dict[str, Tensor]()
         for kind in kinds:
-            chosen = kind.words[rows].nonzero()[:, 0].to(device)
-            if not len(chosen):
+            places = kind.words[rows].nonzero()[:, 0].to(device)
+            if not len(places):
                 continue
-            problem = Problem({self.name: weight[chosen]}, kind.gram, self.grid, self.draft.plan.spec)
+            problem = Problem({self.name: weight[places]}, kind.gram, self.grid, self.draft.plan.spec)
             solution = solve(problem, self.draft.plan.spec.steps)
             self._note(problem, solution)
             quantized = solution.quantized(problem)[self.name]
-            values[chosen] = quantized.dequantize()
+            values[places] = quantized.dequantize()
             for name, piece in self.format.pack(self.draft.plan, self.name, quantized).items():
                 whole = stored.setdefault(name, piece.new_empty((len(weight), *piece.shape[1:])))
-                whole[chosen] = piece
+                whole[places] = piece
         if not torch.equal(self.format.restore(self.draft.plan, self.name, stored), values):
             raise QQuantError(f"{self.name}: the packed rows dequantize to other values than their codes")
         self.checksum.add(values)

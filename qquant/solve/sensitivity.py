@@ -165,14 +165,14 @@ def measured(
     """
     source, blocks = without_padding(checkpoint), Layers.of(without_padding(checkpoint), device)
     dtype = STREAM_DTYPES[checkpoint.dtype]
-    chosen = {place: samples[place] for place in spread([len(sample) for sample in samples], tokens)}
-    curvature = measure(source, chosen, moments.folder / "curvature", dtype, device, progress, blocks)
+    measured = {place: samples[place] for place in spread([len(sample) for sample in samples], tokens)}
+    curvature = measure(source, measured, moments.folder / "curvature", dtype, device, progress, blocks)
     layers, pass_ = checkpoint.config.layers, _Trying(trials)
     progress.advance(PHASE, 0, layers + 1)
     for table in _tables(checkpoint, curvature.tables(device), device):
         pass_.take(table)
     progress.advance(PHASE, 1, layers + 1)
-    for layer, view, grams in _forward(checkpoint, chosen, blocks, curvature):
+    for layer, view, grams in _forward(checkpoint, measured, blocks, curvature):
         for stage in checkpoint.family.stages:
             for linear in stage.linears:
                 pass_.take(_linear(view, linear, grams[stage.name], moments))

@@ -171,9 +171,9 @@ class Solver:
         solution = solve(problem, spec.steps)
         values = {}
         for linear, quantized in solution.quantized(problem).items():
-            chosen = zero_padded_codes(quantized, self.shapes[linear])
-            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), chosen))
-            if not torch.equal(value, chosen.dequantize()):
+            padded = zero_padded_codes(quantized, self.shapes[linear])
+            value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), padded))
+            if not torch.equal(value, padded.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")
             values[linear] = value
             self._note(linear, value, gram, **solution.facts(linear), damping_asked=spec.damping)

@@ -87,11 +87,11 @@ def quantize(  # noqa: PLR0913  each is of another thing
         ]
         work = ranks.gather([bool(asked), bool(drafts)])  # of every rank
         if solved and any(measures for measures, _ in work):
-            chosen = {
+            measured = {
                 sample: samples[sample] for sample in spread([len(sample) for sample in samples], curvature_tokens)
             }
             scratch = moments.folder / "curvature"
-            curvature = measure(source, chosen, scratch, dtype, device, progress, blocks, exchange)
+            curvature = measure(source, measured, scratch, dtype, device, progress, blocks, exchange)
         written()  # two units of a draft are not journalled at once
         with _writing(mine, device):
             write_unsolved(checkpoint, [draft for draft in mine if draft not in copied], solved, device, Event())

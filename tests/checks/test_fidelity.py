@@ -328,26 +328,26 @@ def test_the_broken_linear_is_found(built, tmp_path):
     found = pipeline.bisect(broken, source, checks, fine * 1.05, CPU, quiet)
     assert found.kl > 1.5 * fine
     assert found.gains[0][0].weights == ("model.layers.1.mlp.down_proj.weight",)
-    assert [part.weights for part in found.chosen] == [("model.layers.1.mlp.down_proj.weight",)]
-    assert found.kl_chosen <= fine * 1.05
+    assert [part.weights for part in found.restored] == [("model.layers.1.mlp.down_proj.weight",)]
+    assert found.kl_restored <= fine * 1.05
     nothing = pipeline.bisect(origin, source, checks, fine * 1.05, CPU, quiet)
-    assert nothing.chosen == ()
+    assert nothing.restored == ()
 
 
 def test_awq_is_searched_by_blocks(built):
     folder, made = built
     (path,) = [path for path in made.iterdir() if path.name.endswith("AWQ")]
     found = pipeline.bisect(path, Checkpoint.open(folder), Checks(windows=2, length=32), 1e-9, CPU, quiet)
-    assert [part.name for part in found.chosen] == ["model.layers.0", "model.layers.1"] or len(found.chosen) == 2
-    assert found.kl_chosen == 0.0
+    assert [part.name for part in found.restored] == ["model.layers.0", "model.layers.1"] or len(found.restored) == 2
+    assert found.kl_restored == 0.0
 
 
 def test_all_linears_in_16_bits_leave_nothing(built):
     folder, made = built
     (path,) = [path for path in made.iterdir() if path.name.endswith("Int4")]
     found = pipeline.bisect(path, Checkpoint.open(folder), Checks(windows=1, length=32), 0.0, CPU, quiet)
-    assert found.kl_chosen == 0.0
-    assert len(found.chosen) == len(bisection.stages(Checkpoint.open(folder)))
+    assert found.kl_restored == 0.0
+    assert len(found.restored) == len(bisection.stages(Checkpoint.open(folder)))
 
 
 def test_finals_are_those_of_the_windows(pair):

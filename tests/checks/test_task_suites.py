@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qquant.checks import task_suites, tasks
-from qquant.checks.task_suites import SUITES, Benchmark, KeptScores, chosen
+from qquant.checks.task_suites import SUITES, Benchmark, KeptScores, allowed
 from qquant.errors import EnvironmentMissingError, InputError, StoppedError, UsageError
 from qquant.progress import Quiet
 from qquant.report import html
@@ -78,7 +78,7 @@ def test_a_benchmark_is_one_row_of_all_its_subtasks(asked, make_checkpoint, caps
 
 def test_programs_of_the_model_run_only_where_that_is_allowed(asked, make_checkpoint):
     folder = make_checkpoint()
-    assert chosen("small", False)[1] == ["Programs"]
+    assert allowed("small", False)[1] == ["Programs"]
     run(folder, [])
     assert all("confirm_run_unsafe_code" not in options for _, _, options in asked.calls)
     asked.calls.clear()

@@ -8,7 +8,7 @@ import pytest
 from qquant import recipe
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf import budget, claims, patterns
-from qquant.formats.gguf.budget import Option, abridged, chosen
+from qquant.formats.gguf.budget import Option, abridged, with_least_loss
 from qquant.formats.gguf.mix import ModelShape
 from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def test_no_other_map_in_this_size_loses_less(seed):
     options = problem(seed)
     least = sum(min(one.bytes for one in those) for those in options.values())
     for room in (least, least + 31, least + 32, least + 500, least + 1500, least + 10**6):
-        used, loss = of(options, chosen(options, room))
+        used, loss = of(options, with_least_loss(options, room))
         assert used <= room
         assert loss == pytest.approx(best(options, room))
 
@@ -59,9 +59,9 @@ def test_where_bytes_are_told_apart_roughly_none_is_spent_too_much(monkeypatch):
         options = problem(seed)
         least = sum(min(one.bytes for one in those) for those in options.values())
         room = least + 1700
-        exact = of(options, chosen(options, room))[1]
+        exact = of(options, with_least_loss(options, room))[1]
         monkeypatch.setattr(budget, "CELLS", 25)
-        used, loss = of(options, chosen(options, room))
+        used, loss = of(options, with_least_loss(options, room))
         monkeypatch.undo()
         assert used <= room
         assert exact <= loss <= 3 * exact

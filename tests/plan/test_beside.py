@@ -16,7 +16,7 @@ def costs(folder, effort=None, clock=None, recipe="demo"):
 
 def test_more_effort_costs_more_and_the_chosen_one_is_marked(demo):
     found = costs(demo, "best")
-    assert [(cost.effort, cost.chosen) for cost in found] == [("fast", False), ("default", False), ("best", True)]
+    assert [(cost.effort, cost.asked) for cost in found] == [("fast", False), ("default", False), ("best", True)]
     assert found[0].memory < found[1].memory <= found[2].memory
     assert {cost.seconds for cost in found} == {None}
 
@@ -36,7 +36,7 @@ def test_a_recipe_without_an_effort_stands_before_them(demo, tmp_path):
     text = "{version: 1, name: x, calibration: {sources: [{bundled: docs-en}]}, artifacts: [{name: gptq-int4, format: gptq, bits: 4, sweeps: 9}]}"
     (tmp_path / "x.yaml").write_text(text)
     found = costs(demo, recipe=str(tmp_path / "x.yaml"))
-    assert [(cost.effort, cost.chosen) for cost in found] == [
+    assert [(cost.effort, cost.asked) for cost in found] == [
         ("as it is", True), ("fast", False), ("default", False), ("best", False),
     ]  # fmt: skip
 

@@ -114,7 +114,7 @@ def settled(
         )
     room = least.room(smallest)
     while True:
-        entry = literal(chosen(options, room))
+        entry = literal(with_least_loss(options, room))
         over = _Size.of(spec, trial(entry)).over
         if over <= 0:
             return entry
@@ -166,7 +166,7 @@ def _loss(losses: Mapping[str, Losses] | None, name: str, kind: str, count: int)
     return losses[name][kind]
 
 
-def chosen(options: Options, room: int) -> dict[str, str]:
+def with_least_loss(options: Options, room: int) -> dict[str, str]:
     """The types with the least sum of losses that take at most `room` bytes, which is enough for the smallest of each."""
     least = {name: min(one.bytes for one in those) for name, those in options.items()}
     left = room - sum(least.values())

@@ -246,7 +246,7 @@ def kind_of(types: Mapping[str, str], shape: mix.ModelShape) -> str:
     exact = next(iter(_mixes_of(types, shape)), "")
     if exact:
         return exact
-    sizes = {name: _size(shape, chosen) for name, chosen in _mixes(shape)}
+    sizes = {name: _size(shape, types_of_mix) for name, types_of_mix in _mixes(shape)}
     mine = _size(shape, types)
     fitting = {name: size for name, size in sizes.items() if size <= mine}
     return max(fitting, key=lambda name: fitting[name]) if fitting else min(sizes, key=lambda name: sizes[name])
@@ -257,14 +257,14 @@ def _mixes(shape: mix.ModelShape) -> Iterator[tuple[str, dict[str, str]]]:
     for name in STRICT_ORDER.split():
         for imatrix in (False, True):
             if imatrix or name not in mix.NEEDS_IMATRIX:
-                chosen = mix.tensor_types(name, shape, imatrix).types
-                yield name, {tensor: chosen[tensor] for tensor in chosen if tensor not in vectors}
+                types_of_mix = mix.tensor_types(name, shape, imatrix).types
+                yield name, {tensor: types_of_mix[tensor] for tensor in types_of_mix if tensor not in vectors}
 
 
 def _mixes_of(types: Mapping[str, str], shape: mix.ModelShape) -> Iterator[str]:
     """The file types that give exactly these; a head that is stored although it is tied is not asked."""
-    for name, chosen in _mixes(shape):
-        if all(types.get(tensor) == kind for tensor, kind in chosen.items()):
+    for name, types_of_mix in _mixes(shape):
+        if all(types.get(tensor) == kind for tensor, kind in types_of_mix.items()):
             yield name
 
 

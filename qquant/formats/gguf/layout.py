@@ -107,8 +107,8 @@ class Gguf:
         fixed = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
         names = {family.gguf_name(tensor): tensor for tensor in family.shapes(config)}
-        chosen = mix.tensor_types(spec.kind, shape, spec.imatrix, fixed)
-        kinds = {tensor: chosen.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
+        mixed = mix.tensor_types(spec.kind, shape, spec.imatrix, fixed)
+        kinds = {tensor: mixed.types.get(tensor, "f32") for tensor in sorted(shapes, key=tensor_order)}
         fields = metadata(checkpoint, spec, recipe, name, imatrix)
         sizes = {tensor: types.TYPES[kinds[tensor]].nbytes(shapes[tensor]) for tensor in kinds}
         entries = [(tensor, shapes[tensor], types.TYPES[kinds[tensor]].ggml_id, sizes[tensor]) for tensor in kinds]
@@ -122,7 +122,7 @@ class Gguf:
             parameters=family.parameters(config),
             file_names={tensor: name for name, tensor in names.items()},
             stored={names[tensor]: _stored(type_name) for tensor, type_name in kinds.items()},
-            fallbacks=tuple(f"{tensor}: {wanted} -> {fixed}" for tensor, wanted, fixed in chosen.fallbacks),
+            fallbacks=tuple(f"{tensor}: {wanted} -> {fixed}" for tensor, wanted, fixed in mixed.fallbacks),
         )
 
     def settled(
@@ -162,10 +162,10 @@ class Gguf:
         family, sixteen = source.family, budget.SIXTEEN[dtype]
         shape, types = mix.ModelShape(family, source.config), said.matrix_types(source.header)
         kind = said.kind_of(types, shape)
-        chosen = {patterns.short(name): sixteen for tensor in tensors if (name := family.gguf_name(tensor)) in types}
+        restored = {patterns.short(name): sixteen for tensor in tensors if (name := family.gguf_name(tensor)) in types}
         plain = mix.tensor_types(kind, shape, True).types
         whole = {} if all(plain[name] == types[name] for name in shape.matrices()) else budget.abridged(types)
-        return {"type": budget.NOT_ASKED_FOR.get(kind, kind), "types": whole | chosen}
+        return {"type": budget.NOT_ASKED_FOR.get(kind, kind), "types": whole | restored}
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of matrix `name` for a solver with steps; None: the type's own quantizer decides."""

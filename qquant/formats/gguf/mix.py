@@ -191,10 +191,10 @@ def _wanted(name: str, mix: _Mix, config: ModelConfig, imatrix: bool) -> str:
 
 def _inside(role: str, mix: _Mix, place: _Place) -> str:
     entries = mix.roles.get(role, ())
-    chosen = next((type_name for condition, type_name in entries if CONDITIONS[condition](place)), mix.default)
+    type_name = next((type_name for condition, type_name in entries if CONDITIONS[condition](place)), mix.default)
     if role == "attn_v" and place.layers == ROOMY_LAYERS:
-        return ROOMY.get(chosen, chosen)
-    return chosen
+        return ROOMY.get(type_name, type_name)
+    return type_name
 
 
 def _outside(name: str, mix: _Mix, config: ModelConfig) -> str:

@@ -38,7 +38,7 @@ def allowed(
         InputError: no type that a matrix may have divides its rows.
     """
     names = {short(tensor): tensor for tensor in matrices}
-    chosen: dict[str, tuple[int, str, tuple[str, ...]]] = {}
+    longest: dict[str, tuple[int, str, tuple[str, ...]]] = {}
     for pattern, choice in types.items():
         wanted, several = short(pattern), (choice,) if isinstance(choice, str) else tuple(choice)
         fitting = [name for name in names if fnmatchcase(name, wanted)]
@@ -48,16 +48,16 @@ def allowed(
             )
         weight = len(names) + len(wanted) if wanted in names else len(wanted)
         for name in fitting:
-            before = chosen.get(name)
+            before = longest.get(name)
             if before and before[0] == weight and set(before[2]) != set(several):
                 raise UsageError(
                     f"artifact {artifact}: types: {before[1]} and {pattern} are equally long and both fit {name}. Name the tensor"
                 )
             if before is None or before[0] < weight:
-                chosen[name] = weight, pattern, several
+                longest[name] = weight, pattern, several
     return {
         names[name]: _dividing(several, matrices[names[name]][1], f"artifact {artifact}: types: {pattern}: {name}")
-        for name, (_, pattern, several) in chosen.items()
+        for name, (_, pattern, several) in longest.items()
     }
 
 

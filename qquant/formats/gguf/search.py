@@ -194,10 +194,10 @@ def _search(
         with np.errstate(all="ignore"):
             ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
         scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
-        chosen = [torch.where(live, scale, 0.0), torch.where(live, inverse, 0.0)]
+        found = [torch.where(live, scale, 0.0), torch.where(live, inverse, 0.0)]
         if weigh:
-            chosen.append(sum_in_order(w_flat))
-        parts.append([value.view(x.shape[1:]) for value in chosen])
+            found.append(sum_in_order(w_flat))
+        parts.append([value.view(x.shape[1:]) for value in found])
     return SearchResult(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
@@ -251,7 +251,7 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: Schedule, exact: bool) ->
     line.round(inverse, low)
     scale = space.array(torch.ones(1, device=x.device)) / inverse
     best = line.error(scale, low)
-    chosen = inverse
+    best_inverse = inverse
     for numerator in space.array(_numerators(range(count), step, first, nmax).to(x.device).unsqueeze(1)):
         inverse = numerator / (high - low)
         line.round(inverse, low)
@@ -259,11 +259,11 @@ def _affine(x: Tensor, w: Tensor, nmax: int, schedule: Schedule, exact: bool) ->
         error = line.error(trial_scale, trial_low)
         better = space.indices((error < best) & valid)
         base[better] = low[better]
-        for old, new in ((best, error), (scale, trial_scale), (chosen, inverse), (low, trial_low)):
+        for old, new in ((best, error), (scale, trial_scale), (best_inverse, inverse), (low, trial_low)):
             old[better] = new[better]
         highest = xp.maximum(highest, low)
-    scale, chosen = (xp.where(dead, 0.0, values) for values in (scale, chosen))
-    fields = [space.tensor(values) for values in (scale, chosen, line.weight, xp.where(dead, start, low), base)]
+    scale, best_inverse = (xp.where(dead, 0.0, values) for values in (scale, best_inverse))
+    fields = [space.tensor(values) for values in (scale, best_inverse, line.weight, xp.where(dead, start, low), base)]
     if not exact:
         span = high - highest
         safe = (abs(highest - smallest) * (nmax + 2.0) < SAFE * span) & (span > _SMALLEST_SPAN) | dead
