@@ -79,8 +79,8 @@ def _memory(device: torch.device) -> Iterator[Finding]:
     yield Finding("memory", OK if total >= 4 << 30 else WARNING, f"{total / 1e9:.1f} GB")
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
-        free, whole = torch.cuda.mem_get_info(device)
-        yield Finding("GPU", OK, f"{facts.name}: {free / 1e9:.1f} of {whole / 1e9:.1f} GB free")
+        free, total = torch.cuda.mem_get_info(device)
+        yield Finding("GPU", OK, f"{facts.name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     path = jit.path("gram", device)
     yield Finding("kernels", OK, f"on {device}: {path}")
 

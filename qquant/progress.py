@@ -37,17 +37,17 @@ class Quiet:
 class Share:
     """The progress of one of several equal parts, whose phases are phases of the whole."""
 
-    whole: Progress
+    shown: Progress
     part: int  # from 0
     parts: int
 
     def advance(self, phase: str, done: int, of: int) -> None:
         """The parts before this one count as done."""
-        self.whole.advance(phase, self.part * of + done, self.parts * of)
+        self.shown.advance(phase, self.part * of + done, self.parts * of)
 
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole says so."""
-        self.whole.check_stop()
+        self.shown.check_stop()
 
 
 class Timed:

@@ -47,7 +47,7 @@ def sweep(
     float32 [n, n] each, N rows together. Rows whose G is zero keep their codes.
     """
     columns = blocks_of(gram, shift, grid)
-    if columns.gram.whole is None:
+    if columns.gram.matrix is None:
         visited.forget()  # memory is short beside such a matrix
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
@@ -97,10 +97,10 @@ def _swept(
         pull = torch.linalg.solve_triangular(root.mT, half, upper=True).flatten(0, 1)
         known, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
         of_rows = pull, inside, known, steps, offsets
-        if columns.gram.whole is None:  # a recording would keep another copy of the matrix
+        if columns.gram.matrix is None:  # a recording would keep another copy of the matrix
             visited_codes, change = _visited(count, *of_rows, columns.gram, columns.blocks)
         else:
-            visited_codes, change = visited(count, *of_rows, columns.gram.whole, *columns.blocks)
+            visited_codes, change = visited(count, *of_rows, columns.gram.matrix, *columns.blocks)
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes

@@ -124,9 +124,9 @@ def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:
 
 def _split(x: Tensor, size: int) -> list[Tensor]:
     """The columns of x [N, K] in blocks of `size`, contiguous each."""
-    whole = x.shape[1] // size * size
-    pieces = list(x[:, :whole].reshape(len(x), -1, size).transpose(0, 1).contiguous().unbind())
-    return [*pieces, x[:, whole:].contiguous()] if whole < x.shape[1] else pieces
+    even = x.shape[1] // size * size
+    pieces = list(x[:, :even].reshape(len(x), -1, size).transpose(0, 1).contiguous().unbind())
+    return [*pieces, x[:, even:].contiguous()] if even < x.shape[1] else pieces
 
 
 def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params:

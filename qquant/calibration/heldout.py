@@ -113,8 +113,8 @@ def require_apart(
     gaps = np.flatnonzero(np.diff(positions) > 1) + 1
     for stretch in np.split(positions, gaps) if len(positions) else ():
         start = int(stretch[0])
-        whole = tokenizer.decode(heldout_tokens[start : int(stretch[-1]) + run].tolist())
-        if sum(map(str.isalpha, whole)) < LETTERS:
+        passage = tokenizer.decode(heldout_tokens[start : int(stretch[-1]) + run].tolist())
+        if sum(map(str.isalpha, passage)) < LETTERS:
             continue
         text = tokenizer.decode(heldout_tokens[start : start + run].tolist())
         raise InputError(

@@ -238,13 +238,13 @@ def _rendered(
     for corpus in {id(corpus): corpus for corpus, _, _ in talks if corpus.openings}.values():
         asked = [chat for owner, _, chat in talks if owner is corpus]
         answered[id(corpus)] = iter(openings.answers(corpus, asked, spec, tokenizer, write))
-    whole = chat_tokens(tokenizer, [(where, chat) for corpus, where, chat in talks if not corpus.openings])
+    encoded = chat_tokens(tokenizer, [(where, chat) for corpus, where, chat in talks if not corpus.openings])
     for corpus, _, _ in talks:
         if corpus.openings:
             ids = next(answered[id(corpus)])
             yield ids, ids[-1] not in (tokenizer.end_of_turn, *tokenizer.eos)
         else:
-            ids = next(whole)
+            ids = next(encoded)
             yield ids[: spec.length], len(ids) > spec.length
 
 

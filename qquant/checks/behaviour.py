@@ -115,9 +115,11 @@ def _retrieved(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs
     for hidden in asking.text.hidden:
         text = Scored(torch.as_tensor(hidden.windows, dtype=torch.int64), hidden.first, asking.tokenizer.size)
         for group in turns(asking.artifacts, hidden.length * asking.checkpoint.config.hidden, asking.device):
-            for name, whole in measure(asking.checkpoint, group, text, asking.device, progress).items():
+            for name, every_token in measure(asking.checkpoint, group, text, asking.device, progress).items():
                 answers = [
-                    _span(whole, row, span, hidden.first) for row, spans in enumerate(hidden.answers) for span in spans
+                    _span(every_token, row, span, hidden.first)
+                    for row, spans in enumerate(hidden.answers)
+                    for span in spans
                 ]
                 right, theirs = (
                     [bool(getattr(one, key).all()) for one in answers] for key in ("right", "right_baseline")
@@ -126,10 +128,10 @@ def _retrieved(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs
     return by_name
 
 
-def _span(whole: Fidelity, row: int, span: tuple[int, int], first: int) -> Fidelity:
+def _span(every_token: Fidelity, row: int, span: tuple[int, int], first: int) -> Fidelity:
     """The tokens of an answer at positions `span` of document `row`."""
     columns = slice(span[0] - 1 - first, span[1] - 1 - first)
-    return Fidelity(**{name: column[row, columns] for name, column in vars(whole).items()})
+    return Fidelity(**{name: column[row, columns] for name, column in vars(every_token).items()})
 
 
 def _read(parts: Sequence[Fidelity]) -> TokenLoss:
@@ -145,10 +147,13 @@ def _structure(asking: Asking, progress: Progress) -> dict[str, TokenLoss]:
     text = Scored(torch.as_tensor(calls.windows, dtype=torch.int64), calls.first, asking.tokenizer.size)
     structure = torch.as_tensor(calls.structure[:, calls.first + 1 :])
     by_name = {}
-    for name, whole in measure(asking.checkpoint, asking.artifacts, text, asking.device, progress).items():
+    for name, every_token in measure(asking.checkpoint, asking.artifacts, text, asking.device, progress).items():
         rows = range(len(structure))
         by_name[name] = _read(
-            [Fidelity(**{key: column[row][structure[row]] for key, column in vars(whole).items()}) for row in rows]
+            [
+                Fidelity(**{key: column[row][structure[row]] for key, column in vars(every_token).items()})
+                for row in rows
+            ]
         )
     return by_name
 

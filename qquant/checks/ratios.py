@@ -92,9 +92,9 @@ def _spread(ours: Vector, beside: Vector, paired: bool) -> tuple[float, int]:
     if paired:
         return float((ours / ours.mean() - beside / beside.mean()).std(ddof=1)) / math.sqrt(count), count - 1
     parts = [float((x.std(ddof=1) / x.mean()) ** 2 / len(x)) for x in (ours, beside)]
-    whole = sum(parts)
+    variance = sum(parts)
     shares = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (ours, beside), strict=True))
-    return math.sqrt(whole), max(1, int(whole**2 / shares)) if shares else count - 1
+    return math.sqrt(variance), max(1, int(variance**2 / shares)) if shares else count - 1
 
 
 def _studentized(ours: Vector, beside: Vector, paired: bool) -> Vector:

@@ -322,9 +322,9 @@ def _read(
     pieces = [text.windows[: text.looks[0]], *text.further.values()]
     joined = spreading.windows(read, text.scored(torch.cat(pieces)), names, ranks)
     stops = np.cumsum([len(piece) for piece in pieces]).tolist()
-    main = {name: whole.part(slice(0, stops[0])) for name, whole in joined.items()}
+    main = {name: losses.part(slice(0, stops[0])) for name, losses in joined.items()}
     further = {
-        title: {name: whole.part(slice(start, stop)) for name, whole in joined.items()}
+        title: {name: losses.part(slice(start, stop)) for name, losses in joined.items()}
         for title, start, stop in zip(text.further, stops, stops[1:], strict=False)
     }
     verdicts = _judge(candidates, main, {}, len(text.looks))

@@ -47,16 +47,16 @@ MEASURED: Standing = "measured"
 class NamedPhase:
     """Shows the work of a reading under the name of its phase."""
 
-    whole: Progress
+    shown: Progress
     name: str
 
     def advance(self, phase: str, done: int, of: int) -> None:
         """`done` of `of` blocks."""
-        self.whole.advance(self.name, done, of)
+        self.shown.advance(self.name, done, of)
 
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole says so."""
-        self.whole.check_stop()
+        self.shown.check_stop()
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ def readings(
     read = partial(measure, baseline, artifacts, device=device, progress=phase)
     short = spread(read, windows, list(artifacts), ranks)
     letters = [tokenizer.decode(row[FIRST + 1 :].tolist()) for row in rows]
-    by_artifact = {name: list(_short(text, whole, letters)) for name, whole in short.items()}
+    by_artifact = {name: list(_short(text, every_token, letters)) for name, every_token in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
         phase, room = NamedPhase(progress, "long documents"), min(ranks.gather(SHARE * free_memory(device)))
         for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device, room):
             read = partial(measure, baseline, group, device=device, progress=phase)
-            for name, whole in spread(read, documents, list(group), ranks).items():
+            for name, every_token in spread(read, documents, list(group), ranks).items():
                 by_artifact[name] += _stretches(
-                    text, short[name].part(slice(len(text.short), None)), whole, letters[len(text.short) :]
+                    text, short[name].part(slice(len(text.short), None)), every_token, letters[len(text.short) :]
                 )
     return by_artifact
 
@@ -119,21 +119,21 @@ def turns(
         yield {name: artifacts[name] for name in names[start : start + together]}
 
 
-def _short(text: Sliced, whole: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
+def _short(text: Sliced, every_token: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
     start = 0
     for one in text.slices:
         rows = slice(start, start + one.windows)
         start += one.windows
-        yield _described(SliceReading(one.name, one.group, whole.part(rows)), letters[rows])
+        yield _described(SliceReading(one.name, one.group, every_token.part(rows)), letters[rows])
 
 
-def _stretches(text: Sliced, short: Fidelity, whole: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
+def _stretches(text: Sliced, short: Fidelity, every_token: Fidelity, letters: Sequence[str]) -> Iterator[SliceReading]:
     """The tokens that were scored in short windows, at their places in those documents whose language the checkpoint knows, or in all."""
     documents, length = text.long.shape
     count = length // LENGTH
     columns = {
         name: torch.nn.functional.pad(column, (0, 1)).view(documents, count, LENGTH)[..., FIRST:-1]
-        for name, column in vars(whole).items()
+        for name, column in vars(every_token).items()
     }
     again = {name: column.view(documents, count, -1) for name, column in vars(short).items()}
     said = [letters[row * count : (row + 1) * count] for row in range(documents)]

@@ -28,7 +28,7 @@ def windows(read: Read, text: Scored, names: Sequence[str], ranks: Ranks) -> dic
     mine = text.windows[_part(text, ranks)]
     found = read(replace(text, windows=mine)) if len(mine) else {}
     said = save(
-        {f"{names.index(name)} {key}": value for name, whole in found.items() for key, value in vars(whole).items()}
+        {f"{names.index(name)} {key}": value for name, losses in found.items() for key, value in vars(losses).items()}
     )
     parts = [load(part) for part in ranks.gather_bytes(said)]
     return {

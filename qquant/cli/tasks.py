@@ -75,8 +75,8 @@ def tasks(
             results = checks.run(source, artifacts, asked, devices.named(device), progress)
         else:
             kept = KeptScores(None if out is None else out / "tasks")
-            whole = checks.SuiteQuestions(suite, data, limit, batch, margin, execute_code, kept)
-            results = checks.run_suite(source, artifacts, whole, devices.named(device), progress)
+            questions = checks.SuiteQuestions(suite, data, limit, batch, margin, execute_code, kept)
+            results = checks.run_suite(source, artifacts, questions, devices.named(device), progress)
             _tell(results, suite, execute_code, out)
     if as_json:
         echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))

@@ -79,10 +79,10 @@ def rope_theta(raw: Mapping[str, Any], where: str) -> float:
         layers = next((name for name, value in rope.items() if isinstance(value, dict)), None)
         if layers is not None:
             raise InputError(f"{where}: {key} holds another rope for {layers[:80]!r}; qquant knows one for all layers")
-        _require_whole(rope, f"{where}: {key}")
+        _require_full_rotation(rope, f"{where}: {key}")
         if rope.get("rope_theta") is not None:
             stated[f"rope_theta in {key}"] = rope["rope_theta"]
-    _require_whole(raw, where)
+    _require_full_rotation(raw, where)
     if len({float(number(stated, key, float, where)) for key in stated}) > 1:
         raise InputError(
             f"{where}: {', '.join(f'{key} is {value}' for key, value in stated.items())}; keep the one that the model was made with"
@@ -90,7 +90,7 @@ def rope_theta(raw: Mapping[str, Any], where: str) -> float:
     return float(next(iter(stated.values()), 10000.0))
 
 
-def _require_whole(rope: Mapping[str, Any], where: str) -> None:
+def _require_full_rotation(rope: Mapping[str, Any], where: str) -> None:
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise InputError(
             f"{where}: partial_rotary_factor is {str(rope['partial_rotary_factor'])[:80]}; qquant rotates whole heads"

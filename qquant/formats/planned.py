@@ -85,7 +85,7 @@ class ModelFile:
     first: str  # its name, or that of the first of its parts
     type: str
     parts: int
-    whole: str  # what parts are joined to
+    merged: str  # what parts are joined to
     modelfile: str | None  # for Ollama, if there is one
 
 

@@ -49,18 +49,18 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class SplitMatrix:
     """A matrix that is multiplied with often; its halves h and l once they are needed, on a GPU."""
 
-    whole: Tensor | None  # None: its halves have to do
+    matrix: Tensor | None  # None: its halves have to do
     halves: tuple[Tensor, Tensor] | None = None
 
     def part(self, rows: slice, columns: slice) -> SplitMatrix:
         """Some of its rows and columns."""
         halves = self.halves and (self.halves[0][rows, columns], self.halves[1][rows, columns])
-        return SplitMatrix(None if self.whole is None else self.whole[rows, columns], halves)
+        return SplitMatrix(None if self.matrix is None else self.matrix[rows, columns], halves)
 
     def values(self) -> Tensor:
         """The matrix itself, a new one where only its halves are there."""
-        if self.whole is not None:
-            return self.whole
+        if self.matrix is not None:
+            return self.matrix
         assert self.halves is not None
         return self.halves[0] + self.halves[1]
 

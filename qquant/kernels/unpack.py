@@ -43,10 +43,10 @@ def tile(bits: int) -> int:
 
 def check_group(columns: int, group_size: int, bits: int) -> None:
     """Raise InputError unless groups of `group_size` columns are made of whole planes and divide `columns`."""
-    whole = (
+    fits = (
         group_size in (PLANE, 2 * PLANE) or group_size == columns or (group_size > 0 and group_size % tile(bits) == 0)
     )
-    if bits not in (4, 8) or not whole or columns % group_size:
+    if bits not in (4, 8) or not fits or columns % group_size:
         raise InputError(
             f"no kernel layout for {bits} bit, {columns} columns in groups of {group_size}: bits must be 4 or 8 and the group "
             f"size 32, 64, a multiple of {tile(bits) if bits in (4, 8) else 128}, or all columns (one group per row)"
@@ -216,15 +216,15 @@ def planes(
     value = plane(words, zero, FIRST, BITS, FLOAT, INLINE)
     if COUNT == 2:
         p1 = plane(words, zero, FIRST + 1, BITS, FLOAT, INLINE)
-        whole = tl.permute(tl.join(value, p1), (0, 3, 1, 2))
+        planes = tl.permute(tl.join(value, p1), (0, 3, 1, 2))
     elif COUNT == 4:
         p1 = plane(words, zero, FIRST + 1, BITS, FLOAT, INLINE)
         p2 = plane(words, zero, FIRST + 2, BITS, FLOAT, INLINE)
         p3 = plane(words, zero, FIRST + 3, BITS, FLOAT, INLINE)
-        whole = tl.permute(tl.join(tl.join(value, p2), tl.join(p1, p3)), (0, 3, 4, 1, 2))
+        planes = tl.permute(tl.join(tl.join(value, p2), tl.join(p1, p3)), (0, 3, 4, 1, 2))
     else:
-        whole = value
-    return tl.reshape(whole, (words.shape[0], 32 * COUNT))
+        planes = value
+    return tl.reshape(planes, (words.shape[0], 32 * COUNT))
 
 
 @jit

@@ -19,10 +19,10 @@ def states_stay(nbytes: int, free: int) -> bool:
     return nbytes <= STATES * free
 
 
-def passages_bytes(family: Family, config: ModelConfig, tokens: int, itemsize: int, whole: int) -> int:
-    """Bytes that passages hold between two stages: three hidden states, and the widest input of the `whole` ones, which go on after it."""
+def passages_bytes(family: Family, config: ModelConfig, tokens: int, itemsize: int, onward: int) -> int:
+    """Bytes that passages hold between two stages: three hidden states, and the widest input of the `onward` ones, which go on after it."""
     widest = max(columns for layer in range(config.layers) for columns in family.inputs(config, layer).values())
-    return tokens * itemsize * (whole * widest + 3 * config.hidden)
+    return tokens * itemsize * (onward * widest + 3 * config.hidden)
 
 
 def passages_stay(nbytes: int, free: int) -> bool:

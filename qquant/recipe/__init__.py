@@ -165,8 +165,8 @@ def fingerprint(recipe: Recipe) -> str:
 
 def reference() -> str:
     """Markdown tables of every field with type, default and meaning, as in recipes/README.md."""
-    whole = schema()
-    shapes = {"Recipe": whole} | whole["$defs"]
+    shape = schema()
+    shapes = {"Recipe": shape} | shape["$defs"]
     tables = [table(title, shapes[title]) for title in MODELS]
     return "\n".join(
         [*tables, f"### Efforts\n\nWhat `effort` fills in where a recipe says nothing.\n\n{efforts.table()}"]

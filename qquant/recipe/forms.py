@@ -22,14 +22,14 @@ def literal(recipe: Recipe) -> dict[str, Any]:
 def brief(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON, without what it would have anyway, by default or by its effort."""
     data = recipe.model_dump(mode="json", exclude_defaults=True)
-    whole = recipe.model_dump(mode="json")
+    full = recipe.model_dump(mode="json")
     silent = recipe.model_dump()
     for entry in silent["artifacts"]:
         _drop(entry, SOLVING)
     _drop(silent["calibration"], CALIBRATING)
     filled = Recipe.model_validate(silent).model_dump(mode="json")
-    _keep(data["calibration"], whole["calibration"], filled["calibration"])
-    for entry, mine, theirs in zip(data["artifacts"], whole["artifacts"], filled["artifacts"], strict=True):
+    _keep(data["calibration"], full["calibration"], filled["calibration"])
+    for entry, mine, theirs in zip(data["artifacts"], full["artifacts"], filled["artifacts"], strict=True):
         _keep(entry, mine, theirs)
     return data
 

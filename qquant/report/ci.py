@@ -20,7 +20,7 @@ def junit(*reports: Report) -> str:
     suites = ElementTree.Element("testsuites", name=f"qquant {', '.join(report.model for report in reports)}")
     for model, artifact in [(report.model, artifact) for report in reports for artifact in report.artifacts]:
         suite = ElementTree.SubElement(suites, "testsuite", name=f"{model}.{artifact.name}")
-        _whole(suite, artifact)
+        _findings(suite, artifact)
         for gate in artifact.verdict.gates:
             case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name=gate.name)
             numbers = f"{gate.value:.6g}, limit {gate.limit:g}, 95 % interval {gate.low:.6g} to {gate.high:.6g}, {gate.windows} windows"
@@ -35,7 +35,7 @@ def junit(*reports: Report) -> str:
     return ElementTree.tostring(suites, "unicode", xml_declaration=True) + "\n"
 
 
-def _whole(suite: ElementTree.Element, artifact: ArtifactReport) -> None:
+def _findings(suite: ElementTree.Element, artifact: ArtifactReport) -> None:
     """What is no matter of degree: findings that belong to no gate."""
     verdict = artifact.verdict
     gated = any(gate.outcome != "pass" for gate in verdict.gates)

@@ -24,7 +24,7 @@ class TextFacts:
     further: Mapping[str, Count] = field(default_factory=dict)  # windows of texts that are measured, and judge nothing
 
     @property
-    def whole(self) -> bool:
+    def every_token(self) -> bool:
         """Whether every token of a window is scored; else its second half, as llama-perplexity does."""
         return self.protocol == "sliding"
 

@@ -298,7 +298,7 @@ class Report:
     def condition_lines(self) -> list[str]:
         """What the numbers depend on, one fact a line."""
         text = self.conditions.text
-        scored = "every token scored" if text.whole else "second half scored"
+        scored = "every token scored" if text.every_token else "second half scored"
         lines = [f"text: {text.name}, {text.windows} windows of {text.length} tokens, {scored}"]
         for artifact, gates in self.conditions.detectable.items():
             limits = ", ".join(f"{gate} {value:.2g}" for gate, value in gates.items())

@@ -17,18 +17,18 @@ def schema() -> dict[str, Any]:
         def float_schema(self, schema: Any) -> dict[str, Any]:
             return {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}
 
-    whole = TypeAdapter(File).json_schema(schema_generator=Numbers)
-    shapes = whole.pop("$defs")
+    found = TypeAdapter(File).json_schema(schema_generator=Numbers)
+    shapes = found.pop("$defs")
     shapes["Baseline"] = shapes.pop("Baseline")
-    whole["title"] = "Report"
-    whole["properties"] |= {
+    found["title"] = "Report"
+    found["properties"] |= {
         "schema": {"const": SCHEMA}, "baseline": {"$ref": "#/$defs/Baseline"}, "verdict": {"enum": list(TITLES)}
     }  # fmt: skip
     shapes["Conditions"] |= {
         "additionalProperties": shapes["Conditions"]["properties"].pop("inputs")["additionalProperties"]
     }
-    for shape in (whole, *shapes.values()):
+    for shape in (found, *shapes.values()):
         if not shape.get("additionalProperties"):
             shape |= {"required": list(shape["properties"]), "additionalProperties": False}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:{SCHEMA.replace('-', ':', 1)}"}
-    return head | whole | {"$defs": shapes}
+    return head | found | {"$defs": shapes}

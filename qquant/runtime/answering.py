@@ -169,15 +169,15 @@ class Text:
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.waiting += [token for token in ids if token not in self.stops]
-        self._tell(whole=True)
+        self._tell(more=True)
 
     def end(self) -> None:
         """Tell what still waits."""
-        self._tell(whole=False)
+        self._tell(more=False)
 
-    def _tell(self, whole: bool) -> None:
+    def _tell(self, more: bool) -> None:
         text = self.tokenizer.decode(self.waiting)
-        if not text or (whole and text.endswith("\ufffd")):
+        if not text or (more and text.endswith("\ufffd")):
             return
         self.waiting = []
         self.text += text

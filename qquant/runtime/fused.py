@@ -27,17 +27,17 @@ class Layer:
 class _Outputs(tuple[Tensor, ...]):
     """What the linears of a stage gave, which were one product."""
 
-    whole: Tensor
+    joined: Tensor
 
     @classmethod
-    def of(cls, whole: Tensor, widths: Sequence[int]) -> _Outputs:
-        outputs = cls(whole.split(list(widths), dim=-1) if len(widths) > 1 else (whole,))
-        outputs.whole = whole
+    def of(cls, joined: Tensor, widths: Sequence[int]) -> _Outputs:
+        outputs = cls(joined.split(list(widths), dim=-1) if len(widths) > 1 else (joined,))
+        outputs.joined = joined
         return outputs
 
 
-def _whole(outputs: Sequence[Tensor]) -> Tensor:
-    return outputs.whole if isinstance(outputs, _Outputs) else torch.cat(list(outputs), dim=-1)
+def _joined(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs.joined if isinstance(outputs, _Outputs) else torch.cat(list(outputs), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Fused:
 
     def attend(self, heads: Sequence[Tensor]) -> Tensor:
         """The attention, after keys and values went into the cache."""
-        return self.mix(self.rotate(_whole(heads)))
+        return self.mix(self.rotate(_joined(heads)))
 
     def gated(self, pair: Sequence[Tensor]) -> Tensor:
         """The product of silu(first) and second."""
-        return gate(_whole(pair))
+        return gate(_joined(pair))
 
     def add(self, x: Sum, y: Tensor) -> Sum:
         """A sum that nobody has made yet."""

@@ -137,7 +137,7 @@ def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> ModelWe
 def _held(modules: Sequence[nn.Module]) -> RuntimeLinear | list[RuntimeLinear] | None:
     first = modules[0]
     if isinstance(first, FusedSlice) and all(isinstance(module, FusedSlice) for module in modules):
-        return first.whole
+        return first.fused
     if not all(isinstance(module, RuntimeLinear) for module in modules):
         return None
     linears = [cast(RuntimeLinear, module) for module in modules]

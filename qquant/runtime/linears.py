@@ -174,13 +174,13 @@ class CpuQuantLinear(RuntimeLinear):
 class FusedSlice(nn.Module):
     """One of several linears with the same input: the first makes the product of all, the others hand out theirs."""
 
-    def __init__(self, whole: RuntimeLinear, sizes: Sequence[int], index: int) -> None:
+    def __init__(self, fused: RuntimeLinear, sizes: Sequence[int], index: int) -> None:
         super().__init__()
         self.index, self.sizes = index, tuple(sizes)
         self.made: tuple[Tensor, tuple[Tensor, ...]] | None = None  # of the first: its input and outputs
         self.first: list[FusedSlice] = []  # a list, so that the module is registered in one place
         if index == 0:
-            self.whole = whole
+            self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., K] -> [..., sizes[index]].
@@ -189,7 +189,7 @@ class FusedSlice(nn.Module):
             RuntimeError: called with another input than the first part was.
         """
         if self.index == 0:
-            outputs = self.whole(x).split(self.sizes, dim=-1)
+            outputs = self.fused(x).split(self.sizes, dim=-1)
             self.made = (x, outputs)
             return outputs[0]
         (first,) = self.first

@@ -180,7 +180,7 @@ def paths(model: nn.Module) -> dict[str, str]:
     by_module = {}
     for name, module in model.named_modules():
         if isinstance(module, RuntimeLinear):
-            by_module[name.removesuffix(".whole")] = module.extra_repr()
+            by_module[name.removesuffix(".fused")] = module.extra_repr()
         elif isinstance(module, QuantEmbedding):
             by_module[name] = f"{module.bits} bit; rows dequantized when they are asked for"
     return by_module

@@ -106,12 +106,12 @@ class Loader:
             return self._apart(modules, shapes)
         bias = None if all(bias is None for bias in biases) else torch.cat([_given(b) for b in biases])
         if weights[0] is None:
-            whole = torch.empty((sum(rows for rows, _ in shapes), shapes[0][1]), dtype=self.dtype, device=self.device)
+            joined = torch.empty((sum(rows for rows, _ in shapes), shapes[0][1]), dtype=self.dtype, device=self.device)
             start = 0
             for name, (rows, columns) in zip(names, shapes, strict=True):
-                whole[start : start + rows] = self.matrix(name, rows, columns)
+                joined[start : start + rows] = self.matrix(name, rows, columns)
                 start += rows
-            return [DenseLinear(whole, bias, self.stored_as(names))]
+            return [DenseLinear(joined, bias, self.stored_as(names))]
         halves = [_half(_given(weight)) for weight in weights]
         together = _together([weight for weight, _ in halves])
         if together is None:

@@ -120,14 +120,14 @@ class _Sums:
         Raises:
             NotFiniteError: something that was added on any rank was not finite.
         """
-        exchange, whole = self.stream.exchange, True
+        exchange, finite = self.stream.exchange, True
         try:
             for gram in self.watched:
                 gram.settle()
         except NotFiniteError:
-            whole = False
-        said = exchange.say([whole, self.gram.tokens, self.gram.largest])
-        if not all(whole for whole, _, _ in said):
+            finite = False
+        said = exchange.say([finite, self.gram.tokens, self.gram.largest])
+        if not all(finite for finite, _, _ in said):
             raise NotFiniteError(f"the input of {self.stage.name} is not finite")
         gram = self.gram
         parts = {GRAM: [gram.matrix, gram.absolute, gram.squares], RESIDUALS: [self.residuals]}

@@ -188,15 +188,15 @@ class _Table:
             quantized = solution.quantized(problem)[self.name]
             values[places] = quantized.dequantize()
             for name, piece in self.format.pack(self.draft.plan, self.name, quantized).items():
-                whole = stored.setdefault(name, piece.new_empty((len(weight), *piece.shape[1:])))
-                whole[places] = piece
+                tensor = stored.setdefault(name, piece.new_empty((len(weight), *piece.shape[1:])))
+                tensor[places] = piece
         if not torch.equal(self.format.restore(self.draft.plan, self.name, stored), values):
             raise QQuantError(f"{self.name}: the packed rows dequantize to other values than their codes")
         self.checksum.add(values)
-        for name, whole in stored.items():
+        for name, tensor in stored.items():
             offset = self.offsets.get(name, 0)
-            self.draft.submit(partial(self.writer.put, name, offset, whole.cpu()))
-            self.offsets[name] = offset + whole.nbytes
+            self.draft.submit(partial(self.writer.put, name, offset, tensor.cpu()))
+            self.offsets[name] = offset + tensor.nbytes
 
     def _note(self, problem: Problem, solution: Solution) -> None:
         energy = problem.energy[self.name]

@@ -151,11 +151,11 @@ def _propagated(
     stream.hidden = hidden
 
 
-def _anew(view: View, stream: Stream, whole: int) -> bool:
-    """Whether memory is too short for what every piece holds between two stages; `whole`: ways that go on to the end."""
+def _anew(view: View, stream: Stream, onward: int) -> bool:
+    """Whether memory is too short for what every piece holds between two stages; `onward`: ways that go on to the end."""
     tokens = sum(x.shape[:-1].numel() for x in stream.hidden)
     config, itemsize = without_padding(view.checkpoint).config, torch.empty((), dtype=view.dtype).itemsize
-    held = passages_bytes(view.checkpoint.family, config, tokens, itemsize, whole)
+    held = passages_bytes(view.checkpoint.family, config, tokens, itemsize, onward)
     return stream.pressure >= STATES or not passages_stay(held, free_memory(stream.device))
 
 
@@ -170,7 +170,7 @@ class _Ways:
     own: Block
     before: Mapping[Piece, Tensor]
     stream: Stream
-    whole: bool  # whether the one without quantization goes on to the end, too
+    onward: bool  # whether the one without quantization goes on to the end, too
     anew: bool
     passes: dict[Piece, list[Passage]] = field(default_factory=dict)  # those that stand
 
@@ -188,7 +188,7 @@ class _Ways:
         else:
             self.passes = self.passes or dict(self._begun(self.exact, self.own))
             last = number == len(self.own.family.stages) - 1
-            yield from _inputs(self.passes, last=last and not self.whole)
+            yield from _inputs(self.passes, last=last and not self.onward)
 
     def outputs(self, block: Block, dtype: torch.dtype) -> Iterator[Tensor]:
         """What a block makes of every piece, where the stream has its states."""

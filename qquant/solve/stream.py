@@ -178,17 +178,17 @@ class Stream:
                 hidden.append(block.forward(x.to(block.dtype), observe).to(x.dtype))
             for gram in grams.values():
                 gram.settle()
-            whole = all_finite(hidden)
+            in_range = all_finite(hidden)
         except (RuntimeError, MemoryError, NotFiniteError) as error:
             if not isinstance(error, NotFiniteError) and not is_out_of_memory(error):
                 raise
-            whole = False
-        if whole:
+            in_range = False
+        if in_range:
             self.hidden = hidden
         else:
             for gram in grams.values():
                 gram.clear()
-        return whole
+        return in_range
 
     def through(self, layer: int, block: Block, index: int, observe: Observer | None) -> Tensor:
         """What `block` makes of a piece, in float32 where the dtype of the stream does not hold it: one step of `advance`.

@@ -267,11 +267,11 @@ def _shared_by_ranks(
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
             return solver
 
-        whole = Solver(view.checkpoint, draft, layer, moments)
+        block = Solver(view.checkpoint, draft, layer, moments)
         for tensors, record, seconds in sharing.solve(stages, solve_one, owned, stream):
-            whole.tensors |= tensors
-            whole.record += record
-            whole.seconds |= seconds
+            block.tensors |= tensors
+            block.record += record
+            block.seconds |= seconds
         if exchange.first:
-            whole.finish(transformed.weights, transformed.choices, overflowed)
+            block.finish(transformed.weights, transformed.choices, overflowed)
     return grams

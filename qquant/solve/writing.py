@@ -245,5 +245,5 @@ def _kept(path: Path, key: str, count: int) -> list[list[int]] | None:
         samples: list[list[int]] = said["samples"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    whole = len(samples) == count and _content(key, samples) == path.read_bytes()
-    return samples if whole else None
+    intact = len(samples) == count and _content(key, samples) == path.read_bytes()
+    return samples if intact else None

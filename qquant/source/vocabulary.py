@@ -52,7 +52,7 @@ def read(path: Path) -> Vocabulary:
         InputError: neither is there, or they are malformed.
     """
     if os.path.lexists(path / "tokenizer.json"):
-        return _whole(path / "tokenizer.json")
+        return _of_one_file(path / "tokenizer.json")
     if os.path.lexists(path / "vocab.json") and os.path.lexists(path / "merges.txt"):
         return _parts(path)
     raise InputError(
@@ -60,7 +60,7 @@ def read(path: Path) -> Vocabulary:
     )
 
 
-def _whole(file: Path) -> Vocabulary:
+def _of_one_file(file: Path) -> Vocabulary:
     content = read_json(file)
     model = content.get("model")
     tokens, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)

@@ -15,9 +15,9 @@ LONG = 8  # array values shown
 def describe(path: Path) -> dict[str, Any]:
     """`facts` (name -> value) and `tensors` (name, shape, type, bytes) of the whole model, if all of its parts are there; else of this file."""
     files = shard_paths(path)
-    whole = all(file.is_file() for file in files)
-    header = read_model(path) if whole else read_header(path)
-    if not whole:
+    complete = all(file.is_file() for file in files)
+    header = read_model(path) if complete else read_header(path)
+    if not complete:
         files = (path,)
     facts: dict[str, Any] = {"file": str(files[0])} | ({"parts": len(files)} if len(files) > 1 else {})
     facts["bytes"] = sum(file.stat().st_size for file in files)

@@ -148,12 +148,12 @@ class Gguf:
         assert isinstance(spec, GgufArtifact)
         shape = mix.ModelShape(_known(checkpoint, spec), checkpoint.config)
         kinds = budget.candidates(spec, shape, checkpoint.dtype)
-        whole = recipe.model_copy(update={"gguf_split_size": 10**15})
+        unsplit = recipe.model_copy(update={"gguf_split_size": 10**15})
         found = {}
         for kind in dict.fromkeys(one for several in kinds.values() for one in several):
             types = {patterns.short(tensor): kind for tensor, several in kinds.items() if kind in several}
             entry = spec.model_copy(update={"type": "q8_0", "size": None, "bits_per_weight": None, "types": types})
-            found[kind] = self.plan(checkpoint, entry, whole, name)
+            found[kind] = self.plan(checkpoint, entry, unsplit, name)
         return found
 
     def in_16_bits(self, path: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
@@ -164,8 +164,8 @@ class Gguf:
         kind = said.kind_of(types, shape)
         restored = {patterns.short(name): sixteen for tensor in tensors if (name := family.gguf_name(tensor)) in types}
         plain = mix.tensor_types(kind, shape, True).types
-        whole = {} if all(plain[name] == types[name] for name in shape.matrices()) else budget.abridged(types)
-        return {"type": budget.NOT_ASKED_FOR.get(kind, kind), "types": whole | restored}
+        others = {} if all(plain[name] == types[name] for name in shape.matrices()) else budget.abridged(types)
+        return {"type": budget.NOT_ASKED_FOR.get(kind, kind), "types": others | restored}
 
     def grid_for(self, planned: PlannedArtifact, name: str, columns: int) -> Grid | None:
         """The grid of matrix `name` for a solver with steps; None: the type's own quantizer decides."""

@@ -77,9 +77,9 @@ def named(files: Sequence[str]) -> list[ModelFile]:
     for name in files:
         match = NAMED.search(name)
         if match and match["part"] in (None, "00001"):
-            whole, modelfile = NAMED.sub(f"-{match['type']}{SUFFIX}", name), ollama.name(match["type"])
+            merged, modelfile = NAMED.sub(f"-{match['type']}{SUFFIX}", name), ollama.name(match["type"])
             for_ollama = modelfile if modelfile in files else None
-            models.append(ModelFile(name, match["type"], int(match["parts"] or 1), whole, for_ollama))
+            models.append(ModelFile(name, match["type"], int(match["parts"] or 1), merged, for_ollama))
     return models
 
 
