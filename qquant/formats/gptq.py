@@ -38,7 +38,8 @@ else:
 
 HARMLESS = (
     "damp_percent damp_auto_increment static_groups true_sequential model_name_or_path meta quantizer mse dataset tokenizer "
-    "block_name_to_quantize cache_block_outputs use_exllama exllama_config use_cuda_fp16 max_input_length"
+    "block_name_to_quantize cache_block_outputs use_exllama exllama_config use_cuda_fp16 max_input_length "
+    "autoround_version provider iters"
 )  # keys that tell how it was made, or choose a kernel
 
 
@@ -249,6 +250,7 @@ class Gptq(ModelFolder[GptqArtifact]):
                 else (None, [list(stage.linears) for stage in source.family.stages], [list(linears)]),
                 quantized,
             ),
+            "data_type": Stated((None, "int"), "codes are taken for numbers of another kind"),
             "is_marlin_format": Stated((False, None), "codes are read in another order"),
             "pack_dtype": Stated(("int32",), "codes are cut otherwise", "int32"),
             "model_file_base_name": Stated((None, "model", *sorted(files)), "AutoGPTQ looks for a file of that name"),

@@ -316,6 +316,19 @@ def test_every_key_of_a_folder_is_noticed(edited, name, file):
     assert changed >= len(content)
 
 
+def test_what_auto_round_says_of_its_own_making_is_no_warning(edited):
+    """The keys of auto-round 0.16.1's `auto_gptq`; codes of another kind than integers are refused."""
+    checkpoint, found, open_file = edited
+    path, content = open_file("gptq", "config.json")
+    before = noticed(found["gptq"], checkpoint)
+    made = {"autoround_version": "0.16.1", "provider": "auto-round", "iters": 200, "data_type": "int"}
+    path.write_text(json.dumps(content | {"quantization_config": content["quantization_config"] | made}))
+    assert noticed(found["gptq"], checkpoint) == before
+    made["data_type"] = "mx_fp"
+    path.write_text(json.dumps(content | {"quantization_config": content["quantization_config"] | made}))
+    assert "data_type" in noticed(found["gptq"], checkpoint)[0][0]
+
+
 def test_a_rope_in_either_spelling_is_one(edited):
     checkpoint, found, open_file = edited
     path, content = open_file("gptq", "config.json")
