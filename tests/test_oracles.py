@@ -434,6 +434,53 @@ def test_llama_cpp_finds_the_perplexity_that_a_check_states(built, tmp_path):
         assert row.perplexity == pytest.approx(found["ppl"], rel=1e-3 if kind == "f16" else 5e-3), kind
 
 
+@pytest.fixture
+def sixteen(demo, tmp_path):
+    """Calibration for the tools that quantize: 16 samples of 128 tokens of held-out text."""
+    ids = AutoTokenizer.from_pretrained(demo)(held_out_text()[:20_000]).input_ids
+    path = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.tensor(ids[: 16 * 128], dtype=torch.int32).view(16, 128)}, path)
+    return path
+
+
+def qquant(*arguments):
+    """What a command of ours prints; the test fails with its error output if it fails."""
+    command = [Path(sys.executable).with_name("qquant"), *arguments]
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{arguments}: {done.stderr[-6000:]}"
+    return done.stdout
+
+
+@needs("autoround")
+def test_a_folder_of_auto_round_is_read_checked_and_asked(demo, sixteen, tmp_path):
+    """Written as `auto_gptq`; after one step a block it is rounding to nearest, which costs the demo a KL divergence of 0.006."""
+    folder = tmp_path / "auto-round"
+    run("autoround", "autoround_quantize.py", demo, sixteen, folder, "--iters", 1)
+    assert "autoround_version" in qquant("inspect", folder)
+    said = json.loads(qquant("check", folder, "--against", demo, "--windows", 4, "--length", 128, "--json"))
+    (row,) = said["artifacts"]
+    assert 1e-3 < row["kl_divergence"] < 1e-2
+    answer = json.loads(
+        qquant("run", folder, "The city of London", "--raw", "--max-new-tokens", 8, "--greedy", "--json")
+    )
+    assert answer["answer"].strip()
+
+
+@needs("llmcompressor")
+def test_a_folder_of_llm_compressor_is_described_and_its_weights_are_near(demo, sixteen, tmp_path):
+    """In compressed-tensors, which `inspect` describes and nothing else reads; what its own library unpacks is a checkpoint."""
+    folder, plain = tmp_path / "llm-compressor", tmp_path / "plain"
+    run("llmcompressor", "llmcompressor_quantize.py", demo, sixteen, folder, "--dequantized", plain)
+    said = json.loads(qquant("inspect", folder, "--tensors", "--json"))
+    assert said["facts"]["quantization_config"]["quant_method"] == "compressed-tensors"
+    kinds = {tensor["name"].rsplit(".", 1)[1] for tensor in said["tensors"]}
+    assert {"weight_packed", "weight_scale", "weight_shape"} <= kinds
+    ours, theirs = dequantized_state(demo), dequantized_state(plain)
+    for name in (name for name in ours if name.endswith("proj.weight")):
+        error = (theirs[name] - ours[name]).norm() / ours[name].norm()
+        assert 0.01 < error < 0.2, f"{name}: {error:.3f}"
+
+
 SHARED = ROOT.parent / "shared"  # texts and the tokenizer of Qwen1.5, where they are
 
 
