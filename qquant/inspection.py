@@ -16,9 +16,9 @@ def describe(path: Path) -> dict[str, Any]:
         InputError: not readable as any of them.
     """
     try:
-        known = format_of(path)
+        artifact_format = format_of(path)
     except InputError:
         if not (path / "config.json").exists():
             raise
-        known = None  # a folder that is quantized otherwise, such as FP8, compressed-tensors or bitsandbytes, has headers too
-    return beside.describe(path) if known is None else known.describe(path)
+        artifact_format = None  # a folder that is quantized otherwise, such as FP8, compressed-tensors or bitsandbytes, has headers too
+    return beside.describe(path) if artifact_format is None else artifact_format.describe(path)

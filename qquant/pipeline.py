@@ -168,8 +168,8 @@ def _judge(
     """Rows for all candidates, measured now unless their verdicts still hold, and for artifacts that were left alone."""
     asked, conditions, means = question
     before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
-    known = kept.answered(out, before, candidates)
-    fresh = [candidate for candidate in candidates if candidate.name not in known]
+    answered = kept.answered(out, before, candidates)
+    fresh = [candidate for candidate in candidates if candidate.name not in answered]
     ranks.agree({"list of what is to be judged": ", ".join(candidate.name for candidate in fresh)})
     reviewed = Review(before.baseline_perplexity if before else 0.0, ())
     if fresh:
@@ -184,14 +184,14 @@ def _judge(
     text = {row.name: before.conditions.detectable.get(row.name, {}) for row in left} if before else {}
     read = reviewed.tokenizer or (before.conditions.tokenizer if before else None)
     conditions = replace(conditions, detectable={**text, **conditions.detectable}, tokenizer=read)
-    return kept.together(known, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
+    return kept.together(answered, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
 
 
 def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
     """Tensor-parallel sizes of the planned artifacts, and of those that are there and were left alone."""
     path = out / SOURCE
-    known = ReleaseSource.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
-    there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in known.items()}
+    earlier = ReleaseSource.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
+    there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in earlier.items()}
     return {**there, **plan.parallel}
 
 
@@ -268,8 +268,11 @@ def check(  # noqa: PLR0913  each is the user's
 
 def _tensor_bytes(path: Path) -> int:
     """Bytes of tensor data, without headers and metadata: what a build calls bits per weight."""
-    known = format_of(path)
-    return sum(tensor["bytes"] for tensor in (known.describe(path) if known else beside.describe(path))["tensors"])
+    artifact_format = format_of(path)
+    return sum(
+        tensor["bytes"]
+        for tensor in (artifact_format.describe(path) if artifact_format else beside.describe(path))["tensors"]
+    )
 
 
 def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:

@@ -248,10 +248,10 @@ class _Watch:
             return f"rank {self.ranks.rank} ({self.ranks.where(self.ranks.rank)}) is stuck: no step of its work has ended for {STUCK:.0f} s"
         for rank in range(self.ranks.world):
             said = self.ranks._read(f"beat/{rank}")
-            known, since = self.beats.get(rank, (None, self.began))
-            if said != known or self.ranks._read(f"left/{rank}"):
+            last, since = self.beats.get(rank, (None, self.began))
+            if said != last or self.ranks._read(f"left/{rank}"):
                 self.beats[rank] = said, now
-            elif now - since > (SILENT if known is not None else ARRIVAL):
+            elif now - since > (SILENT if last is not None else ARRIVAL):
                 return f"rank {rank} ({self.ranks.where(rank)}) has not answered for {now - since:.0f} s"
         return self.ranks.lost()
 

@@ -95,8 +95,8 @@ def _swept(
         root = torch.linalg.cholesky_ex(inside).L
         half = torch.linalg.solve_triangular(root, mix @ slope, upper=False)
         pull = torch.linalg.solve_triangular(root.mT, half, upper=True).flatten(0, 1)
-        known, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
-        of_rows = pull, inside, known, steps, offsets
+        earlier, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
+        of_rows = pull, inside, earlier, steps, offsets
         if columns.gram.matrix is None:  # a recording would keep another copy of the matrix
             visited_codes, change = _visited(count, *of_rows, columns.gram, columns.blocks)
         else:

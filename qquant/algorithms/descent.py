@@ -79,10 +79,10 @@ def sweep(
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
         step, offset = (level[span][:, columns.order // grid.width] for level in spacing)
-        known = codes[span][:, columns.order]
-        slope = product(step * known - offset - weight[span][:, columns.order], columns.gram)
+        earlier = codes[span][:, columns.order]
+        slope = product(step * earlier - offset - weight[span][:, columns.order], columns.gram)
         fixed = columns.gram, columns.blocks, grid.levels
-        blocks = [block for block, _ in visit(*fixed, slope, known, (step, offset), _row_by_row)]
+        blocks = [block for block, _ in visit(*fixed, slope, earlier, (step, offset), _row_by_row)]
         swept[span, columns.order] = torch.cat(blocks, 1)
     return swept
 
@@ -104,18 +104,18 @@ def visit(
     stacks = [factored[start : start + 3] for start in range(0, len(factored), 3)]
     each = [(*parts, len(parts[0])) for stack in stacks for parts in zip(*stack, strict=True)]
     stop = 0
-    for (inside, inverse, upper, width), known, step, offset in zip(
+    for (inside, inverse, upper, width), earlier, step, offset in zip(
         each, *(_split(x, factored[0].shape[1]) for x in (codes, *spacing)), strict=True
     ):
         block, stop = slice(stop, stop + width), stop + width
-        minus = torch.addcmul(offset, step, known.float(), value=-1)  # -v
+        minus = torch.addcmul(offset, step, earlier.float(), value=-1)  # -v
         target = torch.addmm(minus, slope[:, block], inverse, beta=-1, alpha=-1)
         rounded, _ = gptq_block(target, upper, step, offset, count)
         change = torch.addcmul(minus, step, rounded.float()).sub_(offset)
         keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
         slope[:, stop:].addmm_(change, gram.part(block, slice(stop, None)).values())
-        yield torch.where(keep, rounded, known), change
+        yield torch.where(keep, rounded, earlier), change
 
 
 def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:

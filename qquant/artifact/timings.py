@@ -14,8 +14,8 @@ from qquant.source.untrusted import read_json
 def write(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Leave the seconds of every stage and block beside the report; those of artifacts that were kept stay as they are."""
     path = out / TIMINGS
-    known = read_json(path).get("artifacts") if path.is_file() else None
-    timings = known if isinstance(known, dict) else {}
+    kept = read_json(path).get("artifacts") if path.is_file() else None
+    timings = kept if isinstance(kept, dict) else {}
     write_synced(
         path, (json.dumps({"schema": "qquant-timings-1", "artifacts": {**timings, **took}}, indent=2) + "\n").encode()
     )

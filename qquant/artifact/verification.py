@@ -89,8 +89,8 @@ def verify(folder: Path, deep: bool = False) -> Verified:
     scanned = compared = 0
     for name, entry in read_manifest(folder).artifacts.items():
         recorded = checksums(entry.layers)
-        known = FORMATS[_format(folder, name, entry)]
-        source = known.read(known.path_of(folder, entry.files))
+        artifact_format = FORMATS[_format(folder, name, entry)]
+        source = artifact_format.read(artifact_format.path_of(folder, entry.files))
         for tensor in source.family.shapes(source.config) if deep else _sample(recorded):
             value = source.tensor(tensor)
             if not finite(value):

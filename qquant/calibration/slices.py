@@ -9,7 +9,7 @@ A slice of a language or a kind is judged beside English; a stretch of positions
     needed      = bits a character that the checkpoint takes for the slice's text
     frequencies = bits a character of a code that knows how often each character stands in that very text, and nothing else
 
-A checkpoint that needs more than `KNOWN` of the frequencies does not know the language: nothing can be lost there.
+A checkpoint that needs more than `FAMILIAR` of the frequencies does not know the language: nothing can be lost there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LENGTH, FIRST = 512, 128
 WINDOWS = 24
 CONTEXT = 32768
 STRETCHES = (0, 2048, 8192, 16384, 32768)
-KNOWN = 0.6
+FAMILIAR = 0.6
 REFERENCE = "English"
 LANGUAGES = {
     "English": "en", "Chinese": "zh", "Arabic": "ar", "French": "fr", "German": "de", "Indonesian": "id", "Italian": "it",

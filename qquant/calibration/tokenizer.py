@@ -71,20 +71,20 @@ class Backend:
 
 def _backend(path: Path) -> Backend:
     """The tokenizer of a checkpoint folder, from tokenizer.json, else from vocab.json and merges.txt."""
-    known = vocabulary.read(path)
+    vocab = vocabulary.read(path)
     file = path / "tokenizer.json"
     if file.is_file():
         return Backend(read_text(file), str(file))
-    return _from_parts(path, known)
+    return _from_parts(path, vocab)
 
 
-def _from_parts(path: Path, known: Vocabulary) -> Backend:
+def _from_parts(path: Path, vocab: Vocabulary) -> Backend:
     """Qwen's tokenizer from vocab.json and merges.txt.
 
     These two do not say the ids of the special tokens: added_tokens.json or tokenizer_config.json must.
     """
     config = _json(path / "tokenizer_config.json")
-    stated = {token.content for token in known.added} | known.tokens.keys()
+    stated = {token.content for token in vocab.added} | vocab.tokens.keys()
     names = [config.get(key) for key in SETTINGS] + list(config.get("additional_special_tokens") or ())
     wanted = [token.get("content") if isinstance(token, dict) else token for token in names]
     absent = [token for token in (*wanted, DEFAULT_END) if isinstance(token, str) and token not in stated]
@@ -93,21 +93,21 @@ def _from_parts(path: Path, known: Vocabulary) -> Backend:
             f"{path}: no file says the id of {absent[0]}, and vocab.json with merges.txt do not tell. Copy tokenizer.json from the "
             "base model, or its tokenizer_config.json with `added_tokens_decoder`"
         )
-    backend = Backend(qwen(known), str(path / "vocab.json"))
-    require_ids(backend, known)
+    backend = Backend(qwen(vocab), str(path / "vocab.json"))
+    require_ids(backend, vocab)
     return backend
 
 
-def qwen(known: Vocabulary) -> str:
+def qwen(vocab: Vocabulary) -> str:
     """The tokenizer.json of Qwen's byte-level BPE with these tokens: what transformers makes of vocab.json and merges.txt."""
     split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    in_order = sorted(known.added, key=lambda token: token.id)
+    in_order = sorted(vocab.added, key=lambda token: token.id)
     added = [{"id": token.id, "content": token.content, "special": token.special, **flags} for token in in_order]
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-        "byte_fallback": False, "ignore_merges": False, "vocab": dict(known.tokens), "merges": [list(pair) for pair in known.merges],
+        "byte_fallback": False, "ignore_merges": False, "vocab": dict(vocab.tokens), "merges": [list(pair) for pair in vocab.merges],
     }  # fmt: skip
     content = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
@@ -117,9 +117,9 @@ def qwen(known: Vocabulary) -> str:
     return json.dumps(content)
 
 
-def require_ids(backend: Backend, known: Vocabulary) -> None:
+def require_ids(backend: Backend, vocab: Vocabulary) -> None:
     """Raise InputError unless every added token has got its own id: the library numbers them in a row after the others."""
-    for token in known.added:
+    for token in vocab.added:
         if backend.added.get(token.content, (token.id, False))[0] != token.id:
             raise InputError(
                 f"{backend.where}: token {token.id} ({token.content!r}) does not follow the tokens before it"

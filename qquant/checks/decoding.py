@@ -181,11 +181,13 @@ class Chooser:
 
     def choose(self, logits: Tensor) -> list[int]:
         """One token for each row of logits [B, vocabulary]."""
-        known = torch.nan_to_num(logits, nan=0.0)
+        numbers = torch.nan_to_num(logits, nan=0.0)
         if self.draw is None:
-            return known.argmax(1).tolist()
-        noise = -torch.empty_like(known).exponential_(generator=self.draw).log()  # Gumbel's: the largest sum is a draw
-        return (known / TEMPERATURE + noise).argmax(1).tolist()
+            return numbers.argmax(1).tolist()
+        noise = (
+            -torch.empty_like(numbers).exponential_(generator=self.draw).log()
+        )  # Gumbel's: the largest sum is a draw
+        return (numbers / TEMPERATURE + noise).argmax(1).tolist()
 
 
 class _Talk:

@@ -156,8 +156,8 @@ class Peaks:
         def observe(_: str, x: Tensor) -> None:
             low, high = torch.aminmax(x)
             peak = float(torch.maximum(-low, high))
-            known = self.largest.get((source, layer), 0.0)
-            self.largest[source, layer] = peak if math.isnan(peak) else max(known, peak)
+            before = self.largest.get((source, layer), 0.0)
+            self.largest[source, layer] = peak if math.isnan(peak) else max(before, peak)
 
         return observe
 

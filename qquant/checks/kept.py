@@ -98,10 +98,10 @@ def others(
 
 
 def together(
-    known: Mapping[str, ArtifactReport], review: Review, left: Sequence[ArtifactReport], order: Sequence[str]
+    answered: Mapping[str, ArtifactReport], review: Review, left: Sequence[ArtifactReport], order: Sequence[str]
 ) -> Review:
     """The review with kept rows in their places."""
-    rows = {row.name: row for row in left} | dict(known) | {row.name: row for row in review.artifacts}
+    rows = {row.name: row for row in left} | dict(answered) | {row.name: row for row in review.artifacts}
     names = [name for name in order if name in rows] + [name for name in rows if name not in order]
     return replace(review, artifacts=tuple(rows[name] for name in names))
 

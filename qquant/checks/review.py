@@ -234,8 +234,8 @@ def review(
             measured = replace(measured, slices=kept)
         if text.asked:
             asking = behaviour.Asking(checkpoint, asked, text.asked, text.tokenizer, device)
-            known = behaviour.pairs(asking, progress) if asked else {}
-            pairs = behaviour.of_all(known, ranks)
+            here = behaviour.pairs(asking, progress) if asked else {}
+            pairs = behaviour.of_all(here, ranks)
         if text.answers:
             answers = sanity.answer(checkpoint, asked, text.tokenizer, text.answers, device, progress) if asked else {}
             answers = spreading.answers(answers, bool(asked), ranks)

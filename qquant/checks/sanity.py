@@ -232,14 +232,14 @@ def fits(checkpoint: Checkpoint, device: torch.device) -> bool:
 
 
 def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int) -> AnswerMarks:
-    answers, known = AnswerMarks(), dict[Prompt, list[int]]()
+    answers, greedy_replies = AnswerMarks(), dict[Prompt, list[int]]()
     for group in GROUPS:
         prompts = [_prompt(tokenizer, system, question) for _, system, question in group.prompts]
         chooser = Chooser(tokenizer.size, tokenizer.eos, SEED if group.sampled else None)
-        draft = known.get(group.prompts[0], []) if len(prompts) == 1 else []
+        draft = greedy_replies.get(group.prompts[0], []) if len(prompts) == 1 else []
         replies = model.answer(prompts, length, chooser, draft)
         for prompt, answered in zip(group.prompts, replies, strict=True):
             answers.add(answered.ids, answered.finite, prompt[0], tokenizer)
             if not group.sampled:
-                known[prompt] = answered.ids
+                greedy_replies[prompt] = answered.ids
     return answers

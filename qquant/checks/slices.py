@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from qquant.calibration import Tokenizer
-from qquant.calibration.slices import FIRST, KNOWN, LENGTH, REFERENCE, Group, Sliced, frequencies
+from qquant.calibration.slices import FAMILIAR, FIRST, LENGTH, REFERENCE, Group, Sliced, frequencies
 from qquant.checks import statistics
 from qquant.checks.fidelity import SHARE, STATES, Fidelity, Scored, measure
 from qquant.checks.ratios import Ratio, ratio
@@ -71,9 +71,9 @@ class SliceReading:
     frequencies: float = 0.0  # bits a character of the text's own frequencies
 
     @property
-    def known(self) -> bool:
+    def familiar(self) -> bool:
         """Whether the checkpoint knows what it reads."""
-        return self.bits <= KNOWN * self.frequencies
+        return self.bits <= FAMILIAR * self.frequencies
 
 
 def readings(
@@ -143,15 +143,15 @@ def _stretches(text: Sliced, short: Fidelity, every_token: Fidelity, letters: Se
         )
         for row in range(documents)
     ]
-    documents_told = [row for row, reading in enumerate(whole_documents) if reading.known] or list(range(documents))
+    documents_read = [row for row, reading in enumerate(whole_documents) if reading.familiar] or list(range(documents))
     for name, start, stop in text.stretches():
         ours, beside = (
-            Fidelity(**{key: column[documents_told, start:stop].flatten(0, 1) for key, column in values.items()})
+            Fidelity(**{key: column[documents_read, start:stop].flatten(0, 1) for key, column in values.items()})
             for values in (columns, again)
         )
         yield _described(
             SliceReading(name, "position", ours, beside),
-            [one for row in documents_told for one in said[row][start:stop]],
+            [one for row in documents_read for one in said[row][start:stop]],
         )
 
 
@@ -169,11 +169,11 @@ def judge(
     readings: Sequence[SliceReading], limit: float | None, level: float = SLICES
 ) -> tuple[tuple[SliceReport, ...], Verdict | None]:
     """Every slice with what is proven of it, and the verdict of the gate on the worst; None: there is none. `limit`: None asks nothing."""
-    english = next((reading for reading in readings if reading.name == REFERENCE and reading.known), None)
+    english = next((reading for reading in readings if reading.name == REFERENCE and reading.familiar), None)
     asked: dict[int, tuple[Ratio, float]] = {}
     for index, reading in enumerate(readings):
         beside = reading.beside or (english.fidelity if english else None)
-        if beside is None or reading is english or not reading.known:
+        if beside is None or reading is english or not reading.familiar:
             continue
         own = math.inf if limit is None else limit if reading.beside is None else math.sqrt(limit)
         asked[index] = (_ratio(reading, beside), own)
@@ -191,7 +191,7 @@ def _ratio(reading: SliceReading, beside: Fidelity) -> Ratio:
 
 
 def _unasked(reading: SliceReading, english: SliceReading | None) -> Standing:
-    if not reading.known:
+    if not reading.familiar:
         return "unknown"
     return "reference" if reading is english else "measured"
 

@@ -194,20 +194,20 @@ class _Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.now = self.most = 0
-        self.known: set[int] = set()
+        self.seen: set[int] = set()
 
     def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
+        self.seen.discard(key)
         self.now -= size
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         out = function(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and _key(value) not in inputs | self.known:
+            if isinstance(value, Tensor) and _key(value) not in inputs | self.seen:
                 storage = value.untyped_storage()
                 key, size = _key(value), storage.nbytes()
-                self.known.add(key)
+                self.seen.add(key)
                 self.now += size
                 self.most = max(self.most, self.now)
                 weakref.finalize(storage, self._gone, key, size)

@@ -57,8 +57,8 @@ def largest(peaks: Peaks, ranks: Ranks) -> Peaks:
     said = ranks.gather([[source, layer, peak] for (source, layer), peak in peaks.largest.items()])
     found: dict[tuple[int, int], float] = {}
     for source, layer, peak in (row for rows in said for row in rows):
-        known = found.get((int(source), int(layer)), 0.0)
-        found[int(source), int(layer)] = math.nan if math.isnan(peak) or math.isnan(known) else max(known, peak)
+        before = found.get((int(source), int(layer)), 0.0)
+        found[int(source), int(layer)] = math.nan if math.isnan(peak) or math.isnan(before) else max(before, peak)
     return Peaks(found)
 
 

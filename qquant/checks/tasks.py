@@ -165,9 +165,9 @@ def _benchmark(
     kept = questions.kept
     version = str(getattr(harness, "__version__", "unknown"))
     path = kept.path(model.digest, benchmark, questions.limit, version) if kept.folder else None
-    known = kept.read(path)
-    if known is not None:
-        return known
+    scores = kept.read(path)
+    if scores is not None:
+        return scores
     with local_copies(questions.data), _data_missing(benchmark):
         every = _scores(
             harness,

@@ -98,7 +98,7 @@ def _foreseen(recipe: Recipe, source: Checkpoint, plan: Plan, device: torch.devi
     """Seconds by phase, where `qquant doctor --calibrate` has measured this machine; otherwise nothing, and no time is spent on it."""
     from qquant.plan import machine, seconds
 
-    measured = machine.known(device) if ranks.first else None
+    measured = machine.measured(device) if ranks.first else None
     if measured is None:
         return {}
     return measured.foreseen(seconds.seconds(recipe, source, plan, seconds.probe(source, device), device, ranks.world))

@@ -81,7 +81,7 @@ def plan(
     if planned.writing:
         echo(f"calibration: {planned.writing}")
     _print_checks(planned, source, gates)
-    _print_needs(planned, phases, known=clock is not None and clock.known)
+    _print_needs(planned, phases, calibrated=clock is not None and clock.calibrated)
     if world > 1:
         _print_ranks(planned, source, device, world)
     _print_efforts(costs)
@@ -111,7 +111,7 @@ class _Clock:
     world: int
 
     @property
-    def known(self) -> bool:
+    def calibrated(self) -> bool:
         """Whether the machine was measured."""
         return self.machine is not None
 
@@ -129,7 +129,7 @@ def _clock(source: Checkpoint, device: str, world: int) -> _Clock:
     from qquant.plan import machine, seconds
 
     where = devices.named(device)
-    return _Clock(source, where, seconds.probe(source, where), machine.known(where), world)
+    return _Clock(source, where, seconds.probe(source, where), machine.measured(where), world)
 
 
 def _print_efforts(costs: list[Cost]) -> None:
@@ -256,7 +256,7 @@ def _print_ranks(planned: Plan, source: Checkpoint, device: str, world: int) -> 
     )
 
 
-def _print_needs(planned: Plan, phases: dict[str, float], known: bool) -> None:
+def _print_needs(planned: Plan, phases: dict[str, float], calibrated: bool) -> None:
     """Time, memory and disk, each beside what is there."""
     from qquant.cli.display import span
     from qquant.devices import host_memory
@@ -264,7 +264,7 @@ def _print_needs(planned: Plan, phases: dict[str, float], known: bool) -> None:
     if phases:
         within = (
             "by what this machine took before"
-            if known
+            if calibrated
             else "within a factor of two or three; `qquant doctor --calibrate` tells better"
         )
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())

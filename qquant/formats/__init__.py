@@ -175,9 +175,9 @@ FORMATS: dict[str, Format] = {"gptq": Gptq(), "awq": Awq(), "gguf": Gguf()}
 
 def by_size(spec: ArtifactSpec) -> BySize:
     """The format of an entry that asks for a size (`sized`)."""
-    known = FORMATS[spec.format]
-    assert isinstance(known, BySize)
-    return known
+    artifact_format = FORMATS[spec.format]
+    assert isinstance(artifact_format, BySize)
+    return artifact_format
 
 
 def detect(path: Path) -> str | None:
@@ -189,7 +189,10 @@ def detect(path: Path) -> str | None:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(HEAD)
-        return _known((name for name, known in FORMATS.items() if known.begins(head)), f"{path}: is not a GGUF file")
+        return _first(
+            (name for name, artifact_format in FORMATS.items() if artifact_format.begins(head)),
+            f"{path}: is not a GGUF file",
+        )
     if not path.is_dir():
         raise InputError(f"{path}: not found")
     require_model_folder(path)
@@ -199,14 +202,17 @@ def detect(path: Path) -> str | None:
     method_config = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
     method = repr(method_config.get("quant_method"))[:80]
     fault = f"{path / 'config.json'}: quant_method {method}"
-    return _known((name for name, known in FORMATS.items() if known.recognises(method_config)), fault)
+    return _first(
+        (name for name, artifact_format in FORMATS.items() if artifact_format.recognises(method_config)), fault
+    )
 
 
-def _known(names: Iterator[str], fault: str) -> str:
+def _first(names: Iterator[str], fault: str) -> str:
     name = next(names, None)
     if name is None:
         folders, files = (
-            ", ".join(name for name, known in FORMATS.items() if known.is_folder == folder) for folder in (True, False)
+            ", ".join(name for name, artifact_format in FORMATS.items() if artifact_format.is_folder == folder)
+            for folder in (True, False)
         )
         raise InputError(f"{fault}; qquant reads model folders ({folders}) and files ({files})")
     return name
@@ -238,8 +244,8 @@ def kind_of_file(path: Path) -> str:
     Raises:
         InputError: it is damaged.
     """
-    known = format_of(path)
-    return "" if known is None else known.kind(path)
+    artifact_format = format_of(path)
+    return "" if artifact_format is None else artifact_format.kind(path)
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -248,5 +254,5 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     Raises:
         InputError: neither.
     """
-    known = format_of(path)
-    return tuple(sorted(path.glob("*.safetensors"))) if known is None else known.weight_files(path)
+    artifact_format = format_of(path)
+    return tuple(sorted(path.glob("*.safetensors"))) if artifact_format is None else artifact_format.weight_files(path)

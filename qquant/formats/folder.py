@@ -236,14 +236,14 @@ class ModelFolder(ABC, Generic[Spec]):
         contents = {"quantization_config": read_config(path)["quantization_config"]}
         if copy and (path / copy).is_file():
             contents[copy] = read_json(path / copy)
-        known, faults, warnings = self.stated(source), [], []
-        for where, content in contents.items() if known else ():
-            for key in sorted({*content, *known} - self.harmless):
+        stated, faults, warnings = self.stated(source), [], []
+        for where, content in contents.items() if stated else ():
+            for key in sorted({*content, *stated} - self.harmless):
                 subject = f"{where}: {key} is {shown(content.get(key))}: "
-                if key not in known:
+                if key not in stated:
                     warnings.append(f"{subject}qquant does not know whether a runtime reads it")
-                elif content.get(key, known[key].absent) not in known[key].true:
-                    faults.append(subject + known[key].otherwise)
+                elif content.get(key, stated[key].absent) not in stated[key].true:
+                    faults.append(subject + stated[key].otherwise)
         warnings += [
             f"tensor {name}: the checkpoint has no such thing; some runtimes refuse it" for name in source.further()
         ]
@@ -355,11 +355,11 @@ class FolderSource:
         shapes = {*self.family.shapes(self.config), self.family.head}
         parts = {*self.layout.suffixes, "bias"}
 
-        def known(name: str) -> bool:
+        def belongs(name: str) -> bool:
             module, _, last = name.rpartition(".")
             return name in shapes or (last in parts and f"{module}.weight" in shapes) or last == "inv_freq"
 
-        return sorted(name for name in self.tensors if not known(name))
+        return sorted(name for name in self.tensors if not belongs(name))
 
     def _named(self, name: str) -> str:
         """A tied head is the embedding, whatever else is stored: so every runtime takes it."""

@@ -51,7 +51,7 @@ class _Recording(Generic[Result]):
     def __init__(self, function: Callable[..., Result], arguments: tuple[Tensor | int, ...]) -> None:
         mine = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
         self.inputs = [value for value in mine if isinstance(value, Tensor)]
-        self.known: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.inputs)
+        self.copied: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.inputs)
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,9 +65,9 @@ class _Recording(Generic[Result]):
 
     def __call__(self, tensors: list[Tensor]) -> Result:
         for index, (mine, other) in enumerate(zip(self.inputs, tensors, strict=True)):
-            known = self.known[index]
-            if known is None or known[0]() is not other or known[1] != other._version:
+            copied = self.copied[index]
+            if copied is None or copied[0]() is not other or copied[1] != other._version:
                 mine.copy_(other)
-                self.known[index] = weakref.ref(other), other._version
+                self.copied[index] = weakref.ref(other), other._version
         self.graph.replay()
         return self.result

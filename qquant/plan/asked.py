@@ -74,9 +74,9 @@ class Asked:
         Raises UsageError where it is not valid.
         """
         proposal = self.proposal()
-        known = recipes.load(proposal.name) if proposal else _loaded(self.recipe or BASE)
+        base = recipes.load(proposal.name) if proposal else _loaded(self.recipe or BASE)
         sources = tuple(map(self._source, self.calibration))
-        return changed(known, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
+        return changed(base, dataclasses.replace(self.flags, sources=sources) if sources else self.flags)
 
     def _source(self, path: Path) -> dict[str, Any]:
         """A file as a source of calibration, or the checkpoint itself."""
@@ -92,9 +92,9 @@ class Asked:
             UsageError: the recipe, or what the flags make of it, is not valid.
             InputError, EnvironmentMissingError: as `Checkpoint.open`.
         """
-        known = self.wanted()
-        checkpoint = Checkpoint.open(self.reference, self.revision or known.revision, self.adapter)
-        return known, padded(rounded(checkpoint, known.dtype), known)
+        wanted = self.wanted()
+        checkpoint = Checkpoint.open(self.reference, self.revision or wanted.revision, self.adapter)
+        return wanted, padded(rounded(checkpoint, wanted.dtype), wanted)
 
 
 def _loaded(recipe: str | Path | Recipe) -> Recipe:

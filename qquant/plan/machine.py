@@ -57,7 +57,7 @@ def path_of(device: torch.device) -> Path:
     return cache_dir() / f"machine-{key}.json"
 
 
-def known(device: torch.device) -> Machine | None:
+def measured(device: torch.device) -> Machine | None:
     """What was measured on a device; None if nothing was, or it cannot be read."""
     path = path_of(device)
     try:

@@ -83,8 +83,8 @@ def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
 def _bytes(text: str | None, bundled: str | None) -> int | None:
     """Bytes of a text, if they say how much text it is."""
     if bundled is not None:
-        known = {**corpora(), **heldout_texts()}.get(bundled)
-        return known.size if known else None
+        bundled_text = {**corpora(), **heldout_texts()}.get(bundled)
+        return bundled_text.size if bundled_text else None
     if text is None or Path(text).suffix.lower() in PACKED:
         return None
     return Path(text).stat().st_size

@@ -66,7 +66,7 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
     return fit.fitted(Unplaced(), frozen(data))
 
 
-def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
+def _artifacts(artifacts: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
     kind = flags.format or ("gguf" if flags.types or flags.size else None)
     if kind is None:
         raise UsageError("--bits and --group-size need --format gptq or --format awq")
@@ -79,7 +79,7 @@ def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, 
             name = f"gguf-{flags.size.replace(' ', '').lower()}"
             yield {"name": name, "format": kind, "size": flags.size, "solver": "gptq", "propagate": True}
         for name in flags.types:
-            yield _like(known, {"format": kind, "type": name}) or {
+            yield _like(artifacts, {"format": kind, "type": name}) or {
                 "name": f"gguf-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
             }  # fmt: skip
         return
@@ -93,12 +93,14 @@ def _artifacts(known: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, 
         raise UsageError(f"--format {kind} needs --bits: 4 or 8")
     group = {} if flags.group_size is None else {"group_size": flags.group_size}
     name = f"{kind}-int{flags.bits}" if kind == "gptq" else kind
-    yield (_like(known, wanted) or {"name": name} | wanted) | group
+    yield (_like(artifacts, wanted) or {"name": name} | wanted) | group
 
 
-def _like(known: list[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of the `known` artifacts of which `wanted` is true."""
-    return next((dict(data) for data in known if all(data.get(key) == value for key, value in wanted.items())), None)
+def _like(artifacts: list[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of the `artifacts` of which `wanted` is true."""
+    return next(
+        (dict(data) for data in artifacts if all(data.get(key) == value for key, value in wanted.items())), None
+    )
 
 
 def _set(data: dict[str, Any], setting: str) -> None:

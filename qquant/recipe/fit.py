@@ -125,8 +125,8 @@ def explain(page: Page, detail: ErrorDetails) -> None:
     page.report(page.origin(location), text)
 
 
-def _is_other_type(value: object, known: list[Any]) -> bool:
-    return type(value) not in map(type, known)
+def _is_other_type(value: object, literals: list[Any]) -> bool:
+    return type(value) not in map(type, literals)
 
 
 def _follow(steps: Location) -> tuple[Shape, Location]:
@@ -179,9 +179,9 @@ def _meant(value: object, shape: Shape) -> str:
 
 
 def _fits(value: object, shape: Shape) -> bool:
-    known = choices(shape)
-    if known:
-        return not _is_other_type(value, known) and value in known
+    literals = choices(shape)
+    if literals:
+        return not _is_other_type(value, literals) and value in literals
     match shape.get("type"), value:
         case "boolean", bool():
             return True

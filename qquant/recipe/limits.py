@@ -94,8 +94,8 @@ def resolved(gates: Gates, kind: str, parameters: int) -> Gates:
         return gates
     limits = LIMITS[kind][parameters >= LARGE]
     lost = max(LOST, round(1 - limits.top1_agreement, 6))
-    known = vars(limits) | {"worst_slice": WORST_SLICE, "behaviour": lost}
-    open_ones = {key: value for key, value in known.items() if getattr(gates, key) is None}
+    filled = vars(limits) | {"worst_slice": WORST_SLICE, "behaviour": lost}
+    open_ones = {key: value for key, value in filled.items() if getattr(gates, key) is None}
     return gates.model_copy(update=open_ones)
 
 

@@ -38,8 +38,8 @@ def allowed(shape: Shape) -> str:
 
 
 def _allowed_one(shape: Shape) -> str:
-    if known := choices(shape):
-        return ", ".join(choice if isinstance(choice, str) else shown(choice) for choice in known)
+    if literals := choices(shape):
+        return ", ".join(choice if isinstance(choice, str) else shown(choice) for choice in literals)
     match shape.get("type"):
         case "integer":
             return "whole number" + _range(shape)

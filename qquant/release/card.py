@@ -239,8 +239,8 @@ def body(manifest: Manifest, report: Report) -> str:
 
 def _chats(manifest: Manifest) -> bool:
     """Whether readers should chat with it: by its template, as the build noted; of an older build, by what it was calibrated on."""
-    known = _release(manifest).chat
-    return any(source.get("kind") == "chat" for source in _sources(manifest)) if known is None else known
+    noted = _release(manifest).chat
+    return any(source.get("kind") == "chat" for source in _sources(manifest)) if noted is None else noted
 
 
 def _sources(manifest: Manifest) -> Iterator[CalibrationSourceCopy]:

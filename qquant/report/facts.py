@@ -90,11 +90,11 @@ def _publish(report: Report, names: dict[str, str]) -> str:
 
 
 def _cost(report: Report, names: dict[str, str]) -> Iterator[Fact]:
-    known = [a for a in report.artifacts if math.isfinite(a.kl_divergence) and a.size > 0]
-    if not known:
+    measured = [a for a in report.artifacts if math.isfinite(a.kl_divergence) and a.size > 0]
+    if not measured:
         return
-    smallest, closest = min(known, key=lambda a: a.size), min(known, key=lambda a: a.kl_divergence)
-    yield Fact("Cost" if len(known) == 1 else "Smallest", _described(smallest, report, names))
+    smallest, closest = min(measured, key=lambda a: a.size), min(measured, key=lambda a: a.kl_divergence)
+    yield Fact("Cost" if len(measured) == 1 else "Smallest", _described(smallest, report, names))
     if closest is not smallest:
         yield Fact("Closest", _described(closest, report, names))
 
@@ -130,14 +130,14 @@ def _worst_behaviour(artifacts: Sequence[ArtifactReport], names: dict[str, str])
 
 def _worst_layer(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> Iterator[Fact]:
     """The linear that lost most of its output, relative to it."""
-    known = [
+    measured = [
         (linear.error, linear.name, artifact.name)
         for artifact in artifacts
         for linear in linears(artifact.layers)
         if math.isfinite(linear.error)
     ]
-    if known:
-        error, linear, artifact = max(known, key=lambda one: one[0])
+    if measured:
+        error, linear, artifact = max(measured, key=lambda one: one[0])
         text = f"{linear.removesuffix('.weight')} in {names[artifact]}: squared error {error:.3g} of its output"
         yield Fact("Worst layer", text)
 
@@ -145,9 +145,9 @@ def _worst_layer(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> 
 def _speed(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> Iterator[Fact]:
     """The fastest to decode."""
     paces = [(pace, a) for a in artifacts if a.speed and (pace := a.speed.pace("decode"))]
-    known = [(pace, artifact) for pace, artifact in paces if math.isfinite(pace.ratio)]
-    if known:
-        pace, artifact = max(known, key=lambda one: one[0].ratio)
+    measured = [(pace, artifact) for pace, artifact in paces if math.isfinite(pace.ratio)]
+    if measured:
+        pace, artifact = max(measured, key=lambda one: one[0].ratio)
         device = artifact.speed.device if artifact.speed else ""
         text = f"{names[artifact.name]} decodes {pace.ratio:.2f} times as fast as 16 bits: {pace.rate:.3g} tokens/s on {device}"
         yield Fact("Fastest", text)

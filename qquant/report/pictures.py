@@ -287,9 +287,9 @@ def benchmarks(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
     shown = [artifact for artifact in artifacts if artifact.tasks]
     if not shown:
         return None
-    known = [{one.task: one for one in artifact.tasks} for artifact in shown]
+    by_task = [{one.task: one for one in artifact.tasks} for artifact in shown]
     names = dict.fromkeys(one.task for artifact in shown for one in artifact.tasks)
-    rows = [[scores.get(name) for scores in known] for name in names]
+    rows = [[scores.get(name) for scores in by_task] for name in names]
     first = [next(one for one in row if one) for row in rows]
     return {
         "artifacts": shown,

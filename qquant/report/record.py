@@ -267,9 +267,9 @@ class Report:
             )
         conditions = content.get("conditions")
         if isinstance(conditions, Mapping):
-            known = {key: conditions[key] for key in Conditions.names() if key in conditions}
-            inputs = {key: value for key, value in conditions.items() if key not in known}
-            content = {**content, "conditions": known | {"inputs": inputs}}
+            stated = {key: conditions[key] for key in Conditions.names() if key in conditions}
+            inputs = {key: value for key, value in conditions.items() if key not in stated}
+            content = {**content, "conditions": stated | {"inputs": inputs}}
         file = typed(File, content, where)
         values = {key: value for key, value in vars(file).items() if key != "baseline"}
         return cls(baseline_bits=file.baseline.bits_per_weight, baseline_perplexity=file.baseline.perplexity, **values)

@@ -83,9 +83,9 @@ Row = TypeVar("Row", bound=_Named)
 
 def aligned(columns: Sequence[Sequence[Row]]) -> list[list[Row | None]]:
     """Rows of several artifacts by their names, in the order in which these first come; None where one has none of that name."""
-    known = [{row.name: row for row in column} for column in columns]
+    columns_by_name = [{row.name: row for row in column} for column in columns]
     names = dict.fromkeys(row.name for column in columns for row in column)
-    return [[rows.get(name) for rows in known] for name in names]
+    return [[rows.get(name) for rows in columns_by_name] for name in names]
 
 
 def by_name(artifacts: Sequence[ArtifactReport]) -> list[list[SliceReport | None]]:

@@ -42,13 +42,13 @@ def table(artifacts: Sequence[ArtifactReport]) -> list[str]:
     shown = [artifact for artifact in artifacts if artifact.tasks]
     if not shown:
         return []
-    known = [{one.task: one for one in artifact.tasks} for artifact in shown]
+    by_task = [{one.task: one for one in artifact.tasks} for artifact in shown]
     lines = [
         f"| | questions | checkpoint | {' | '.join(markdown(artifact.name) for artifact in shown)} |",
         "|---|---:|---:" + "|---:" * len(shown) + "|",
     ]
     for task in dict.fromkeys(one.task for artifact in shown for one in artifact.tasks):
-        row = [scores.get(task) for scores in known]
+        row = [scores.get(task) for scores in by_task]
         first = next(one for one in row if one)
         cells = " | ".join(_cell(one) if one else "" for one in row)
         lines.append(f"| {markdown(task)} | {first.questions:,} | {first.score_baseline:.4f} | {cells} |")

@@ -48,11 +48,11 @@ class View:
         predict no better (tests/bench/LOG.md).
         """
         measured = self.curvature.weights[stage] if self.curvature else {}
-        known = [measured.get(sample) for sample in piece]
-        one = next((weights for weights in known if weights is not None), None)
+        weights_of = [measured.get(sample) for sample in piece]
+        one = next((weights for weights in weights_of if weights is not None), None)
         if one is None or len(piece) == 1:
             return one
-        return torch.cat([one.new_ones(length) if weights is None else weights for weights in known])
+        return torch.cat([one.new_ones(length) if weights is None else weights for weights in weights_of])
 
     def grams(self, device: torch.device, matrices: bool = True) -> dict[str, Gram]:
         """Empty accumulators, by stage; without `matrices` of the moments of single channels only."""

@@ -123,8 +123,8 @@ def _settled(
     if losses is None:
         tokens = question.recipe.calibration.gradient_tokens
         losses = measured(question.checkpoint, samples, trials, moments, device, progress, tokens)
-        known = Recorded(SCHEMA, key, losses, _sha256(losses))
-        write_synced(record, (json.dumps(to_plain(known), indent=1) + "\n").encode())
+        recorded = Recorded(SCHEMA, key, losses, _sha256(losses))
+        write_synced(record, (json.dumps(to_plain(recorded), indent=1) + "\n").encode())
     return question.settled(losses)
 
 
@@ -141,9 +141,9 @@ def _recorded(path: Path, key: str) -> dict[str, ByTensor] | None:
     """The losses that a file holds, if they are whole and have this key."""
     with suppress(InputError):
         if path.is_file():
-            known = typed(Recorded, read_json(path), str(path))
-            if known.key == key and known.sha256 == _sha256(known.losses):
-                return known.losses
+            recorded = typed(Recorded, read_json(path), str(path))
+            if recorded.key == key and recorded.sha256 == _sha256(recorded.losses):
+                return recorded.losses
     return None
 
 
@@ -261,16 +261,16 @@ class _Trying:
 
     def take(self, rows: _Rows) -> None:
         """Try the rows as every type that their matrix may have."""
-        known: dict[tuple[str, str, float, object], float] = {}
+        tried: dict[tuple[str, str, float, object], float] = {}
         for artifact, trials in self.trials.items():
             found = self.losses.setdefault(artifact, {}).setdefault(rows.name, {})
             for kind, planned in trials.items():
                 if planned.stored[rows.name].type == kind:
                     spec = planned.spec
                     same = kind, spec.solver, spec.damping, spec.model_dump().get("imatrix")
-                    if same not in known:
-                        known[same] = self._loss(planned, rows)
-                    found[kind] = known[same]
+                    if same not in tried:
+                        tried[same] = self._loss(planned, rows)
+                    found[kind] = tried[same]
 
     def _loss(self, planned: PlannedArtifact, rows: _Rows) -> float:
         spec, layout = planned.spec, FORMATS[planned.format]

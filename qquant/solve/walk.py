@@ -153,8 +153,8 @@ def _walk(  # noqa: PLR0913  each is of another thing
     streams = _Streams(start, start32, shared, own, moments)
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
-            known = curvature.block(layer, device) if curvature else None
-            streams.move(View(checkpoint, layer, next(forth), dtype, known))
+            curvature_of_block = curvature.block(layer, device) if curvature else None
+            streams.move(View(checkpoint, layer, next(forth), dtype, curvature_of_block))
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()

@@ -219,12 +219,12 @@ class Author:
         for start in range(0, count, step):
             path = folder / f"{key[:16]}-{start:05}.json"
             rows = range(start, min(start + step, count))
-            known = _kept(path, key, len(rows))
-            if known is None:
+            written = _kept(path, key, len(rows))
+            if written is None:
                 weights = weights or Weights.of(self.source, dtype, self.device)
-                known = write_rows(weights, writing, rows, self.progress)
-                write_synced(path, _content(key, known))
-            samples += known
+                written = write_rows(weights, writing, rows, self.progress)
+                write_synced(path, _content(key, written))
+            samples += written
         self.progress.advance("generate", count * writing.length, count * writing.length)
         return samples
 

@@ -67,7 +67,7 @@ class _Child:
 
     def __init__(self, job: str) -> None:
         self.owner = os.getpid()
-        self.known: set[str] = set()
+        self.made: set[str] = set()
         self.process = subprocess.Popen(
             command(job),
             stdin=subprocess.PIPE,
@@ -193,17 +193,13 @@ class Confined:
         """
         with _lock:
             child = _children.get(self.job)
-            if (
-                child is None
-                or not child.alive
-                or (self.key not in child.known and len(child.known) >= TEXTS[self.job])
-            ):
+            if child is None or not child.alive or (self.key not in child.made and len(child.made) >= TEXTS[self.job]):
                 if child is not None and child.owner == os.getpid():
                     child.end()
                 child = _children[self.job] = _start(self.job)
-            if self.key not in child.known:
+            if self.key not in child.made:
                 child.ask({"do": "make", "with": self.key}, self.source)
-                child.known.add(self.key)
+                child.made.add(self.key)
             return child.ask({"do": work, "with": self.key, **arguments}, content)
 
 

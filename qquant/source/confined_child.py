@@ -229,15 +229,15 @@ def serve(job: str) -> None:
     make = maker()
     bound(RLIMIT_FSIZE=0, RLIMIT_NOFILE=16)
     sys.addaudithook(guard_files)
-    known: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for request, content in requests():
         limit_request(len(content), request["seconds"])
         try:
             if request["do"] == "make":
-                known[request["with"]] = make(content.decode("utf-8", "surrogatepass"))
+                made[request["with"]] = make(content.decode("utf-8", "surrogatepass"))
                 reply: tuple[dict[str, Any], bytes] = {}, b""
             else:
-                reply = work(known[request["with"]], request, content)
+                reply = work(made[request["with"]], request, content)
         except MemoryError:
             answer({"error": f"it takes more than {MEMORY >> 30} GiB of memory", "end": True})
             os._exit(1)

@@ -32,7 +32,7 @@ def sharper(name, value):
 )
 def test_damage_beyond_8192_positions_is_named(length, off, named, tmp_path, monkeypatch):
     """A rope whose theta is off by a thousandth shows only far from the beginning; by a hundredth, the more the farther."""
-    monkeypatch.setattr(slices, "KNOWN", math.inf)
+    monkeypatch.setattr(slices, "FAMILIAR", math.inf)
     changes = {
         "num_hidden_layers": 1,
         "hidden_size": 32,
@@ -74,7 +74,7 @@ STRUCTURE = (
 
 def test_damage_to_the_tokens_of_tool_calls_is_named(demo, tiny, monkeypatch):
     """Embeddings of what calls are made of and English is not; the demo model knows neither well, which is lifted here."""
-    monkeypatch.setattr(slices, "KNOWN", 2.0)
+    monkeypatch.setattr(slices, "FAMILIAR", 2.0)
     source = Checkpoint.open(str(demo))
     text = english_and(tiny, French="fr-test", **{"tool calls": "tools-test"})
     counts = [np.bincount(text.short[start : start + 6].ravel(), minlength=8192) for start in (0, 6, 12)]

@@ -255,7 +255,7 @@ def named_alone(source, text, tiny, damaged, name):
 
 def test_damage_to_the_tokens_of_one_language_is_named(demo, tiny, monkeypatch):
     """Embeddings of tokens that German uses and English does not; the demo model knows neither well, which is lifted here."""
-    monkeypatch.setattr(slices, "KNOWN", 2.0)
+    monkeypatch.setattr(slices, "FAMILIAR", 2.0)
     source = Checkpoint.open(str(demo))
     text = english_and(tiny, German="de-test", French="fr-test")
     counts = [np.bincount(text.short[start : start + 6].ravel(), minlength=8192) for start in (0, 6, 12)]
@@ -267,7 +267,7 @@ def test_damage_to_the_tokens_of_one_language_is_named(demo, tiny, monkeypatch):
 
 def test_damage_to_far_positions_is_named(tmp_path, tiny, monkeypatch):
     """A rope whose theta is 1 % off, on a random model that attends sharply; with 8,192 positions of context."""
-    monkeypatch.setattr(slices, "KNOWN", math.inf)
+    monkeypatch.setattr(slices, "FAMILIAR", math.inf)
     changes = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16384}
     source = Checkpoint.open(str(write_checkpoint(tmp_path / "sharp", dtype=torch.float32, **changes)))
     generator = np.random.default_rng(0)

@@ -87,11 +87,11 @@ def test_more_ranks_share_the_work(demo):
 
 def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert machine.known(CPU) is None
+    assert machine.measured(CPU) is None
     found = machine.Machine(machine.SCHEMA, "cpu", 1, {"quantize": 0.5, "check": 3.0})
     path = machine.keep(found, CPU)
     assert path.parent == tmp_path / "qquant"
-    assert machine.known(CPU) == found
+    assert machine.measured(CPU) == found
     assert found.foreseen({"quantize": 10.0, "slices": 2.0, "curvature": 7.0}) == {
         "quantize": 5.0,
         "slices": 6.0,
@@ -100,11 +100,11 @@ def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert machine.known(CPU) is None
+        assert machine.measured(CPU) is None
     finally:
         torch.set_num_threads(threads)
     path.write_text(path.read_text().replace("0.5", '"much"'))
-    assert machine.known(CPU) is None
+    assert machine.measured(CPU) is None
 
 
 def test_the_reference_build_measures_every_phase(monkeypatch):

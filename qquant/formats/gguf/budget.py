@@ -67,12 +67,12 @@ def candidates(spec: GgufArtifact, shape: ModelShape, dtype: str) -> dict[str, t
     Raises:
         UsageError, InputError: as `patterns.allowed`.
     """
-    known = patterns.allowed(spec.types, shape.matrices(), spec.name)
+    allowed = patterns.allowed(spec.types, shape.matrices(), spec.name)
     usual = tuple(
         name for name in TENSOR_TYPES if TYPES[name].levels or name.startswith("iq4") or name == SIXTEEN[dtype]
     )
     return {
-        name: known.get(name) or tuple(kind for kind in usual if columns % TYPES[kind].block == 0)
+        name: allowed.get(name) or tuple(kind for kind in usual if columns % TYPES[kind].block == 0)
         for name, (_, columns) in shape.matrices().items()
     }
 

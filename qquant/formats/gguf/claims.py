@@ -181,8 +181,8 @@ def _further(header: Header, expected: Mapping[str, Field], checkpoint: Checkpoi
         if key in expected or any(re.fullmatch(pattern, key) for pattern in HARMLESS):
             continue
         short = _short(key, arch)
-        known = neutral if key.startswith(f"{arch}.") else tokenizer
-        if short in known and same(stored.value, known[short]):
+        defaults = neutral if key.startswith(f"{arch}.") else tokenizer
+        if short in defaults and same(stored.value, defaults[short]):
             continue
         if key.startswith((f"{arch}.", "tokenizer.", SAMPLING, "adapter.")):
             faults += [f"{key} is {shown(stored.value)}: {NO_SUCH}, and a runtime that reads it answers otherwise"]
@@ -205,9 +205,9 @@ def _tokens(header: Header, expected: Mapping[str, Field]) -> Claims:
     warnings: list[str] = []
     if any(tokens.value[number] != texts[number] for number in used):
         faults.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary; the same text gets other tokens")
-    known = {texts[number] for number in used}
+    used_texts = {texts[number] for number in used}
     for number in range(len(texts)):
-        if types[number] == UNUSED and (kinds.value[number] != UNUSED or tokens.value[number] in known):
+        if types[number] == UNUSED and (kinds.value[number] != UNUSED or tokens.value[number] in used_texts):
             faults.append(
                 f"tokenizer.ggml.tokens: id {number} is {shown(tokens.value[number])}; the checkpoint has no such token"
             )

@@ -102,7 +102,7 @@ class Gguf:
     ) -> PlannedArtifact:
         """The file, or its parts, to the byte, and a Modelfile for Ollama."""
         assert isinstance(spec, GgufArtifact)
-        family, config = _known(checkpoint, spec), checkpoint.config
+        family, config = _supported(checkpoint, spec), checkpoint.config
         shape = mix.ModelShape(family, config)
         fixed = {name: choice[0] for name, choice in patterns.allowed(spec.types, shape.matrices(), spec.name).items()}
         shapes = {family.gguf_name(tensor): shape for tensor, shape in family.shapes(config).items()}
@@ -136,7 +136,7 @@ class Gguf:
     ) -> GgufArtifact:
         """The entry with types for its size: those that lose least by `losses`, or alike for every weight."""
         assert isinstance(spec, GgufArtifact)
-        family = _known(checkpoint, spec)
+        family = _supported(checkpoint, spec)
         named = losses and {family.gguf_name(tensor): by_type for tensor, by_type in losses.items()}
         trial = partial(self.plan, checkpoint, recipe=recipe, name=name, imatrix=imatrix)
         return budget.settled(spec, mix.ModelShape(family, checkpoint.config), checkpoint.dtype, named, trial)
@@ -146,7 +146,7 @@ class Gguf:
     ) -> dict[str, PlannedArtifact]:
         """A plan for every type that a tensor may have; it counts for the tensors that have that type in it."""
         assert isinstance(spec, GgufArtifact)
-        shape = mix.ModelShape(_known(checkpoint, spec), checkpoint.config)
+        shape = mix.ModelShape(_supported(checkpoint, spec), checkpoint.config)
         kinds = budget.candidates(spec, shape, checkpoint.dtype)
         unsplit = recipe.model_copy(update={"gguf_split_size": 10**15})
         found = {}
@@ -220,7 +220,7 @@ class Gguf:
                 yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
 
 
-def _known(checkpoint: Checkpoint, spec: GgufArtifact) -> Family:
+def _supported(checkpoint: Checkpoint, spec: GgufArtifact) -> Family:
     """The family, if llama.cpp has it."""
     family = checkpoint.family
     if family.gguf is None:

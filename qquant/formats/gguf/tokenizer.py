@@ -41,9 +41,9 @@ def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
         for number, token in enumerate(tokens)
         if kinds[number] in (CONTROL, USER_DEFINED)
     ]
-    known = checked(path, normal, merges, added)
-    backend = Backend(qwen(known), str(path))
-    require_ids(backend, known)
+    vocab = checked(path, normal, merges, added)
+    backend = Backend(qwen(vocab), str(path))
+    require_ids(backend, vocab)
     eos, template = header.value("tokenizer.ggml.eos_token_id"), header.value("tokenizer.chat_template")
     config = {"chat_template": template}
     if isinstance(eos, int) and 0 <= eos < len(tokens):
