@@ -147,8 +147,8 @@ def test_error_after_each_step_is_recorded(make_checkpoint, build, monkeypatch):
     stored = open_weights(out / "model-GPTQ-Int4")
     for layer in once.artifacts[0].layers:
         weight, gram = asked[layer.name]
-        missing = stored.tensor(layer.name).double() - weight
-        error = torch.trace(missing @ gram @ missing.T) / torch.trace(weight @ gram @ weight.T)
+        difference = stored.tensor(layer.name).double() - weight
+        error = torch.trace(difference @ gram @ difference.T) / torch.trace(weight @ gram @ weight.T)
         assert set(layer.steps) == {"rtn", "gptq"}
         assert layer.error == layer.steps["gptq"] == pytest.approx(float(error), rel=1e-4)
     swept, _ = build(folder, "gptq-shared", out="swept")

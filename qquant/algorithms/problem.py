@@ -1,7 +1,7 @@
 """A solver: Problem -> Solution, by the steps that a recipe's word stands for (`qquant.recipe.solvers`).
 
 A problem is linears that share an input and a grid, solved as one stacked matrix; a step gets it with what the step before found, and
-gives codes and parameters. After each step the error is noted, w H w' of what is missing over that of the weights. A linear that ends
+gives codes and parameters. After each step the error is noted, e H e' of the difference e over w H w' of the weights. A linear that ends
 worse than after the first step keeps what it had then; where H cannot be factorised, all of them do.
 """
 

@@ -228,9 +228,9 @@ class Draft:
             QQuantError: a tensor is missing.
         """
         written = {name: value for unit in self.units.values() for name, value in unit.checksums.items()}
-        missing = self.places.keys() - written.keys()
-        if missing:
-            raise QQuantError(f"{self.plan.name}: {len(missing)} tensors were never written, first {min(missing)}")
+        unwritten = self.places.keys() - written.keys()
+        if unwritten:
+            raise QQuantError(f"{self.plan.name}: {len(unwritten)} tensors were never written, first {min(unwritten)}")
         values = checksums(entry for unit in self.units.values() for entry in unit.record)
         for file in self.plan.files:
             yield partial(self._hashed, file.name)

@@ -165,13 +165,13 @@ def _hub_errors(source: recipe.Source) -> Iterator[None]:
     # The HTTP library below the hub's client raises errors of its own; which library it is depends on the client's version.
     http = lazy(type(hub.get_session()).__module__.partition(".")[0])
     name = f"{source.dataset}, split {source.split}" + (f", revision {source.revision}" if source.revision else "")
-    missing = (
+    no_such_dataset = (
         hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError, hub.errors.HFValidationError,
         datasets.exceptions.DatasetNotFoundError,
     )  # fmt: skip
     try:
         yield
-    except missing as error:
+    except no_such_dataset as error:
         raise InputError(f"{name}: no such dataset on the hub: {error}") from error
     except (OSError, hub.errors.HfHubHTTPError, http.HTTPError) as error:
         raise EnvironmentMissingError(

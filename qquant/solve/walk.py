@@ -200,13 +200,13 @@ class _Streams:
 
     def _carried(self, view: View) -> Draft | None:
         """The draft that was solved and took the 16-bit stream along; None where one of all needs its statistics before."""
-        missing = [
+        unsolved = [
             draft for draft in [*(one.draft for one in self.own), *self.shared] if unit(view.layer) not in draft.units
         ]
-        if not missing or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in missing):
+        if not unsolved or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in unsolved):
             return None
         for one in self.own:
-            if one.draft in missing and not one.in_float32:
+            if one.draft in unsolved and not one.in_float32:
                 wanted = any(one.stream.exchange.say(self.moments.lacks(view.layer)))
                 grams = view.grams(one.stream.device, matrices=False) if wanted else {}
                 work = partial(carry, view, Carried(self.start, grams, self.moments), one.stream, one.draft)

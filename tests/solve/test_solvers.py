@@ -87,9 +87,9 @@ def test_noted_errors_are_those_of_the_codes():
     given = problem(entry())
     found = solve(given, entry().steps)
     for linear, part in found.quantized(given).items():
-        missing = (part.dequantize() - given.linears[linear]).double()
+        difference = (part.dequantize() - given.linears[linear]).double()
         energy = ((given.linears[linear].double() @ given.gram.matrix.double()) * given.linears[linear]).sum()
-        error = float(((missing @ given.gram.matrix.double()) * missing).sum() / energy)
+        error = float(((difference @ given.gram.matrix.double()) * difference).sum() / energy)
         assert found.facts(linear)["error"] == found.steps["sweeps"][linear] == pytest.approx(error, rel=1e-3)
 
 
