@@ -200,13 +200,13 @@ class _Streams:
 
     def _carried(self, view: View) -> Draft | None:
         """The draft that was solved and took the 16-bit stream along; None where one of all needs its statistics before."""
-        unsolved = [
+        behind = [
             draft for draft in [*(one.draft for one in self.own), *self.shared] if unit(view.layer) not in draft.units
         ]
-        if not unsolved or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in unsolved):
+        if not behind or any(draft.plan.spec.transforms or not draft.plan.spec.own_stream for draft in behind):
             return None
         for one in self.own:
-            if one.draft in unsolved and not one.in_float32:
+            if one.draft in behind and not one.in_float32:
                 wanted = any(one.stream.exchange.say(self.moments.lacks(view.layer)))
                 grams = view.grams(one.stream.device, matrices=False) if wanted else {}
                 work = partial(carry, view, Carried(self.start, grams, self.moments), one.stream, one.draft)
@@ -267,11 +267,11 @@ def _shared_by_ranks(
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
             return solver
 
-        block = Solver(view.checkpoint, draft, layer, moments)
+        gathered = Solver(view.checkpoint, draft, layer, moments)
         for tensors, record, seconds in sharing.solve(stages, solve_one, owned, stream):
-            block.tensors |= tensors
-            block.record += record
-            block.seconds |= seconds
+            gathered.tensors |= tensors
+            gathered.record += record
+            gathered.seconds |= seconds
         if exchange.first:
-            block.finish(transformed.weights, transformed.choices, overflowed)
+            gathered.finish(transformed.weights, transformed.choices, overflowed)
     return grams
