@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qquant.algorithms.gram import reordered
 from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
@@ -52,7 +53,7 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     columns = torch.arange(len(gram), device=gram.device).roll(size // 2 if shift else 0)
     parts = columns.split(size)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
-    gram = gram[order[:, None], order]
+    gram = reordered(gram, order)
     blocks = list(_factored(gram, size))
     return Columns(order, split_in_place(gram) if len(gram) > WIDE else split_matrix(gram), blocks)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qquant.algorithms.gram import Gram, NotPositiveDefiniteError
+from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, reordered
 from qquant.algorithms.grid import Grid, Params
 from qquant.algorithms.problem import Problem, Solution, joined, stacked
 from qquant.kernels.gptq_block import gptq_block
@@ -65,7 +65,7 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
 
 def _root(matrix: Tensor, backwards: Tensor, damping: float, dead: float) -> Tensor | None:
     """R of the head of this file, where channels that were never active have `dead` on the diagonal; None if there is none."""
-    buffer = matrix[backwards, backwards[:, None]]
+    buffer = reordered(matrix.mT, backwards)
     damped = buffer.mT  # in the layout that is factored in place
     damped.diagonal().add_(damping + (damped.diagonal() == 0) * dead)
     info = torch.empty((), dtype=torch.int32, device=matrix.device)

@@ -21,6 +21,8 @@ from qquant.kernels.column_sums import column_sums
 from qquant.kernels.gram import gram
 from qquant.kernels.product import tensor_cores
 
+PIECE = 1 << 22  # values that are put in another order at a time
+
 
 class NotFiniteError(ArithmeticError):
     """An activation is NaN or infinite."""
@@ -44,6 +46,18 @@ def with_damping(gram: Tensor, damping: float) -> Iterator[Tensor]:
         yield gram
     finally:
         diagonal.copy_(own)
+
+
+def reordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """The entries [order_i, order_j] of matrix [K, K], for order int64 [K]: a new matrix, contiguous.
+
+    Indexed by both at once, a GPU would first write out the indices of every entry: four times the bytes of the matrix.
+    """
+    placed = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    step = max(1, PIECE // max(1, len(order)))
+    for rows, into in zip(order.split(step), placed.split(step), strict=True):
+        torch.index_select(matrix.index_select(0, rows), 1, order, out=into)
+    return placed
 
 
 @dataclass

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qquant.algorithms import coupled, descent, gptq
+from qquant.algorithms import gram as algorithms_gram
 from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid
 from qquant.algorithms.problem import Problem, solve
@@ -60,6 +61,20 @@ def test_the_factor_has_the_bits_of_the_formula(asked):
     assert torch.equal(gptq.factorize(asked.gram, 0.01).upper, upper)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_in_another_order_takes_a_matrix(monkeypatch, transposed):
+    """Indices of every entry are 8 bytes each, and a GPU writes two of them: 19 GB of each for 110B's down projection."""
+    monkeypatch.setattr(algorithms_gram, "PIECE", 1000)
+    generator = torch.Generator().manual_seed(3)
+    matrix, order = torch.randn(COLUMNS, COLUMNS, generator=generator), torch.randperm(COLUMNS, generator=generator)
+    matrix = matrix.mT if transposed else matrix
+    with Allocations() as seen:
+        placed = algorithms_gram.reordered(matrix, order)
+    assert torch.equal(placed, matrix[order[:, None], order])
+    assert placed.is_contiguous()
+    assert seen.peak < 1.2 * placed.nbytes
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 2000, 2001, 6543])
 def test_values_are_turned_round_in_place(count):
     values = torch.arange(count)
@@ -81,6 +96,7 @@ def test_a_solve_holds_three_matrices(asked):
     with Allocations() as seen:
         solve(asked, ["rtn", "gptq", "sweeps", "coupled"])
     assert seen.squares(COLUMNS) == 3
+    assert not seen.most[8 * COLUMNS**2]  # indices of their entries
 
 
 def test_a_sweep_by_halves_holds_three_matrices(asked, by_halves):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Counts storages that operators made and that are still alive, after every operator; what an operator takes inside is not seen."""
+    """Counts storages that operators made and that are still alive, after every operator.
+
+    Of what an operator takes inside only indices are seen, which a GPU writes out where there are several that are broadcast.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +36,9 @@ class Allocations(TorchDispatchMode):
         self.alive = {key: known for key, known in self.alive.items() if not known[0].expired()}
         sizes = Counter(nbytes for _, nbytes in self.alive.values())
         self.most |= sizes
+        if func is torch.ops.aten.index.Tensor:
+            sizes += written_out(args[1])
+            self.most |= sizes
         total = sum(nbytes * count for nbytes, count in sizes.items())
         if total > self.peak:
             self.peak, self.at_peak = total, sizes
@@ -46,3 +53,11 @@ class Allocations(TorchDispatchMode):
     def squares(self, side: int) -> int:
         """Most float32 matrices [side, side] that were alive at a time."""
         return self.most[4 * side * side]
+
+
+def written_out(indices: Sequence[Tensor | None]) -> Counter[int]:
+    """Copies by their bytes that a GPU makes of the indices of a tensor before it reads an entry."""
+    there = torch.broadcast_tensors(*(index for index in indices if index is not None))
+    if len({index.stride() for index in there}) < 2:
+        return Counter()
+    return Counter(index.numel() * index.element_size() for index in there)
