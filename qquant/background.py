@@ -2,7 +2,7 @@
 
     prefetch      read -> compute -> read -> compute      becomes   compute | compute | ...     one value is read ahead
                                                                     read    | read    | ...
-    write_behind  compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written
+    write_behind  compute -> write -> compute -> write    becomes   compute | compute | ...     one value is being written, or a few
                                                                     write   | write   | ...
     start_early   work -> compute -> use it               becomes   compute | use it            what takes long is begun early
                                                                     work    |
@@ -58,20 +58,20 @@ def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[Key], Value], keys: Ite
 
 
 @contextmanager
-def write_behind(threaded: bool) -> Iterator[Callable[[Work], None]]:
-    """A function that takes work; with `threaded` it waits for the work before, and leaves the new to a thread.
+def write_behind(threaded: bool, hands: int = 1) -> Iterator[Callable[[Work], None]]:
+    """A function that takes work; with `threaded` it leaves it to a thread, and waits first while `hands` works are not done.
 
-    The error of a piece of work is raised whenever another is handed over, which is not done then, and at the end of the `with`; one of
+    With more hands than one works end in any order. The error of a piece of work is raised whenever another is handed over, which is not done then, and at the end of the `with`; one of
     the `with` itself goes first.
     """
     if not threaded:
         yield lambda work: work()
         return
-    with ThreadPoolExecutor(1, "qquant-write-behind") as pool:
+    with ThreadPoolExecutor(hands, "qquant-write-behind") as pool:
         doing: deque[Future[None]] = deque()
 
         def do(work: Work) -> None:
-            if doing:
+            while len(doing) >= hands:
                 doing[0].result()  # stays where it is if it failed: nothing is done after it
                 doing.popleft()
             doing.append(pool.submit(work))

@@ -92,6 +92,34 @@ def test_work_is_done_in_order_one_at_a_time(threaded):
     assert threads_left() == []
 
 
+def test_several_hands_do_as_much_at_a_time_and_all_is_done():
+    running, most, done, lock = [], [], [], threading.Lock()
+
+    def work(number):
+        with lock:
+            running.append(number)
+            most.append(len(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(number)
+            done.append(number)
+
+    with write_behind(threaded=True, hands=3) as later:
+        for number in range(9):
+            later(lambda number=number: work(number))
+    assert sorted(done) == list(range(9))
+    assert 1 < max(most) <= 3
+
+
+def test_an_error_of_one_of_several_hands_is_raised():
+    def fail():
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), write_behind(threaded=True, hands=3) as later:  # noqa: PT012
+        later(fail)
+        later(lambda: None)
+
+
 def test_an_error_of_work_is_raised_by_the_next_call_or_at_the_end():
     def fail():
         raise OSError("full")

@@ -10,7 +10,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,20 @@ def copy(source: Path, path: Path) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a small file whole: temporary sibling, sync, rename, sync the folder."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file whole from its pieces, as `write_synced` does."""
     temporary = path.with_name(f".{path.name}.tmp")
-    create(temporary, len(content), content)
+    first, *rest = pieces
+    create(temporary, sum(map(len, pieces)), bytes(first))
+    position = len(first)
+    for piece in rest:
+        put(temporary, position, piece)
+        position += len(piece)
+    if rest:
+        sync(temporary)
     crash_point("before a rename")
     rename(temporary, path)
 

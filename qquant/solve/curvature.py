@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from qquant import devices
@@ -44,7 +43,7 @@ from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
 from qquant.background import write_behind
 from qquant.devices import free_memory, to_host
-from qquant.disk.writes import create, make_folder, put, sync, write_synced
+from qquant.disk.writes import create, make_folder, put, sync, write_pieces, write_synced
 from qquant.errors import NumericalError
 from qquant.exchange import ALONE, Exchange
 from qquant.families import Family, ModelConfig
@@ -56,7 +55,7 @@ from qquant.solve.head import HeadInput, head_gradients
 from qquant.solve.layers import Layers
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.safetensors_file import TensorInfo, read_header, read_tensor
+from qquant.source.safetensors_file import TensorInfo, header_bytes, read_header, read_tensor
 
 OUTSIDE = "outside"  # the file of what lies outside the blocks
 BACKWARD = (
@@ -65,6 +64,9 @@ BACKWARD = (
 HEAD = (
     1.3  # times a forward pass through as many weights: draws come on top of the product; 1.2 (float32) to 1.3 (bf16)
 )
+
+FILED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+WRITERS = 4  # files that are hashed and written at a time beside a GPU: one takes longer than a block's way back
 
 ON_DEVICE, ON_HOST = 1 / 8, 1 / 4  # of a GPU's free memory, and of the host's, that inputs of blocks may take
 
@@ -202,7 +204,7 @@ def measure(  # noqa: PLR0913  each is of another thing
     gradients = [gradients[index] for index in exchange.mine(pieces)]
     del stream, hidden
     digests: dict[str, str] = {}
-    with blocks.walk(reversed(range(layers))) as back, write_behind(beside) as submit:
+    with blocks.walk(reversed(range(layers))) as back, write_behind(beside, WRITERS) as submit:
         for layer in reversed(range(layers)):
             inputs_of_block = inputs.take(layer, device)
             block = Watched(source.family, source.config, next(back), dtype)
@@ -215,7 +217,7 @@ def measure(  # noqa: PLR0913  each is of another thing
         if exchange.first:
             submit(partial(_write, folder, OUTSIDE, to_host(_tables(source, samples, seen, gradients)), digests))
     if exchange.first:
-        write_synced(folder / "complete", json.dumps(digests).encode())
+        write_synced(folder / "complete", json.dumps(digests, sort_keys=True).encode())
     exchange.ranks.meet()
     return curvature
 
@@ -232,9 +234,14 @@ def _path(folder: Path, name: str) -> Path:
 
 def _write(folder: Path, name: str, factors: Callable[[], dict[str, Tensor]], digests: dict[str, str]) -> None:
     """Write the file of a block or of what lies outside them, and add its sha256 to `digests`."""
-    content = save(factors())
-    write_synced(_path(folder, name), content)
-    digests[name] = hashlib.sha256(content).hexdigest()
+    stored = factors()
+    head, _ = header_bytes([(key, FILED[value.dtype], tuple(value.shape)) for key, value in stored.items()], {})
+    pieces: list[bytes | memoryview] = [head, *map(as_bytes, stored.values())]
+    write_pieces(_path(folder, name), pieces)
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    digests[name] = digest.hexdigest()
 
 
 def _tables(

@@ -232,7 +232,7 @@ def test_inputs_stay_where_there_is_room(monkeypatch):
 def test_a_file_that_cannot_be_written_beside_the_computation_ends_it(source, tmp_path, monkeypatch):
     """The last file that is written, too: nothing is called complete that is not there."""
     monkeypatch.setattr(devices, "threads_help", lambda device: True)
-    write = curvature.write_synced
+    write = curvature.write_pieces
     for name in ("block-1", "block-0"):
 
         def full(path, content, name=name):
@@ -240,7 +240,7 @@ def test_a_file_that_cannot_be_written_beside_the_computation_ends_it(source, tm
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             write(path, content)
 
-        monkeypatch.setattr(curvature, "write_synced", full)
+        monkeypatch.setattr(curvature, "write_pieces", full)
         with pytest.raises(OSError, match="No space left on device"):
             measure(source, samples(), tmp_path / "c", torch.float32, CPU, quiet)
         assert not (tmp_path / "c" / "complete").exists()

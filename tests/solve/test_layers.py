@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qquant import devices, pipeline
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
-from qquant.solve import layers, stream
+from qquant.solve import backward, layers, stream
 from qquant.solve.block import View
 from qquant.solve.curvature import BlockCurvature, measure
 from qquant.solve.layers import Layers
@@ -184,7 +185,7 @@ def test_gradients_of_samples_together_are_those_of_each(make_checkpoint, tmp_pa
 
 
 @pytest.mark.gpu
-def test_gradients_on_a_gpu_are_the_same_every_time(make_checkpoint, tmp_path):
+def test_gradients_on_a_gpu_are_the_same_every_time(make_checkpoint, tmp_path, monkeypatch):
     """Flash attention adds up as it is told; about what the plain products give."""
     source, gpu = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512)), torch.device("cuda")
     samples = {index: torch.randint(60, (256,)) for index in range(8)}
@@ -192,7 +193,10 @@ def test_gradients_on_a_gpu_are_the_same_every_time(make_checkpoint, tmp_path):
     for layer in range(2):
         first, again = ((run.folder / f"block-{layer}").read_bytes() for run in runs)
         assert first == again
-    exact = measure(source, samples, tmp_path / "cpu", torch.float32, CPU, Quiet()).block(0, CPU)
+    monkeypatch.setattr(backward, "_repeatable", lambda _: sdpa_kernel(SDPBackend.MATH))
+    plain = measure(source, samples, tmp_path / "plain", torch.bfloat16, gpu, Quiet()).block(
+        0, CPU
+    )  # of the same draws
     for linear, parts in runs[0].block(0, CPU).rows.items():
-        for expected, part in zip(exact.rows[linear], parts, strict=True):
-            assert float((part - expected).norm() / expected.norm()) < 0.1
+        for expected, part in zip(plain.rows[linear], parts, strict=True):
+            assert float((part - expected).norm() / expected.norm()) < 0.02
