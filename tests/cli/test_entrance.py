@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -14,6 +15,7 @@ from qquant import recipe
 from qquant.cli import cli
 from qquant.errors import UsageError
 from qquant.plan.asked import kind_of_text, proposed
+from qquant.recipe.artifacts import FormatName
 from tests.source.test_checkpoint import edit_config
 
 
@@ -196,3 +198,18 @@ def test_recipes_as_json():
     broken = told("recipe", "validate", "nothing", "--json")
     assert isinstance(broken.exception, UsageError)
     assert "no bundled recipe" in json.loads(broken.stdout)["problems"][0]
+
+
+def test_formats_of_recipes_are_the_words_of_format():
+    """In the help, in the completion of a shell, and in what is said to another word."""
+    words = get_args(FormatName)
+    plan = cli.commands["plan"]
+    (option,) = [parameter for parameter in plan.params if parameter.name == "format"]
+    context = click.Context(plan)
+    assert f"[{'|'.join(words)}]" in plan.get_help(context)
+    assert [item.value for item in option.type.shell_complete(context, option, "g")] == [
+        word for word in words if word.startswith("g")
+    ]
+    done = CliRunner().invoke(cli, ["plan", "--format", "exl2"])
+    assert done.exit_code == 2
+    assert f"is not one of {', '.join(map(repr, words))}" in " ".join(done.stderr.split())
