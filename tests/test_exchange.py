@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,8 +11,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qquant import pipeline
+from qquant import pipeline, recipe
 from qquant.artifact.owning import helps
+from qquant.errors import StoppedError
 from qquant.exchange import ALIGNED, ALONE, Exchange, _kind, _places, _unpacked
 from qquant.plan.plan import Plan
 from qquant.ranks import Membership, Ranks, dealt
@@ -28,12 +30,22 @@ MADE_TOGETHER = {  # what there is to share out, by artifact
 }
 
 
-def group(world, *arguments, module="tests.worlds.ranks_at_work"):
-    """The end of a module that torchrun runs on so many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", module]
+@pytest.fixture(scope="module")
+def group():
+    """`group(world, checkpoint, recipes, stop=0)` -> statuses and stderr of so many ranks, see `tests.worlds.ranks_at_work`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.worlds.ranks_at_work"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as ranks:
+
+        def ask(world, checkpoint, recipes, stop=0):
+            ranks.stdin.write(json.dumps([world, str(checkpoint), str(recipes), stop]) + "\n")
+            ranks.stdin.flush()
+            return json.loads(ranks.stdout.readline())
+
+        yield ask
+        ranks.stdin.close()
 
 
 def test_a_rank_alone_gets_what_it_gives():
@@ -95,44 +107,75 @@ def test_ranks_work_together_where_one_would_have_most_to_do(costs, world, toget
     assert helps(named, dealt(named, world)) == together
 
 
-def test_several_ranks_make_one_artifact_with_the_bytes_of_one(make_checkpoint, tmp_path, monkeypatch):
-    """On two and on three ranks, of samples that neither number divides; then one is killed on three, and two go on."""
-    folder, recipes = make_checkpoint(), tmp_path / "recipes"
-    monkeypatch.setattr(pipeline, "_judge", unchecked)
+@pytest.fixture
+def recipes(tmp_path, book):
+    """`recipes(names, samples)` -> a folder with a recipe for each; nothing is checked, so of a short text."""
+
+    def write(names, samples):
+        folder = tmp_path / "recipes"
+        folder.mkdir()
+        for name in names:
+            load_recipe(tmp_path, [name])
+            text = (tmp_path / "test.yaml").read_text().replace("samples: 6", f"samples: {samples}")
+            (folder / f"{name}.yaml").write_text(text.replace("bundled:wikitext-2-test", str(book)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """`alone(checkpoint, recipes)` -> by name what one rank makes of each, without its check."""
+
+    def build(folder, recipes):
+        monkeypatch.setattr(pipeline, "_judge", unchecked)
+        checkpoint, made = Checkpoint.open(folder), {}
+        for path in recipes.glob("*.yaml"):
+            loaded, out = recipe.load(str(path)), tmp_path / path.stem
+            pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), out, CPU, quiet)
+            made[path.stem] = contents(out)
+        return made
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    recipes.mkdir()
-    expected, checkpoint = {}, Checkpoint.open(folder)
-    try:
-        for name in MADE_TOGETHER:
-            loaded = load_recipe(tmp_path, [name])
-            (recipes / f"{name}.yaml").write_text(
-                (tmp_path / "test.yaml").read_text().replace("samples: 6", "samples: 7")
-            )
-            loaded = loaded.model_copy(update={"calibration": loaded.calibration.model_copy(update={"samples": 7})})
-            pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), tmp_path / name, CPU, quiet)
-            expected[name] = contents(tmp_path / name)
-    finally:
-        torch.set_num_threads(threads)
-    for world in (2, 3):
-        done = group(world, folder, recipes)
-        assert done.returncode == 0, done.stderr
-        for name, files in expected.items():
-            assert contents(recipes / f"{name}-{world}") == files, (name, world)
+    yield build
+    torch.set_num_threads(threads)
+
+
+def test_several_ranks_make_one_artifact_with_the_bytes_of_one(make_checkpoint, recipes, alone, group):
+    """On three ranks, of samples whose number they do not divide; then one is killed on three, and two go on."""
+    folder, asked = make_checkpoint(), recipes(MADE_TOGETHER, samples=4)
+    expected = alone(folder, asked)
+    statuses, said = group(3, folder, asked)
+    assert statuses == [0, 0, 0], said
+    for name, files in expected.items():
+        assert contents(asked / f"{name}-3") == files, name
     for name in MADE_TOGETHER:
         if name != "gptq-own":
-            (recipes / f"{name}.yaml").unlink()
-    shutil.rmtree(recipes / "gptq-own-3")
-    killed = group(3, folder, recipes, 2)  # what is outside the blocks, and a block
-    said = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, killed.stderr
-    assert "rank 2 (process " in said[0]
-    assert "died" in said[0]
-    (recipes / "gptq-own-3").rename(recipes / "gptq-own-2-before")
-    shutil.rmtree(recipes / "gptq-own-2")
-    (recipes / "gptq-own-2-before").rename(recipes / "gptq-own-2")
-    journal = recipes / "gptq-own-2" / ".partial" / "gptq-own.journal"
+            (asked / f"{name}.yaml").unlink()
+    shutil.rmtree(asked / "gptq-own-3")
+    statuses, said = group(3, folder, asked, 2)  # what is outside the blocks, and a block
+    assert statuses[2] == -signal.SIGKILL
+    assert statuses[:2] == [StoppedError.exit_code] * 2
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert "rank 2 (process " in errors[0]
+    assert "died" in errors[0]
+    (asked / "gptq-own-3").rename(asked / "gptq-own-2")
+    journal = asked / "gptq-own-2" / ".partial" / "gptq-own.journal"
     assert len(journal.read_text().splitlines()) == 3
-    done = group(2, folder, recipes)
-    assert done.returncode == 0, done.stderr
-    assert contents(recipes / "gptq-own-2") == expected["gptq-own"]
+    statuses, said = group(2, folder, asked)
+    assert statuses == [0, 0], said
+    assert contents(asked / "gptq-own-2") == expected["gptq-own"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_makes_the_bytes_of_one(make_checkpoint, recipes, alone, group, world):
+    """Also more ranks than some sums have owners."""
+    folder, asked = make_checkpoint(), recipes(MADE_TOGETHER, samples=7)
+    expected = alone(folder, asked)
+    statuses, said = group(world, folder, asked)
+    assert statuses == [0] * world, said
+    for name, files in expected.items():
+        assert contents(asked / f"{name}-{world}") == files, name

@@ -1,12 +1,17 @@
-"""A rank of several that build a recipe after another: torchrun ... -m tests.worlds.ranks_at_work CHECKPOINT RECIPES [STOP].
+"""Groups of ranks that build a recipe after another, by processes that imported before they are asked: python -m tests.worlds.ranks_at_work.
 
-Each RECIPES/<name>.yaml is built into RECIPES/<name>-<ranks>, without its check. With STOP a rank, the last, ends itself when so many
-units are journalled.
+A line of stdin is [WORLD, CHECKPOINT, RECIPES, STOP]: so many ranks are forked, as a launcher would start them, and each
+RECIPES/<name>.yaml is built into RECIPES/<name>-<ranks>, without its check. With STOP the last rank is killed when so many units are
+journalled. A line of stdout is [statuses of the ranks in their order, stderr of all].
 """
 
+import json
 import os
 import signal
+import socket
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -42,21 +47,63 @@ def end_early(ranks, units):
     Draft.journalled = counted
 
 
-def main():
-    """Build all of them."""
-    torch.set_num_threads(1)
-    checkpoint, folder = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2])
-    pipeline._judge = unchecked
+def build_all(checkpoint, folder, stop):
+    """Build every recipe of `folder` as one rank of those that the environment says."""
+    checkpoint, folder = Checkpoint.open(Path(checkpoint)), Path(folder)
     with together.joined(os.environ, ["build"]) as ranks:
-        if len(sys.argv) > 3:
-            end_early(ranks, int(sys.argv[3]))
+        if stop:
+            end_early(ranks, stop)
         for path in sorted(folder.glob("*.yaml")):
             loaded, out = recipe.load(str(path)), folder / f"{path.stem}-{ranks.world}"
             plan = Plan.of(loaded, checkpoint)
             try:
                 pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), Quiet(), ranks)
-            except QQuantError as error:
-                sys.exit(together.told(error, str(error), ranks))
+            except (QQuantError, RuntimeError) as error:  # as the command line
+                return together.told(error, str(error), ranks)
+    return 0
+
+
+def rank(environment, said, *work):
+    """Be a rank, and end; stderr goes to the file `said`."""
+    status = 1
+    try:
+        os.environ.update(environment)
+        os.dup2(said, 2)
+        status = build_all(*work)
+    finally:
+        if sys.exc_info()[0]:
+            traceback.print_exc()
+        os._exit(status)
+
+
+def group(world, *work):
+    """Statuses and stderr of so many ranks that do `work`."""
+    with socket.socket() as free, tempfile.TemporaryFile() as said:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        shared["MASTER_PORT"] = free.getsockname()[1]
+        free.close()
+        processes = {}
+        for number in range(world):
+            environment = {key: str(value) for key, value in (shared | {"RANK": number, "LOCAL_RANK": number}).items()}
+            process = os.fork()
+            if not process:
+                rank(environment, said.fileno(), *work)
+            processes[process] = number
+        statuses = [0] * world
+        for _ in range(world):  # whoever ends is taken away at once: others look whether it is there
+            process, status = os.wait()
+            statuses[processes[process]] = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return statuses, said.read().decode()
+
+
+def main():
+    """Answer."""
+    torch.set_num_threads(1)
+    pipeline._judge = unchecked
+    for line in sys.stdin:
+        print(json.dumps(group(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
