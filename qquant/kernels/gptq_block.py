@@ -79,6 +79,12 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     offset_at: tl.tensor,
     codes_at: tl.tensor,
     errors_at: tl.tensor,
+    w_row: tl.tensor,  # values from one row to the next, here and below
+    u_row_length: tl.tensor,
+    step_row: tl.tensor,
+    offset_row: tl.tensor,
+    codes_row: tl.tensor,
+    errors_row: tl.tensor,
     N: tl.tensor,
     TOP: tl.constexpr,  # the last level
     B: tl.constexpr,
@@ -86,16 +92,16 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     BR: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BR + tl.arange(0, BR)
-    row = tl.minimum(n, N - 1).to(tl.int64) * B
+    row = tl.minimum(n, N - 1).to(tl.int64)
     c = tl.arange(0, WIDTH)
     inside = (n < N)[:, None] & (c < B)[None, :]
-    at = row[:, None] + c[None, :]
-    v = tl.load(w_at + at, mask=(c < B)[None, :], other=0.0)
-    v += tl.load(offset_at + at, mask=(c < B)[None, :], other=0.0)
+    v = tl.load(w_at + (row * w_row)[:, None] + c[None, :], mask=(c < B)[None, :], other=0.0)
+    v += tl.load(offset_at + (row * offset_row)[:, None] + c[None, :], mask=(c < B)[None, :], other=0.0)
+    step_at += row * step_row
     codes = tl.zeros((BR, WIDTH), tl.float32)
     u_row = tl.load(u_at + c, mask=c < B, other=0.0)
     pivot = tl.load(u_at)
-    step = tl.load(step_at + row)
+    step = tl.load(step_at)
     for j in range(B):
         here = (c == j)[None, :]
         column = tl.sum(tl.where(here, v, 0.0), 1)
@@ -104,18 +110,19 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
         v = tl.where(here, error[:, None], v - error[:, None] * tl.where(c > j, u_row, 0.0)[None, :])
         codes = tl.where(here, code[:, None], codes)
         after = tl.minimum(j + 1, B - 1)  # fetched a step ahead
-        u_row = tl.load(u_at + after * B + c, mask=c < B, other=0.0)
-        pivot = tl.load(u_at + after * (B + 1))
-        step = tl.load(step_at + row + after)
-    tl.store(errors_at + at, v, mask=inside)
-    tl.store(codes_at + at, codes.to(tl.uint8), mask=inside)
+        u_row = tl.load(u_at + after * u_row_length + c, mask=c < B, other=0.0)
+        pivot = tl.load(u_at + after * (u_row_length + 1))
+        step = tl.load(step_at + after)
+    tl.store(errors_at + (row * errors_row)[:, None] + c[None, :], v, mask=inside)
+    tl.store(codes_at + (row * codes_row)[:, None] + c[None, :], codes.to(tl.uint8), mask=inside)
 
 
-def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Run the kernel; arguments as of `gptq_block`, contiguous."""
+def launch(
+    w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; arguments as of `gptq_block`, of which rows are contiguous. `out`: where codes and errors go."""
     rows, columns = w.shape
-    codes = torch.empty((rows, columns), dtype=torch.uint8, device=w.device)
-    errors = torch.empty_like(w)
+    codes, errors = out or (w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape))
     width = max(16, 1 << (columns - 1).bit_length())
     _kernel[(blocks(rows, ROWS),)](
         w,
@@ -124,6 +131,12 @@ def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> t
         offset,
         codes,
         errors,
+        w.stride(0),
+        u.stride(0),
+        step.stride(0),
+        offset.stride(0),
+        codes.stride(0),
+        errors.stride(0),
         rows,
         TOP=levels - 1,
         B=columns,
@@ -136,7 +149,7 @@ def launch(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> t
 
 
 def in_strips(
-    work: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    work: Callable[[Tensor, Tensor, Tensor, Tensor, int, tuple[Tensor, Tensor]], object],
     w: Tensor,
     u: Tensor,
     step: Tensor,
@@ -145,18 +158,16 @@ def in_strips(
 ) -> tuple[Tensor, Tensor]:
     """`gptq_block` by `work`, which takes no more than MAX_COLUMNS."""
     columns = w.shape[1]
-    if columns <= MAX_COLUMNS:
-        return work(w.contiguous(), u.contiguous(), step.contiguous(), offset.contiguous(), levels)
-    left = w.clone()
-    codes, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
+    u, step, offset = (x if x.stride(1) == 1 else x.contiguous() for x in (u, step, offset))
+    left = w.clone(memory_format=torch.contiguous_format) if columns > MAX_COLUMNS or w.stride(1) != 1 else w
+    codes, errors = w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape)
     for start in range(0, columns, MAX_COLUMNS):
         stop = min(start + MAX_COLUMNS, columns)
         some = slice(start, stop)
-        column, inside, strip_step, strip_offset = (
-            x.contiguous() for x in (left[:, some], u[some, some], step[:, some], offset[:, some])
-        )
-        codes[:, some], errors[:, some] = work(column, inside, strip_step, strip_offset, levels)
-        left[:, stop:].addmm_(errors[:, some], u[some, stop:], alpha=-1)
+        into = codes[:, some], errors[:, some]
+        work(left[:, some], u[some, some], step[:, some], offset[:, some], levels, into)
+        if stop < columns:
+            left[:, stop:].addmm_(into[1], u[some, stop:], alpha=-1)
     return codes, errors
 
 

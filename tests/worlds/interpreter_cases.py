@@ -131,9 +131,15 @@ def gptq_definition(w, u, step, offset, levels):
     return codes, errors
 
 
-def block_of_columns(rows, columns, levels, per_column):
+def block_of_columns(rows, columns, levels, per_column, apart=0):
+    """`apart`: values between the end of a row and the next, of every argument another number."""
     problem = gptq_problem(rows, columns, levels, per_column)
-    codes, errors = gptq_block.launch(*(guarded(t) for t in problem), levels)
+    if apart:
+        wide = [torch.full((len(t), columns + apart * place), torch.nan) for place, t in enumerate(problem, start=1)]
+        views = [x[:, :columns].copy_(t) for x, t in zip(wide, problem, strict=True)]
+        codes, errors = gptq_block.in_strips(gptq_block.launch, *views, levels)
+    else:
+        codes, errors = gptq_block.launch(*(guarded(t) for t in problem), levels)
     true_codes, true_errors = gptq_definition(*problem, levels)
     different = float((codes != true_codes).float().mean())
     assert different <= 1e-3, f"{different:.2%} of the codes differ"
@@ -278,6 +284,7 @@ CASES = {
     "dequant 8 bit, 107 groups of 64, asymmetric": partial(dequantized, 20, 107, 64, 8, False, HALF),
     "gptq_block 128 columns": partial(block_of_columns, 20, 128, 16, False),
     "gptq_block 96 columns, a step per column": partial(block_of_columns, 17, 96, 16, True),
+    "gptq_block 200 columns in strips, rows apart": partial(block_of_columns, 18, 200, 16, True, 3),
     "gptq_block 32 columns, 256 levels": partial(block_of_columns, 16, 32, 256, False),
     "group_search 16 levels, symmetric": partial(searched, 33, 2, 128, 16, True),
     "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
