@@ -146,6 +146,7 @@ def main():
         (outside._Table, "solve", "embedding and head"),
         (review, "_read", "check: windows"),
         (review.loading, "examine", "check: clean processes, beside the windows"),
+        (review.sanity, "answer", "check: answers"),
         (pipeline, "review", "check"),
     ):
         clock.watch(owner, name, label)
