@@ -13,6 +13,8 @@ that is some hundredths of a second, beside one for the forward pass; on CPUs th
 
 Before tensors go, all ranks say what is coming, through gloo, and wait there for the slowest: who waits gives signs of life, and a peer
 that is lost is named by `ranks.watched`, which ends the process. A rank alone has everything already; torch.distributed is not imported.
+
+NCCL refuses ranks that share a GPU: where two do, tensors of all go by the host and gloo.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Exchange:
     def __init__(self, ranks: Ranks = NOBODY, device: torch.device | None = None) -> None:
         self.ranks, self.device = ranks, device or torch.device("cpu")
         self.rank, self.world, self.first = ranks.rank, ranks.world, ranks.first
+        self.place = self.device  # where tensors are as they go
         self.connected = False
 
     # --- who does what --------------------------------------------------------------------------------------------------
@@ -100,14 +103,14 @@ class Exchange:
         coming = [told[self.rank] for told in self.say([[_kind(x) for x in parcel] for parcel in parcels])]
         outgoing = {rank: self._packed(parcels[rank]) for rank in others if parcels[rank]}
         incoming = {
-            rank: torch.empty(_places(coming[rank])[-1], dtype=torch.uint8, device=self.device)
+            rank: torch.empty(_places(coming[rank])[-1], dtype=torch.uint8, device=self.place)
             for rank in others
             if coming[rank]
         }
         self.ranks.sent += sum(buffer.numel() for buffer in outgoing.values())
         self._moved(outgoing, incoming)
         return [
-            parcels[rank] if rank == self.rank else _unpacked(incoming.get(rank), coming[rank])
+            parcels[rank] if rank == self.rank else _unpacked(incoming.get(rank), coming[rank], self.device)
             for rank in range(self.world)
         ]
 
@@ -148,7 +151,8 @@ class Exchange:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast gains nothing between pairs, and hangs on some hosts
         from torch import distributed
 
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        self.place = torch.device("cpu") if shares_card(self.device, self.ranks) else self.device
+        backend = "cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo"
         try:
             distributed.init_process_group(
                 backend,
@@ -157,16 +161,16 @@ class Exchange:
                 world_size=self.world,
                 timeout=timedelta(seconds=STUCK),
             )
-            if self.device.type == "cuda":  # not all need be there when the first pair connects, but now
+            if self.place.type == "cuda":  # not all need be there when the first pair connects, but now
                 distributed.all_reduce(torch.zeros(1, device=self.device))
         except RuntimeError as error:
             raise self._lost(error) from None
         self.connected = True
 
     def _packed(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors as bytes on the device."""
+        """The tensors as bytes, ready to go."""
         starts = _places([_kind(x) for x in tensors])
-        packed = torch.empty(starts[-1], dtype=torch.uint8, device=self.device)
+        packed = torch.empty(starts[-1], dtype=torch.uint8, device=self.place)
         for x, start in zip(tensors, starts, strict=False):
             size = x.numel() * x.element_size()
             packed[start : start + size].view(x.dtype).view(x.shape).copy_(x)
@@ -207,6 +211,12 @@ class Exchange:
 ALONE = Exchange()
 
 
+def shares_card(device: torch.device, ranks: Ranks) -> bool:
+    """Whether any two of the ranks compute on one GPU."""
+    card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"cpu of {ranks.rank}"
+    return len(set(ranks.gather(card))) < ranks.world
+
+
 @contextmanager
 def opened(ranks: Ranks, device: torch.device) -> Iterator[Exchange]:
     """An exchange between `ranks`, that connects when something is first said."""
@@ -230,10 +240,10 @@ def _places(kinds: Sequence[Sequence[Any]]) -> list[int]:
     return starts
 
 
-def _unpacked(packed: Tensor | None, kinds: Sequence[Sequence[Any]]) -> list[Tensor]:
+def _unpacked(packed: Tensor | None, kinds: Sequence[Sequence[Any]], device: torch.device) -> list[Tensor]:
     if packed is None:
         return []
-    found = []
+    packed, found = packed.to(device), []
     for (name, shape), start in zip(kinds, _places(kinds), strict=False):
         dtype: torch.dtype = getattr(torch, name)
         found.append(packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))

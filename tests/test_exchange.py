@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch
 from qquant import pipeline, recipe
 from qquant.artifact.owning import helps
 from qquant.errors import StoppedError
-from qquant.exchange import ALIGNED, ALONE, Exchange, _kind, _places, _unpacked
+from qquant.exchange import ALIGNED, ALONE, Exchange, _kind, _places, _unpacked, shares_card
 from qquant.plan.plan import Plan
 from qquant.ranks import Membership, Ranks, dealt
 from qquant.source.checkpoint import Checkpoint
+from tests.test_ranks import on_ranks
 from tests.worlds import ROOT
 from tests.worlds.builds import CPU, contents, load_recipe, quiet
 from tests.worlds.ranks_at_work import unchecked
@@ -32,15 +34,15 @@ MADE_TOGETHER = {  # what there is to share out, by artifact
 
 @pytest.fixture(scope="module")
 def group():
-    """`group(world, checkpoint, recipes, stop=0)` -> statuses and stderr of so many ranks, see `tests.worlds.ranks_at_work`."""
+    """`group(world, checkpoint, recipes, stop=0, device="cpu")` -> statuses and stderr of so many ranks, see `tests.worlds.ranks_at_work`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.worlds.ranks_at_work"]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as ranks:
 
-        def ask(world, checkpoint, recipes, stop=0):
-            ranks.stdin.write(json.dumps([world, str(checkpoint), str(recipes), stop]) + "\n")
+        def ask(world, checkpoint, recipes, stop=0, device="cpu"):
+            ranks.stdin.write(json.dumps([world, str(checkpoint), str(recipes), stop, device]) + "\n")
             ranks.stdin.flush()
             return json.loads(ranks.stdout.readline())
 
@@ -80,13 +82,34 @@ def test_a_parcel_is_unpacked_as_it_was_packed():
         torch.randint(0, 255, (2, 300)).to(torch.uint8),
     ]
     kinds = json.loads(json.dumps([_kind(x) for x in tensors]))
-    found = _unpacked(Exchange()._packed(tensors), kinds)
+    found = _unpacked(Exchange()._packed(tensors), kinds, CPU)
     for x, y in zip(tensors, found, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)
         assert y.is_contiguous()
         assert y.data_ptr() % 64 == 0
     assert all((stop - start) % ALIGNED == 0 for start, stop in pairwise(_places(kinds)))
+
+
+@pytest.mark.parametrize(("cards", "shared"), [("abc", False), ("aba", True), ("aaa", True)])
+def test_ranks_on_one_card_are_found(monkeypatch, cards, shared):
+    """NCCL refuses them; all take the other way, also those with a card of their own."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=cards[device.index]), raising=True
+    )
+    found = on_ranks(3, lambda ranks: shares_card(torch.device("cuda", ranks.rank), ranks))
+    assert found == [shared] * 3
+    assert on_ranks(3, lambda ranks: shares_card(CPU, ranks)) == [False] * 3
+
+
+@pytest.mark.gpu
+def test_ranks_on_one_card_make_the_bytes_of_one(make_checkpoint, recipes, group):
+    folder, asked = make_checkpoint(), recipes(["gptq-own", "gptq-shared"], samples=5)
+    for world in (1, 1 + torch.cuda.device_count()):
+        statuses, said = group(world, folder, asked, 0, "cuda")
+        assert statuses == [0] * world, said
+    for name in ("gptq-own", "gptq-shared"):
+        assert contents(asked / f"{name}-{world}") == contents(asked / f"{name}-1"), name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Groups of ranks that build a recipe after another, by processes that imported before they are asked: python -m tests.worlds.ranks_at_work.
 
-A line of stdin is [WORLD, CHECKPOINT, RECIPES, STOP]: so many ranks are forked, as a launcher would start them, and each
+A line of stdin is [WORLD, CHECKPOINT, RECIPES, STOP, DEVICE]: so many ranks are forked, as a launcher would start them, and each
 RECIPES/<name>.yaml is built into RECIPES/<name>-<ranks>, without its check. With STOP the last rank is killed when so many units are
 journalled. A line of stdout is [statuses of the ranks in their order, stderr of all].
 """
@@ -47,7 +47,7 @@ def end_early(ranks, units):
     Draft.journalled = counted
 
 
-def build_all(checkpoint, folder, stop):
+def build_all(checkpoint, folder, stop, device):
     """Build every recipe of `folder` as one rank of those that the environment says."""
     checkpoint, folder = Checkpoint.open(Path(checkpoint)), Path(folder)
     with together.joined(os.environ, ["build"]) as ranks:
@@ -57,7 +57,8 @@ def build_all(checkpoint, folder, stop):
             loaded, out = recipe.load(str(path)), folder / f"{path.stem}-{ranks.world}"
             plan = Plan.of(loaded, checkpoint)
             try:
-                pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), Quiet(), ranks)
+                place = together.device_of(device, ranks)
+                pipeline.build(loaded, checkpoint, plan, out, place, Quiet(), ranks)
             except (QQuantError, RuntimeError) as error:  # as the command line
                 return together.told(error, str(error), ranks)
     return 0
