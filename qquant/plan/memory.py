@@ -169,10 +169,11 @@ class _Needs:
         if self.curves:  # rows of one G are not taken apart
             together = max(together, min(stage.tallest, ROWS))
         swept = min(stage.rows, together) * columns * (4 * (9 + 3 * policy.apart) + 2)
-        unknowns = (
+        unknowns = max(  # at least one: a row narrower than a super-block gets a smaller type
+            1,
             2 * columns // max(1, spec.group or columns)
             if spec.format == "gguf"
-            else columns // max(1, spec.group or columns)
+            else columns // max(1, spec.group or columns),
         )
         refitted = min(stage.rows, policy.refitted, max(1, SYSTEM // unknowns**2))
         systems = refitted * (12 * unknowns**2 + 24 * columns)
