@@ -21,11 +21,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qquant.algorithms.descent import Columns, blocks_of, visit
+from qquant.algorithms.descent import Columns, blocks_of, swept_together, visit
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, joined
-from qquant.devices import policy
-from qquant.kernels.product import SplitMatrix, product
+from qquant.kernels.product import SplitMatrix, product, product_using_up
 from qquant.kernels.replay import Replay
 
 PARTS = 8  # subsets of coupled rows
@@ -53,9 +52,13 @@ def sweep(
     for spans, matrices in _batches(rows, weight):
         places = torch.cat([torch.arange(span.start, span.stop, device=weight.device) for span in spans])
         step, offset = (level[places][:, columns.order // grid.width] for level in spacing)
-        selected = (weight[places][:, columns.order], codes[places][:, columns.order], step, offset)
-        batched = [x.view(len(spans), -1, x.shape[1]) for x in selected]
-        visited_codes = _swept(columns, matrices, grid.levels, *batched).flatten(0, 1)
+        earlier = codes[places][:, columns.order]
+        error = (step * earlier).sub_(offset).sub_(weight[places][:, columns.order])
+        batch = len(spans)
+        slope = product_using_up(error.view(batch, -1, error.shape[1]), columns.gram)
+        del error
+        batched = [x.view(batch, -1, x.shape[1]) for x in (earlier, step, offset)]
+        visited_codes = _swept(columns, matrices, grid.levels, slope, *batched).flatten(0, 1)
         swept[places] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
     return swept
 
@@ -70,7 +73,7 @@ def _batches(rows: Iterable[Tensor], weight: Tensor) -> Iterator[tuple[list[slic
         same = waiting.setdefault(len(matrix), [])
         if bool(matrix.diagonal().mean() > 0):
             same.append((span, matrix))
-        if same and (len(same) + 1) * len(matrix) * weight.shape[1] > policy(weight.device).swept:
+        if same and (len(same) + 1) * len(matrix) * weight.shape[1] > swept_together(weight):
             yield [span for span, _ in same], torch.stack([matrix for _, matrix in same])
             same.clear()
     for same in waiting.values():
@@ -79,17 +82,15 @@ def _batches(rows: Iterable[Tensor], weight: Tensor) -> Iterator[tuple[list[slic
 
 
 def _swept(
-    columns: Columns, matrices: Tensor, count: int, weight: Tensor, codes: Tensor, step: Tensor, offset: Tensor
+    columns: Columns, matrices: Tensor, count: int, slope: Tensor, codes: Tensor, step: Tensor, offset: Tensor
 ) -> Tensor:
-    """Codes [B, n, K] of a batch, its columns in the order of `columns`."""
-    batch, rows, width = weight.shape
+    """Codes [B, n, K] of a batch, its columns in the order of `columns`; slope: (v - w) H, which is used up."""
+    batch, rows, width = slope.shape
     matrices = matrices + DAMPING * torch.diag_embed(
         matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
     )
-    slope = product(step * codes - offset - weight, columns.gram)
-
     for first in range(min(PARTS, rows)):
-        subset = torch.arange(first, rows, PARTS, device=weight.device)
+        subset = torch.arange(first, rows, PARTS, device=slope.device)
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
         root = torch.linalg.cholesky_ex(inside).L

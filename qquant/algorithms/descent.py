@@ -27,7 +27,7 @@ from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
-from qquant.kernels.product import SplitMatrix, product, split_in_place, split_matrix
+from qquant.kernels.product import SplitMatrix, product, product_using_up, split_in_place, split_matrix
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
@@ -58,6 +58,12 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     return Columns(order, split_in_place(gram) if len(gram) > WIDE else split_matrix(gram), blocks)
 
 
+def swept_together(weight: Tensor) -> int:
+    """Weights of [N, K] that are visited at a time: on a card that wide matrices fill already, half as many."""
+    sizes = policy(weight.device)
+    return sizes.swept // 2 if sizes.apart and weight.shape[1] > WIDE else sizes.swept
+
+
 def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
     """Blocks of one size in one batch."""
     spans = [slice(start, min(start + size, len(gram))) for start in range(0, len(gram), size)]
@@ -76,12 +82,14 @@ def sweep(
     """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
     columns = blocks_of(gram, shift, grid)
     swept = torch.empty_like(codes)
-    rows = max(1, policy(weight.device).swept // weight.shape[1])
+    rows = max(1, swept_together(weight) // weight.shape[1])
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
         step, offset = (level[span][:, columns.order // grid.width] for level in spacing)
         earlier = codes[span][:, columns.order]
-        slope = product(step * earlier - offset - weight[span][:, columns.order], columns.gram)
+        error = (step * earlier).sub_(offset).sub_(weight[span][:, columns.order])
+        slope = product_using_up(error, columns.gram)
+        del error
         fixed = columns.gram, columns.blocks, grid.levels
         blocks = [block for block, _ in visit(*fixed, slope, earlier, (step, offset), _row_by_row)]
         swept[span, columns.order] = torch.cat(blocks, 1)

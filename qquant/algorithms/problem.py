@@ -94,9 +94,20 @@ StepFunction = Callable[[Problem, Solution | None], Solution]  # the same soluti
 
 
 def stacked(linears: Mapping[str, Tensor]) -> Tensor:
-    """The matrices as one; not a copy where there is one."""
-    matrices = list(linears.values())
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    """The matrices as one; not a copy where there is one, or where they are rows of one in their order."""
+    first, *others = matrices = list(linears.values())
+    if not others:
+        return first
+    end = first.storage_offset()
+    for matrix in matrices:
+        if not (matrix.is_contiguous() and matrix.storage_offset() == end and _share(first, matrix)):
+            return torch.cat(matrices)
+        end += matrix.numel()
+    return first.as_strided((sum(map(len, matrices)), *first.shape[1:]), first.stride())
+
+
+def _share(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def unstacked(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:

@@ -83,12 +83,23 @@ def product(a: Tensor, b: SplitMatrix) -> Tensor:
     return a @ b.values() if b.halves is None else three(a, b.halves)
 
 
+def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
+    """The same of an `a` that is contiguous and not needed any more: less in memory by as much."""
+    if b.halves is None:
+        return a @ b.values()
+    upper = _upper(a)
+    return _three((upper.flatten(0, -2), a.sub_(upper).flatten(0, -2)), b.halves).view(*a.shape[:-1], -1)
+
+
 def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
     """The product with h + l by the formula at the head of this file."""
-    upper, lower = halves(a.flatten(0, -2))
+    return _three(halves(a.flatten(0, -2)), b).view(*a.shape[:-1], -1)
+
+
+def _three(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    upper, lower = a
     with tensor_cores():
-        products = (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
-    return products.view(*a.shape[:-1], -1)
+        return (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

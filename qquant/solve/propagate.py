@@ -211,7 +211,9 @@ def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Input
 
 def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift) -> dict[str, Tensor]:
     """The weights of a stage with what makes up for the errors before them, float32; of `sums` H~ alone is left."""
-    targets = {f"{linear}.weight": weights[f"{linear}.weight"].float() for linear in stage.linears}
+    names = [f"{linear}.weight" for linear in stage.linears]
+    whole = torch.cat([weights[name] for name in names]).float()  # they are solved as one matrix
+    targets = dict(zip(names, whole.split([len(weights[name]) for name in names]), strict=True))
     with tensor_cores():
         lacking = {
             name: weight @ sums.cross if sums.residuals is None else weight @ sums.cross + sums.residuals
@@ -220,7 +222,7 @@ def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift) -> dict[s
     del sums.cross, sums.residuals
     factor = _ridge(sums.gram)
     for name, weight in targets.items():
-        targets[name] = weight + SHARE * _against(lacking.pop(name), factor)
+        weight += SHARE * _against(lacking.pop(name), factor)
     return targets
 
 

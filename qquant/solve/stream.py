@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from qquant.algorithms import coupled
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.algorithms.grid import finite
 from qquant.devices import free_memory, policy
@@ -255,6 +256,7 @@ class Stream:
         LOG.warning("block %d: out of memory, tried again with less in it (%d of %d)", layer, self.pressure, GRAMS)
         if self.pressure >= STATES:
             self.leave_device()
+        coupled.visited.forget()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from qquant.algorithms import coupled, descent, gptq
 from qquant.algorithms import gram as algorithms_gram
 from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid
-from qquant.algorithms.problem import Problem, solve
+from qquant.algorithms.problem import Problem, solve, stacked
 from qquant.kernels.product import SplitMatrix, _upper, halves
 from tests.algorithms.test_gptq import problem
 from tests.worlds.allocations import Allocations
@@ -109,6 +109,26 @@ def test_a_sweep_by_halves_holds_three_matrices(asked, by_halves):
             coupled.step(asked, descent.step(asked, found))
         counts[wide] = seen.squares(COLUMNS)
     assert counts == {True: 3, False: 4}
+
+
+def test_a_sweep_holds_five_numbers_for_every_weight(asked, by_halves):
+    """Steps, offsets, two halves of the error and what its product is; 2 GB each in the gate and up projections of 72B."""
+    by_halves(wide=True)
+    found = solve(asked, ["rtn", "gptq"])
+    for step in (coupled.step, descent.step):
+        with Allocations() as seen:
+            step(asked, found)
+        assert seen.most[4 * ROWS * COLUMNS] <= 5 + 1  # and the weights
+
+
+def test_linears_that_are_rows_of_one_matrix_are_not_copied():
+    whole = torch.randn(6, 4)
+    linears = dict(zip("abc", whole.split([1, 3, 2]), strict=True))
+    assert stacked(linears).data_ptr() == whole.data_ptr()
+    assert torch.equal(stacked(linears), whole)
+    others = [{"b": linears["b"], "a": linears["a"]}, linears | {"b": linears["b"].clone()}, {"a": whole[:2, :2]} | {"c": whole[2:, :2]}]  # fmt: skip
+    for other in others:
+        assert torch.equal(stacked(other), torch.cat(list(other.values())))
 
 
 def test_wide_matrices_give_the_codes_of_narrow_ones(asked, by_halves):

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qquant.kernels.product import SplitMatrix, add_products, halves, product, split_matrix, tensor_cores, three
+from qquant.kernels.product import (
+    SplitMatrix,
+    add_products,
+    halves,
+    product,
+    product_using_up,
+    split_matrix,
+    tensor_cores,
+    three,
+)
 
 
 def ill_matched(rows, columns, seed):
@@ -86,3 +95,11 @@ def test_sums_of_products_are_added_in_place():
     expected = total + a.float().T @ b
     assert add_products(total, a, b) is total
     assert torch.allclose(total, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7)])
+def test_using_up_a_factor_changes_no_bit(shape):
+    a, b = torch.randn(shape), torch.randn(7, 7)
+    for matrix in (SplitMatrix(b), SplitMatrix(b, halves(b)), SplitMatrix(None, halves(b))):
+        wanted = product(a, matrix)
+        assert torch.equal(product_using_up(a.clone(), matrix), wanted)
