@@ -18,14 +18,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from qquant.families import Family, ModelConfig
 from qquant.families.forward import through
 from qquant.families.weights import WeightSource
 from qquant.kernels.between import add_norm, attend, rotate
+from qquant.resources import lazy
 from qquant.runtime import linears, parts
 from qquant.runtime.fused import Fused, Layer, Sum
+
+bias = lazy("torch.nn.attention.bias")  # imports all of torch's compiler, which takes seconds
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Stepper:
         count, config = len(query), self.config
         q = query.view(1, count, config.heads, config.head_dim).transpose(1, 2)
         key, value = (cache[layer, row, None, :, : start + count] for cache in (self.keys, self.values))
-        mask = causal_lower_right(count, start + count) if start and count > 1 else None
+        mask = bias.causal_lower_right(count, start + count) if start and count > 1 else None
         mixed = F.scaled_dot_product_attention(
             q,
             key,
