@@ -19,6 +19,7 @@ from qquant.artifact import owning, timings
 from qquant.artifact.finishing import installed, orphaned, restore, set_aside
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
 from qquant.artifact.opening import open_weights
+from qquant.artifact.threads import as_begun
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
 from qquant.checks import kept, llama_cpp, loading, speed, structure
@@ -82,7 +83,7 @@ def build(
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
-        threads = {"number of threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
+        threads = meanwhile.enter_context(as_begun(folder, device, ranks))
         ranks.agree(inputs | threads | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
         progress.advance("read", 2, 3)
         aside = set_aside(out)
