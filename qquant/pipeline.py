@@ -206,7 +206,7 @@ def _aside(out: Path, before: set[str]) -> list[str]:
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:
     """Warnings where texts held less than the recipe asks for."""
-    warnings = list(shortfall(len(tokens.tokens), sum(map(len, tokens.tokens)), recipe.calibration))
+    warnings = list(shortfall(*tokens.from_sources(), recipe.calibration))
     asked, read = recipe.checks.windows, text.looks[0]
     if read < asked:
         warnings.append(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.calibration import openings
+from qquant.calibration import background, openings
 from qquant.calibration.chats import ChatRecord, brings_system, chat_tokens, give_systems
 from qquant.calibration.draw import allot, rank, shuffled
 from qquant.calibration.sources import Corpus, Drop, Messages, Reading, SourceRecord, open_source
@@ -51,6 +51,7 @@ class CalibrationSet:
     length: int
     seed: int
     notes: tuple[str, ...] = ()  # what the reader of a report should know
+    background: tuple[SourceRecord, ...] = ()  # beside the sources, by corpus
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -68,11 +69,16 @@ class CalibrationSet:
             )
         ]
         samples: dict[str, list[NDArray[np.int32]]] = {}
-        for source in sorted(self.sources, key=lambda record: record.kind == "chat"):
+        for source in (*sorted(self.sources, key=lambda record: record.kind == "chat"), *self.background):
             taken, drawn = drawn[: source.samples], drawn[source.samples :]
             if taken:
                 samples.setdefault(source.name, []).extend(taken)
         return samples
+
+    def from_sources(self) -> tuple[int, int]:
+        """(samples, tokens) without the background."""
+        beside = [sum(getattr(record, key) for record in self.background) for key in ("samples", "tokens")]
+        return len(self.tokens) - beside[0], sum(map(len, self.tokens)) - beside[1]
 
     def provenance(self) -> dict[str, Any]:
         """Everything but the tokens, for the report."""
@@ -80,6 +86,7 @@ class CalibrationSet:
             "schema": SCHEMA, "sha256": self.sha256, "seed": self.seed, "length": self.length, "asked": self.asked,
             "samples": len(self.tokens), "tokens": sum(map(len, self.tokens)), "sources": [asdict(source) for source in self.sources],
             "chats": {**asdict(self.chats), "default_system_share": self.chats.default_system_share} if self.chats else None, "notes": list(self.notes),
+            **({"background": [asdict(record) for record in self.background]} if self.background else {}),
         }  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
@@ -110,15 +117,12 @@ class CalibrationSet:
             ):
                 raise ValueError("lengths and tokens do not fit each other")
             samples = tuple(np.split(tokens, np.cumsum(lengths)[:-1]))
-            drops = [{key: Drop(**drop) for key, drop in source.pop("dropped").items()} for source in said["sources"]]
-            sources = tuple(
-                SourceRecord(**source, dropped=drop) for source, drop in zip(said["sources"], drops, strict=True)
-            )
+            sources, beside = (tuple(map(_record, said.get(key, ()))) for key in ("sources", "background"))
             if said["chats"]:
                 said["chats"].pop("default_system_share")
             chats = ChatRecord(**said["chats"]) if said["chats"] else None
             calibration = cls(
-                samples, sources, chats, said["asked"], said["length"], said["seed"], tuple(said["notes"])
+                samples, sources, chats, said["asked"], said["length"], said["seed"], tuple(said["notes"]), beside
             )
         except FileNotFoundError as error:
             raise InputError(
@@ -165,12 +169,20 @@ def load(
             )
     counts = allot(weights, [corpus.capacity(spec.length, spec.samples) for corpus in read], spec.samples)
     samples, chats = _draw(read, counts, spec, tokenizer, write)
+    beside = background.drawn(spec, tokenizer, reading, sum(map(len, samples)))
+    samples += beside.pieces
     order = shuffled(spec.seed, "samples", len(samples))
     tokens = tuple(np.array(samples[i], dtype=np.int32) for i in order)
     notes = _notes(read, first, counts, spec)
     return CalibrationSet(
-        tokens, tuple(corpus.record for corpus in read), chats, spec.samples, spec.length, spec.seed, notes
-    )
+        tokens, tuple(corpus.record for corpus in read), chats, spec.samples, spec.length, spec.seed, notes,
+        tuple(beside.records),
+    )  # fmt: skip
+
+
+def _record(said: dict[str, Any]) -> SourceRecord:
+    """A source as `CalibrationSet.provenance` says it."""
+    return SourceRecord(**said | {"dropped": {key: Drop(**drop) for key, drop in said["dropped"].items()}})
 
 
 def _windows(corpus: Corpus, count: int, length: int, seed: int) -> list[list[int]]:

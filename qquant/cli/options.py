@@ -159,7 +159,7 @@ CHANGES = (
         "--calibration",
         multiple=True,
         type=click.Path(path_type=Path),
-        help="Your texts or chats (.jsonl, .txt, .parquet), or `generated`: the checkpoint writes them; default: the recipe's sources.",
+        help="Your texts or chats (.jsonl, .txt, .parquet), or `generated`: the checkpoint writes them; beside files, 5 % from bundled texts of other kinds; default: the recipe's sources.",
     ),
     click.option(
         "--set",

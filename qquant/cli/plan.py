@@ -80,6 +80,11 @@ def plan(
         _print_tensors(planned)
     if planned.writing:
         echo(f"calibration: {planned.writing}")
+    if planned.background:
+        own = planned.tokens - planned.background
+        echo(
+            f"calibration: at most {own:,} tokens of the sources and {planned.background:,} beside them of other bundled texts (calibration.background)"
+        )
     _print_checks(planned, source, gates)
     _print_needs(planned, phases, calibrated=clock is not None and clock.calibrated)
     if world > 1:

@@ -82,7 +82,7 @@ class _Needs:
             )
         )
         self.curved = max(sum(rows * min(rows, ROWS) for rows, _ in one.values()) for one in shapes)  # values of G
-        self.tokens = self.asked.samples * self.asked.length
+        self.tokens = self.asked.tokens
         self.item = 2 if checkpoint.dtype == "BF16" else 4  # bytes of an activation
         self.stored = SIZES[checkpoint.dtype]  # of a weight
         together = max(1, self.policy.together // self.asked.length) if self.item == 2 else 1
@@ -230,7 +230,7 @@ def scratch_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         return 0
     config = checkpoint.config
     calibration = recipe.calibration
-    tokens = max(calibration.length, min(calibration.curvature_tokens, calibration.samples * calibration.length))
+    tokens = max(calibration.length, min(calibration.curvature_tokens, calibration.tokens))
     rows = max(
         sum(2 * count * min(count, ROWS) for count, _ in checkpoint.family.linear_shapes(config, layer).values())
         for layer in range(config.layers)

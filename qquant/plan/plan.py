@@ -48,6 +48,7 @@ class Plan:
     unsettled: tuple[str, ...] = ()  # artifacts whose types are still to be chosen; their files have the right size
     expected: Mapping[str, float] = field(default_factory=dict)  # KL divergence of those that were chosen, by artifact
     writing: PlannedWriting | None = None  # calibration that the checkpoint writes itself
+    background: int = 0  # of the tokens, those beside the sources
 
     @classmethod
     def of(
@@ -94,7 +95,7 @@ class Plan:
         gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in specs}
         disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
         parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in specs if FORMATS[spec.format].is_folder}
-        tokens = recipe.calibration.samples * recipe.calibration.length
+        tokens = recipe.calibration.tokens
         inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
         needs = {kind: build_memory(recipe, checkpoint, kind, specs) for kind in POLICIES}
         texts = examine(recipe, checkpoint.path)
@@ -103,7 +104,7 @@ class Plan:
         return cls(
             name, planned, needs, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
             texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
-            writing=planned_writing(recipe, checkpoint),
+            writing=planned_writing(recipe, checkpoint), background=recipe.calibration.beside,
         )  # fmt: skip
 
     @property
@@ -167,7 +168,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for `--json`."""
-        written = {"generated": vars(self.writing) | {"tokens": self.writing.tokens}} if self.writing else {}
+        written: dict[str, Any] = (
+            {"generated": vars(self.writing) | {"tokens": self.writing.tokens}} if self.writing else {}
+        )
+        written |= {"background": {"tokens": self.background}} if self.background else {}
         return written | {
             "schema": "qquant-plan-1",
             "model": self.model,

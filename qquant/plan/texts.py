@@ -116,7 +116,7 @@ def _calibration(asked: Calibration, folder: Path) -> tuple[str, ...]:
             samples = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
         except InputError as error:
             return (f"the build will refuse the calibration: {error}",)
-        return shortfall(len(samples.tokens), sum(map(len, samples.tokens)), asked)
+        return shortfall(*samples.from_sources(), asked)
     total = sum(size or 0 for size in sizes)
     if total >= asked.samples * asked.length:
         return ()

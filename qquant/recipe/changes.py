@@ -4,7 +4,7 @@
     --set artifacts.awq.group_size=64        an artifact by its name, by its number from 0, or `*` for each
     --effort fast                            what the solvers take their time for, where the recipe says nothing
     --format gguf --type q4_k_m              other artifacts, with the settings that the recipe gives to one of that kind
-    --calibration support.jsonl              other sources
+    --calibration support.jsonl              other sources, and a background beside files of one's own
 
 What comes out is validated like a file; problems name the key instead of a line.
 """
@@ -23,6 +23,7 @@ from qquant.recipe.model import Recipe
 from qquant.recipe.page import Page, Place, Reader
 from qquant.recipe.words import Location, hint, key_path, nearest
 
+BACKGROUND = 0.05  # beside files of one's own: 2 % at home for 3 to 55 % elsewhere, tests/bench/LOG.md
 NO_CODES = ("f16", "bf16")  # GGUF types without codes to solve for
 
 
@@ -61,6 +62,8 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
     if flags.sources:
         data["calibration"]["sources"] = [dict(source) for source in flags.sources]
         data["calibration"]["default_system_share"] = 1.0  # no system turns are invented for a user's own chats
+        if any("path" in source for source in flags.sources):
+            data["calibration"]["background"] = BACKGROUND
     for setting in flags.settings:
         _set(data, setting)
     return fit.fitted(Unplaced(), frozen(data))

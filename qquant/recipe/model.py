@@ -188,6 +188,20 @@ class Calibration(Strict):
         le=2**30,
         description="tokens of the samples on which gradients are measured for `objective: kl`; the solvers see all samples",
     )
+    background: Share = Field(
+        default=0.0,
+        description="tokens of other bundled texts (every language, code, chats and tools), as a share of those of the sources and beside them: 0.05 for text of one kind",
+    )
+
+    @property
+    def beside(self) -> int:
+        """Tokens of the background, at most."""
+        return round(self.background * self.samples * self.length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples and of the background, at most."""
+        return self.samples * self.length + self.beside
 
     @property
     def gradient_tokens(self) -> int:

@@ -37,6 +37,7 @@ from qquant.formats import FORMATS
 from qquant.formats.planned import ModelFile
 from qquant.release.repository import Repository
 from qquant.report import behaviour, slices, tasks
+from qquant.report.conditions import background
 from qquant.report.escape import in_line, markdown
 from qquant.report.facts import in_short
 from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
@@ -301,6 +302,9 @@ def _made(manifest: Manifest, report: Report) -> Iterator[tuple[str, str | Marku
         yield "calibration", Markup(f"{counts}, ") + _code(calibration.get("sha256"))
     for source in calibration.get("sources", ()):
         yield "calibration text", f"{source.get('name')} ({source.get('licence') or 'licence unknown'})"
+    beside = background(calibration)
+    if beside:
+        yield "background of the calibration", beside
     versions = [f"{key} {inputs[key]}" for key in ("qquant", "torch", "device", "machine") if key in inputs]
     yield "made with", ", ".join(versions)
 

@@ -13,7 +13,7 @@ from qquant.disk.writes import finite
 from qquant.errors import InputError
 from qquant.report import behaviour, slices, tasks
 from qquant.report.behaviour import BehaviourReport
-from qquant.report.conditions import CalibrationFacts, Conditions
+from qquant.report.conditions import CalibrationFacts, Conditions, background
 from qquant.report.escape import markdown
 from qquant.report.facts import in_short
 from qquant.report.slices import SliceReport
@@ -310,6 +310,8 @@ class Report:
             lines += [
                 f"calibration: {made.get('samples')} samples, {made.get('tokens')} tokens, sha256 {made.get('sha256')}"
             ]
+            beside = background(made)
+            lines += [f"background: {beside}"] if beside else []
         return lines
 
     def __repr__(self) -> str:

@@ -293,6 +293,18 @@ def test_a_users_own_chats_get_no_invented_system_turns():
     assert own.calibration.default_system_share == 1
 
 
+def test_a_users_own_texts_get_a_background_that_the_recipe_names():
+    """What the checkpoint writes itself, and recipes that nobody changed, get none."""
+    own = changed(BASE, Flags(sources=({"path": "chats.jsonl", "kind": "chat"},)))
+    assert own.calibration.background == 0.05
+    assert "background: 0.05" in recipe.dump(own, brief=True)
+    assert recipe.parse(recipe.dump(own)) == own
+    declined = ("calibration.background=0",)
+    assert changed(BASE, Flags(sources=({"path": "a.txt"},), settings=declined)).calibration.background == 0
+    assert changed(BASE, Flags(sources=({"generated": True},))).calibration.background == 0
+    assert {recipe.load(name).calibration.background for name in recipe.names()} == {0}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "file"),
     [

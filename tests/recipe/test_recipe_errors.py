@@ -25,7 +25,7 @@ RECIPE_KEYS = (
     "gguf_split_size"
 )
 GATES_KEYS = "perplexity_ratio, kl_divergence, top1_agreement, regression_vs, regression_tolerance, worst_slice, behaviour, defaults, waiver"
-CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens"
+CALIBRATION_KEYS = "sources, samples, length, seed, default_system_share, objective, curvature_tokens, background"
 SOURCE_KEYS = "bundled, dataset, path, generated, openings, config, split, revision, field, kind, weight"
 AWQ_KEYS = "name, gates, keep, format, bits, group_size, zero_point, damping, solver, scale_search, sweeps, transform, ratios, propagate"
 

@@ -310,7 +310,7 @@ def _vocabulary(checkpoint: Checkpoint) -> tuple[list[str], list[int], list[str]
 
 
 def _importance(checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Iterator[Field]:
-    tokens = recipe.calibration.samples * recipe.calibration.length
+    tokens = recipe.calibration.tokens
     file, dataset = (imatrix.file, imatrix.dataset) if imatrix else (FILE, f"qquant recipe {recipe.name}")
     entries = len(imatrix.sums) if imatrix else checkpoint.config.layers * len(checkpoint.family.linears)
     chunks = imatrix.chunks if imatrix else -(-tokens // CHUNK)
