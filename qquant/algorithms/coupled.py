@@ -60,6 +60,7 @@ def sweep(
         batched = [x.view(batch, -1, x.shape[1]) for x in (earlier, step, offset)]
         visited_codes = _swept(columns, matrices, grid.levels, slope, *batched).flatten(0, 1)
         swept[places] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
+        del step, offset, earlier, slope, batched, visited_codes  # before the next are made
     return swept
 
 

@@ -16,7 +16,7 @@ closed-form scales: arXiv 2602.02126. Rows that depend on each other: `qquant.al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,15 +85,20 @@ def sweep(
     rows = max(1, swept_together(weight) // weight.shape[1])
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
-        step, offset = (level[span][:, columns.order // grid.width] for level in spacing)
-        earlier = codes[span][:, columns.order]
-        error = (step * earlier).sub_(offset).sub_(weight[span][:, columns.order])
-        slope = product_using_up(error, columns.gram)
-        del error
-        fixed = columns.gram, columns.blocks, grid.levels
-        blocks = [block for block, _ in visit(*fixed, slope, earlier, (step, offset), _row_by_row)]
-        swept[span, columns.order] = torch.cat(blocks, 1)
+        levels = (level[span] for level in spacing)
+        swept[span, columns.order] = _swept(columns, weight[span], codes[span], levels, grid)
     return swept
+
+
+def _swept(columns: Columns, weight: Tensor, codes: Tensor, levels: Iterable[Tensor], grid: Grid) -> Tensor:
+    """Codes of some rows, their columns in the order of `columns`."""
+    step, offset = (level[:, columns.order // grid.width] for level in levels)
+    earlier = codes[:, columns.order]
+    error = (step * earlier).sub_(offset).sub_(weight[:, columns.order])
+    slope = product_using_up(error, columns.gram)
+    del error
+    fixed = columns.gram, columns.blocks, grid.levels
+    return torch.cat([block for block, _ in visit(*fixed, slope, earlier, (step, offset), _row_by_row)], 1)
 
 
 def visit(

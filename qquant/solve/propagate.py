@@ -26,6 +26,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from qquant.algorithms import coupled
+from qquant.algorithms.descent import WIDE
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.artifact.draft import Draft
 from qquant.devices import free_memory
@@ -124,6 +126,8 @@ def _propagated(
     ways = _Ways(exact, own, before, stream, bool(carried), _anew(view, stream, 1 + bool(carried)))
     seen: Mapping[str, Gram] = carried.grams if carried else {}
     for number, stage in enumerate(family.stages):
+        if view.inputs[stage.name] > WIDE:
+            coupled.visited.forget()  # memory is short beside such matrices
         sums = drift(view, stage, ways.inputs(number), stream, seen.get(stage.name))
         values: Sequence[Tensor] = ()
         if sums is not None:
