@@ -31,6 +31,7 @@ class Policy:
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
     apart: bool  # whether it has memory of its own besides the host's
     waits: bool  # whether looking at a number costs: results are looked at once a block then
+    split: bool  # whether rows of a product have the bits that they have among others: then ranks may share them out
     together: int  # tokens of samples of one length that go through a block at once; they change the last bits of what it gives
     checksummed: int  # values that are summed at a time
     searched: int  # weights whose group scales are searched at a time, by torch
@@ -47,6 +48,7 @@ POLICIES = {
         threads=False,  # they would take cores and memory from the computation
         apart=False,
         waits=False,
+        split=True,
         together=1,
         checksummed=1 << 20,
         searched=1 << 18,
@@ -61,6 +63,7 @@ POLICIES = {
         threads=True,
         apart=True,
         waits=True,
+        split=False,  # cuBLAS chooses by the whole shape
         together=8192,
         checksummed=1 << 24,
         searched=1 << 24,

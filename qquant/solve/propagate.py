@@ -13,13 +13,13 @@ term alone is GPTAQ's (arXiv 2504.02692), the sequential target Qronos's (arXiv 
 The 16-bit stream passes through the block beside it. Where nobody needs its statistics before, it is taken through here and nowhere
 else, and they are taken on the way (`Carried`).
 
-Several ranks that build one artifact run the samples in turn; the sums of a stage are made by several of them (`drift`), and
-the first solves it, since the next stage waits for this one. What it found goes to all.
+Several ranks that build one artifact run the samples in turn; the sums of a stage are made by several of them (`drift`), and go to
+the first, which has its linears solved (`sharing.solve_stage`). What was found goes to all, since the next stage waits for this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -40,6 +40,7 @@ from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
 from qquant.solve.drift import Drift, Inputs, drift
 from qquant.solve.moments import Moments
+from qquant.solve.sharing import solve_stage
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import STATES, Piece, Stream, all_finite, require_finite
 from qquant.source.padding import without_padding
@@ -129,13 +130,13 @@ def _propagated(
         if view.inputs[stage.name] > WIDE:
             coupled.visited.forget()  # memory is short beside such matrices
         sums = drift(view, stage, ways.inputs(number), stream, seen.get(stage.name))
-        values: Sequence[Tensor] = ()
+        targets: dict[str, Tensor] = {}
         if sums is not None:
             targets = _targets(stage, transformed.weights, sums)
             targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
-            solved = solver.solve(stage, targets, sums.gram, rows)
-            values = [solved[linear].to(own.weights[f"{linear}.weight"]) for linear in stage.linears]
-            del targets, solved
+        solved = solve_stage(stage, targets, sums.gram if sums else None, rows, solver, view, stream)
+        values = [solved[linear].to(own.weights[f"{linear}.weight"]) for linear in stage.linears if linear in solved]
+        del targets, solved
         del sums
         names = [f"{linear}.weight" for linear in stage.linears]
         own.weights.update(zip(names, exchange.from_rank(0, values), strict=True))

@@ -130,15 +130,23 @@ class Solver:
         began = time.perf_counter()
         values: dict[str, Tensor] = {}
         linears = {linear: weights[f"{linear}.weight"].float() for linear in stage.linears}
-        grids = {
-            linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
-            for linear, weight in linears.items()
-        }
+        grids = self.grids(linears)
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows)
         self.seconds[self.prefix + stage.name] = round(time.perf_counter() - began, 4)
         return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
+
+    def grids(self, linears: Mapping[str, Tensor]) -> dict[str, Grid | None]:
+        """The grid of each linear; None: the format's own quantizer stores it."""
+        return {
+            linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
+            for linear, weight in linears.items()
+        }
+
+    def part(self) -> Solver:
+        """A solver of the same block that has solved nothing."""
+        return Solver(self.checkpoint, self.draft, self.layer, self.moments, self.alone)
 
     def copies(self, name: str) -> bool:
         """Whether the artifact holds a tensor of the block as numbers, which make up for nothing."""
