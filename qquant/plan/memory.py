@@ -35,6 +35,7 @@ ROWS = 2048  # as in `qquant.solve.curvature`, which needs torch
 HEAD_ROWS = 16384  # as in `qquant.families.decoder`
 WIDE = 16384  # as in `qquant.algorithms.descent`
 SYSTEM = 1 << 26  # as there
+SWEPT = 28  # bytes of a GPU for a weight that is swept: steps, offsets, halves of the error, its product, codes
 PAGE = 4  # bytes of a float32
 
 
@@ -112,6 +113,12 @@ class _Needs:
         wide = passages_bytes(self.checkpoint.family, self.config, self.tokens, 4, 1)
         return max(narrow if len(self.in_float32) < len(self.own) else 0, wide if self.in_float32 else 0)
 
+    @cached_property
+    def held(self) -> int:
+        """Of both what is there while a stage is solved: on a GPU, states move on together, when the block is done."""
+        late = 2 * self.tokens * self.config.hidden * self.item if self.passages and self.policy.apart else 0
+        return self.states + self.passages - late
+
     def through(self, item: int) -> int:
         """A piece of the samples in the middle of a block."""
         return self.piece * item * (4 * self.config.intermediate + 6 * self.config.hidden)
@@ -149,14 +156,17 @@ class _Needs:
         if not spec.feedback:
             return 5 * stage.weights, "rounding"
         square, weights, codes = stage.square, stage.weights, stage.rows * stage.columns
-        held = weights * (1 + (stage.linears > 1)) + codes
+        # linears of an own stream are made as rows of one matrix, others are copied into one
+        held = weights * (1 if spec.own_stream else 1 + (stage.linears > 1)) + 2 * codes
         steps = {
             "factoring": 3 * square + held,
             "GPTQ": 2 * square + held + weights + 2 * codes,
             "packing": square + held + weights + 12 * stage.tallest * stage.columns,
         }
         if spec.own_stream:
-            steps["correction"] = 3 * square + 2 * weights + self.piece * stage.columns * (self.item + 8)
+            made_up = 3 * square + 2 * weights + weights // stage.linears
+            summed = 2 * square + weights + self.piece * stage.columns * (2 * self.item + 8)
+            steps["correction"] = max(made_up, summed)
         if spec.sweeps:
             steps["sweeps"] = self._swept(stage, spec) + held + codes
         step = max(steps, key=lambda name: steps[name])
@@ -165,10 +175,10 @@ class _Needs:
     def _swept(self, stage: _Stage, spec: ArtifactSpec) -> int:
         columns, policy = stage.columns, self.policy
         copies = (3 if columns > WIDE else 4) if policy.apart else 2
-        together = max(1, policy.swept // columns)
+        together = max(1, policy.swept // (2 if policy.apart and columns > WIDE else 1) // columns)
         if self.curves:  # rows of one G are not taken apart
             together = max(together, min(stage.tallest, ROWS))
-        swept = min(stage.rows, together) * columns * (4 * (9 + 3 * policy.apart) + 2)
+        swept = min(stage.rows, together) * columns * (SWEPT if policy.apart else 38)
         unknowns = max(  # at least one: a row narrower than a super-block gets a smaller type
             1,
             2 * columns // max(1, spec.group or columns)
@@ -180,7 +190,10 @@ class _Needs:
         curved = 6 * stage.tallest * min(stage.tallest, ROWS) if self.curves else 0
         if policy.apart and self.curves:
             curved = 4 * stage.rows * min(stage.tallest, ROWS)
-        return copies * stage.square + 20 * min(1024, columns) * columns + max(swept + curved, systems)
+        recorded = 0
+        if policy.apart and self.curves and columns <= WIDE:
+            recorded = stage.square + 12 * min(1024, columns) * columns + swept // 8
+        return copies * stage.square + 20 * min(1024, columns) * columns + 2 * recorded + max(swept + curved, systems)
 
     def artifact(self, spec: ArtifactSpec) -> tuple[int, str]:
         """All that one artifact takes beside statistics and hidden states, without passages."""
@@ -212,7 +225,7 @@ def build_memory(
     walked = [(needs.through(needs.item), "walk"), *map(needs.artifact, needs.specs)]
     most, step = max(walked)
     steps = {step: needs.shared() + most, "check": needs.check(), "generate": writing_bytes(recipe, checkpoint)}
-    kept = {name: taken + (needs.states + needs.passages if name == step else 0) for name, taken in steps.items()}
+    kept = {name: taken + (needs.held if name == step else 0) for name, taken in steps.items()}
     if needs.curves:
         steps["curvature"] = kept["curvature"] = needs.curvature()
     apart = needs.policy.apart

@@ -3,6 +3,7 @@
     python -m tests.bench.memory [--shape 1.8B] [--layers 24] [--samples 8] [--length 512]             with twice as many layers, too
     python -m tests.bench.memory --shape 110B --layers 1 --length 2048 --device cuda --limit-gb 80     within so much memory of a card
     python -m tests.bench.memory --shape 110B --scale 16 --layers 1 --once                             a sixteenth of every width
+    python -m tests.bench.memory --table --samples 128 --length 2048               what plans say of every published shape, built by nobody
 
 Writes a random checkpoint of the shape to a temporary folder (`--work`), builds `--artifacts` from it with the quality that recipes have
 by default (objective kl, streams of their own, sweeps) in a process of its own, and prints its peaks. `--limit-gb`: torch may take so
@@ -12,6 +13,7 @@ files that are mapped included.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -160,6 +162,37 @@ def measured(options, layers):
     return found
 
 
+def write_hollow(folder, shape):
+    """A checkpoint of all layers of a published shape, without a byte of weights: the headers are all that a plan reads."""
+    config = config_of(shape)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    demo = data_dir("recipes") / "demo" / "tiny-qwen1.5"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    shapes = FAMILIES["qwen2"].shapes(parse_config(config, "bench"))
+    head, _ = header_bytes([(name, "BF16", size) for name, size in shapes.items()], {"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(2 * math.prod(size) for size in shapes.values()))
+    return folder
+
+
+def table(options):
+    """A row for every published shape, in GB."""
+    print(
+        "| model | GPU, with room | GPU, at least | host beside it | CPU | CPU, at least |\n|---|---:|---:|---:|---:|---:|"
+    )
+    text = RECIPE.format(samples=options.samples, length=options.length)
+    recipe = recipes.parse(text + "".join(f"  - {ENTRIES[name]}\n" for name in options.artifacts))
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+            needs = Plan.of(recipe, Checkpoint.open(write_hollow(Path(temporary) / "model", shape))).needs
+        card, cpu = needs["cuda"], needs["cpu"]
+        sizes = (card.device, card.least, card.host, cpu.device, cpu.least)
+        print(f"| {shape} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |", flush=True)
+
+
 def main():
     """Build the shape, with twice as many layers too unless one build was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,7 +206,11 @@ def main():
     parser.add_argument("--limit-gb", type=float, help="memory of the card that may be taken")
     parser.add_argument("--once", action="store_true", help="do not build with twice as many layers")
     parser.add_argument("--work", type=Path, help="a folder with room for the checkpoint and the artifacts")
+    parser.add_argument("--table", action="store_true", help="print what plans say of every shape, and build nothing")
     options = parser.parse_args()
+    if options.table:
+        table(options)
+        return
     once = options.once or options.limit_gb or options.device != "cpu"
     peaks = [measured(options, layers)["host"] for layers in (options.layers, 2 * options.layers)[: 1 if once else 2]]
     if not once:
