@@ -96,6 +96,6 @@ def background(made: CalibrationFacts) -> str | None:
     share = tokens / max(made.get("tokens", 0) - tokens, 1)
     names = ", ".join(f"{source.get('name', '?')} ({source.get('licence') or 'licence unknown'})" for source in beside)
     return (
-        f"{tokens} of these tokens, {share:.1%} of the others, from bundled texts of other kinds: on the demo checkpoint 2 % more divergence "
+        f"{tokens} of these tokens, {100 * share:.1f} % of the others, from bundled texts of other kinds: on the demo checkpoint 2 % more divergence "
         f"at home for 3 to 55 % less elsewhere; {names}"
     )

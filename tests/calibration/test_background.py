@@ -120,7 +120,7 @@ def test_reports_say_how_much_and_of_what(tiny):
     found = load(bundled("books-en", background=0.05), tiny)
     said = sentence(found.provenance())
     tokens = sum(record.tokens for record in found.background)
-    assert said.startswith(f"{tokens} of these tokens, {tokens / (24 * 256):.1%} of the others")
+    assert said.startswith(f"{tokens} of these tokens, {tokens / (24 * 256) * 100:.1f} % of the others")
     assert all(f"{record.name} ({record.licence})" in said for record in found.background)
     assert sentence(load(bundled("books-en", samples=1), tiny).provenance()) is None
 
