@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, with_damping
-from qquant.algorithms.grid import Grid, Params, QuantizedTensor, value_of
+from qquant.algorithms.grid import Grid, Params, QuantizedTensor
 from qquant.recipe.solvers import STEPS
 
 
@@ -149,30 +149,10 @@ def _errors(problem: Problem, solution: Solution) -> dict[str, float]:
 
 def _no_worse(problem: Problem, name: str, first: Solution, last: Solution) -> Solution:
     """`last`, but for linears that `first` was better for."""
-    before, after = first.steps[name], list(last.steps.values())[-1]
-    worse = [linear for linear in before if before[linear] < after[linear]]
-    if worse and problem.rows is not None:
-        rounded, solved = (_costs(problem, problem.rows, solution) for solution in (first, last))
-        worse = [linear for linear in worse if not solved[linear] < rounded[linear]]
-    if not worse:
-        return last
-    codes, params = problem.split(last.codes), dict(last.params)
-    for linear in worse:
-        codes[linear], params[linear] = problem.split(first.codes)[linear], first.params[linear]
-    fallbacks = {
-        linear: f"{name}: solved error {after[linear]:.3g} was not below {before[linear]:.3g}" for linear in worse
-    }
-    return replace(last, codes=stacked(codes), params=params, fallbacks=fallbacks)
-
-
-def _costs(problem: Problem, rows: Iterable[Tensor], solution: Solution) -> dict[str, float]:
-    """tr(G E H E') of every linear; E of the rows of one G at a time."""
-    step, offset = joined(solution.params)
-    costs: list[Tensor] = []
-    start = 0
-    for matrix in rows:
-        span = slice(start, start + len(matrix))
-        missing = value_of(solution.codes[span], step[span], offset[span], problem.grid) - problem.weight[span]
-        costs.append(((matrix @ (missing @ problem.gram.matrix)) * missing).sum(1))
-        start = span.stop
-    return {linear: float(cost.sum()) for linear, cost in problem.split(torch.cat(costs)).items()}
+    codes, params, fallbacks = problem.split(last.codes), dict(last.params), {}
+    errors = list(last.steps.values())[-1]
+    for linear, error in first.steps[name].items():
+        if error < errors[linear]:
+            codes[linear], params[linear] = problem.split(first.codes)[linear], first.params[linear]
+            fallbacks[linear] = f"{name}: solved error {errors[linear]:.3g} was not below {error:.3g}"
+    return replace(last, codes=stacked(codes), params=params, fallbacks=fallbacks) if fallbacks else last

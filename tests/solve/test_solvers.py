@@ -114,40 +114,6 @@ def test_a_linear_that_ends_worse_keeps_what_the_first_step_found(monkeypatch):
     assert kept.facts("b")["fallback"] is None
 
 
-def cost(problem, solution, linear, curvature):
-    """By definition: tr(G E H E')."""
-    missing = (solution.quantized(problem)[linear].dequantize() - problem.linears[linear]).double()
-    return float((curvature.double() @ missing @ problem.gram.matrix.double() @ missing.T).trace())
-
-
-def test_a_linear_whose_errors_cancel_is_not_rounded_to_nearest_because_each_of_them_is_larger():
-    """Rows of which hardly more than the sum counts: what lowers that raises the error of `a` above that of rounding to nearest."""
-    given = problem(entry())
-    curvature = 0.99 + 0.01 * torch.eye(len(given.linears["a"]))
-    given.rows = [curvature, curvature]
-    nearest, found = solve(given, ("rtn",)), solve(given, entry().steps)
-    assert found.steps["coupled"]["a"] > nearest.steps["rtn"]["a"]
-    assert cost(given, found, "a", curvature) < 0.2 * cost(given, nearest, "a", curvature)
-    assert not found.fallbacks
-    assert found.facts("a")["error"] == found.steps["coupled"]["a"]
-
-
-def test_a_linear_that_costs_more_than_rounding_to_nearest_is_rounded_although_its_rows_count_together(monkeypatch):
-    toy_solver.register(monkeypatch)
-    given = problem(entry("flipped"))
-    given.rows = [torch.eye(len(matrix)) for matrix in given.linears.values()]
-
-    def spoil(problem, found):
-        codes = found.codes.clone()
-        codes[: len(problem.linears["a"])] ^= 8
-        return type(found)(codes, found.params, found.damping, found.steps)
-
-    monkeypatch.setattr(toy_solver, "step", spoil)
-    kept = solve(given, SOLVERS["flipped"].steps)
-    assert list(kept.fallbacks) == ["a"]
-    assert torch.equal(kept.codes[: len(given.linears["a"])], solve(given, ("rtn",)).codes[: len(given.linears["a"])])
-
-
 def test_what_cannot_be_factorised_is_rounded_to_nearest():
     given = problem(entry())
     broken = -torch.eye(128) + torch.full((128, 128), 2.0)
