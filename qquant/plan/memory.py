@@ -179,12 +179,8 @@ class _Needs:
         if self.curves:  # rows of one G are not taken apart
             together = max(together, min(stage.tallest, ROWS))
         swept = min(stage.rows, together) * columns * (SWEPT if policy.apart else 38)
-        unknowns = max(  # at least one: a row narrower than a super-block gets a smaller type
-            1,
-            2 * columns // max(1, spec.group or columns)
-            if spec.format == "gguf"
-            else columns // max(1, spec.group or columns),
-        )
+        # at least one: a row narrower than a super-block gets a smaller type
+        unknowns = max(1, spec.unknowns * columns // max(1, spec.group or columns))
         refitted = min(stage.rows, policy.refitted, max(1, SYSTEM // unknowns**2))
         systems = refitted * (12 * unknowns**2 + 24 * columns)
         curved = 6 * stage.tallest * min(stage.tallest, ROWS) if self.curves else 0

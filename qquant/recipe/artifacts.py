@@ -193,6 +193,11 @@ class _Artifact(Strict):
         """Whether it has eight bits or more."""
         return eight_bits(self.kind)
 
+    @property
+    def unknowns(self) -> int:
+        """Numbers of a group that are solved for together, at most: its scale."""
+        return 1
+
 
 class IntegerArtifact(_Artifact):
     """A folder of integer codes in groups: the settings that its layouts share, as their fields spell them."""
@@ -332,6 +337,11 @@ class GgufArtifact(_Artifact):
     def propagates(self) -> bool:
         """Whether linears make up for the errors of those before them, as `propagate` says."""
         return self.propagate
+
+    @property
+    def unknowns(self) -> int:
+        """Two: the scale and the minimum of a super-block."""
+        return 2
 
     @property
     def fold_points(self) -> int:
