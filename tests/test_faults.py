@@ -180,7 +180,12 @@ def test_a_stream_of_its_own_that_overflows_goes_through_that_block_in_float32(m
 
     monkeypatch.setattr(propagate, "_propagated", watched)
     report, _ = build(folder, "gptq-int4")
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert dtypes == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    ]  # carrying the 16-bit stream along, then alone
     assert any("model.layers.1: 6 samples overflowed and were computed in float32" in line for line in report.warnings)
 
 

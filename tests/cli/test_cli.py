@@ -118,7 +118,8 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert row[-1] == "1,2", "tensor-parallel sizes"
     assert "gguf-q4_0: 1 tensor cannot have the type of the mix, e.g. " in out
     assert "check:  bundled:wikitext-2-test, 3 windows of 64 tokens (93 scored)" in out
-    assert " GB at the peak; " in out
+    assert " GB at the peak on a CPU (" in out
+    assert "with --device cuda " in out
     for detail in ("model.safetensors", "down_proj", "measured, not gated", "time:"):
         assert detail not in out
     code, out, _ = qquant(

@@ -195,6 +195,7 @@ def test_gptq_block(tmp_path):
         "codes_at": "*u8",
         "N": "i32",
     }
+    arguments |= dict.fromkeys(("w_row", "u_row_length", "step_row", "offset_row", "codes_row", "errors_row"), "i32/16")
     constants = {"TOP": 15, "B": 128, "WIDTH": 128, "BR": gptq_block.ROWS}
     machine = build(tmp_path, gptq_block._kernel, arguments, constants, num_warps=4)
     assert machine.stack == 0
