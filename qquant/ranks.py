@@ -186,11 +186,12 @@ class Ranks:
         return f"process {who['pid']} on {who['host']}" if who else "never seen"
 
     def lost(self) -> str | None:
-        """A rank of this machine that is gone without a word, named."""
-        for rank in range(self.world if self.store else 0):
-            who = self._read(f"who/{rank}")
-            if who and not self._read(f"left/{rank}") and dead(who):
-                return f"rank {rank} ({self.where(rank)}) died; see what the system says of it (short memory ends processes so)"
+        """A rank of this machine that is gone without a word, named; None, too, where the launcher is gone, who would know."""
+        with suppress(RuntimeError):
+            for rank in range(self.world if self.store else 0):
+                who = self._read(f"who/{rank}")
+                if who and not self._read(f"left/{rank}") and dead(who):
+                    return f"rank {rank} ({self.where(rank)}) died; see what the system says of it (short memory ends processes so)"
         return None
 
     def _read(self, key: str) -> Any:

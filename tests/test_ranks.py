@@ -268,3 +268,19 @@ def test_the_doctor_tells_the_worst_of_all_ranks(tmp_path, monkeypatch):
     assert told[1] == ("sum by gloo", "warning", "rank 1: no route")
     assert told[2:4] == [("folder of all ranks", "ok", "works"), ("lock across ranks", "ok", "works")]
     assert told[4:] == [("rank 1: memory", "warning", "1 GB")]
+
+
+def test_who_is_left_when_the_launcher_is_gone_ends_as_the_others(capfd):
+    """The first rank, who tells why, may be gone with the store before another asks what happened."""
+
+    class Gone(HashStore):
+        def check(self, keys):
+            raise RuntimeError("Connection reset by peer")
+
+        def compare_set(self, *rest):
+            raise RuntimeError("Broken pipe")
+
+    group = Ranks(Membership(1, 3, 1), Gone())
+    assert group.lost() is None
+    assert together.told(StoppedError("the connection to another rank broke"), "it broke", group) == 75
+    assert capfd.readouterr().err == ""
