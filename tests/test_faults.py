@@ -1,27 +1,24 @@
 """What goes wrong while a build runs, and what it does then: memory, range, numbers, signals, locks, disks."""
 
-import errno
 import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import background, devices, pipeline
+from qquant import pipeline
 from qquant.algorithms.gram import Gram
-from qquant.artifact import draft
 from qquant.checks import loading
 from qquant.disk.output import MANIFEST
-from qquant.errors import EnvironmentMissingError, NumericalError, QQuantError, StoppedError
+from qquant.errors import EnvironmentMissingError, NumericalError
 from qquant.families.decoder import Block
 from qquant.plan.plan import Plan
 from qquant.report.solved import LinearRecord, warnings_of
-from qquant.solve import outside, propagate, solver, walk
+from qquant.solve import propagate, solver
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
 from tests.torture import VOCABULARY, cut_vocabulary
@@ -357,147 +354,3 @@ def test_a_limit_of_file_sizes_is_told_and_survived(make_checkpoint, build, tmp_
     assert not list((tmp_path / "out").glob("model-*"))
     build(folder, "gptq-int4")
     assert contents(tmp_path / "out") == contents(whole)
-
-
-# --- threads beside the computation, as on a GPU ----------------------------------------------------------------------------
-
-
-def test_a_build_with_threads_gives_the_same_bytes(make_checkpoint, build, monkeypatch):
-    folder = make_checkpoint()
-    _, plain = build(folder, out="plain")
-    monkeypatch.setattr(devices, "threads_help", lambda device: True)
-    monkeypatch.setattr(background, "cores", lambda: 3)
-    _, threaded = build(folder, out="threaded")
-    assert contents(threaded) == contents(plain)
-
-
-def test_what_fails_beside_the_curvature_ends_the_build_and_is_continued(make_checkpoint, build, monkeypatch, tmp_path):
-    """A full disk under the tensors outside the blocks; then a stop meanwhile, after which no thread writes on."""
-    folder = make_checkpoint()
-    _, plain = build(folder, out="plain")
-    monkeypatch.setattr(devices, "threads_help", lambda device: True)
-    put = draft.put
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(draft, "put", full)
-        with pytest.raises(StoppedError, match="No space left on device"):
-            build(folder)
-
-    writing = threading.Event()
-
-    def slow(*arguments):
-        put(*arguments)
-        writing.set()
-        time.sleep(0.05)
-
-    def stop(*_):
-        writing.wait(5)
-        raise StoppedError("stopped by SIGINT")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(draft, "put", slow)
-        patch.setattr(walk, "measure", stop)
-        with pytest.raises(StoppedError, match="stopped by SIGINT"):
-            build(folder)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qquant-")]
-    last = (tmp_path / "out" / ".partial" / f"{NAMES[-1]}.journal").read_text().splitlines()
-    assert len(last) == 1  # drafts that had not begun were left alone
-    _, out = build(folder)
-    assert contents(out) == contents(plain)
-
-
-def blocks_written(monkeypatch, work):
-    """`work(thread, draft, unit)` before a block of an artifact is synced."""
-    close = draft.UnitWriter.close
-
-    def closing(filling, *rest):
-        work(threading.current_thread().name, filling.draft.plan.name, filling.unit)
-        close(filling, *rest)
-
-    monkeypatch.setattr(draft.UnitWriter, "close", closing)
-
-
-def test_blocks_are_written_while_the_next_are_solved(make_checkpoint, build, monkeypatch):
-    """One of each artifact at a time; without threads each where it was solved."""
-    folder, seen = make_checkpoint(num_hidden_layers=3), []
-    solve = solver.Solver.solve
-    held, solved = threading.Event(), threading.Event()
-
-    def wait(thread, name, unit):
-        seen.append((thread.rpartition("_")[0], name, unit))
-        if unit == "block 0" and name == NAMES[-1]:
-            held.set()
-            assert thread == "MainThread" or solved.wait(10)
-
-    def solving(self, *rest):
-        if self.layer == 1 and self.draft.plan.name == NAMES[-1]:
-            held.wait(10)
-            solved.set()
-        return solve(self, *rest)
-
-    monkeypatch.setattr(solver.Solver, "solve", solving)
-    blocks_written(monkeypatch, wait)
-    _, plain = build(folder, out="plain")
-    monkeypatch.setattr(devices, "threads_help", lambda device: True)
-    in_place = [entry[1:] for entry in seen]
-    assert {thread for thread, _, _ in seen} == {""}
-    for record in (seen, held, solved):
-        record.clear()
-    _, threaded = build(folder, out="threaded")
-    assert {thread for thread, _, unit in seen if unit != outside.UNSOLVED} == {"qquant-write-behind"}
-    assert ("qquant-write-behind", NAMES[-1], outside.UNSOLVED) in seen
-    for name in NAMES:
-        assert [unit for _, found, unit in seen if found == name] == [unit for found, unit in in_place if found == name]
-    assert contents(threaded) == contents(plain)
-
-
-@pytest.mark.parametrize(("unit", "told"), [("rest", 1), ("block 0", 2), ("block 1", 1)])
-def test_a_block_that_cannot_be_written_ends_the_build_and_is_continued(
-    make_checkpoint, build, monkeypatch, tmp_path, unit, told
-):
-    """The last one, too, where the first artifact's error is told, before that the one's that is solved next; and no later block is
-    journalled."""
-    folder = make_checkpoint()
-    _, plain = build(folder, out="plain")
-    monkeypatch.setattr(devices, "threads_help", lambda device: True)
-
-    def full(thread, name, found):
-        if found == unit and name != NAMES[0]:
-            time.sleep(0.1 * (name == NAMES[1]))
-            raise OSError(errno.ENOSPC, "No space left on device", name)
-
-    with monkeypatch.context() as patch:
-        blocks_written(patch, full)
-        with pytest.raises(StoppedError, match=f"{NAMES[told]}: No space left on device"):
-            build(folder)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qquant-")]
-    for name in NAMES[1:]:
-        journal = (tmp_path / "out" / ".partial" / f"{name}.journal").read_text()
-        assert unit not in journal
-        assert "block 1" not in journal
-    _, out = build(folder)
-    assert contents(out) == contents(plain)
-
-
-def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwhile(
-    make_checkpoint, build, monkeypatch
-):
-    folder = make_checkpoint()
-    read = draft.Draft.readings
-
-    def damaged(draft, device):
-        path = next(draft.folder / file.name for file in draft.plan.files if file.tensors)
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        return read(draft, device)
-
-    monkeypatch.setattr(draft.Draft, "readings", damaged)
-    for threaded in (False, True):
-        monkeypatch.setattr(devices, "threads_help", lambda device, threaded=threaded: threaded)
-        monkeypatch.setattr(background, "cores", lambda: 3)
-        with pytest.raises(QQuantError, match="read back differs from what was written"):
-            build(folder, "gptq-int8", out=str(threaded))

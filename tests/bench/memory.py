@@ -98,15 +98,19 @@ def config_of(shape, layers=None, scale=1):
     }
 
 
-def write_random(folder, shape, layers, device="cpu", shards=1, scale=1):
-    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor into `shards` files."""
-    config = config_of(shape, layers, scale)
+def described(folder, config):
+    """The shapes of a checkpoint's tensors by name; into the new `folder` go its config and the demo's tokenizer."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     demo = data_dir("recipes") / "demo" / "tiny-qwen1.5"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((demo / name).read_bytes())
-    shapes = FAMILIES["qwen2"].shapes(parse_config(config, "bench"))
+    return FAMILIES["qwen2"].shapes(parse_config(config, "bench"))
+
+
+def write_random(folder, shape, layers, device="cpu", shards=1, scale=1):
+    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor into `shards` files."""
+    shapes = described(folder, config_of(shape, layers, scale))
     names = list(shapes)
     step = -(-len(names) // shards)
     parts = [names[start : start + step] for start in range(0, len(names), step)]
@@ -164,13 +168,7 @@ def measured(options, layers):
 
 def write_hollow(folder, shape):
     """A checkpoint of all layers of a published shape, without a byte of weights: the headers are all that a plan reads."""
-    config = config_of(shape)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    demo = data_dir("recipes") / "demo" / "tiny-qwen1.5"
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / name).write_bytes((demo / name).read_bytes())
-    shapes = FAMILIES["qwen2"].shapes(parse_config(config, "bench"))
+    shapes = described(folder, config_of(shape))
     head, _ = header_bytes([(name, "BF16", size) for name, size in shapes.items()], {"format": "pt"})
     with (folder / "model.safetensors").open("wb") as file:
         file.write(head)
