@@ -32,6 +32,7 @@ import torch
 
 from qquant import __version__
 from qquant.disk import writes
+from qquant.exchange import BY_HOST, shares_card
 from qquant.kernels import jit
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.gram import gram
@@ -177,7 +178,7 @@ def group(out: Path, device: torch.device, ranks: Ranks, alone: Sequence[Finding
     """What several ranks find of each other, each finding as bad as the worst; then what others than the first found `alone`."""
     mine = [
         _collective("gloo", torch.device("cpu"), ranks),
-        *([_collective("nccl", device, ranks)] if device.type == "cuda" else []),
+        *([_between_cards(device, ranks)] if device.type == "cuda" else []),
         *_shared(out, ranks),
     ]
     said = ranks.gather([vars(finding) for finding in mine])
@@ -191,6 +192,13 @@ def group(out: Path, device: torch.device, ranks: Ranks, alone: Sequence[Finding
     for rank, theirs in enumerate(apart[1:], 1):
         found += [Finding(f"rank {rank}: {one['name']}", one["state"], one["text"]) for one in theirs]
     return found
+
+
+def _between_cards(device: torch.device, ranks: Ranks) -> Finding:
+    """A sum by NCCL; where ranks share a card what is done instead."""
+    if shares_card(device, ranks):
+        return Finding("sum by nccl", WARNING, f"was not tried: {BY_HOST}")
+    return _collective("nccl", device, ranks)
 
 
 def _collective(backend: str, device: torch.device, ranks: Ranks) -> Finding:

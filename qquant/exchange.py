@@ -14,12 +14,13 @@ that is some hundredths of a second, beside one for the forward pass; on CPUs th
 Before tensors go, all ranks say what is coming, through gloo, and wait there for the slowest: who waits gives signs of life, and a peer
 that is lost is named by `ranks.watched`, which ends the process. A rank alone has everything already; torch.distributed is not imported.
 
-NCCL refuses ranks that share a GPU: where two do, tensors of all go by the host and gloo.
+NCCL refuses ranks that share a GPU: where two do, tensors of all go by the host and gloo, and the first rank says so.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -37,6 +38,8 @@ from qquant.ranks import BEAT, STUCK, Ranks, dealt
 
 SAYING = 1 << 16  # bytes that a rank can say at once
 ALIGNED = 512  # bytes; a sum may depend on where its terms begin
+LOG = logging.getLogger(__name__)
+BY_HOST = "ranks share a GPU, which NCCL refuses: what they hand each other goes by the host, through gloo"
 ENOUGH = 4  # BEATs in which the watch finds out who is lost
 Parcels = Sequence[Sequence[Tensor]]  # tensors by rank
 
@@ -151,7 +154,10 @@ class Exchange:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast gains nothing between pairs, and hangs on some hosts
         from torch import distributed
 
-        self.place = torch.device("cpu") if shares_card(self.device, self.ranks) else self.device
+        if shares_card(self.device, self.ranks):
+            self.place = torch.device("cpu")
+            if self.first:
+                LOG.warning("%s", BY_HOST)
         backend = "cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo"
         try:
             distributed.init_process_group(

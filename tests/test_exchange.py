@@ -1,7 +1,6 @@
 """What ranks hand each other, and artifacts that they make together: the bytes of one rank, on any number of them, killed or not."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,16 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
 from qquant import pipeline, recipe
 from qquant.artifact.owning import helps
 from qquant.errors import StoppedError
-from qquant.exchange import ALIGNED, ALONE, Exchange, _kind, _places, _unpacked, shares_card
+from qquant.exchange import ALIGNED, ALONE, BY_HOST, Exchange, _kind, _places, _unpacked, shares_card
 from qquant.plan.plan import Plan
 from qquant.ranks import Membership, Ranks, dealt
 from qquant.source.checkpoint import Checkpoint
 from tests.test_ranks import on_ranks
-from tests.worlds import ROOT
+from tests.worlds import ROOT, importing
 from tests.worlds.builds import CPU, contents, load_recipe, quiet
 from tests.worlds.ranks_at_work import unchecked
 
@@ -35,10 +35,9 @@ MADE_TOGETHER = {  # what there is to share out, by artifact
 @pytest.fixture(scope="module")
 def group():
     """`group(world, checkpoint, recipes, stop=0, device="cpu")` -> statuses and stderr of so many ranks, see `tests.worlds.ranks_at_work`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.worlds.ranks_at_work"]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=importing(OMP_NUM_THREADS="1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as ranks:
 
         def ask(world, checkpoint, recipes, stop=0, device="cpu"):
@@ -92,14 +91,27 @@ def test_a_parcel_is_unpacked_as_it_was_packed():
 
 
 @pytest.mark.parametrize(("cards", "shared"), [("abc", False), ("aba", True), ("aaa", True)])
-def test_ranks_on_one_card_are_found(monkeypatch, cards, shared):
-    """NCCL refuses them; all take the other way, also those with a card of their own."""
+def test_ranks_on_one_card_are_found(monkeypatch, caplog, cards, shared):
+    """NCCL refuses them; all take the other way, also those with a card of their own, and one says so."""
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=cards[device.index]), raising=True
     )
     found = on_ranks(3, lambda ranks: shares_card(torch.device("cuda", ranks.rank), ranks))
     assert found == [shared] * 3
     assert on_ranks(3, lambda ranks: shares_card(CPU, ranks)) == [False] * 3
+    began = []
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **rest: began.append(backend))
+    monkeypatch.setattr(distributed, "all_reduce", lambda value: None)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: None)
+
+    def connect(ranks):
+        exchange = Exchange(ranks, torch.device("cuda", ranks.rank))
+        exchange._connect()
+        return exchange.place.type
+
+    assert on_ranks(3, connect) == ["cpu" if shared else "cuda"] * 3
+    assert began == ["gloo" if shared else "cpu:gloo,cuda:nccl"] * 3
+    assert [record.message for record in caplog.records] == ([BY_HOST] if shared else [])
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from qquant import doctor, pipeline, ranks
@@ -268,6 +269,14 @@ def test_the_doctor_tells_the_worst_of_all_ranks(tmp_path, monkeypatch):
     assert told[1] == ("sum by gloo", "warning", "rank 1: no route")
     assert told[2:4] == [("folder of all ranks", "ok", "works"), ("lock across ranks", "ok", "works")]
     assert told[4:] == [("rank 1: memory", "warning", "1 GB")]
+
+
+def test_the_doctor_does_not_ask_nccl_where_ranks_share_a_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_collective", lambda backend, *rest: doctor.Finding(backend, doctor.OK, "right"))
+    for shared, found in ((True, ("sum by nccl", doctor.WARNING)), (False, ("nccl", doctor.OK))):
+        monkeypatch.setattr(doctor, "shares_card", lambda device, ranks, shared=shared: shared)
+        told = on_ranks(2, lambda group: doctor.group(tmp_path, torch.device("cuda"), group, []))
+        assert (told[0][2].name, told[0][2].state) == found
 
 
 def test_who_is_left_when_the_launcher_is_gone_ends_as_the_others(capfd):

@@ -1,12 +1,19 @@
 """A build on 1, 2, 4, ... ranks of one host: the same bytes or not, seconds by phase, peak memory and bytes sent of each rank.
 
-    python -m tests.bench.ranks --work FOLDER --out FOLDER [--shape demo|0.5B|1.8B|7B] [--layers 32] [--samples 128] [--worlds 1 2 4]
-                                [--only gptq-int4 q4_k_m ...] [--windows 16] [--stop 20]
+    python -m tests.bench.ranks --work FOLDER --out FOLDER [--shape demo|toy|0.5B|1.8B|7B] [--layers 32] [--samples 128] [--length 2048]
+                                [--worlds 1 2 4] [--only gptq-int4 q4_k_m ...] [--windows 16] [--device auto] [--stop 20]
+
+    python -m tests.bench.ranks --work /dev/shm/r --out OUT --shape 7B                         eleven artifacts on 1, 2 and 4 GPUs
+    python -m tests.bench.ranks --work /dev/shm/r --out OUT --shape 7B --only gptq-int4        one artifact by all of them together
+    python -m tests.bench.ranks --work W --out OUT --shape toy --layers 2 --samples 12 --length 256 --windows 2 --device cpu --worlds 1 2
 
 `demo`: the bundled checkpoint by its recipe; else random bf16 weights of the shape, and a recipe of the eleven published artifacts with
 random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), else
-one thread. `--only` of one artifact is made by all ranks together, of several each by one. Each world builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1
-is ended, and the next number of ranks continues. Numbers go to FOLDER/ranks.json after every world; a summary is printed.
+one thread; more ranks than GPUs share them. `--only` of one artifact is made by all ranks together, of several each by one. Each world
+builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1 is ended, and the next
+number of ranks continues. Numbers and hashes go to FOLDER/ranks.json after every world, what ranks say to FOLDER/ranks-<world>.log; a
+summary is printed, of a world that fails the last lines of that. "read back": from the last block to the last artifact with its name.
+"waited": for other ranks' words and tensors, which is part of the phases.
 
 On a machine that others use, processor seconds say more than the clock: those of the slowest rank in each phase, summed, are what a build
 would take if every rank had a core of its own.
@@ -22,9 +29,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from tests.worlds import ROOT
+from tests.worlds import ROOT, importing
 
 RECIPE = """
 version: 1
@@ -32,11 +40,13 @@ name: ranks
 calibration:
   sources: [{{bundled: code}}, {{bundled: wikitext-2-valid}}, {{bundled: docs-zh}}, {{bundled: docs-en}}, {{bundled: books-en}}]
   samples: {samples}
-  length: 2048
+  length: {length}
   default_system_share: 0
 checks: {{text: "bundled:zh-test", windows: {windows}, length: 512}}
 artifacts:
 """
+TAIL = 40  # lines that are shown of ranks that failed
+LAUNCHER = "torch/distributed/elastic"  # in the first line that torchrun writes of ranks that failed
 FOLDERS = {"gptq-int4": "format: gptq, bits: 4", "gptq-int8": "format: gptq, bits: 8", "awq": "format: awq"}
 GGUF = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
 
@@ -55,11 +65,11 @@ def prepare(options):
     from tests.bench.memory import write_random
 
     if not (options.work / "model").exists():
-        place = "cuda" if torch.cuda.is_available() else "cpu"
+        place = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         write_random(options.work / "model", options.shape, options.layers, place, shards=4)
     entries = FOLDERS | {name: f"format: gguf, type: {name}" for name in GGUF}
     lines = [f"  - {{name: {name}, {entry}, gates: {{defaults: false}}}}\n" for name, entry in entries.items()]
-    text = RECIPE.format(samples=options.samples or 128, windows=options.windows or 16)
+    text = RECIPE.format(samples=options.samples or 128, length=options.length, windows=options.windows or 16)
     (options.work / "ranks.yaml").write_text(text + "".join(lines))
 
 
@@ -70,6 +80,7 @@ class Clock:
         self.began = time.monotonic()
         self.last = self.began, time.process_time()
         self.phases = {}
+        self.inside = Counter()
 
     def advance(self, phase, done, of):
         """As a build reports it."""
@@ -81,12 +92,26 @@ class Clock:
     def check_stop(self):
         """Never."""
 
+    def watch(self, owner, name, label):
+        """Count the seconds that owner.name takes among those of `label`."""
+        inner = getattr(owner, name)
+
+        def timed(*given, **named):
+            began = time.monotonic()
+            try:
+                return inner(*given, **named)
+            finally:
+                self.inside[label] += time.monotonic() - began
+
+        setattr(owner, name, timed)
+
 
 def rank_main(options):
     """Build as one rank, and leave what it took."""
     import torch
 
-    from qquant import pipeline, recipe
+    from qquant import exchange, pipeline, recipe
+    from qquant.artifact import owning
     from qquant.cli import together
     from qquant.plan.plan import Plan
     from qquant.resources import data_dir
@@ -96,10 +121,13 @@ def rank_main(options):
     demo = options.shape == "demo"
     folder = data_dir("recipes") / "demo" / "tiny-qwen1.5" if demo else options.work / "model"
     with together.joined(os.environ, ["build"]) as ranks:
-        device = together.device_of("auto", ranks)
+        device = together.device_of(options.device, ranks)
         loaded, source, clock = recipe.load(str(options.work / "ranks.yaml")), Checkpoint.open(folder), Clock()
         plan = Plan.of(loaded, source, tuple(options.only))
-        pipeline.build(loaded, source, plan, options.work / "out", device, clock, ranks)
+        clock.watch(owning, "finish", "read back")
+        clock.watch(exchange.Exchange, "say", "waited")
+        clock.watch(exchange.Exchange, "_moved", "waited")
+        pipeline.build(loaded, source, plan, options.work / "built", device, clock, ranks)
         whole = time.monotonic() - clock.began
         on_cuda = device.type == "cuda"
         clock.advance("end", 1, 1)
@@ -107,8 +135,10 @@ def rank_main(options):
             "seconds": whole,
             "phases": {phase: round(took, 2) for phase, (took, _) in clock.phases.items()},
             "processor": {phase: round(took, 2) for phase, (_, took) in clock.phases.items()},
+            "inside": {label: round(took, 2) for label, took in clock.inside.items()},
             "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_cuda else None,
             "sent_gb": ranks.sent / 1e9,
             "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         }
@@ -117,11 +147,25 @@ def rank_main(options):
 
 def start(world, options):
     """The process of a group of `world` ranks."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
-    environment["OMP_NUM_THREADS"] = options.threads
+    settings = {"NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": options.threads}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     command = [sys.executable, *launcher, "-m", "tests.bench.ranks", *sys.argv[1:], "--rank"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    with log_of(world, options).open("wb") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=importing(**settings), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def last_words(world, options):
+    """The last lines of what ranks said before their launcher did."""
+    lines = log_of(world, options).read_text(errors="replace").splitlines()
+    launcher = next((number for number, line in enumerate(lines) if LAUNCHER in line), 0)
+    return lines[: launcher or None][-TAIL:]
+
+
+def log_of(world, options):
+    """The file of what ranks say."""
+    return options.out / f"ranks-{world}.log"
 
 
 def hashes(folder):
@@ -142,12 +186,12 @@ def measured(world, options):
     whole = time.monotonic() - began
     ranks = [json.loads(path.read_text()) for path in sorted(options.work.glob("rank-*.json"))]
     if status or len(ranks) != world:
-        return {"world": world, "status": status, "seconds": whole}, {}
-    out = options.work / "out"
+        return {"world": world, "status": status, "seconds": whole, "said": last_words(world, options)}, {}
+    out = options.work / "built"
     found = {"world": world, "seconds": whole, "bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file())}
     files = hashes(out)
     shutil.rmtree(out)
-    return found | {"ranks": ranks}, files
+    return found | {"ranks": ranks, "sha256": files}, files
 
 
 def main():
@@ -158,6 +202,8 @@ def main():
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, help="of the calibration; default: 128, the demo's 96")
+    parser.add_argument("--length", type=int, default=2048, help="of a sample; the demo has its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--windows", type=int, help="of the check; default: 16, the demo's 40")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--only", nargs="*", default=[])
@@ -171,7 +217,7 @@ def main():
         return
     options.out.mkdir(parents=True, exist_ok=True)
     prepare(options)
-    shutil.rmtree(options.work / "out", ignore_errors=True)
+    shutil.rmtree(options.work / "built", ignore_errors=True)
     results, files, wrong = [], {}, []
     for world in options.worlds:
         if options.stop and world > 1:
@@ -191,6 +237,8 @@ def main():
         wrong += different
         (options.out / "ranks.json").write_text(json.dumps(results, indent=1))
         print(summary(found, results[0]), flush=True)
+        if files is these:
+            print("".join(f"  {digest}  {name}\n" for name, digest in files.items()), end="", flush=True)
     sys.exit(bool(wrong) or any("ranks" not in found for found in results))
 
 
@@ -203,7 +251,8 @@ def longest(found):
 def summary(found, first):
     """Lines for people."""
     if "ranks" not in found:
-        return f"{found['world']} ranks: ended with {found['status']} after {found['seconds']:.1f} s"
+        ended = f"{found['world']} ranks: ended with {found['status']} after {found['seconds']:.1f} s; they said last:"
+        return "\n  ".join([ended, *found["said"]])
     slowest = max(found["ranks"], key=lambda rank: rank["seconds"])
     before = max((rank["seconds"] for rank in first.get("ranks", [])), default=0)
     processor, processor_before = longest(found), longest(first)
@@ -214,8 +263,8 @@ def summary(found, first):
         f"  longest way by processor: {processor:.1f} s, {processor_before / processor:.2f} times as fast",
     ]
     for number, rank in enumerate(found["ranks"]):
-        phases = ", ".join(f"{phase} {took:.1f}" for phase, took in rank["phases"].items())
-        gpu = f"{rank['gpu_gb']:.1f} GB of the GPU, " if rank["gpu_gb"] else ""
+        phases = ", ".join(f"{phase} {took:.1f}" for phase, took in (rank["phases"] | rank["inside"]).items())
+        gpu = f"{rank['gpu_gb']:.1f} GB of the GPU ({rank['reserved_gb']:.1f} reserved), " if rank["gpu_gb"] else ""
         sent = f"{rank['sent_gb']:.2f} GB sent; " if rank["sent_gb"] else ""
         lines.append(f"  rank {number}: {gpu}{rank['host_gb']:.1f} GB of the host; {sent}{phases}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_checkpoint
-from tests.worlds import workflow
+from tests.worlds import importing, workflow
 from tests.worlds.hub_server import TOKEN
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def release():
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
     """A checkout with a matrix of two small models, and the inputs of a caller."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", importing()["PYTHONPATH"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("One", "Two"):
         write_checkpoint(tmp_path / name, num_hidden_layers=1)
