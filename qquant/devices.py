@@ -26,13 +26,14 @@ else:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of work on one kind of device. None of them changes a result but `together`, which depends on nothing else."""
+    """Sizes of work on one kind of device. None of them changes a result but `together` and `spread`, which depend on nothing else."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
     apart: bool  # whether it has memory of its own besides the host's
     waits: bool  # whether looking at a number costs: results are looked at once a block then
     split: bool  # whether rows of a product have the bits that they have among others: then ranks may share them out
     together: int  # tokens of samples of one length that go through a block at once; they change the last bits of what it gives
+    spread: int  # columns whose errors GPTQ spreads over those behind them at once, in another order of sums
     checksummed: int  # values that are summed at a time
     searched: int  # weights whose group scales are searched at a time, by torch
     coded: int  # values of GGUF rows that are searched or coded at a time
@@ -50,6 +51,7 @@ POLICIES = {
         waits=False,
         split=True,
         together=1,
+        spread=128,
         checksummed=1 << 20,
         searched=1 << 18,
         coded=1 << 18,
@@ -65,6 +67,7 @@ POLICIES = {
         waits=True,
         split=False,  # cuBLAS chooses by the whole shape
         together=8192,
+        spread=1024,
         checksummed=1 << 24,
         searched=1 << 24,
         coded=1 << 24,

@@ -24,6 +24,7 @@ from torch import Tensor
 from qquant.algorithms.descent import Columns, blocks_of, swept_together, visit
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, joined
+from qquant.devices import policy
 from qquant.kernels.product import SplitMatrix, product, product_using_up
 from qquant.kernels.replay import Replay
 
@@ -95,17 +96,28 @@ def _swept(
         mix = matrices[:, subset]
         inside = mix[:, :, subset]
         root = torch.linalg.cholesky_ex(inside).L
-        half = torch.linalg.solve_triangular(root, mix @ slope, upper=False)
-        pull = torch.linalg.solve_triangular(root.mT, half, upper=True).flatten(0, 1)
+        pull = _pull(root, mix, slope).flatten(0, 1)
         earlier, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
         of_rows = pull, inside, earlier, steps, offsets
-        if columns.gram.matrix is None:  # a recording would keep another copy of the matrix
+        if columns.gram.matrix is None or columns.gram.halves is None:
             visited_codes, change = _visited(count, *of_rows, columns.gram, columns.blocks)
-        else:
-            visited_codes, change = visited(count, *of_rows, columns.gram.matrix, *columns.blocks)
+        else:  # not of a wide matrix: a recording keeps another copy of it
+            visited_codes, change = visited(count, *of_rows, *columns.gram.halves, *columns.blocks)
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes
+
+
+def _pull(root: Tensor, mix: Tensor, slope: Tensor) -> Tensor:
+    """P = (L L')^-1 mix slope, [B, r, K], for L [B, r, r], mix [B, r, n], slope [B, n, K]: the narrower of two is solved first on a card."""
+
+    def solved(right: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(root, right, upper=False)
+        return torch.linalg.solve_triangular(root.mT, half, upper=True)
+
+    if policy(slope.device).apart and mix.shape[2] < slope.shape[2]:
+        return solved(mix) @ slope
+    return solved(mix @ slope)
 
 
 def step(problem: Problem, solution: Solution | None) -> Solution:
@@ -121,18 +133,19 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
 
 
 @Replay
-def visited(
+def visited(  # noqa: PLR0913  a recording takes tensors
     count: int,
     pull: Tensor,
     inside: Tensor,
     codes: Tensor,
     step: Tensor,
     offset: Tensor,
-    gram: Tensor,
+    upper: Tensor,
+    lower: Tensor,
     *factored: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, the rest as of `descent.visit`."""
-    return _visited(count, pull, inside, codes, step, offset, SplitMatrix(gram), factored)
+    """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, `upper`, `lower`: halves of H, the rest as of `descent.visit`."""
+    return _visited(count, pull, inside, codes, step, offset, SplitMatrix(None, (upper, lower)), factored)
 
 
 def _visited(  # noqa: PLR0913  what `visited` takes, and a matrix that may be halves

@@ -27,7 +27,17 @@ from qquant.algorithms.grid import Grid, Params, as_scale, value_of
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
-from qquant.kernels.product import SplitMatrix, product, product_using_up, split_in_place, split_matrix
+from qquant.kernels.group_products import group_products
+from qquant.kernels.product import (
+    SplitMatrix,
+    add_product,
+    add_product_to,
+    halves,
+    product,
+    product_using_up,
+    split_in_place,
+    split_matrix,
+)
 
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
@@ -44,7 +54,7 @@ class Columns:
     gram: SplitMatrix  # H, float32 [K, K], in this order; of more than WIDE columns its halves alone
     blocks: list[
         Tensor
-    ]  # H_SS, H_SS^-1, and the upper factor of the latter [B, S, S]; then those of a narrower last block
+    ]  # upper factor of H_SS^-1, H_SS, H_SS^-1 [B, S, S], or halves of these; then those of a narrower last block
 
 
 def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
@@ -73,7 +83,9 @@ def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
             root = torch.linalg.cholesky(inside.flip(1, 2)).flip(1, 2)
             one = torch.eye(inside.shape[1], device=gram.device).expand_as(inside)
             upper = torch.linalg.solve_triangular(root, one, upper=True)
-            yield from (inside, upper.mT @ upper, upper)
+            yield upper
+            for matrix in (inside, upper.mT @ upper):
+                yield from halves(matrix) if matrix.is_cuda else (matrix,)
 
 
 def sweep(
@@ -115,21 +127,30 @@ def visit(
     gram, factored: of `Columns`; slope: (v - w) H, float32 [N, K], which is used up; levels: steps and offsets [N, K]; all in its order.
     A change d [N, S] is kept in the rows for which `lowers(d, d H_SS + 2 slope_S)` is true, bool [N, 1].
     """
-    stacks = [factored[start : start + 3] for start in range(0, len(factored), 3)]
-    each = [(*parts, len(parts[0])) for stack in stacks for parts in zip(*stack, strict=True)]
+    size = 3 if gram.halves is None else 5
+    stacks = [factored[start : start + size] for start in range(0, len(factored), size)]
+    each = [parts for stack in stacks for parts in zip(*stack, strict=True)]
     stop = 0
-    for (inside, inverse, upper, width), earlier, step, offset in zip(
+    for (upper, *matrices), earlier, step, offset in zip(
         each, *(_split(x, factored[0].shape[1]) for x in (codes, *spacing)), strict=True
     ):
-        block, stop = slice(stop, stop + width), stop + width
+        inside, inverse = _split_matrices(matrices)
+        block, stop = slice(stop, stop + len(upper)), stop + len(upper)
         minus = torch.addcmul(offset, step, earlier.float(), value=-1)  # -v
-        target = torch.addmm(minus, slope[:, block], inverse, beta=-1, alpha=-1)
+        target = add_product(minus, slope[:, block], inverse, beta=-1, alpha=-1)
         rounded, _ = gptq_block(target, upper, step, offset, count)
         change = torch.addcmul(minus, step, rounded.float()).sub_(offset)
-        keep = lowers(change, torch.addmm(slope[:, block], change, inside, beta=2))
+        keep = lowers(change, add_product(slope[:, block], change, inside, beta=2))
         change.mul_(keep)
-        slope[:, stop:].addmm_(change, gram.part(block, slice(stop, None)).values())
+        add_product_to(slope[:, stop:], change, gram.part(block, slice(stop, None)))
         yield torch.where(keep, rounded, earlier), change
+
+
+def _split_matrices(parts: Sequence[Tensor]) -> tuple[SplitMatrix, SplitMatrix]:
+    """Two matrices, or the halves of two."""
+    if len(parts) == 2:
+        return SplitMatrix(parts[0]), SplitMatrix(parts[1])
+    return SplitMatrix(None, (parts[0], parts[1])), SplitMatrix(None, (parts[2], parts[3]))
 
 
 def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:
@@ -149,12 +170,10 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     old = torch.cat([coefficients for coefficients, _ in linear_form], 1)
     new = old.clone()
     rows = max(1, min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
-    split_gram = split_matrix(gram)
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
-        system, right = _normal_equations(
-            [basis[span] for _, basis in linear_form], product(weight[span], split_gram), split_gram, old.shape[1]
-        )
+        bases = [basis[span] for _, basis in linear_form]
+        system, right = _normal_equations(bases, product(weight[span], split_matrix(gram)), gram, old.shape[1])
         diagonal = system.diagonal(dim1=1, dim2=2)
         used = diagonal > 0
         diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-30)
@@ -164,28 +183,13 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     return params.with_coefficients(list(new.split([coefficients.shape[1] for coefficients, _ in linear_form], dim=1)))
 
 
-def _normal_equations(
-    bases: Sequence[Tensor], target: Tensor, gram: SplitMatrix, unknowns: int
-) -> tuple[Tensor, Tensor]:
+def _normal_equations(bases: Sequence[Tensor], target: Tensor, gram: Tensor, unknowns: int) -> tuple[Tensor, Tensor]:
     """A [R, U, U] and b [R, U] of the coefficients of `bases` [R, K] each."""
     rows, columns = target.shape
     each = unknowns // len(bases)
-    width = columns // each
-
-    def summed(product: Tensor) -> Tensor:
-        return product.view(rows, -1, width).sum(-1)
-
-    right = torch.cat([summed(basis * target) for basis in bases], 1)
+    right = torch.cat([(basis * target).view(rows, each, -1).sum(-1) for basis in bases], 1)
     system = torch.empty(rows, len(bases), each, len(bases), each, device=target.device)
-    for group in range(each):
-        inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)
-        block = gram.part(inside, rest)
-        for row, basis in enumerate(bases):
-            spread = product(basis[:, inside], block)
-            for other, against in enumerate(bases):
-                sums = summed(spread * against[:, rest])
-                system[:, row, group, other, group:] = sums
-                system[:, other, group:, row, group] = sums
+    group_products(system, bases, gram, columns // each)
     return system.view(rows, unknowns, unknowns), right
 
 

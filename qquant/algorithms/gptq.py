@@ -25,9 +25,10 @@ from torch import Tensor
 from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, reordered
 from qquant.algorithms.grid import Grid, Params
 from qquant.algorithms.problem import Problem, Solution, joined, stacked
+from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
+from qquant.kernels.product import add_product_to, split_matrix
 
-BLOCK = 128
 PIECE = 1 << 22  # values that are turned round at a time
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
 
@@ -115,8 +116,9 @@ def gptq(weight: Tensor, gram: Gram, spacing: tuple[Tensor, Tensor], grid: Grid,
     work = weight[:, order]
     columns = weight.shape[1]
     codes = torch.empty_like(work, dtype=torch.uint8)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    size = policy(weight.device).spread
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
         inside = group[start:stop]
         codes[:, start:stop], error = gptq_block(
             work[:, start:stop].contiguous(),
@@ -125,7 +127,8 @@ def gptq(weight: Tensor, gram: Gram, spacing: tuple[Tensor, Tensor], grid: Grid,
             offset[:, inside],
             grid.levels,
         )
-        work[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1)
+        if stop < columns:
+            add_product_to(work[:, stop:], error, split_matrix(upper[start:stop, stop:]), alpha=-1)
     natural = torch.empty_like(codes)
     natural[:, order] = codes
     return natural

@@ -37,6 +37,7 @@ ON_CUDA = {
     "dequant": "triton",
     "gptq_block": "triton",
     "group_search": "triton (torch for Gram blocks and groups of more than 256 columns)",
+    "group_products": "triton (torch for other widths than 16 to 256)",
     "gram": "triton (torch for float32 inputs)",
     "column_sums": "triton",
 }

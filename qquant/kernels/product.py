@@ -83,6 +83,27 @@ def product(a: Tensor, b: SplitMatrix) -> Tensor:
     return a @ b.values() if b.halves is None else three(a, b.halves)
 
 
+def add_product(total: Tensor, a: Tensor, b: SplitMatrix, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Beta total + alpha a b of float32 [M, N], [M, K] and [K, N], as precise; a new tensor."""
+    if b.halves is None:
+        return torch.addmm(total, a, b.values(), beta=beta, alpha=alpha)
+    upper, lower = halves(a)
+    with tensor_cores():
+        total = torch.addmm(total, lower, b.halves[0], beta=beta, alpha=alpha)
+        return total.addmm_(upper, b.halves[1], alpha=alpha).addmm_(upper, b.halves[0], alpha=alpha)
+
+
+def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -> None:
+    """Total += alpha a b, in place, as precise."""
+    if b.halves is None:
+        total.addmm_(a, b.values(), alpha=alpha)
+        return
+    upper, lower = halves(a)
+    with tensor_cores():
+        for left, right in ((lower, 0), (upper, 1), (upper, 0)):
+            total.addmm_(left, b.halves[right], alpha=alpha)
+
+
 def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
     """The same of an `a` that is contiguous and not needed any more: less in memory by as much."""
     if b.halves is None:

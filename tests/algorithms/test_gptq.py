@@ -1,6 +1,6 @@
 """GPTQ against its definition: after each column, the rest is the exact least-squares answer."""
 
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from qquant.algorithms.gptq import LADDER, NotPositiveDefiniteError, factorize, gptq
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import UniformGrid, nearest, value_of
+from qquant.devices import POLICIES
 
 
 def problem(rows, columns, tokens, seed=0, dtype=torch.float32):
@@ -58,7 +59,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).step_and_offset()
     whole = gptq(weight, gram, levels, grid, 0.01)
-    monkeypatch.setattr(sys.modules[factorize.__module__], "BLOCK", 16)
+    monkeypatch.setitem(POLICIES, "cpu", replace(POLICIES["cpu"], spread=16))
     assert (gptq(weight, gram, levels, grid, 0.01) == whole).float().mean() > 0.995
 
 

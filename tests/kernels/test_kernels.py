@@ -19,6 +19,7 @@ from qquant.kernels.column_sums import column_sums
 from qquant.kernels.dequant import dequant
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.gram import gram
+from qquant.kernels.group_products import group_products
 from qquant.kernels.group_search import group_search
 from qquant.kernels.unpack import pack_params, pack_runtime, repack, tile, unpack_params, unpack_runtime
 from tests.worlds import ROOT
@@ -277,9 +278,10 @@ def samples():
     yield group_search, (torch.randn(4, 64), torch.rand(64), 32, 16, True)
     yield gram, (torch.zeros(8, 8), torch.randn(3, 8))
     yield column_sums, (torch.randn(3, 8).half(),)
+    yield group_products, (torch.zeros(3, 1, 2, 1, 2), [torch.randn(3, 8)], torch.randn(8, 8), 4)
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_opcheck(index):
     operator, arguments = list(samples())[index]
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -296,7 +298,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from qquant.kernels import column_sums, cpu_int4, dequant, gptq_block, gram, group_search, jit, wq_mm
+from qquant.kernels import column_sums, cpu_int4, dequant, gptq_block, gram, group_products, group_search, jit, wq_mm
 from qquant.kernels.unpack import repack
 qweight, params = repack(torch.full((16, 128), 9, dtype=torch.uint8), torch.ones(16, 1).half(), None, 4)
 assert (wq_mm.wq_mm(torch.ones(1, 128).half(), qweight, params, None, 4, 128) == 128).all()

@@ -16,7 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qquant.kernels import between, column_sums, dequant, ggml_search, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import (
+    between,
+    column_sums,
+    dequant,
+    ggml_search,
+    gptq_block,
+    gram,
+    group_products,
+    group_search,
+    wq_mm,
+)
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -236,6 +246,24 @@ def test_gram(side, warps, tmp_path):
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8
     assert machine.shared <= 227 * 1024
     assert len(loop) <= 140
+
+
+@pytest.mark.parametrize("width", group_products.WIDTHS)
+def test_group_products(width, tmp_path):
+    arguments = dict.fromkeys(("q_at", "r_at", "unit_at", "out_at", "mirrored_at"), "*fp32")
+    arguments |= {
+        "upper_at": "*fp16",
+        "lower_at": "*fp16",
+        "N": "i32",
+        "K": "i32/16",
+        "out_row": "i32",
+        "out_group": "i32",
+    }
+    constants = {"W": width, "BR": group_products.ROWS, "WIDE": False}
+    machine = build(tmp_path, group_products._kernel, arguments, constants, num_warps=8, num_stages=2)
+    assert machine.stack == 0
+    assert sum("HGMMA" in text for text in machine.loop(using="HGMMA")) >= 3 * max(1, width // 32)
+    assert machine.shared <= 227 * 1024
 
 
 def test_column_sums(tmp_path):

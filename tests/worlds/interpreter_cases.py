@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from qquant.formats.gguf import exact, quantize, search
-from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_search, wq_mm
+from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_products, group_search, wq_mm
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
 from tests.worlds import GOLDEN
@@ -190,6 +190,28 @@ def summed(rows, columns, dtype):
     return max(relative(absolute, wide.abs().sum(0)), relative(squares, wide.square().sum(0))), 1e-6
 
 
+def group_products_problem(rows, groups, width, bases):
+    """Bases, of which the first are codes less zero points and the second no integers, and a Gram matrix of features of all sizes."""
+    columns = groups * width
+    x = torch.randn(3 * columns, columns) * 10 ** (2 * torch.rand(columns) - 4)
+    first = torch.randint(-8, 8, (rows, columns)).float()
+    return [first, torch.randn(rows, columns) * 63][:bases], x.T @ x
+
+
+def group_products_definition(bases, h, width):
+    """b_i,ng H_gh b_j,nh' in float64."""
+    parts = torch.stack(bases, 1).double().unflatten(-1, (-1, width))
+    tiles = h.double().view(-1, width, h.shape[0] // width, width)
+    return torch.einsum("nigw,gwhv,njhv->nigjh", parts, tiles, parts)
+
+
+def scales_of_groups(rows, groups, width, bases):
+    several, h = group_products_problem(rows, groups, width, bases)
+    system = _fenced((rows, bases, groups, bases, groups), torch.float32)
+    group_products.launch(system, [guarded(basis) for basis in several], guarded(h), width)
+    return relative(system, group_products_definition(several, h, width)), 2e-6
+
+
 def normed(rows, width, add):
     x, y, weight = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
     total, norm = between.launch_add_norm(guarded(x), guarded(y) if add else None, guarded(weight), 1e-6)
@@ -293,6 +315,8 @@ CASES = {
     "column_sums 16 bit, ragged": partial(summed, 300, 70, HALF),
     "column_sums bfloat16, one row": partial(summed, 1, 64, BRAIN),
     "column_sums float32": partial(summed, 33, 130, FULL),
+    "group_products": partial(scales_of_groups, 5, 3, 32, 1),
+    "group_products, two bases": partial(scales_of_groups, 3, 2, 16, 2),
     "add_norm": partial(normed, 3, 352, True),
     "add_norm, nothing to add": partial(normed, 2, 100, False),
     "rotate, 3 rows, grouped": partial(rotated, 3, 4, 2, 32, 5),

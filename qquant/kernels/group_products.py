@@ -1,0 +1,174 @@
+"""`qquant::group_products`: the matrices of the least-squares problems for the scales of a linear's rows.
+
+    A[n, i, g, j, h] = b_i,ng H_gh b_j,nh'        g, h: groups of `width` columns; i, j: bases
+
+for every row n by itself, of bases b float32 [N, K] each (the codes minus their zero points; a K-quant has two bases) and H float32
+[K, K], symmetric. `qquant.algorithms.descent` solves A s = b.
+
+On the CPU a group of a basis is multiplied with all of H behind it, and the product with the other basis is summed group by group. On
+CUDA such a product, N x K values for every group, would be written and read four times; the Triton kernel multiplies tiles
+of a group and sums them where they are. Tensor cores multiply halves of 11 bits, b = b1 + b2 and H = (h1 + h2) / c with c a power of two,
+
+    b H = c^-1 (b2 h1 + b1 h2 + b1 h1)         the term that is left out is at most 2^-22 of the first
+
+so that codes up to 2048 (b2 = 0) are multiplied exactly. Groups of 256 are two of 128 each; widths that are no power of two from 16 to 256
+are left to torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qquant.errors import InputError
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
+from qquant.kernels.product import product, split_matrix
+
+WIDTHS = (16, 32, 64, 128)
+TOP = 14  # entries of H become smaller than 2^TOP: float16 ends at 2^16
+ROWS = 128
+PIECE = 1 << 26  # values that are halved at a time
+
+
+@torch.library.custom_op("qquant::group_products", mutates_args=("system",))
+def group_products(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    """Fill A, float32 [N, bases, K / width, bases, K / width].
+
+    Raises:
+        InputError: shapes or types that do not fit.
+    """
+    _check(system, bases, h, width)
+    reference(system, bases, h, width)
+
+
+@group_products.register_fake
+def _(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    return None
+
+
+def _check(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    columns = h.shape[-1]
+    groups = columns // width
+    wanted = {(len(system), columns)}
+    fits = {tuple(basis.shape) for basis in bases} == wanted and h.shape == (columns, columns)
+    fits = fits and columns == groups * width and system.shape[1:] == (len(bases), groups, len(bases), groups)
+    if not fits or {x.dtype for x in (system, h, *bases)} != {torch.float32}:
+        raise InputError(
+            f"group_products takes float32 bases [N, K], [K, K] and [N, B, G, B, G] for groups of {width}, not "
+            f"{', '.join(f'{x.dtype} {list(x.shape)}' for x in (*bases, h, system))}"
+        )
+
+
+def reference(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    """The same by torch: the definition of `group_products`."""
+    split = split_matrix(h)
+    for group in range(h.shape[1] // width):
+        inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)
+        block = split.part(inside, rest)
+        for row, basis in enumerate(bases):
+            spread = product(basis[:, inside], block)
+            for other, against in enumerate(bases):
+                sums = (spread * against[:, rest]).view(len(basis), -1, width).sum(-1)
+                system[:, row, group, other, group:] = sums
+                system[:, other, group:, row, group] = sums
+
+
+@kernel("N")
+def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    q_at: tl.tensor,
+    r_at: tl.tensor,
+    upper_at: tl.tensor,
+    lower_at: tl.tensor,
+    unit_at: tl.tensor,  # 1 / c
+    out_at: tl.tensor,  # A of q and r
+    mirrored_at: tl.tensor,  # A of r and q
+    N: tl.tensor,
+    K: tl.tensor,
+    out_row: tl.tensor,  # values from one row to the next, and from one group
+    out_group: tl.tensor,
+    W: tl.constexpr,
+    BR: tl.constexpr,
+    WIDE: tl.constexpr,  # interpreter: multiply in float32
+) -> None:
+    g = tl.program_id(1)  # those with most to do begin first
+    n = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    w = tl.arange(0, W)
+    unit = tl.load(unit_at)
+    q = tl.load(q_at + (row * K)[:, None] + (g * W + w)[None, :])
+    q1 = q.to(tl.float16)
+    q2 = (q - q1.to(tl.float32)).to(tl.float16)
+    h_at = (g * W + w).to(tl.int64)[:, None] * K + w[None, :]
+    out_at += row * out_row
+    mirrored_at += row * out_row
+    for h in range(g, K // W):
+        upper = tl.load(upper_at + h_at + h * W)
+        lower = tl.load(lower_at + h_at + h * W)
+        if WIDE:
+            spread = tl.dot(q2.to(tl.float32), upper.to(tl.float32), input_precision="ieee")
+            spread += tl.dot(q1.to(tl.float32), lower.to(tl.float32), input_precision="ieee")
+            spread += tl.dot(q1.to(tl.float32), upper.to(tl.float32), input_precision="ieee")
+        else:
+            spread = tl.dot(q2, upper)
+            spread = tl.dot(q1, lower, spread)
+            spread = tl.dot(q1, upper, spread)
+        r = tl.load(r_at + (row * K)[:, None] + (h * W + w)[None, :])
+        sums = tl.sum(spread * r, 1) * unit
+        tl.store(out_at + g * out_group + h, sums, mask=n < N)
+        tl.store(mirrored_at + h * out_group + g, sums, mask=n < N)
+
+
+def halves(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h1, h2, 1 / c) of the head of this file, of H positive semidefinite: float16 [K, K] each, and float32 [1]; nobody waits for the device."""
+    upper, lower = (torch.empty(h.shape, dtype=torch.float16, device=h.device) for _ in range(2))
+    exponent = TOP - torch.frexp(h.diagonal().max())[1]  # no other entry is larger
+    step = max(1, PIECE // h.shape[1])
+    for rows, first, second in zip(h.split(step), upper.split(step), lower.split(step), strict=True):
+        scaled = torch.ldexp(rows, exponent)
+        first.copy_(scaled)
+        second.copy_(scaled.sub_(first))
+    return upper, lower, torch.ldexp(h.new_ones(1), -exponent)
+
+
+def launch(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    """Run the kernel; arguments as of `group_products`, contiguous."""
+    rows, columns = bases[0].shape
+    split = halves(h)
+    for i, q in enumerate(bases):
+        for j, r in enumerate(bases):
+            out, mirrored = system[:, i, :, j], system[:, j, :, i]
+            _kernel[(blocks(rows, ROWS), columns // width)](
+                q,
+                r,
+                *split,
+                out,
+                mirrored,
+                rows,
+                columns,
+                *out.stride()[:2],
+                W=width,
+                BR=ROWS,
+                WIDE=INTERPRETED,
+                num_warps=8,
+                num_stages=2,
+            )
+
+
+def _group_products_cuda(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
+    _check(system, bases, h, width)
+    bases, (rows, count, groups, *_) = [basis.contiguous() for basis in bases], system.shape
+    with torch.cuda.device_of(system):
+        if width in WIDTHS and system.is_contiguous():
+            launch(system, bases, h.contiguous(), width)
+        elif width == 2 * WIDTHS[-1]:
+            parts = system.new_empty(rows, count, 2 * groups, count, 2 * groups)
+            launch(parts, bases, h.contiguous(), WIDTHS[-1])
+            system.copy_(parts.view(rows, count, groups, 2, count, groups, 2).sum((3, 6)))
+        else:
+            reference(system, bases, h, width)
+
+
+if AVAILABLE:
+    group_products.register_kernel("cuda")(_group_products_cuda)
