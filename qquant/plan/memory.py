@@ -10,8 +10,9 @@ Memory where it computes is what every step holds, and the most that one of them
     scales     the same where AWQ searches for scales: a block in float32, statistics before and after
     check      a block of two models in float32, or as many rows of the head as are read at a time
 
-It does not depend on the number of layers. Beside a GPU the host holds the process, blocks on their way, and what gives way there. Scratch, for
-`objective: kl`: the inputs of all blocks for the tokens that curvature is measured on, which give way to the curvature itself.
+It does not depend on the number of layers. Beside a GPU the host holds the process, CUDA's libraries, and the larger of two: blocks on
+their way with what gives way there, or the stored tensors that are read back at a time, which are mapped: both tables of words, most of it
+where a layer is wide. Scratch, for `objective: kl`: the inputs of all blocks for the tokens that curvature is measured on, which give way to the curvature itself.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from qquant.source.safetensors_file import SIZES
 
 PROCESS = 600 << 20  # bytes: interpreter, torch, tokenizer
 CONTEXT = 600 << 20  # bytes of a GPU that CUDA and its libraries take
-LIBRARIES = 3 << 30  # bytes of the host that they take
+LIBRARIES = 1650 << 20  # bytes of the host that they take
+BLOCKS = 3  # in host memory: the last one's, one that is there and one that is read
+HANDS = 16  # tensors that are read back at a time beside a GPU, at most
 ROWS = 2048  # as in `qquant.solve.curvature`, which needs torch
 HEAD_ROWS = 16384  # as in `qquant.families.decoder`
 WIDE = 16384  # as in `qquant.algorithms.descent`
 SYSTEM = 1 << 26  # as there
 SWEPT = 28  # bytes of a GPU for a weight that is swept: steps, offsets, halves of the error, its product, codes
-PAGE = 4  # bytes of a float32
+CODES = 4.2  # bits that a weight takes in a stored tensor, scales included, where it is not 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class _Needs:
         self.checkpoint, self.config, self.policy = checkpoint, checkpoint.config, POLICIES[kind]
         family, layers = checkpoint.family, range(checkpoint.config.layers)
         shapes = [family.linear_shapes(self.config, layer) for layer in layers]
+        self.weights = [math.prod(shape) for one in shapes for shape in one.values()]  # of every linear
         self.block = max(sum(map(math.prod, one.values())) for one in shapes)  # weights
         self.stages = list(
             dict.fromkeys(
@@ -204,6 +208,14 @@ class _Needs:
         """Statistics of scaled inputs."""
         return self.shared() if spec.transforms else 0
 
+    def host(self) -> int:
+        """What of it passes through the host of a GPU."""
+        walked = self.block * self.stored * min(self.config.layers, BLOCKS) + self.states
+        tables = (1 if self.config.tied else 2) * self.config.vocab * self.config.hidden
+        largest = sorted(self.weights, reverse=True)[:HANDS]
+        codes = 8 if any(spec.eight_bit for spec in self.specs) else CODES
+        return max(walked, tables * self.stored + int(codes * sum(largest) / 8))
+
     def check(self) -> int:
         """Blocks in float32."""
         return 4 * self.block * 2 + 4 * HEAD_ROWS * self.config.hidden
@@ -229,7 +241,7 @@ def build_memory(
     base = CONTEXT if apart else PROCESS
     least = {name: taken + (needs.states * (not apart) if name == step else 0) for name, taken in steps.items()}
     greatest = max(kept, key=lambda name: kept[name])
-    host = PROCESS + LIBRARIES + 3 * read + needs.states if apart else 0
+    host = PROCESS + LIBRARIES + needs.host() if apart else 0
     return Memory(base + read + kept[greatest], base + read + max(least.values()), host, greatest)
 
 

@@ -167,9 +167,9 @@ def measured(options, layers):
     return found
 
 
-def write_hollow(folder, shape):
-    """A checkpoint of all layers of a published shape, without a byte of weights: the headers are all that a plan reads."""
-    shapes = described(folder, config_of(shape))
+def write_hollow(folder, shape, layers=None):
+    """A checkpoint of all layers of a published shape, or of some, without a byte of weights: the headers are all that a plan reads."""
+    shapes = described(folder, config_of(shape, layers))
     head, _ = header_bytes([(name, "BF16", size) for name, size in shapes.items()], {"format": "pt"})
     with (folder / "model.safetensors").open("wb") as file:
         file.write(head)

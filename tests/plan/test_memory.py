@@ -6,11 +6,20 @@ import sys
 
 import pytest
 
+from qquant import recipe
+from qquant.plan.plan import Plan
+from qquant.source.checkpoint import Checkpoint
+from tests.bench import memory as bench
+
 # Shapes of which one term is most: a wide MLP, whose Gram matrix and its factors are squares of it, and many tokens on an own stream.
 SHAPES = {
     "wide": ({"hidden_size": 256, "intermediate_size": 2048}, {"samples": 8, "length": 64}, "false"),
     "long": ({"hidden_size": 512, "intermediate_size": 256}, {"samples": 32, "length": 512}, "true"),
 }
+ON_A_CARD = {
+    "72B": {"device": 16.532, "host": 7.737},
+    "110B": {"host": 7.9},
+}  # GB on an H200; of 110B the card took more then
 ARENAS = 40 << 20  # the smaller build took 76 to 115 MB in twelve runs
 CHILD = r"""
 import ctypes, json, re, sys
@@ -74,6 +83,17 @@ def test_a_build_takes_the_memory_that_its_plan_says(builds, shape):
     """Beside the process itself, within 15 % and what malloc's arenas and libraries take."""
     planned, process, taken, _ = builds[shape]
     assert abs(taken - (planned - process)) < 0.15 * taken + ARENAS
+
+
+@pytest.mark.parametrize("shape", ON_A_CARD)
+def test_one_layer_takes_of_a_card_and_its_host_what_its_plan_says(tmp_path, shape):
+    """Within 15 % of what was measured: GPTQ-Int4 of one layer, 8 samples of 2,048 tokens."""
+    checkpoint = Checkpoint.open(bench.write_hollow(tmp_path / "model", shape, layers=1))
+    asked = recipe.parse(bench.RECIPE.format(samples=8, length=2048) + f"  - {bench.ENTRIES['gptq-int4']}\n")
+    need = Plan.of(asked, checkpoint).needs["cuda"]
+    planned = {"device": need.device, "host": need.host}
+    for what, taken in ON_A_CARD[shape].items():
+        assert abs(planned[what] / 1e9 - taken) < 0.15 * taken, what
 
 
 @pytest.mark.parametrize("shape", SHAPES)
