@@ -7,11 +7,12 @@ for every row n by itself, of bases b float32 [N, K] each (the codes minus their
 
 On the CPU a group of a basis is multiplied with all of H behind it, and the product with the other basis is summed group by group. On
 CUDA such a product, N x K values for every group, would be written and read four times; the Triton kernel multiplies tiles
-of a group and sums them where they are. Tensor cores multiply halves of 11 bits, b = b1 + b2 and H = (h1 + h2) / c with c a power of two,
+of a group and sums them where they are. Tensor cores multiply halves of 11 bits: with d_k powers of two near the roots of diag(H), so that
+channels of all sizes keep their digits, b d = b1 + b2 and H_kl / (d_k d_l) = h1 + h2,
 
-    b H = c^-1 (b2 h1 + b1 h2 + b1 h1)         the term that is left out is at most 2^-22 of the first
+    b H = (b2 h1 + b1 h2 + b1 h1) d         the term that is left out is at most 2^-22 of the first
 
-so that codes up to 2048 (b2 = 0) are multiplied exactly. Groups of 256 are two of 128 each; widths that are no power of two from 16 to 256
+and codes up to 2048 (b2 = 0) are multiplied exactly. Groups of 256 are two of 128 each; widths that are no power of two from 16 to 256
 are left to torch.
 """
 
@@ -27,8 +28,9 @@ from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
 from qquant.kernels.product import product, split_matrix
 
 WIDTHS = (16, 32, 64, 128)
-TOP = 14  # entries of H become smaller than 2^TOP: float16 ends at 2^16
+TOP = 3  # the exponent of the largest d: codes below 2^12 times that, and H of about 1, fit into float16, which ends at 2^16
 ROWS = 128
+SPAN = 18  # exponents of d: what is smaller by more loses digits of no weight
 PIECE = 1 << 26  # values that are halved at a time
 
 
@@ -81,7 +83,8 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     r_at: tl.tensor,
     upper_at: tl.tensor,
     lower_at: tl.tensor,
-    unit_at: tl.tensor,  # 1 / c
+    d_at: tl.tensor,
+    unit_at: tl.tensor,
     out_at: tl.tensor,  # A of q and r
     mirrored_at: tl.tensor,  # A of r and q
     N: tl.tensor,
@@ -97,7 +100,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     row = tl.minimum(n, N - 1).to(tl.int64)
     w = tl.arange(0, W)
     unit = tl.load(unit_at)
-    q = tl.load(q_at + (row * K)[:, None] + (g * W + w)[None, :])
+    q = tl.load(q_at + (row * K)[:, None] + (g * W + w)[None, :]) * tl.load(d_at + g * W + w)[None, :]
     q1 = q.to(tl.float16)
     q2 = (q - q1.to(tl.float32)).to(tl.float16)
     h_at = (g * W + w).to(tl.int64)[:, None] * K + w[None, :]
@@ -114,22 +117,28 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
             spread = tl.dot(q2, upper)
             spread = tl.dot(q1, lower, spread)
             spread = tl.dot(q1, upper, spread)
-        r = tl.load(r_at + (row * K)[:, None] + (h * W + w)[None, :])
+        r = tl.load(r_at + (row * K)[:, None] + (h * W + w)[None, :]) * tl.load(d_at + h * W + w)[None, :]
         sums = tl.sum(spread * r, 1) * unit
         tl.store(out_at + g * out_group + h, sums, mask=n < N)
         tl.store(mirrored_at + h * out_group + g, sums, mask=n < N)
 
 
-def halves(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h1, h2, 1 / c) of the head of this file, of H positive semidefinite: float16 [K, K] each, and float32 [1]; nobody waits for the device."""
+def halves(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(h1, h2, d / c, c^2) of the head of this file, c the power of two that makes the largest d / c 2^TOP: float16 [K, K] each, float32 [K] and [1].
+
+    H is positive semidefinite. Nobody waits for the device.
+    """
     upper, lower = (torch.empty(h.shape, dtype=torch.float16, device=h.device) for _ in range(2))
-    exponent = TOP - torch.frexp(h.diagonal().max())[1]  # no other entry is larger
+    exponent = torch.frexp(h.diagonal())[1].div(2, rounding_mode="floor")
+    exponent = torch.maximum(exponent, exponent.max() - SPAN)
     step = max(1, PIECE // h.shape[1])
-    for rows, first, second in zip(h.split(step), upper.split(step), lower.split(step), strict=True):
-        scaled = torch.ldexp(rows, exponent)
+    for rows, own, first, second in zip(*(x.split(step) for x in (h, exponent, upper, lower)), strict=True):
+        scaled = torch.ldexp(torch.ldexp(rows, -own.unsqueeze(1)), -exponent)
         first.copy_(scaled)
         second.copy_(scaled.sub_(first))
-    return upper, lower, torch.ldexp(h.new_ones(1), -exponent)
+    lift = TOP - exponent.max()
+    one = h.new_ones(1)
+    return upper, lower, torch.ldexp(one, exponent + lift), torch.ldexp(one, -2 * lift)
 
 
 def launch(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:

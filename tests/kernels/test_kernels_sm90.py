@@ -250,7 +250,7 @@ def test_gram(side, warps, tmp_path):
 
 @pytest.mark.parametrize("width", group_products.WIDTHS)
 def test_group_products(width, tmp_path):
-    arguments = dict.fromkeys(("q_at", "r_at", "unit_at", "out_at", "mirrored_at"), "*fp32")
+    arguments = dict.fromkeys(("q_at", "r_at", "d_at", "unit_at", "out_at", "mirrored_at"), "*fp32")
     arguments |= {
         "upper_at": "*fp16",
         "lower_at": "*fp16",
