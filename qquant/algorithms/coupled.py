@@ -21,11 +21,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qquant.algorithms.descent import Columns, blocks_of, swept_together, visit
+from qquant.algorithms.descent import WIDE, Columns, blocks_of, swept_together, visit
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, joined
 from qquant.devices import policy
-from qquant.kernels.product import SplitMatrix, product, product_using_up
+from qquant.kernels.product import Halves, SplitMatrix, product, product_using_up
 from qquant.kernels.replay import Replay
 
 PARTS = 8  # subsets of coupled rows
@@ -47,7 +47,7 @@ def sweep(
     float32 [n, n] each, N rows together. Rows whose G is zero keep their codes.
     """
     columns = blocks_of(gram, shift, grid)
-    if columns.gram.matrix is None:
+    if len(gram) > WIDE:
         visited.forget()  # memory is short beside such a matrix
     swept = codes.clone()
     for spans, matrices in _batches(rows, weight):
@@ -99,9 +99,9 @@ def _swept(
         pull = _pull(root, mix, slope).flatten(0, 1)
         earlier, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
         of_rows = pull, inside, earlier, steps, offsets
-        if columns.gram.matrix is None or columns.gram.halves is None:
+        if columns.gram.halves is None or width > WIDE:  # a recording keeps another copy of the matrix
             visited_codes, change = _visited(count, *of_rows, columns.gram, columns.blocks)
-        else:  # not of a wide matrix: a recording keeps another copy of it
+        else:
             visited_codes, change = visited(count, *of_rows, *columns.gram.halves, *columns.blocks)
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
@@ -141,11 +141,13 @@ def visited(  # noqa: PLR0913  a recording takes tensors
     step: Tensor,
     offset: Tensor,
     upper: Tensor,
-    lower: Tensor,
+    upper16: Tensor,
+    lower16: Tensor,
     *factored: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, `upper`, `lower`: halves of H, the rest as of `descent.visit`."""
-    return _visited(count, pull, inside, codes, step, offset, SplitMatrix(None, (upper, lower)), factored)
+    """Codes and changes [B n, K] of subsets of rows with G_RR `inside` [B, n, n]; `pull`: P, then halves of H, the rest as of `descent.visit`."""
+    gram = SplitMatrix(None, Halves(upper, upper16, lower16))
+    return _visited(count, pull, inside, codes, step, offset, gram, factored)
 
 
 def _visited(  # noqa: PLR0913  what `visited` takes, and a matrix that may be halves

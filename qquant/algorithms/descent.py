@@ -29,10 +29,10 @@ from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.group_products import group_products
 from qquant.kernels.product import (
+    Halves,
     SplitMatrix,
     add_product,
     add_product_to,
-    halves,
     product,
     product_using_up,
     split_in_place,
@@ -42,7 +42,7 @@ from qquant.kernels.product import (
 BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's divergence is 4 to 8 % more
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
 FEW = 8
-WIDE = 16384  # columns from which on a copy of the matrix that saves no time is not kept
+WIDE = 16384  # columns from which on no copy of the matrix is kept that saves a little time
 SYSTEM = 1 << 26  # values of the systems of scales that are solved at a time
 
 
@@ -51,7 +51,7 @@ class Columns:
     """Columns in the order of their blocks, within a block by falling diag(H)."""
 
     order: Tensor  # int64 [K]
-    gram: SplitMatrix  # H, float32 [K, K], in this order; of more than WIDE columns its halves alone
+    gram: SplitMatrix  # H, float32 [K, K], in this order
     blocks: list[
         Tensor
     ]  # upper factor of H_SS^-1, H_SS, H_SS^-1 [B, S, S], or halves of these; then those of a narrower last block
@@ -65,7 +65,7 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = reordered(gram, order)
     blocks = list(_factored(gram, size))
-    return Columns(order, split_in_place(gram) if len(gram) > WIDE else split_matrix(gram), blocks)
+    return Columns(order, split_in_place(gram), blocks)
 
 
 def swept_together(weight: Tensor) -> int:
@@ -85,7 +85,8 @@ def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
             upper = torch.linalg.solve_triangular(root, one, upper=True)
             yield upper
             for matrix in (inside, upper.mT @ upper):
-                yield from halves(matrix) if matrix.is_cuda else (matrix,)
+                split = split_matrix(matrix.flatten(0, 1))
+                yield from (x.view(matrix.shape) for x in split.halves or (split.values(),))
 
 
 def sweep(
@@ -127,7 +128,7 @@ def visit(
     gram, factored: of `Columns`; slope: (v - w) H, float32 [N, K], which is used up; levels: steps and offsets [N, K]; all in its order.
     A change d [N, S] is kept in the rows for which `lowers(d, d H_SS + 2 slope_S)` is true, bool [N, 1].
     """
-    size = 3 if gram.halves is None else 5
+    size = 3 if gram.halves is None else 1 + 2 * len(gram.halves)
     stacks = [factored[start : start + size] for start in range(0, len(factored), size)]
     each = [parts for stack in stacks for parts in zip(*stack, strict=True)]
     stop = 0
@@ -150,7 +151,7 @@ def _split_matrices(parts: Sequence[Tensor]) -> tuple[SplitMatrix, SplitMatrix]:
     """Two matrices, or the halves of two."""
     if len(parts) == 2:
         return SplitMatrix(parts[0]), SplitMatrix(parts[1])
-    return SplitMatrix(None, (parts[0], parts[1])), SplitMatrix(None, (parts[2], parts[3]))
+    return SplitMatrix(None, Halves(*parts[:3])), SplitMatrix(None, Halves(*parts[3:]))
 
 
 def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ A tensor core multiplies TF32: float32 with 10 of its 23 bits after the point. A
 
     a b = ah bh + (al bh + ah bl) + al bl        the last term, at most 2^-20 of the first, is left out
 
-Three such products together are about as good as float32 sums are, and take less than half the time of one that is multiplied in float32 (51
-TFLOP/s on an H200, TF32 some 400). A single one, whose factors are off by 2^-11 at random, does for sums of squares that are compared
-or reported and for corrections that are damped anyway, not for slopes that a nearly singular matrix is divided into.
-Ootomo and Yokota 2022 (arXiv 2203.03341).
+The two in brackets are 2^-10 of the first, so their factors may be bfloat16, which is multiplied twice as fast: 2^-17 of the sum of all
+magnitudes at worst, where sums of thousands of float32 terms are off by about as much. Together they take a third of the time of a product that is
+multiplied in float32 (51 TFLOP/s on an H200; TF32 some 300, bfloat16 700). TF32 alone, whose factors are off by 2^-11 at random, does
+for sums of squares that are compared or reported and for corrections that are damped anyway, not for slopes that a nearly singular
+matrix is divided into. Ootomo and Yokota 2022 (arXiv 2203.03341).
 
 Sums over tokens of bfloat16 numbers lose nothing where each product is exact in float32 and added up there: `add_products`.
 """
@@ -18,10 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qquant.kernels.jit import AVAILABLE, blocks, kernel, tl
+
+PIECE = 1 << 22  # values that are halved at a time, by torch
 UPPER = -(1 << 13)  # of a float32's bits: sign, exponent, 10 bits after the point
 
 
@@ -45,52 +50,67 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return total.addmm_(a.float().T, b.float())
 
 
+class Halves(NamedTuple):
+    """A matrix in the parts that are multiplied."""
+
+    upper: Tensor  # h, float32
+    upper16: Tensor  # h, bfloat16
+    lower16: Tensor  # l, bfloat16
+
+
 @dataclass(frozen=True)
 class SplitMatrix:
-    """A matrix that is multiplied with often; its halves h and l once they are needed, on a GPU."""
+    """A matrix that is multiplied with: as it is or, on a GPU, its halves."""
 
-    matrix: Tensor | None  # None: its halves have to do
-    halves: tuple[Tensor, Tensor] | None = None
+    matrix: Tensor | None  # None: its halves are there
+    halves: Halves | None = None
 
     def part(self, rows: slice, columns: slice) -> SplitMatrix:
         """Some of its rows and columns."""
-        halves = self.halves and (self.halves[0][rows, columns], self.halves[1][rows, columns])
-        return SplitMatrix(None if self.matrix is None else self.matrix[rows, columns], halves)
+        if self.halves is None:
+            return SplitMatrix(self.values()[rows, columns])
+        return SplitMatrix(None, Halves(*(x[rows, columns] for x in self.halves)))
 
     def values(self) -> Tensor:
-        """The matrix itself, a new one where only its halves are there."""
-        if self.matrix is not None:
-            return self.matrix
-        assert self.halves is not None
-        return self.halves[0] + self.halves[1]
+        """The matrix where it is as it is."""
+        assert self.matrix is not None
+        return self.matrix
 
 
 def split_matrix(matrix: Tensor) -> SplitMatrix:
-    """`matrix` as the second factor of several products."""
-    return SplitMatrix(matrix, halves(matrix) if matrix.is_cuda else None)
+    """`matrix` as the second factor of products; it stays as it is."""
+    return SplitMatrix(None, halves(matrix)) if matrix.is_cuda else SplitMatrix(matrix)
 
 
 def split_in_place(matrix: Tensor) -> SplitMatrix:
-    """The same of a matrix that is used up: two of them in memory, not three."""
-    if not matrix.is_cuda:
-        return SplitMatrix(matrix)
-    upper = _upper(matrix)
-    return SplitMatrix(None, (upper, matrix.sub_(upper)))
+    """The same of a contiguous matrix that is used up: two of them in memory, not three."""
+    return SplitMatrix(None, halves(matrix, matrix)) if matrix.is_cuda else SplitMatrix(matrix)
 
 
 def product(a: Tensor, b: SplitMatrix) -> Tensor:
     """The product of float32 [..., M, K] and [K, N], about as precise as float32 is."""
-    return a @ b.values() if b.halves is None else three(a, b.halves)
+    if b.halves is None:
+        return a @ b.values()
+    return multiplied(halves(a.flatten(0, -2)), b.halves).view(*a.shape[:-1], -1)
+
+
+def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
+    """The same of an `a` that is contiguous and not needed any more: less in memory by as much."""
+    if b.halves is None:
+        return a @ b.values()
+    flat = a.flatten(0, -2)
+    return multiplied(halves(flat, flat), b.halves).view(*a.shape[:-1], -1)
 
 
 def add_product(total: Tensor, a: Tensor, b: SplitMatrix, beta: float = 1, alpha: float = 1) -> Tensor:
     """Beta total + alpha a b of float32 [M, N], [M, K] and [K, N], as precise; a new tensor."""
     if b.halves is None:
         return torch.addmm(total, a, b.values(), beta=beta, alpha=alpha)
-    upper, lower = halves(a)
+    split = halves(a)
     with tensor_cores():
-        total = torch.addmm(total, lower, b.halves[0], beta=beta, alpha=alpha)
-        return total.addmm_(upper, b.halves[1], alpha=alpha).addmm_(upper, b.halves[0], alpha=alpha)
+        found = torch.addmm(total, split.upper, b.halves.upper, beta=beta, alpha=alpha)
+    _add_lower(found, split, b.halves, alpha)
+    return found
 
 
 def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -> None:
@@ -98,36 +118,71 @@ def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -
     if b.halves is None:
         total.addmm_(a, b.values(), alpha=alpha)
         return
-    upper, lower = halves(a)
+    split = halves(a)
     with tensor_cores():
-        for left, right in ((lower, 0), (upper, 1), (upper, 0)):
-            total.addmm_(left, b.halves[right], alpha=alpha)
+        total.addmm_(split.upper, b.halves.upper, alpha=alpha)
+    _add_lower(total, split, b.halves, alpha)
 
 
-def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
-    """The same of an `a` that is contiguous and not needed any more: less in memory by as much."""
-    if b.halves is None:
-        return a @ b.values()
-    upper = _upper(a)
-    return _three((upper.flatten(0, -2), a.sub_(upper).flatten(0, -2)), b.halves).view(*a.shape[:-1], -1)
-
-
-def three(a: Tensor, b: tuple[Tensor, Tensor]) -> Tensor:
-    """The product with h + l by the formula at the head of this file."""
-    return _three(halves(a.flatten(0, -2)), b).view(*a.shape[:-1], -1)
-
-
-def _three(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    upper, lower = a
+def multiplied(a: Halves, b: Halves) -> Tensor:
+    """The product of [M, K] and [K, N] by the formula at the head of this file."""
     with tensor_cores():
-        return (lower @ b[0]).addmm_(upper, b[1]).addmm_(upper, b[0])
+        found = a.upper @ b.upper
+    _add_lower(found, a, b, 1)
+    return found
 
 
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, l) of the head of this file; h + l = x."""
-    upper = _upper(x)
-    return upper, x - upper
+def _add_lower(total: Tensor, a: Halves, b: Halves, alpha: float) -> None:
+    """Add the two terms in brackets."""
+    for left, right in ((a.lower16, b.upper16), (a.upper16, b.lower16)):
+        if total.is_cuda:
+            torch.addmm(total, left, right, out_dtype=torch.float32, alpha=alpha, out=total)
+        else:
+            total.addmm_(left.float(), right.float(), alpha=alpha)
 
 
-def _upper(x: Tensor) -> Tensor:
-    return (x.contiguous().view(torch.int32) & UPPER).view(torch.float32)
+def halves(x: Tensor, upper: Tensor | None = None) -> Halves:
+    """The halves of x float32 [M, K], whose rows are contiguous; the upper one goes into `upper`, which may be x itself."""
+    upper = torch.empty(x.shape, device=x.device) if upper is None else upper
+    upper16, lower16 = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    if AVAILABLE and x.is_cuda and x.stride(-1) == 1 and x.dim() == 2:
+        with torch.cuda.device_of(x):
+            launch(x, Halves(upper, upper16, lower16))
+    else:
+        step = max(1, PIECE // max(1, x.shape[-1]))
+        for rows, *parts in zip(*(each.split(step) for each in (x, upper, upper16, lower16)), strict=True):
+            high = (rows.contiguous().view(torch.int32) & UPPER).view(torch.float32)
+            parts[2].copy_(rows - high)
+            parts[1].copy_(high)
+            parts[0].copy_(high)
+    return Halves(upper, upper16, lower16)
+
+
+@kernel("K")
+def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    x_at: tl.tensor,
+    upper_at: tl.tensor,
+    upper16_at: tl.tensor,
+    lower16_at: tl.tensor,
+    x_row: tl.tensor,  # values from one row to the next
+    K: tl.tensor,
+    BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_at + row * x_row + k, mask=k < K)
+    upper = (x.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
+    at = row * K + k
+    tl.store(upper16_at + at, upper.to(tl.bfloat16), mask=k < K)
+    tl.store(lower16_at + at, (x - upper).to(tl.bfloat16), mask=k < K)
+    tl.store(upper_at + at, upper, mask=k < K)
+
+
+def launch(x: Tensor, into: Halves) -> None:
+    """Run the kernel: the halves of x [M, K], whose rows are contiguous, into contiguous tensors."""
+    rows, columns = x.shape
+    block = min(1024, max(32, 1 << (columns - 1).bit_length()))
+    _kernel[(rows, blocks(columns, block))](
+        x, *into, x.stride(0), columns, BLOCK=block, MASK=UPPER, num_warps=max(1, block // 256)
+    )

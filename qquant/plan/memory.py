@@ -178,7 +178,7 @@ class _Needs:
 
     def _swept(self, stage: _Stage, spec: ArtifactSpec) -> int:
         columns, policy = stage.columns, self.policy
-        copies = (3 if columns > WIDE else 4) if policy.apart else 2
+        copies = 3 if policy.apart else 2
         together = max(1, policy.swept // (2 if policy.apart and columns > WIDE else 1) // columns)
         if self.curves:  # rows of one G are not taken apart
             together = max(together, min(stage.tallest, ROWS))
@@ -192,8 +192,9 @@ class _Needs:
             curved = 4 * stage.rows * min(stage.tallest, ROWS)
         recorded = 0
         if policy.apart and self.curves and columns <= WIDE:
-            recorded = stage.square + 12 * min(1024, columns) * columns + swept // 8
-        return copies * stage.square + 20 * min(1024, columns) * columns + 2 * recorded + max(swept + curved, systems)
+            recorded = 2 * stage.square + 20 * min(1024, columns) * columns + swept // 8
+        factors = (28 if policy.apart else 20) * min(1024, columns) * columns
+        return copies * stage.square + factors + 2 * recorded + max(swept + curved, systems)
 
     def artifact(self, spec: ArtifactSpec) -> tuple[int, str]:
         """All that one artifact takes beside statistics and hidden states, without passages."""

@@ -27,6 +27,7 @@ from qquant.kernels import (
     group_search,
     wq_mm,
 )
+from qquant.kernels import product as float32
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -246,6 +247,15 @@ def test_gram(side, warps, tmp_path):
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8
     assert machine.shared <= 227 * 1024
     assert len(loop) <= 140
+
+
+def test_halves(tmp_path):
+    arguments = {"x_at": "*fp32", "upper_at": "*fp32", "upper16_at": "*bf16", "lower16_at": "*bf16"}
+    arguments |= {"x_row": "i32/16", "K": "i32/16"}
+    machine = build(tmp_path, float32._kernel, arguments, {"BLOCK": 1024, "MASK": float32.UPPER}, num_warps=4)
+    assert machine.stack == 0
+    assert machine.count(r"^LDG\.E\.128") >= 2
+    assert machine.count(r"^STG\.E\.128") >= 2
 
 
 @pytest.mark.parametrize("width", group_products.WIDTHS)

@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 
 from qquant.kernels.product import (
     SplitMatrix,
+    add_product,
+    add_product_to,
     add_products,
     halves,
+    multiplied,
     product,
     product_using_up,
     split_matrix,
     tensor_cores,
-    three,
 )
 
 
@@ -33,25 +35,42 @@ def error(found, a, b):
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False))
 def test_halves_add_up_and_the_upper_one_fits_a_tensor_core(value):
     x = torch.tensor([[value]])
-    upper, lower = halves(x)
-    assert torch.equal(upper + lower, x)
+    upper, upper16, lower16 = halves(x)
     assert int(upper.view(torch.int32)) % (1 << 13) == 0
-    assert abs(float(lower)) <= 2.0**-10 * abs(value)
+    assert abs(float(x - upper)) <= 2.0**-10 * abs(value)
+    assert torch.equal(upper16, upper.bfloat16())
+    assert torch.equal(lower16, (x - upper).bfloat16())
 
 
 def test_three_products_are_one():
     a, b = ill_matched(33, 70, 0), ill_matched(70, 41, 1)
-    assert error(three(a, halves(b)), a, b) < 2.0**-20
-    upper, lower = halves(a)
-    assert error(upper @ b, a, b) > 1e-4  # without the second term
-    assert error(upper @ halves(b)[0] + lower @ halves(b)[0], a, b) > 1e-4  # without the third
+    assert error(multiplied(halves(a), halves(b)), a, b) < 2.0**-17
+    for half, lower in enumerate(("first", "second")):
+        without = [halves(a), halves(b)]
+        without[half] = without[half]._replace(lower16=torch.zeros_like(without[half].lower16))
+        assert error(multiplied(*without), a, b) > 1e-4, f"the lower half of the {lower} is not used"
 
 
 def test_stacks_and_parts():
     a, b = ill_matched(24, 70, 2).view(2, 12, 70), ill_matched(90, 41, 3)
-    some = SplitMatrix(b, halves(b)).part(slice(10, 80), slice(3, 37))
-    assert error(product(a, some).view(24, 34), a.view(24, 70), b[10:80, 3:37]) < 2.0**-20
+    some = SplitMatrix(None, halves(b)).part(slice(10, 80), slice(3, 37))
+    assert error(product(a, some).view(24, 34), a.view(24, 70), b[10:80, 3:37]) < 2.0**-17
     assert torch.equal(product(a, split_matrix(b[10:80])), a @ b[10:80])
+
+
+def test_products_that_are_added():
+    a, b, total = ill_matched(24, 70, 6), ill_matched(70, 41, 7), torch.randn(24, 41)
+    split, plain = SplitMatrix(None, halves(b)), SplitMatrix(b)
+    for beta, alpha in ((1, 1), (-1, -1), (2, 1)):
+        expected = torch.addmm(total, a, b, beta=beta, alpha=alpha)
+        assert torch.equal(add_product(total, a, plain, beta, alpha), expected)
+        found = add_product(total, a, split, beta, alpha) - beta * total
+        assert error(found, alpha * a, b) < 1e-5
+    for matrix in (plain, split):
+        into = torch.zeros(24, 50)
+        add_product_to(into[:, 5:46], a, matrix, alpha=-1)
+        assert error(into[:, 5:46], -a, b) < 2.0**-17
+        assert not bool(into[:, [*range(5), *range(46, 50)]].any())
 
 
 def test_the_switch_goes_back():
@@ -82,6 +101,20 @@ def test_a_gpu_keeps_the_precision_of_float32(columns):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(300, 4096), (7, 100), (65, 1024)])
+def test_halves_on_a_gpu(shape):
+    x = ill_matched(*shape, 8).cuda()
+    wide = torch.randn(shape[0], shape[1] + 8, device="cuda")
+    wide[:, 4:-4] = x
+    for values in (x, wide[:, 4:-4]):
+        for found, expected in zip(halves(values), halves(x.cpu()), strict=True):
+            assert torch.equal(found.cpu(), expected)
+    used = x.clone()
+    assert torch.equal(halves(used, used).lower16, halves(x).lower16)
+    assert torch.equal(used, halves(x).upper)
+
+
+@pytest.mark.gpu
 def test_sums_of_products_on_a_gpu_lose_nothing_of_16_bits():
     a, b = torch.randn(300, 96).bfloat16(), torch.randn(300, 160).bfloat16()
     total = torch.randn(96, 160)
@@ -100,6 +133,6 @@ def test_sums_of_products_are_added_in_place():
 @pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7)])
 def test_using_up_a_factor_changes_no_bit(shape):
     a, b = torch.randn(shape), torch.randn(7, 7)
-    for matrix in (SplitMatrix(b), SplitMatrix(b, halves(b)), SplitMatrix(None, halves(b))):
+    for matrix in (SplitMatrix(b), SplitMatrix(None, halves(b))):
         wanted = product(a, matrix)
         assert torch.equal(product_using_up(a.clone(), matrix), wanted)

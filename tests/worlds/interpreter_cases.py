@@ -18,6 +18,7 @@ import torch
 
 from qquant.formats.gguf import exact, quantize, search
 from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_products, group_search, wq_mm
+from qquant.kernels import product as halves_of
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
 from tests.worlds import GOLDEN
@@ -219,6 +220,21 @@ def scales_of_groups(rows, groups, width, bases):
     return group_products_error(system, several, h, width), 5e-6
 
 
+def split(rows, columns, apart):
+    """A matrix whose rows lie `apart` more values from each other; against the masks of torch."""
+    x = torch.randn(rows, columns) * 10 ** (6 * torch.rand(rows, columns) - 3)
+    wide = guarded(torch.cat([x, torch.full((rows, apart), torch.nan)], 1))
+    into = halves_of.Halves(*(_fenced((rows, columns), kind) for kind in (FULL, BRAIN, BRAIN)))
+    halves_of.launch(wide[:, :columns], into)
+    upper = (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
+    assert torch.equal(into.upper, upper)
+    wanted = upper, x - upper
+    found = into.upper16.float(), into.lower16.float()  # the interpreter cuts where a card rounds
+    return max(
+        float(((y - z).abs() / z.abs().clamp(min=1e-30)).max()) for y, z in zip(found, wanted, strict=True)
+    ), 2.0**-7
+
+
 def normed(rows, width, add):
     x, y, weight = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
     total, norm = between.launch_add_norm(guarded(x), guarded(y) if add else None, guarded(weight), 1e-6)
@@ -322,6 +338,8 @@ CASES = {
     "column_sums 16 bit, ragged": partial(summed, 300, 70, HALF),
     "column_sums bfloat16, one row": partial(summed, 1, 64, BRAIN),
     "column_sums float32": partial(summed, 33, 130, FULL),
+    "halves": partial(split, 3, 70, 0),
+    "halves, rows apart": partial(split, 5, 1100, 9),
     "group_products": partial(scales_of_groups, 5, 3, 32, 1),
     "group_products, two bases": partial(scales_of_groups, 3, 2, 16, 2),
     "add_norm": partial(normed, 3, 352, True),
