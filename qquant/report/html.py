@@ -58,7 +58,7 @@ def family(reports: Mapping[str, Report]) -> str:
     outcomes = {report.outcome for report in reports.values()}
     rows = [report.artifacts for report in reports.values()]
     texts = [report.conditions.text for report in reports.values()]
-    same = len({(text.name, text.sha256, text.length, text.protocol) for text in texts}) == 1
+    same = len({(text.name, text.sha256, text.length, text.protocol, text.windows) for text in texts}) == 1
     return _page(
         "family",
         reports=reports,
@@ -69,6 +69,7 @@ def family(reports: Mapping[str, Report]) -> str:
         names=named,
         colours=COLOURS,
         charts=_charts(rows, names),
+        same=same,
         between=_charts(rows, names, pictures.perplexity) if same else [],
     )
 

@@ -104,6 +104,7 @@ class Point:
     radius: float
     best: bool  # nothing else is as good in everything that is drawn
     label: tuple[float, float]
+    leader: tuple[float, float] | None  # end of the line to a name that stands further away
     value: float  # of the vertical axis
     pace: Pace | None
 
@@ -160,7 +161,7 @@ def pareto(
                 name if best or loss is divergence else ""
             )  # between sizes the best are told apart, the rest by a tooltip
             pixel = x.at(artifact.size), y.at(max(loss(artifact), floor))
-            points.append(Point(artifact, name, series, *pixel, radius, best, (0.0, 0.0), loss(artifact), pace))
+            points.append(Point(artifact, name, series, *pixel, radius, best, (0.0, 0.0), None, loss(artifact), pace))
     points = _labelled(sorted(points, key=lambda point: point.x), (left, width))
     lines = []
     for series, artifacts in enumerate(shown):
@@ -189,30 +190,34 @@ def _beats(one: ArtifactReport, other: ArtifactReport, loss: Loss) -> bool:
 
 
 def _labelled(points: Sequence[Point], between: tuple[int, int]) -> list[Point]:
-    """Each point with a place for its name that no name before it takes: beside, above, below, further away."""
+    """Each point with a place for its name that nothing else takes: beside, above, below, or at the end of a line; no name where there is none."""
     taken = [(p.x - p.radius, p.y - p.radius, p.x + p.radius, p.y + p.radius) for p in points]
-    labelled = []
-    for point in points:
-        box = _free(point, taken, between)
+    labelled = {}
+    for point in sorted(points, key=lambda point: not point.best):
+        box, far = _free(point, taken, between)
+        if box is None:
+            labelled[id(point)] = replace(point, name="")
+            continue
         taken.append(box)
-        labelled.append(replace(point, label=(round(box[0], 1), round(box[1] + 12, 1))))
-    return labelled
+        end = (round(min(max(point.x, box[0]), box[2]), 1), round(box[1] if box[1] > point.y else box[3], 1))
+        place = (round(box[0], 1), round(box[1] + 12, 1))
+        labelled[id(point)] = replace(point, label=place, leader=end if far else None)
+    return [labelled[id(point)] for point in points]
 
 
-def _free(point: Point, taken: Sequence[Box], between: tuple[int, int]) -> Box:
-    """The first box for the name of a point that is inside the picture and free; the last one tried where none is."""
+def _free(point: Point, taken: Sequence[Box], between: tuple[int, int]) -> tuple[Box | None, bool]:
+    """The first box for the name of a point that is inside the picture and free, and whether it is so far that a line must lead there."""
     width = 7.2 * len(point.name)
     gap = point.radius + 5
     near = [(gap, 4), (gap, -12), (gap, 20), (-gap - width, 4), (-gap - width, -12), (-gap - width, 20)]
-    far = [(side, step) for step in (36, -28, 52, -44, 68, -60) for side in (gap, -gap - width)]
-    box = (0.0, 0.0, 0.0, 0.0)
-    for dx, dy in near + far:
+    far = [(side, step) for step in (38, -30, 54, -46, 70, -62) for side in (gap, -gap - width)]
+    for at, (dx, dy) in enumerate(near + far):
         left, top = point.x + dx, point.y + dy - 12
         box = (left, top, left + width, top + 15)
         inside = box[0] >= between[0] and box[2] <= between[1] and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
         if inside and not any(_overlap(box, other) for other in taken):
-            break
-    return box
+            return box, at >= len(near)
+    return None, False
 
 
 def _overlap(one: Box, other: Box) -> bool:

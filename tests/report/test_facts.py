@@ -110,6 +110,28 @@ def test_names_in_the_narrow_picture_stay_inside():
         assert point.label[0] >= chart.left
 
 
+def crowd(count):
+    rows = [artifact(f"gguf-q5_k_m-{at}", 10**6 + 9000 * at, 0.01 - 0.0002 * at) for at in range(count)]
+    return [*rows, artifact("far", 4 * 10**6, 0.001)]
+
+
+@pytest.mark.parametrize("width", [pictures.WIDTH, pictures.NARROW])
+@pytest.mark.parametrize("count", [2, 6, 25])
+def test_names_in_a_picture_never_cover_each_other_and_stand_at_their_point_or_on_a_line_to_it(width, count):
+    rows = crowd(count)
+    chart = pictures.pareto([rows], {row.name: row.name for row in rows}, width=width)
+    named = [point for point in chart.points if point.name]
+    boxes = [(p.label[0], p.label[1] - 12, p.label[0] + 7.2 * len(p.name), p.label[1] + 3) for p in named]
+    for at, one in enumerate(boxes):
+        assert one[0] >= chart.left
+        assert one[2] <= width
+        assert not any(one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3] for two in boxes[:at])
+    for point, box in zip(named, boxes):
+        away = max(box[0] - point.x, point.x - box[2], box[1] - point.y, point.y - box[3])
+        assert away < 20 or point.leader, point
+    assert named, "the best are named while there is room"
+
+
 # --- several reports -------------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +158,16 @@ def test_family_page_has_a_line_and_a_table_for_each():
     assert 'class="verdict fail"' in text
 
 
-def test_perplexities_of_other_texts_are_not_compared():
+@pytest.mark.parametrize("change", [{"sha256": "x"}, {"windows": 9}, {"length": 9}])
+def test_perplexities_of_other_texts_are_not_compared(change):
     reports = family()
     other = reports["model-7b"]
-    conditions = dataclasses.replace(other.conditions, text=dataclasses.replace(other.conditions.text, sha256="x"))
+    conditions = dataclasses.replace(other.conditions, text=dataclasses.replace(other.conditions.text, **change))
     reports["model-7b"] = dataclasses.replace(other, conditions=conditions)
-    assert Page(html.family(reports)).tags.count("svg") == 2
+    page = html.family(reports)
+    assert Page(page).tags.count("svg") == 2
+    assert "different text" in page
+    assert "different text" not in html.family(family())
 
 
 @pytest.fixture
