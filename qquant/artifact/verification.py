@@ -43,6 +43,7 @@ SAMPLED = 4  # linears of an artifact whose values are computed again
 
 
 DOWNLOADS = Path(".cache/huggingface")  # where `hf download --local-dir` keeps what it knows of each file
+FOLDERS = "give an artifact folder of `qquant build`, or a release folder"
 ATTRIBUTES = ".gitattributes"  # in every repository of the hub
 
 
@@ -80,9 +81,9 @@ def verify(folder: Path, deep: bool = False) -> Verified:
         InputError: a file, a tensor or a value is not what it should be.
     """
     if not (folder / MANIFEST).is_file():
-        raise UsageError(
-            f"{folder}: holds no {MANIFEST}; give an artifact folder of `qquant build`, or a release folder"
-        )
+        inside = sorted(str(file.parent) for file in folder.glob(f"*/{MANIFEST}"))
+        what = f"name the folders in it: qquant verify {' '.join(inside)}" if inside else FOLDERS
+        raise UsageError(f"{folder}: holds no {MANIFEST}; {what}")
     size = hashes(folder)
     if (folder / REPORT).is_file():
         require_judged(folder, read_report(folder / REPORT))

@@ -234,7 +234,9 @@ def settle(asked: Asked, *, question: bool) -> Asked:
 def require_there(artifact: Path) -> None:
     """Raise InputError where there is nothing at `artifact`: before torch is imported, which takes seconds."""
     if not artifact.exists():
-        raise InputError(f"{artifact}: not found")
+        at_hub = len(artifact.parts) == 2 and not artifact.parent.exists() and artifact.suffix != ".gguf"
+        fetch = f". If it is on the hub: hf download {artifact} --local-dir {artifact.name}" if at_hub else ""
+        raise InputError(f"{artifact}: not found{fetch}")
 
 
 def checks_and_gates(checks: Mapping[str, object], gates: Mapping[str, object]) -> tuple[Checks, Gates]:

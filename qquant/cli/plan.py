@@ -86,6 +86,8 @@ def plan(
             f"calibration: at most {own:,} tokens of the sources and {planned.background:,} beside them of other bundled texts (calibration.background)"
         )
     _print_checks(planned, source, gates)
+    if timed is None and not phases:
+        echo("time:   --time says how long, after a probe of a second; shown unasked on a terminal")
     _print_needs(planned, phases, calibrated=clock is not None and clock.calibrated)
     if world > 1:
         _print_ranks(planned, source, device, world)

@@ -14,6 +14,7 @@ from qquant.resources import data_dir
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+IMATRIX = "imatrix.gguf"  # an importance matrix beside models, and none itself
 CARD_LIMIT = 1_000_000  # bytes of a model card that are looked at
 
 
@@ -72,7 +73,7 @@ def require_model_folder(path: Path) -> None:
         return
     models = sorted(file.name for file in path.glob("*.gguf"))
     folders = sorted(f"{file.parent.name}/" for file in path.glob("*/config.json"))
-    folders += sorted(f"{file.parent.name}/{file.name}" for file in path.glob("*/*.gguf"))
+    folders += sorted(f"{file.parent.name}/{file.name}" for file in path.glob("*/*.gguf") if file.name != IMATRIX)
     for names in (models, folders):
         if names:
             more = f", and {len(names) - 6} more" if len(names) > 6 else ""

@@ -185,6 +185,37 @@ def test_a_folder_that_holds_models_names_them(tmp_path):
         detect(tmp_path / "empty")
 
 
+def test_an_importance_matrix_is_no_model(tmp_path):
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "imatrix.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="has no config"):
+        detect(tmp_path)
+    (tmp_path / "m-AWQ").mkdir()
+    (tmp_path / "m-AWQ" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds m-AWQ/; name one"):
+        detect(tmp_path)
+
+
+def test_verify_of_an_output_folder_names_what_is_in_it(tmp_path):
+    (tmp_path / "m-AWQ").mkdir()
+    (tmp_path / "m-AWQ" / "qquant-manifest.json").write_text("{}")
+    (tmp_path / "calibration").mkdir()
+    message = str(run("verify", tmp_path).exception)
+    assert message == f"{tmp_path}: holds no qquant-manifest.json; name the folders in it: qquant verify {tmp_path}/m-AWQ"
+
+
+def test_an_artifact_of_the_hub_is_told_how_it_comes_here(demo):
+    result = run("check", "somebody/Model-AWQ", "--against", demo)
+    assert "hf download somebody/Model-AWQ --local-dir Model-AWQ" in str(result.exception)
+    assert "hf download" not in str(run("check", "somewhere", "--against", demo).exception)
+
+
+def test_a_plan_without_times_says_how_to_see_them(demo):
+    told = run("plan", demo, "--recipe", "demo", "--only", "gguf-q4_0").output
+    assert "time:   --time says how long" in told
+    assert "--time" not in run("plan", demo, "--recipe", "demo", "--only", "gguf-q4_0", "--no-time").output
+
+
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="is a file; a checkpoint is the folder of the 16-bit model"):
