@@ -201,7 +201,9 @@ def test_verify_of_an_output_folder_names_what_is_in_it(tmp_path):
     (tmp_path / "m-AWQ" / "qquant-manifest.json").write_text("{}")
     (tmp_path / "calibration").mkdir()
     message = str(run("verify", tmp_path).exception)
-    assert message == f"{tmp_path}: holds no qquant-manifest.json; name the folders in it: qquant verify {tmp_path}/m-AWQ"
+    assert (
+        message == f"{tmp_path}: holds no qquant-manifest.json; name the folders in it: qquant verify {tmp_path}/m-AWQ"
+    )
 
 
 def test_an_artifact_of_the_hub_is_told_how_it_comes_here(demo):

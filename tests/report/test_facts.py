@@ -125,7 +125,9 @@ def test_names_in_a_picture_never_cover_each_other_and_stand_at_their_point_or_o
     for at, one in enumerate(boxes):
         assert one[0] >= chart.left
         assert one[2] <= width
-        assert not any(one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3] for two in boxes[:at])
+        assert not any(
+            one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3] for two in boxes[:at]
+        )
     for point, box in zip(named, boxes):
         away = max(box[0] - point.x, point.x - box[2], box[1] - point.y, point.y - box[3])
         assert away < 20 or point.leader, point
