@@ -86,8 +86,7 @@ class Block:
         config, (*_, length, _) = self.config, heads[0].shape
         query, key, value = (x.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2) for x in heads)
         del heads
-        cosine, sine = rotary(config, length, query.device, query.dtype)
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        query, key = self.turned(query, key)
         groups = config.heads // config.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
@@ -95,6 +94,11 @@ class Block:
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(*lead, length, -1)
+
+    def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [..., heads, T, head_dim] at their positions, from 0 on."""
+        cosine, sine = rotary(self.config, query.shape[-2], query.device, query.dtype)
+        return rotate(query, cosine, sine), rotate(key, cosine, sine)
 
     def gated(self, pair: Sequence[Tensor]) -> Tensor:
         """silu(first) * second."""

@@ -16,6 +16,7 @@ from qquant.artifact.draft import Draft
 from qquant.families.decoder import Block
 from qquant.formats import FORMATS
 from qquant.solve.curvature import BlockCurvature
+from qquant.solve.fused import block_of
 from qquant.solve.solver import Rows, rounding_of
 from qquant.solve.stream import Piece
 from qquant.source.checkpoint import Checkpoint
@@ -35,7 +36,7 @@ class View:
     def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
         """The block with its own weights, or with others."""
         source = without_padding(self.checkpoint)
-        return Block(source.family, source.config, weights or self.weights, self.dtype)
+        return block_of(source.family, source.config, weights or self.weights, self.dtype)
 
     def add(self, gram: Gram, stage: str, x: Tensor, piece: Piece) -> None:
         """Add the input [..., T, K] of a stage for a piece of the samples to its Gram matrix, weighted as `token_weights` says."""

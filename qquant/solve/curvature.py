@@ -29,11 +29,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +42,16 @@ from torch import Tensor
 from qquant import devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.algorithms.grid import finite
-from qquant.background import write_behind
+from qquant.background import prefetch, write_behind
 from qquant.devices import free_memory, to_host
 from qquant.disk.writes import create, make_folder, put, sync, write_pieces, write_synced
 from qquant.errors import NumericalError
 from qquant.exchange import ALONE, Exchange
 from qquant.families import Family, ModelConfig
-from qquant.families.decoder import Block
 from qquant.kernels.gram import gram
 from qquant.progress import Progress
 from qquant.solve.backward import REMEDY, Watched, backward
+from qquant.solve.fused import block_of
 from qquant.solve.head import HeadInput, head_gradients
 from qquant.solve.layers import Layers
 from qquant.solve.stream import Stream
@@ -80,13 +81,17 @@ class RowFactors(Mapping[str, tuple[Tensor, ...]]):
     parts: Mapping[str, Sequence[TensorInfo]]
     device: torch.device
     scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear -> what its rows were divided by, float32 [N]
+    there: Mapping[str, Tensor] = field(default_factory=dict)  # what was read ahead, as it is stored
 
     def divided(self, scales: Mapping[str, Tensor]) -> RowFactors:
         """The factors of linears whose rows were divided by `scales`."""
-        return RowFactors(self.parts, self.device, scales)
+        return replace(self, scales=scales)
 
     def __getitem__(self, linear: str) -> tuple[Tensor, ...]:
-        factors = [read_tensor(factor).to(self.device).float() for factor in self.parts[linear]]
+        stored = (
+            self.there[part.name] if part.name in self.there else read_tensor(part) for part in self.parts[linear]
+        )
+        factors = [factor.to(self.device).float() for factor in stored]
         if linear in self.scales:
             scales = self.scales[linear].split([len(factor) for factor in factors])
             factors = [factor * scale[:, None] * scale for factor, scale in zip(factors, scales, strict=True)]
@@ -108,6 +113,13 @@ class BlockCurvature:
     scales: Mapping[str, float]
 
 
+class _Read(NamedTuple):
+    """The file of a block: what it says of its tensors, and those that were read."""
+
+    infos: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Curvature:
     """The measured factors of a whole model, in `folder`, for some of the calibration samples."""
@@ -117,19 +129,35 @@ class Curvature:
 
     def block(self, layer: int, device: torch.device) -> BlockCurvature:
         """The factors of block `layer`, on `device`, as they are solved with."""
+        return self._placed(self._read(layer, ahead=False), device)
+
+    @contextmanager
+    def blocks(self, layers: Iterable[int], device: torch.device) -> Iterator[Iterator[BlockCurvature]]:
+        """Those of `layers` in turn; beside a GPU the next block's are read while one computes."""
+        beside = devices.threads_help(device)
+        with prefetch(partial(self._read, ahead=beside), layers, beside) as found:
+            yield (self._placed(read, device) for read in found)
+
+    def _read(self, layer: int, ahead: bool) -> _Read:
+        """What the file of a block has; the rows, which are large, only `ahead`."""
+        infos = read_header(_path(self.folder, str(layer)))[0]
+        wanted = [key for key in infos if ahead or not key.startswith("rows ")]
+        return _Read(infos, {key: read_tensor(infos[key]) for key in wanted})
+
+    def _placed(self, read: _Read, device: torch.device) -> BlockCurvature:
         weights: dict[str, Mapping[int, Tensor]] = {}
         rows: dict[str, list[TensorInfo]] = {}
         scales: dict[str, float] = {}
-        for key, info in sorted(read_header(_path(self.folder, str(layer)))[0].items()):
+        for key, info in sorted(read.infos.items()):
             kind, name, *_ = key.split(" ")
             if kind == "weights":
-                samples = read_tensor(info).to(device).split(list(self.lengths.values()))
+                samples = read.tensors[key].to(device).split(list(self.lengths.values()))
                 weights[name] = dict(zip(self.lengths, samples, strict=True))
             elif kind == "scale":
-                scales[name] = float(read_tensor(info))
+                scales[name] = float(read.tensors[key])
             else:
                 rows.setdefault(name, []).append(info)
-        return BlockCurvature(weights, RowFactors(rows, device), scales)
+        return BlockCurvature(weights, RowFactors(rows, device, there=read.tensors), scales)
 
     def tables(self, device: torch.device) -> Tables:
         """What is known of the embedding and the head, on `device`."""
@@ -195,7 +223,7 @@ def measure(  # noqa: PLR0913  each is of another thing
     with blocks.walk(range(layers)) as forth:
         for layer in range(layers):
             inputs.keep(layer, stream.hidden)
-            stream.advance(layer, Block(source.family, source.config, next(forth), dtype), {})
+            stream.advance(layer, block_of(source.family, source.config, next(forth), dtype), {})
             tell(layer + 1)
     pieces = len(stream.every)
     hidden = exchange.in_order([x.to(device) for x in stream.hidden], pieces)

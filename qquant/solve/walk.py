@@ -20,9 +20,10 @@ the measured ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from threading import Event
 
 import torch
@@ -151,10 +152,10 @@ def _walk(  # noqa: PLR0913  each is of another thing
         ]
     make_room([start, *([start32] if start32 else []), *(one.stream for one in own)])
     streams = _Streams(start, start32, shared, own, moments)
-    with blocks.walk(range(layers)) as forth:
+    measured = curvature.blocks(range(layers), device) if curvature else nullcontext(repeat(None))
+    with blocks.walk(range(layers)) as forth, measured as factors:
         for layer in range(layers):
-            curvature_of_block = curvature.block(layer, device) if curvature else None
-            streams.move(View(checkpoint, layer, next(forth), dtype, curvature_of_block))
+            streams.move(View(checkpoint, layer, next(forth), dtype, next(factors)))
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()

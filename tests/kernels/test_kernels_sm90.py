@@ -20,6 +20,7 @@ from qquant.kernels import (
     between,
     column_sums,
     dequant,
+    elementwise,
     ggml_search,
     gptq_block,
     gram,
@@ -351,6 +352,33 @@ BETWEEN = {
         2,
     ),
 }
+
+
+ELEMENTWISE = {
+    "rms_norm": (
+        dict.fromkeys(("x_at", "weight_at", "out_at"), "*bf16") | {"H": "i32/16", "epsilon": "fp32"},
+        {"WIDTH": 4096},
+        8,
+    ),
+    "rotate": (
+        dict.fromkeys(("x_at", "cosine_at", "sine_at"), "*bf16")
+        | {"heads": "i32", "length": "i32"}
+        | dict.fromkeys(("x_sequence", "x_head", "x_token"), "i32/16"),
+        {"HALF": 64, "WIDTH": 64, "BH": elementwise.HEADS},
+        4,
+    ),
+    "gate": (dict.fromkeys(("g_at", "u_at", "out_at"), "*bf16") | {"size": "i32/16"}, {"BLOCK": elementwise.BLOCK}, 4),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise(name, tmp_path):
+    """Nothing spills, and values travel 8 bytes at a time at least."""
+    arguments, constants, warps = ELEMENTWISE[name]
+    machine = build(tmp_path, getattr(elementwise, f"_{name}_kernel"), arguments, constants, num_warps=warps)
+    assert machine.stack == 0
+    assert machine.registers <= 64
+    assert machine.count(r"^LDG\.E\.(64|128)") >= 2
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -17,6 +17,7 @@ from qquant.solve.curvature import BlockCurvature, measure
 from qquant.solve.layers import Layers
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
+from qquant.source.safetensors_file import read_tensor
 from tests.worlds.builds import contents, load_recipe
 
 CPU = torch.device("cpu")
@@ -182,6 +183,23 @@ def test_gradients_of_samples_together_are_those_of_each(make_checkpoint, tmp_pa
     for linear, parts in one.rows.items():
         for expected, part in zip(parts, other.rows[linear], strict=True):
             assert float((part - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_curvature_of_the_next_block_is_read_ahead_beside_a_gpu(make_checkpoint, tmp_path, monkeypatch, beside):
+    source, read, read_before = Checkpoint.open(make_checkpoint()), [], []
+    found = measure(source, {0: torch.arange(20) % 60}, tmp_path / "c", torch.bfloat16, CPU, Quiet())
+    expected = [{name: found.block(layer, CPU).rows[name] for name in source.family.linears} for layer in range(2)]
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], threads=beside))
+    monkeypatch.setattr("qquant.solve.curvature.read_tensor", lambda info: read.append(info.name) or read_tensor(info))
+    with found.blocks(range(2), CPU) as blocks:
+        for block, rows in zip(blocks, expected, strict=True):
+            read_before.append(sum(name.startswith("rows ") for name in read))
+            for name, parts in rows.items():
+                assert all(torch.equal(part, other) for part, other in zip(block.rows[name], parts, strict=True))
+    linears = len(source.family.linears)
+    assert sum(name.startswith("rows ") for name in read) == 2 * linears  # and none twice
+    assert (read_before[0] >= linears) == beside
 
 
 @pytest.mark.gpu

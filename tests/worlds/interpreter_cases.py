@@ -17,7 +17,17 @@ import numpy as np
 import torch
 
 from qquant.formats.gguf import exact, quantize, search
-from qquant.kernels import between, column_sums, dequant, gptq_block, gram, group_products, group_search, wq_mm
+from qquant.kernels import (
+    between,
+    column_sums,
+    dequant,
+    elementwise,
+    gptq_block,
+    gram,
+    group_products,
+    group_search,
+    wq_mm,
+)
 from qquant.kernels import product as halves_of
 from qquant.kernels.jit import blocks
 from qquant.kernels.unpack import repack
@@ -244,6 +254,29 @@ def normed(rows, width, add):
     return relative(norm, truth), 5e-4
 
 
+def normed_rows(rows, width):
+    x, weight = torch.randn(rows, width).half(), torch.randn(width).half()
+    truth = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    return relative(elementwise.launch_rms_norm(guarded(x), guarded(weight), 1e-6), truth), 6e-4
+
+
+def rotated_in_place(sequences, heads, length, width):
+    """Angles by complex numbers: the pair (i, i + d/2) is one; heads of a token lie side by side."""
+    x, angle = torch.randn(sequences, length, heads, width).half(), torch.rand(length, width // 2) * 6
+    table = torch.cat((angle, angle), 1)
+    cosine, sine = guarded(table.cos().half()), guarded(table.sin().half())
+    turn = torch.complex(cosine.double(), sine.double())[:, None, : width // 2]
+    pairs = torch.complex(x.double()[..., : width // 2], x.double()[..., width // 2 :]) * turn
+    found = elementwise.launch_rotate(guarded(x).transpose(1, 2), cosine, sine).transpose(1, 2)
+    return relative(found, torch.cat((pairs.real, pairs.imag), -1)), 6e-4
+
+
+def gated_pair(rows, width):
+    g, u = torch.randn(rows, width).half(), torch.randn(rows, width).half()
+    truth = g.double() / (1 + (-g.double()).exp()) * u.double()
+    return relative(elementwise.launch_gate(guarded(g), guarded(u)), truth), 1e-3
+
+
 def rotated(rows, heads, kv, width, position):
     """Angles by complex numbers: the pair (i, i + d/2) is one. Token i is the next but i of row 2, or of row 0 if it is odd."""
     qkv = torch.randn(rows, (heads + 2 * kv) * width).half()
@@ -344,6 +377,9 @@ CASES = {
     "group_products, two bases": partial(scales_of_groups, 3, 2, 16, 2),
     "add_norm": partial(normed, 3, 352, True),
     "add_norm, nothing to add": partial(normed, 2, 100, False),
+    "rms_norm": partial(normed_rows, 5, 352),
+    "rotate in place": partial(rotated_in_place, 2, 10, 3, 24),
+    "gate of two": partial(gated_pair, 3, 700),
     "rotate, 3 rows, grouped": partial(rotated, 3, 4, 2, 32, 5),
     "rotate, one row at the start": partial(rotated, 1, 2, 2, 64, 0),
     "attend, grouped, 8 splits": partial(attended, 4, 2, 32, 70, 8),
