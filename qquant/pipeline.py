@@ -98,8 +98,8 @@ def build(
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
         drafts = owning.drafts(mine, folder, keys, ranks)
         blocks, measured = Layers.of(without_padding(checkpoint), device), recipe.calibration.gradient_tokens
+        idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0, gpu=True))
         walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, measured, mine.together)
-        idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0))
         took = owning.seconds(mine.written(drafts, ranks), ranks)
         if ranks.first:
             timings.write(took, out)

@@ -3,14 +3,15 @@
     metadata   transformers: config, generation config and tokenizer of the folder, or of the GGUF file, without network and without
                remote code. Of GGUF files that differ in nothing but their type it reads one: it parses a vocabulary of 152,000
                tokens three times, which takes longer than the weights.
-    weights    qquant.load: the model on its packed weights, one forward pass, finite logits over the whole vocabulary; where the
-               model does not fit in memory, the first block and some rows of the head instead
+    weights    qquant.load: the model on its packed weights, one forward pass, finite logits over the whole vocabulary; on the
+               check's GPU, if that has room for it beside the check, else on the CPU; where the model does not fit in memory, the
+               first block and some rows of the head instead
     tokens     the ids that transformers gives to texts, once: for some checkpoints it takes another pre-tokenizer than their file's
 
-A child process takes its parts in turn and says one line after each. One that is missing failed: by an error (its last line is the
+A child process (`loading_child`) takes its parts in turn and says one line after each. One that is missing failed: by an error (its last line is the
 finding), a signal, or the limit of time. The rest go on in a new child. Several children share out the parts, the cores and the
 memory of a machine that has nothing better to do; one has all of them. No child outlives the call. A build that will ask has some
-started before (`waiting`), which import meanwhile what takes longest. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
+started before (`waiting`), which import meanwhile what takes longest; they touch no GPU before they are asked. Left out: vLLM and llama.cpp, which `make test-oracles` asks.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from qquant import background
+from qquant import background, devices
 from qquant.errors import InputError
-from qquant.families import family_of
 from qquant.formats.gguf.container import read_header
-from qquant.source.checkpoint import read_config
+
+if TYPE_CHECKING:
+    import torch
 
 SECONDS = 60  # that a child may take to start, and for each part besides
 LOOK = 0.2  # seconds between looks at whether a child is still wanted
 BYTES_A_SECOND = 20_000_000  # read, repacked and multiplied once, on the slowest machine
 METADATA = 300_000_000  # bytes of weights that take as long as reading metadata
-TOKENS = 32  # of the forward pass, from all over the vocabulary
-TEXT = "The 3 quick brown foxes — 你好，世界 def f(x):\n    return x**2"
+COPIES = 3  # of an artifact's bytes that loading it takes, at most; what is dequantized at load may take more
+BESIDE = 1 / 2  # of what a card has free that loading may take: the check computes on it meanwhile
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
 EARLY = 3  # children that a build starts before it asks: metadata, weights and tokens of one artifact
-TOKENIZERS = ("tokenizer.json", "vocab.json")
 Child = subprocess.Popen[bytes]
 
 
@@ -71,7 +72,7 @@ class LoadTask(NamedTuple):
 
     def bytes(self) -> int:
         """The size of it, for how long it may take and for who takes it."""
-        return _size(self.path) if self.what == "weights" else METADATA
+        return size_of(self.path) if self.what == "weights" else METADATA
 
 
 class Nursery(NamedTuple):
@@ -81,6 +82,7 @@ class Nursery(NamedTuple):
     seconds: float  # that one may take to start, and for each part besides
     stop: Event
     idle: list[Child]  # that wait already
+    device: str = "cpu"  # on which they load weights
 
 
 Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
@@ -100,14 +102,16 @@ def examine(
     stop: Event | None = None,
     children: int = 1,
     idle: list[Child] | None = None,
+    device: torch.device | None = None,
     seconds: float = SECONDS,
 ) -> Loaded:
     """What keeps each of `paths` from loading, and the ids that transformers gives to `texts`.
 
     `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time, of
-    which the first are taken from `idle`.
+    which the first are taken from `idle`. `device`: of the check; see `card_or_cpu`.
     """
-    nursery = Nursery(children, seconds, stop or Event(), [] if idle is None else idle)
+    where = card_or_cpu(paths, device, children) if device else "cpu"
+    nursery = Nursery(children, seconds, stop or Event(), [] if idle is None else idle, where)
     if texts is None:
         return _examine(paths, [], nursery)
     with tempfile.TemporaryDirectory(prefix="qquant-") as place:
@@ -116,13 +120,32 @@ def examine(
         return _examine(paths, [LoadTask("tokens", asked)], nursery)
 
 
+def card_or_cpu(paths: Sequence[Path], device: torch.device, children: int) -> str:
+    """Where so many children load `paths` beside a check on `device`: there, or on the CPU where it has no room for them too.
+
+    What torch keeps in reserve on a GPU is given back, since other processes cannot have it.
+    """
+    if device.type != "cuda":
+        return "cpu"
+    import torch
+
+    torch.cuda.empty_cache()
+    at_a_time = sorted(map(size_of, paths), reverse=True)[:children]
+    if COPIES * sum(at_a_time) > BESIDE * devices.free_memory(device):
+        return "cpu"
+    return str(device)
+
+
 @contextmanager
-def waiting(count: int) -> Iterator[list[Child]]:
-    """So many children that import what they will need, for `examine` to take; those that nobody took are ended."""
+def waiting(count: int, gpu: bool = False) -> Iterator[list[Child]]:
+    """So many children that import what they will need, for `examine` to take; those that nobody took are ended.
+
+    `gpu`: they may be asked to load on one.
+    """
     idle: list[Child] = []
     try:
         for _ in range(count):
-            idle.append(_started(["-"], None))
+            idle.append(_started(["-"], None, gpu))
         yield idle
     finally:
         for child in idle:
@@ -195,10 +218,12 @@ def _in_turn(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
     return problems, said
 
 
-def _started(words: Sequence[str], threads: int | None) -> Child:
-    command = [sys.executable, "-m", "qquant.checks.loading", *words]
+def _started(words: Sequence[str], threads: int | None, gpu: bool) -> Child:
+    command = [sys.executable, "-m", "qquant.checks.loading_child", *words]
     search_path = os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1"}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     pipe = subprocess.PIPE
@@ -220,14 +245,14 @@ def _asked(words: Sequence[str], nursery: Nursery) -> Child:
                 child.communicate()
             else:
                 return child
-    return _started(words, threads)
+    return _started(words, threads, nursery.device != "cpu")
 
 
 def _child(tasks: Sequence[LoadTask], nursery: Nursery) -> tuple[list[bytes], str]:
     """(what it said of each of `tasks` that loaded, what happened to the next)."""
     limit = sum((nursery.seconds + task.bytes() / BYTES_A_SECOND for task in tasks), nursery.seconds)
     words = [word for task in tasks for word in (task.what, str(task.path.absolute()))]
-    with _asked([str(nursery.children), *words], nursery) as child:
+    with _asked([str(nursery.children), nursery.device, *words], nursery) as child:
         in_time = _wait(child, limit, nursery.stop)
         output, errors = child.communicate()
     done = output.split(b"\n")[:-1]
@@ -252,90 +277,6 @@ def _wait(child: Child, limit: float, stop: Event) -> bool:
     return False
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of the weights of an artifact."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    """What transformers reads besides the weights; whatever goes wrong is raised. What was read, for people."""
-    import transformers
-
-    if path.is_dir() and family_of(read_config(path), str(path / "config.json")).transformers is None:
-        return {"tokens": 0}  # no program but ours reads it
-    folder, where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **where)
-    ids: list[int] = []
-    if where or any((folder / name).is_file() for name in TOKENIZERS):
-        ids = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)(TEXT).input_ids
-        if not ids or max(ids) >= config.vocab_size:
-            raise ValueError(f"the tokenizer makes {ids} of {TEXT!r}, the vocabulary has {config.vocab_size}")
-    if (folder / "generation_config.json").is_file():
-        transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return {"tokens": len(ids)}
-
-
-def weights(path: Path, children: int = 1) -> dict[str, Any]:
-    """A forward pass of the model, or the part of it that fits; whatever goes wrong is raised. What was loaded, for people.
-
-    `children`: that load artifacts at this time, each of which may take its part of the free memory.
-    """
-    import torch
-
-    from qquant.artifact.opening import open_weights
-    from qquant.runtime import loading
-
-    if 3 * children * _size(path) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        source = open_weights(path)
-        tensors = [source.tensor(name) for name in source.family.block_shapes(source.config, 0)]
-        values = torch.cat([tensor.flatten().float() for tensor in (*tensors, source.rows(source.family.head, 0, 64))])
-        loaded = "first block"
-    else:
-        model = loading.load(path, "cpu")
-        vocabulary = int(model.config.vocab_size)
-        with torch.no_grad():
-            values = model(torch.linspace(0, vocabulary - 1, TOKENS).long()[None]).logits[0, -1].float()
-        loaded = "whole model"
-        if len(values) < vocabulary:
-            raise ValueError(f"{len(values)} logits, the vocabulary has {vocabulary}")
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{loaded}: values that are not finite")
-    return {"loaded": loaded}
-
-
-def tokens(path: Path) -> dict[str, Any]:
-    """What transformers' tokenizer makes of the texts in the file `path`; nothing where it has none for the family."""
-    import transformers
-
-    asked = json.loads(path.read_text("utf-8"))
-    folder = Path(asked["folder"])
-    if family_of(read_config(folder), str(folder / "config.json")).transformers is None:
-        return {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return {"ids": tokenizer(asked["texts"], add_special_tokens=False, verbose=False).input_ids}
-
-
-def _waited() -> list[str]:
-    """What a child is asked for that was started before; it imports meanwhile what it will need."""
-    with contextlib.suppress(ImportError):  # who needs it says so
-        import torch
-        import transformers  # noqa: F401
-
-        from qquant.runtime import loading  # noqa: F401
-    threads, *words = json.loads(sys.stdin.readline() or "[null, 0]")
-    if threads:
-        torch.set_num_threads(threads)
-    return [str(word) for word in words]
-
-
-def main() -> None:
-    """The child: a line for each part that loads; the first that does not ends it."""
-    children, *words = sys.argv[1:] if sys.argv[1:] != ["-"] else _waited()
-    load = {"metadata": metadata, "weights": lambda path: weights(path, int(children)), "tokens": tokens}
-    for what, path in zip(words[::2], words[1::2], strict=True):
-        said = load[what](Path(path))
-        sys.stdout.write(json.dumps({"path": path} | said) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

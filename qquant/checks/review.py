@@ -1,6 +1,6 @@
 """Everything that is measured on a set of artifacts, and the verdict on each: what `build` ends with and `check` is.
 
-All candidates and the checkpoint read the text together, on a GPU while other processes try to load the artifacts on the CPU. Of several
+All candidates and the checkpoint read the text together, on a GPU while other processes try to load the artifacts. Of several
 ranks each reads some of the windows, and loads and asks some of the artifacts (`spreading`); all judge alike.
 Where a gate is inconclusive, they read on, twice as much at each look, up to `max_windows`; a verdict that was reached stays.
 """
@@ -225,7 +225,7 @@ def review(
     children = max(1, background.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
     tried = partial(loading.examine, paths, spoken)
-    with background.start_early(lambda stop: tried(stop, children, means.idle), beside) as loaded:
+    with background.start_early(lambda stop: tried(stop, children, means.idle, device), beside) as loaded:
         measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
         if text.sliced:

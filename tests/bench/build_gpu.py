@@ -19,7 +19,7 @@ from qquant import pipeline, recipe
 from qquant.algorithms import coupled, descent, gptq
 from qquant.algorithms.grid import UniformGrid
 from qquant.artifact import draft
-from qquant.checks import review
+from qquant.checks import loading, review
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.solve import curvature, outside, propagate, solver, walk
@@ -95,6 +95,18 @@ class Progress(Quiet):
         print(f"{self.name}: {what} {done} of {of}: {self.note(what, done, of):.1f} s", flush=True)
 
 
+def spoken(child):
+    """`loading._child` that shows what a clean process said, and when."""
+
+    def timed(tasks, nursery):
+        began = time.monotonic()
+        lines, problem = child(tasks, nursery)
+        print(f"clean process, {time.monotonic() - began:.1f} s: {[line.decode()[-200:] for line in lines]} {problem}")
+        return lines, problem
+
+    return timed
+
+
 def main():
     """Build each requested set and print its phases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,8 +160,12 @@ def main():
         (review.loading, "examine", "check: clean processes, beside the windows"),
         (review.sanity, "answer", "check: answers"),
         (pipeline, "review", "check"),
+        (pipeline.owning, "finish", "end: read back and named"),
+        (pipeline, "write_imatrix", "end: importance matrix"),
+        (pipeline, "_judge", "end: judged, with the check"),
     ):
         clock.watch(owner, name, label)
+    loading._child = spoken(loading._child)
     for chosen in options.sets:
         only = () if chosen == "all" else chosen.split(",")
         checkpoint = Checkpoint.open(folder)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qquant import background, devices, pipeline
-from qquant.checks import loading, review
+from qquant.checks import loading, loading_child, review
 from qquant.errors import NumericalError
 from qquant.formats.gguf.container import header_bytes, read_header
 from qquant.progress import Quiet
@@ -85,7 +85,7 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
     def popen(command, **options):
         asked.append((command, options))
         script = (
-            "import time; print('a line\\n' * 3, end='', flush=True); time.sleep(99)" if len(command) == 12 else SLEEP
+            "import time; print('a line\\n' * 3, end='', flush=True); time.sleep(99)" if len(command) == 13 else SLEEP
         )
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
@@ -94,6 +94,7 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
     assert loading.faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 5 s"}
     assert asked[0][1]["cwd"] == "/"
     assert asked[0][1]["env"]["HF_HUB_OFFLINE"] == "1"
+    assert asked[0][1]["env"]["CUDA_VISIBLE_DEVICES"] == ""
 
     def dying(command, **options):
         script = "import os; os.kill(os.getpid(), 11)"
@@ -130,7 +131,7 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
 
     def popen(command, **options):
         asked.append((command[3:], options["env"].get("OMP_NUM_THREADS")))
-        script = f"print({chr(10)!r} * {(len(command) - 4) // 2}, end='')"
+        script = f"print({chr(10)!r} * {(len(command) - 5) // 2}, end='')"
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
@@ -138,13 +139,13 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
     monkeypatch.setattr(loading, "METADATA", 1)
     assert loading.faults(paths, children=2) == {}
     assert {threads for _, threads in asked} == {"3"}
-    assert {count for (count, *_), _ in asked} == {"2"}
-    shares = [list(batched(words)) for (_, *words), _ in asked]
+    assert {tuple(words[:2]) for words, _ in asked} == {("2", "cpu")}
+    shares = [list(batched(words)) for (_, _, *words), _ in asked]
     assert sorted(part for share in shares for part in share) == sorted(
         (what, str(path)) for what in ("metadata", "weights") for path in paths
     )
-    sizes = [sum(loading._size(Path(path)) for what, path in share if what == "weights") for share in shares]
-    assert max(sizes) == max(loading._size(paths[0]), sum(map(loading._size, paths[1:])))
+    sizes = [sum(loading.size_of(Path(path)) for what, path in share if what == "weights") for share in shares]
+    assert max(sizes) == max(loading.size_of(paths[0]), sum(map(loading.size_of, paths[1:])))
 
 
 def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tmp_path, monkeypatch):
@@ -163,8 +164,8 @@ def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tm
     asked = []
 
     def popen(command, **options):
-        asked.extend(batched(command[4:]))
-        script = "raise SystemExit('no such tokenizer')" if command[4] == "metadata" else f"print({chr(10)!r} * 9)"
+        asked.extend(batched(command[5:]))
+        script = "raise SystemExit('no such tokenizer')" if command[5] == "metadata" else f"print({chr(10)!r} * 9)"
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
@@ -175,10 +176,70 @@ def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tm
 
 
 def test_a_child_takes_its_part_of_the_memory(paths, monkeypatch):
-    whole = loading._size(paths[0]) * 10
-    monkeypatch.setattr(loading.os, "sysconf", lambda name: whole if name == "SC_AVPHYS_PAGES" else 1)
-    assert loading.weights(paths[0], children=3)["loaded"] == "whole model"
-    assert loading.weights(paths[0], children=4)["loaded"] == "first block"
+    whole = loading.size_of(paths[0]) * 10
+    monkeypatch.setattr(loading_child.os, "sysconf", lambda name: whole if name == "SC_AVPHYS_PAGES" else 1)
+    assert loading_child.weights(paths[0], children=3)["loaded"] == "whole model"
+    assert loading_child.weights(paths[0], children=4)["loaded"] == "first block"
+
+
+@pytest.mark.parametrize("device", [torch.device("cuda"), torch.device("cuda", 1)])
+def test_weights_go_onto_the_card_where_it_has_room_for_them_beside_the_check(paths, device, monkeypatch):
+    """For as many artifacts as are loaded at a time; the largest of them may come together."""
+    sizes = sorted((loading.size_of(path) for path in paths), reverse=True)
+    needed = int(loading.COPIES * sum(sizes[:2]) / loading.BESIDE)
+    monkeypatch.setattr(devices, "_free_on_card", lambda device: needed)
+    assert loading.card_or_cpu(paths, device, 2) == str(device)
+    assert loading.card_or_cpu(paths, device, 3) == "cpu"
+    monkeypatch.setattr(devices, "_free_on_card", lambda device: needed - 1)
+    assert loading.card_or_cpu(paths, device, 2) == "cpu"
+    assert loading.card_or_cpu(paths, CPU, 1) == "cpu"
+
+
+def test_a_card_that_cannot_be_had_or_is_short_leaves_the_weights_to_the_cpu(paths, monkeypatch):
+    loads, there = [], [False, True]
+    whole = loading_child._whole
+
+    def short(path, device):
+        loads.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError("of the card")
+        return whole(path, device)
+
+    monkeypatch.setattr(loading_child, "_whole", short)
+    monkeypatch.setattr(loading_child, "_there", lambda device: there.pop(0))
+    for _ in range(2):
+        assert loading_child.weights(paths[0], device="cuda:1")["on"] == "cpu"
+    assert loads == ["cpu", "cuda:1", "cpu"]
+
+
+def test_what_fails_on_the_card_for_another_reason_is_a_finding(paths, monkeypatch):
+    def broken(path, device):
+        raise RuntimeError(f"an illegal address on {device}")
+
+    monkeypatch.setattr(loading_child, "_whole", broken)
+    monkeypatch.setattr(loading_child, "_there", lambda device: True)
+    with pytest.raises(RuntimeError, match="illegal address on cuda:0"):
+        loading_child.weights(paths[0], device="cuda:0")
+
+
+def test_a_child_is_told_the_device_and_may_see_it(paths, monkeypatch):
+    """One that waits and one that is started then; on a CPU no child sees a card."""
+    seen = []
+
+    def popen(command, **options):
+        seen.append((command[3:5], options["env"].get("CUDA_VISIBLE_DEVICES", "all")))
+        script = "import sys; print(input(), file=sys.stderr)" if options["stdin"] else "print(chr(10) * 9)"
+        return subprocess.Popen([sys.executable, "-c", script], **{**options, "env": None})
+
+    card = torch.device("cuda", 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "_free_on_card", lambda device: 1 << 40)
+    monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
+    with loading.waiting(1, gpu=True) as idle:
+        found = loading.examine(paths[:1], None, idle=idle, device=card).faults
+    assert found[paths[0]].startswith('[null, "1", "cuda:2", "metadata"')
+    assert loading.examine(paths[:1], None, device=card).faults == {}
+    assert seen == [(["-"], "all"), (["1", "cuda:2"], "all"), (["1", "cuda:2"], "all")]
 
 
 def test_a_child_that_cannot_be_started_ends_the_others(children, monkeypatch):
