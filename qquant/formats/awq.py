@@ -110,6 +110,7 @@ class Awq(ModelFolder[AwqArtifact]):
     method = "awq"
     config_copy = None
     harmless = frozenset(("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "backend", "meta"))
+    demanded = ("zero_point",)
 
     def folder_suffix(self, spec: AwqArtifact) -> str:
         """The suffix of its folder, as in Qwen's repository names."""

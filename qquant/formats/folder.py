@@ -121,6 +121,7 @@ class ModelFolder(ABC, Generic[Spec]):
         return {}
 
     harmless: frozenset[str] = frozenset()  # keys of quantization_config that tell how it was made, and change nothing
+    demanded: tuple[str, ...] = ()  # keys of quantization_config without which vLLM and SGLang load nothing
 
     def stated(self, source: FolderSource) -> Mapping[str, Stated]:
         """The keys of quantization_config that runtimes read; none: it is not compared."""
@@ -236,7 +237,8 @@ class ModelFolder(ABC, Generic[Spec]):
         contents = {"quantization_config": read_config(path)["quantization_config"]}
         if copy and (path / copy).is_file():
             contents[copy] = read_json(path / copy)
-        stated, faults, warnings = self.stated(source), [], []
+        stated, faults = self.stated(source), []
+        warnings = folder_claims.left_out(self.demanded, contents["quantization_config"])
         for where, content in contents.items() if stated else ():
             for key in sorted({*content, *stated} - self.harmless):
                 subject = f"{where}: {key} is {shown(content.get(key))}: "
@@ -244,9 +246,8 @@ class ModelFolder(ABC, Generic[Spec]):
                     warnings.append(f"{subject}qquant does not know whether a runtime reads it")
                 elif content.get(key, stated[key].absent) not in stated[key].true:
                     faults.append(subject + stated[key].otherwise)
-        warnings += [
-            f"tensor {name}: the checkpoint has no such thing; some runtimes refuse it" for name in source.further()
-        ]
+        further = "the checkpoint has no such thing; some runtimes refuse it"
+        warnings += [f"tensor {name}: {further}" for name in source.further()]
         return claims(faults, warnings)
 
     def comparisons(

@@ -237,6 +237,15 @@ def same(mine: Any, theirs: Any) -> bool:
     return type(mine) is type(theirs) and bool(mine == theirs)
 
 
+def left_out(demanded: Iterable[str], quantization: Mapping[str, Any]) -> list[str]:
+    """A warning for each key of quantization_config that is not there, though runtimes load nothing without it."""
+    return [
+        f"quantization_config: {key} is missing; vLLM and SGLang do not load a folder without it"
+        for key in demanded
+        if key not in quantization
+    ]
+
+
 # --- tokenizers ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +257,7 @@ def _tokenizer(path: Path, source: Path) -> Claims:
     differences = _behaviour(mine, theirs) + _parts(_file(path / "tokenizer.json"), _file(source / "tokenizer.json"))
     settings = [_file(folder / "tokenizer_config.json") for folder in (path, source)]
     if all(settings):
-        differences += _keys("tokenizer_config.json", *settings)
+        differences += _keys("tokenizer_config.json", *settings) + _blanks(*settings)
     for name in OTHERS:
         pair = [_file(folder / name) for folder in (path, source)]
         if pair[0] and pair[1] and not same(*pair):
@@ -261,6 +270,18 @@ def _tokenizer(path: Path, source: Path) -> Claims:
                     [f"{name}: is not the checkpoint's; tokenizers that read it give the same text other tokens"]
                 )
     return differences
+
+
+def _blanks(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Claims:
+    """The one setting of tokenizer_config.json whose default changed between versions of transformers."""
+    key = "clean_up_tokenization_spaces"
+    if key in mine or key not in theirs:
+        return claims()
+    return claims(
+        warnings=[
+            f"tokenizer_config.json: {key}: missing; older versions of transformers take blanks out of answers then"
+        ]
+    )
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -218,6 +218,7 @@ class Gptq(ModelFolder[GptqArtifact]):
 
     config_copy = "quantize_config.json"
     harmless = frozenset(HARMLESS.split())
+    demanded = ("desc_act", "sym")
 
     def stated(self, source: FolderSource) -> dict[str, Stated]:
         """Order and zero points as the tensors have them: where a runtime is told there are none, it does not read them."""
