@@ -26,7 +26,7 @@ else:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of work on one kind of device. None of them changes a result but `together` and `spread`, which depend on nothing else."""
+    """Sizes of work on one kind of device. None of them changes a result but `together`, `spread` and `by_blocks`, which depend on nothing else."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
     apart: bool  # whether it has memory of its own besides the host's
@@ -34,6 +34,7 @@ class Policy:
     split: bool  # whether rows of a product have the bits that they have among others: then ranks may share them out
     together: int  # tokens of samples of one length that go through a block at once; they change the last bits of what it gives
     spread: int  # columns whose errors GPTQ spreads over those behind them at once, in another order of sums
+    by_blocks: bool  # whether triangular systems are solved block by block, most of it as products
     checksummed: int  # values that are summed at a time
     searched: int  # weights whose group scales are searched at a time, by torch
     coded: int  # values of GGUF rows that are searched or coded at a time
@@ -52,6 +53,7 @@ POLICIES = {
         split=True,
         together=1,
         spread=128,
+        by_blocks=False,
         checksummed=1 << 20,
         searched=1 << 18,
         coded=1 << 18,
@@ -68,6 +70,7 @@ POLICIES = {
         split=False,  # cuBLAS chooses by the whole shape
         together=8192,
         spread=1024,
+        by_blocks=True,
         checksummed=1 << 24,
         searched=1 << 24,
         coded=1 << 24,

@@ -109,15 +109,13 @@ def _swept(
 
 
 def _pull(root: Tensor, mix: Tensor, slope: Tensor) -> Tensor:
-    """P = (L L')^-1 mix slope, [B, r, K], for L [B, r, r], mix [B, r, n], slope [B, n, K]: the narrower of two is solved first on a card."""
-
-    def solved(right: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(root, right, upper=False)
-        return torch.linalg.solve_triangular(root.mT, half, upper=True)
-
-    if policy(slope.device).apart and mix.shape[2] < slope.shape[2]:
-        return solved(mix) @ slope
-    return solved(mix @ slope)
+    """P = (L L')^-1 mix slope, [B, r, K], for L [B, r, r], mix [B, r, n], slope [B, n, K]; on a card by L^-1, of which little is solved."""
+    if policy(slope.device).by_blocks:
+        one = torch.eye(root.shape[1], device=root.device).expand_as(root)
+        inverse = torch.linalg.solve_triangular(root, one, upper=False)
+        return (inverse.mT @ (inverse @ mix)) @ slope
+    half = torch.linalg.solve_triangular(root, mix @ slope, upper=False)
+    return torch.linalg.solve_triangular(root.mT, half, upper=True)
 
 
 def step(problem: Problem, solution: Solution | None) -> Solution:

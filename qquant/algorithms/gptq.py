@@ -28,6 +28,7 @@ from qquant.algorithms.problem import Problem, Solution, joined, stacked
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.product import add_product_to, split_matrix
+from qquant.kernels.triangular import solve_upper
 
 PIECE = 1 << 22  # values that are turned round at a time
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
@@ -56,9 +57,7 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
     for step in LADDER:
         root = _root(gram.matrix, order.flip(0), damping * step * mean, mean)
         if root is not None:
-            upper = torch.eye(len(order), device=root.device).mT  # in the layout that is solved in place
-            torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
-            factor = InverseFactor(upper, order, damping * step)
+            factor = InverseFactor(_inverse(root), order, damping * step)
             gram.cholesky[damping] = factor
             return factor
     raise NotPositiveDefiniteError(f"not positive definite at {damping * LADDER[-1]:g} damping")
@@ -75,6 +74,16 @@ def _root(matrix: Tensor, backwards: Tensor, damping: float, dead: float) -> Ten
         return None
     _reverse(buffer.view(-1))
     return lower
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """R^-1 of R upper, which has the layout of `_root`; one more matrix in memory."""
+    one = torch.eye(len(upper), device=upper.device)
+    if policy(upper.device).by_blocks:
+        return solve_upper(one, upper, triangular=True)
+    inverse = one.mT  # in the layout that is solved in place
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    return inverse
 
 
 def _reverse(values: Tensor) -> None:

@@ -108,7 +108,7 @@ def launch_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     sequences, heads, length, width = x.shape
     half = width // 2
     _rotate_kernel[(length, blocks(heads, HEADS), sequences)](
-        x, cosine, sine, heads, length, *x.stride()[:3], HALF=half, WIDTH=1 << (half - 1).bit_length(), BH=HEADS, num_warps=4
+        x, cosine, sine, heads, length, *x.stride()[:3], HALF=half, WIDTH=1 << (half - 1).bit_length(), BH=HEADS, num_warps=4, enable_fp_fusion=False
     )  # fmt: skip
     return x
 

@@ -30,12 +30,13 @@ from qquant.algorithms import coupled
 from qquant.algorithms.descent import WIDE
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.artifact.draft import Draft
-from qquant.devices import free_memory
+from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError
 from qquant.families import Stage
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
 from qquant.kernels.product import tensor_cores
+from qquant.kernels.triangular import solve_upper, solve_upper_transposed
 from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
 from qquant.solve.drift import Drift, Inputs, drift
@@ -240,5 +241,7 @@ def _ridge(gram: Gram) -> Tensor:
 
 
 def _against(correction: Tensor, factor: Tensor) -> Tensor:
-    """`correction` (L L')^-1."""
+    """`correction` (L L')^-1; it may be used up."""
+    if policy(factor.device).by_blocks:
+        return solve_upper_transposed(solve_upper(correction, factor.mT), factor.mT)
     return torch.cholesky_solve(correction.T, factor).T

@@ -173,7 +173,7 @@ def solve_stage(
     solved: dict[str, Tensor] = {}
     records: dict[str, LinearRecord] = {}
     for (names, entries), hand, parcel in zip(said, hands, received, strict=True):
-        solver.tensors |= dict(zip(names, parcel, strict=False))
+        solver.tensors.update(zip(names, parcel, strict=False))
         solved |= dict(zip(hand, parcel[len(names) :], strict=True))
         for entry in entries:
             record = typed(LinearRecord, entry, "a rank")

@@ -7,7 +7,7 @@ where it does. Seconds are kept apart: they are no part of the result.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, value_of
 from qquant.algorithms.problem import Problem, solve, unstacked
 from qquant.artifact.draft import Draft
+from qquant.devices import to_host
 from qquant.errors import QQuantError
 from qquant.families import Stage
 from qquant.families.weights import WeightSource
@@ -120,10 +121,18 @@ class Solver:
         self.layer = layer
         self.prefix = checkpoint.family.block.format(layer)
         self.shapes = checkpoint.family.linear_shapes(checkpoint.config, layer)  # as stored; solved without padding
-        self.tensors: dict[str, Tensor] = {}
+        self.arrived: dict[str, Tensor] = {}
+        self.coming: list[Callable[[], dict[str, Tensor]]] = []  # to the host, what an earlier call of `_keep` sent
         self.record: list[Solved] = []
         self.seconds: dict[str, float] = {}  # by stage; of the whole block when it is written
         self.began = time.perf_counter()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What was solved so far, packed, on the host."""
+        while self.coming:
+            self.arrived |= self.coming.pop(0)()
+        return self.arrived
 
     def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows) -> dict[str, Tensor]:
         """Quantize the linears of a stage, of any dtype; their float32 values as readers will see them."""
@@ -188,7 +197,7 @@ class Solver:
         return values
 
     def _keep(self, linear: str, stored: Mapping[str, Tensor]) -> Tensor:
-        self.tensors |= {name: value.cpu() for name, value in stored.items()}
+        self.coming.append(to_host(stored))
         return self.format.restore(self.draft.plan, self._name(linear), stored)
 
     def _note(self, linear: str, value: Tensor, gram: Gram, **facts: Any) -> None:
@@ -222,6 +231,6 @@ class Solver:
         linears = {f"{linear}.weight" for linear in self.checkpoint.family.linears}
         for name, value in weights.items():
             if name not in linears:
-                self.tensors |= self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None)
+                self.tensors.update(self.format.store(self.draft.plan, self.prefix + name, value.cpu(), None))
         pieces = [(name, 0, value) for name, value in self.tensors.items()]
         self.draft.submit(partial(self.draft.write, unit(self.layer), pieces, self.record, self.seconds))

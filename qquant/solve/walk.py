@@ -270,7 +270,7 @@ def _shared_by_ranks(
 
         gathered = Solver(view.checkpoint, draft, layer, moments)
         for tensors, record, seconds in sharing.solve(stages, solve_one, owned, stream):
-            gathered.tensors |= tensors
+            gathered.tensors.update(tensors)
             gathered.record += record
             gathered.seconds |= seconds
         if exchange.first:
