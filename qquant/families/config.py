@@ -98,7 +98,10 @@ def _require_full_rotation(rope: Mapping[str, Any], where: str) -> None:
 
 
 def require_full_attention(raw: Mapping[str, Any], layers: int, where: str) -> None:
-    """Raise InputError where `layer_types` names another attention than the full one of every layer, or other layers."""
+    """Raise InputError where attention is another than the full, causal one of every layer, or `layer_types` names other layers."""
+    for key, plain in (("is_causal", (None, True)), ("dual_chunk_attention_config", (None, {}))):
+        if raw.get(key) not in plain:
+            raise InputError(f"{where}: {key} is {str(raw[key])[:80]}; qquant knows full causal attention")
     kinds = raw.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or kinds != ["full_attention"] * layers):
         other = (

@@ -85,10 +85,9 @@ class Checkpoint:
         path, commit = resolve(str(reference), revision)
         name = str(reference).rsplit("/", 1)[-1] if commit else path.resolve().name
         raw = read_config(path)
-        if "quantization_config" in raw:
-            method = (
-                raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
-            )
+        quantized = [raw[key] for key in ("quantization_config", "compression_config") if key in raw]
+        if quantized:
+            method = quantized[0].get("quant_method", "?") if isinstance(quantized[0], dict) else "?"
             raise InputError(f"{path}: is already quantized ({method}); give the 16-bit checkpoint")
         family = family_of(raw, str(path / "config.json"))
         config = parse_config(raw, str(path / "config.json"))

@@ -183,6 +183,9 @@ def test_damage_is_one_clear_error(make_checkpoint, damage):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"layer_types": ["full_attention"]}, "layer_types holds '1 of them'"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8192}}, "dual_chunk_attention_config is"),
+        ({"compression_config": {"format": "pack-quantized"}}, "already quantized"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
     ],
 )
