@@ -16,7 +16,7 @@ import torch
 
 from qquant import __version__, calibration
 from qquant.artifact import owning, timings
-from qquant.artifact.finishing import installed, orphaned, restore, set_aside
+from qquant.artifact.finishing import installed, orphaned, remarks_on, restore, set_aside
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.artifact.threads import as_begun
@@ -29,7 +29,7 @@ from qquant.checks.means import Means
 from qquant.checks.review import Candidate, HeldOut, Review, earlier_release, held_out, review, with_speed
 from qquant.checks.structure import CachedWeights
 from qquant.devices import threads_help
-from qquant.disk.output import DAMAGED, LOSSES, claim
+from qquant.disk.output import LOSSES, claim
 from qquant.disk.writes import told, write_synced
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
@@ -44,18 +44,17 @@ from qquant.progress import Progress
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
-from qquant.release.repository import SOURCE, ReleaseSource
+from qquant.release.repository import SOURCE, ReleaseSource, sizes_with_earlier
 from qquant.report import views
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
-from qquant.solve import sensitivity, walk
+from qquant.solve import rehearsal, sensitivity, walk
 from qquant.solve.layers import Layers
 from qquant.solve.moments import Moments, write_imatrix
 from qquant.solve.writing import Author
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.padding import without_padding
 from qquant.source.safetensors_file import SIZES
-from qquant.source.untrusted import read_json
 
 
 def build(
@@ -77,11 +76,11 @@ def build(
     with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
-        tokenizer = Tokenizer.open(checkpoint.path)
-        author = Author(checkpoint, versions(device), out / "calibration", device, progress)
-        tokens = calibration.load(recipe.calibration, tokenizer, False, author.for_all(ranks))
+        ready = meanwhile.enter_context(rehearsal.beside(recipe, checkpoint, plan, out, device))
+        tokens, tokenizer = _calibration(recipe, checkpoint, out / "calibration", device, progress, ranks)
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
+        ready()
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
         threads = meanwhile.enter_context(as_begun(folder, device, ranks))
         ranks.agree(inputs | threads | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
@@ -103,7 +102,7 @@ def build(
         took = owning.seconds(mine.written(drafts, ranks), ranks)
         if ranks.first:
             timings.write(took, out)
-            write_synced(out / SOURCE, ReleaseSource.of(checkpoint, _parallel(plan, out)).to_json())
+            write_synced(out / SOURCE, ReleaseSource.of(checkpoint, sizes_with_earlier(plan.parallel, out)).to_json())
         origin = Origin(cast(RecipeCopy, published(recipe)), inputs, _adapter(checkpoint))
         owning.finish(mine.written(drafts, ranks), plan.artifacts, out, origin, device, ranks)
         if ranks.first:
@@ -121,7 +120,7 @@ def build(
             *_short(recipe, tokens, text),
             *beyond(recipe.checks.length, checkpoint),
             *filter(None, [str(conditions.tokenizer or "")]),
-            *_aside(out, aside),
+            *remarks_on(out, set_aside(out) - aside),
         ]
         report = Report(
             model=plan.model,
@@ -142,12 +141,24 @@ def choose_types(
     recipe: Recipe, checkpoint: Checkpoint, plan: Plan, scratch: Path, device: torch.device, progress: Progress
 ) -> Plan:
     """The plan with types chosen for every artifact that asks for a size, as a build would choose them; `scratch` is a folder of its own."""
-    author = Author(checkpoint, versions(device), scratch, device, progress)
-    tokens = calibration.load(recipe.calibration, Tokenizer.open(checkpoint.path), False, author)
+    tokens, _ = _calibration(recipe, checkpoint, scratch, device, progress)
     samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
     inputs = _inputs(recipe, checkpoint, plan, tokens, device)
     question = sensitivity.Question(recipe, checkpoint, plan, inputs)
     return sensitivity.settle(question, samples, scratch / LOSSES, Moments(scratch, plan.imatrix), device, progress)
+
+
+def _calibration(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    scratch: Path,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> tuple[calibration.CalibrationSet, Tokenizer]:
+    author = Author(checkpoint, versions(device), scratch, device, progress)
+    tokenizer = Tokenizer.open(checkpoint.path)
+    return calibration.load(recipe.calibration, tokenizer, False, author.for_all(ranks)), tokenizer
 
 
 def beyond(length: int, checkpoint: Checkpoint) -> list[str]:
@@ -186,22 +197,6 @@ def _judge(
     read = reviewed.tokenizer or (before.conditions.tokenizer if before else None)
     conditions = replace(conditions, detectable={**text, **conditions.detectable}, tokenizer=read)
     return kept.together(answered, replace(reviewed, remarks=(*reviewed.remarks, *lost)), left, names), conditions
-
-
-def _parallel(plan: Plan, out: Path) -> dict[str, Mapping[str, list[int]]]:
-    """Tensor-parallel sizes of the planned artifacts, and of those that are there and were left alone."""
-    path = out / SOURCE
-    earlier = ReleaseSource.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
-    there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in earlier.items()}
-    return {**there, **plan.parallel}
-
-
-def _aside(out: Path, before: set[str]) -> list[str]:
-    """What was no longer what its manifest said."""
-    text = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
-    return [
-        f"{name.rpartition('-')[0]}: {text.format(out / DAMAGED / name)}" for name in sorted(set_aside(out) - before)
-    ]
 
 
 def _short(recipe: Recipe, tokens: calibration.CalibrationSet, text: HeldOut) -> list[str]:

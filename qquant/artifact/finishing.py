@@ -107,3 +107,9 @@ def set_aside(target: Path) -> set[str]:
 def installed(target: Path, plan: PlannedArtifact) -> Path:
     """The path of a finished artifact: a file, or a model folder."""
     return FORMATS[plan.format].path_of(target / plan.folder, [file.name for file in plan.files])
+
+
+def remarks_on(out: Path, aside: set[str]) -> list[str]:
+    """What a build says of artifacts that were no longer what their manifest said."""
+    text = "was changed or damaged after it was built; what was there is in {} now, and it was built again"
+    return [f"{name.rpartition('-')[0]}: {text.format(out / DAMAGED / name)}" for name in sorted(aside)]

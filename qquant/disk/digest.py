@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from threading import Event
+
+PIECE = 1 << 18  # bytes that are read at a time: they are still in a cache when they are hashed
 
 
 def sha256_of(path: Path) -> str:
@@ -11,10 +14,13 @@ def sha256_of(path: Path) -> str:
     return digest_of(path).hexdigest()
 
 
-def digest_of(path: Path) -> hashlib._Hash:
-    """The sha256 of a file, to which more may be added."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")
+def digest_of(path: Path, stop: Event | None = None) -> hashlib._Hash:
+    """The sha256 of a file, to which more may be added; of its beginning where `stop` is set meanwhile."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest
 
 
 def is_file_of(path: Path, size: int, sha256: str) -> bool:

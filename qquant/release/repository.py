@@ -258,3 +258,11 @@ def complete(
     )
     finished = replace(repository, manifest=replace(repository.manifest, release=release))
     return finished.with_files({MANIFEST: finished.manifest.to_json(), REPORT: finished.report.to_json().encode()})
+
+
+def sizes_with_earlier(planned: Mapping[str, Mapping[str, list[int]]], out: Path) -> dict[str, Mapping[str, list[int]]]:
+    """Tensor-parallel sizes of the planned artifacts, and of those that are in `out` and were left alone."""
+    path = out / SOURCE
+    earlier = ReleaseSource.from_json(read_json(path), str(path)).tensor_parallel if path.is_file() else {}
+    there = {name: {key: list(sizes) for key, sizes in vars(by).items()} for name, by in earlier.items()}
+    return {**there, **planned}

@@ -14,8 +14,9 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.grid import finite
@@ -131,11 +132,20 @@ class Checkpoint:
     def _over_weights(self, head: str) -> str:
         return hashlib.sha256(b"".join((head.encode(), *self._weights))).hexdigest()
 
+    def hash_weights(self, stop: Event) -> None:
+        """Hash the weights now, for `content_hash` and `base_hash`; not to the end where `stop` is set meanwhile."""
+        digests = self._digests(stop)
+        if not stop.is_set():
+            vars(self)["_weights"] = digests  # where the property keeps what it was once
+
     @cached_property
     def _weights(self) -> tuple[bytes, ...]:
+        return self._digests(Event())
+
+    def _digests(self, stop: Event) -> tuple[bytes, ...]:
         files = sorted({info.file for info in self.tensors.values()})
         with ThreadPoolExecutor(min(8, len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-            return tuple(pool.map(_sha256, files))
+            return tuple(pool.map(partial(_sha256, stop=stop), files))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -220,9 +230,11 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
     return tensors, digest
 
 
-def _sha256(path: Path) -> bytes:
-    """Hex sha256 of a file; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
-    content = digest_of(path)
+def _sha256(path: Path, stop: Event) -> bytes:
+    """The sha256 of a file, or nothing where `stop` is set meanwhile; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
+    content = digest_of(path, stop)
+    if stop.is_set():
+        return b""
     named = path.resolve().name
     if path.is_symlink() and SHA256.fullmatch(named) and named != content.hexdigest():
         raise InputError(f"{path}: its sha256 is {content.hexdigest()}, the hub's is {named}. Download it again")
