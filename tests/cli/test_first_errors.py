@@ -25,7 +25,7 @@ from qquant.plan.texts import examine, shortfall
 from qquant.recipe import Gates
 from qquant.recipe.changes import Flags, changed
 from qquant.release.card import _chats
-from qquant.release.hub.failures import require_name
+from qquant.release.hub.failures import require_answer
 from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import ArtifactReport, Report, Verdict
 from qquant.report.solved import LinearRecord, warnings_of
@@ -67,7 +67,22 @@ def test_a_hub_id_without_a_network_is_one_line(no_names, capsys):
 def test_a_hub_that_cannot_be_named_is_given_up_in_seconds(no_names):
     pauses = []
     with pytest.raises(PublishError, match="Name or service not known; is there a network"):
-        require_name("https://hub.example", pauses.append)
+        require_answer("https://hub.example", pauses.append)
+    assert sum(pauses) <= 3
+
+
+def test_a_hub_where_nothing_listens_is_given_up_in_seconds(monkeypatch):
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    pauses = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            PublishError, match=r"^127.0.0.1: Connection refused; is there a network, and is --endpoint"
+        ):
+            require_answer(endpoint, pauses.append)
+        taken.listen()
+        require_answer(endpoint, pauses.append)
     assert sum(pauses) <= 3
 
 

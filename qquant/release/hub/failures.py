@@ -69,21 +69,23 @@ def pause(error: BaseException | None, attempt: int) -> float | None:
     return float(after) + 1 if after.isdigit() else min(LONGEST_WAIT, 2.0**attempt)
 
 
-def require_name(endpoint: str, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Raise PublishError after three tries if the name of a hub does not resolve; its client would go on trying for minutes.
+def require_answer(endpoint: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Raise PublishError after three tries if the name of a hub does not resolve, or nothing listens there; its client would try for minutes.
 
-    Where a proxy is set, names are its business.
+    Where a proxy is set, names are its business. What is slow or says no is the client's to tell.
     """
-    host = urllib.parse.urlsplit(endpoint).hostname
+    address = urllib.parse.urlsplit(endpoint)
+    host, port = address.hostname, address.port or (80 if address.scheme == "http" else 443)
     if host is None or urllib.request.getproxies():
         return
     for wait in (1.0, 1.0, 0.0):
         try:
-            socket.getaddrinfo(host, None)
-        except OSError as error:
+            with socket.create_connection((host, port), timeout=10):
+                return
+        except (socket.gaierror, ConnectionRefusedError) as error:
             reason = error.strerror or str(error)
             sleep(wait)
-        else:
+        except OSError:
             return
     raise PublishError(f"{host}: {reason}; is there a network, and is --endpoint right? Nothing was sent")
 

@@ -25,7 +25,7 @@ from qquant.artifact.manifest import Manifest, named_files
 from qquant.disk.digest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.errors import InputError, PublishError
-from qquant.release.hub.failures import Result, repeated, reported, require_name
+from qquant.release.hub.failures import Result, repeated, reported, require_answer
 from qquant.release.hub.request import Published, Request, Say
 from qquant.release.hub.trees import lacking, operations
 from qquant.release.repository import Repository
@@ -65,7 +65,7 @@ class HuggingFace:
 
         set_verbosity(logging.ERROR)  # its warnings show upload addresses, which are signed
         api = HfApi(endpoint)
-        require_name(api.endpoint)
+        require_answer(api.endpoint)
         return cls(api, say)
 
     def publish(self, repositories: Sequence[Repository], request: Request) -> list[Published]:
