@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 
-from qquant.report import pictures
+from qquant.report import peers, pictures
 from qquant.report.escape import visible
 from qquant.report.facts import facts, short_names, size
+from qquant.report.peers import Peer
 from qquant.report.record import COLUMNS, TITLES, WORST_FIRST, ArtifactReport, Report
 
 COLOURS = 6  # of lines in a picture of several reports
@@ -36,7 +37,7 @@ def render(report: Report) -> str:
         names=names,
         columns=COLUMNS,
         rows=report.rows(),
-        charts=_charts([report.artifacts], names),
+        charts=_charts([report.artifacts], names, peers=peers.known(report)),
         slices=pictures.kept(report.artifacts),
         behaviour=pictures.asked(report.artifacts),
         benchmarks=pictures.benchmarks(report.artifacts),
@@ -75,10 +76,13 @@ def family(reports: Mapping[str, Report]) -> str:
 
 
 def _charts(
-    reports: Sequence[Sequence[ArtifactReport]], names: Mapping[str, str], loss: pictures.Loss = pictures.divergence
+    reports: Sequence[Sequence[ArtifactReport]],
+    names: Mapping[str, str],
+    loss: pictures.Loss = pictures.divergence,
+    peers: Sequence[Peer] = (),
 ) -> list[pictures.Chart]:
     """The same picture for wide and for narrow pages; none where there is nothing to compare."""
-    drawn = [pictures.pareto(reports, names, loss, width) for width in (pictures.WIDTH, pictures.NARROW)]
+    drawn = [pictures.pareto(reports, names, loss, width, peers) for width in (pictures.WIDTH, pictures.NARROW)]
     return [chart for chart in drawn if chart is not None]
 
 

@@ -12,6 +12,7 @@ from qquant.recipe.limits import WORST_SLICE
 from qquant.recipe.solvers import title
 from qquant.report import behaviour, slices, tasks
 from qquant.report.facts import size
+from qquant.report.peers import Peer
 from qquant.report.record import KL_BINS, ArtifactReport, Pace
 from qquant.report.slices import SliceReport
 from qquant.report.solved import linears
@@ -20,6 +21,8 @@ WIDTH, HEIGHT = 720, 320  # of a picture, in its own units
 NARROW = 350  # on a phone
 SMALLEST, LARGEST = 1e-100, 1e100  # that are drawn
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46  # margins
+CROSS = 4  # half the width of another tool's mark
+NEAR = 1.25  # how far beyond the sizes of a report other tools' artifacts are drawn
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHADES = 8  # steps of the heat map
 
@@ -110,6 +113,16 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """Another tool's artifact in a chart; pixels."""
+
+    peer: Peer
+    x: float
+    y: float
+    label: tuple[float, float] | None  # none where there is no room
+
+
+@dataclass(frozen=True)
 class Chart:
     """Artifacts by size and loss."""
 
@@ -120,6 +133,7 @@ class Chart:
     x: Sequence[tuple[float, str]]  # pixel, value
     y: Sequence[tuple[float, str]]
     timed: bool
+    peers: Sequence[Cross] = ()
 
 
 Loss = Callable[[ArtifactReport], float]
@@ -137,17 +151,24 @@ def perplexity(artifact: ArtifactReport) -> float:
 
 
 def pareto(
-    reports: Sequence[Sequence[ArtifactReport]], names: Mapping[str, str], loss: Loss = divergence, width: int = WIDTH
+    reports: Sequence[Sequence[ArtifactReport]],
+    names: Mapping[str, str],
+    loss: Loss = divergence,
+    width: int = WIDTH,
+    peers: Sequence[Peer] = (),
 ) -> Chart | None:
-    """Points of size against loss, their area decode speed, and for each report the line of those that nothing beats."""
+    """Points of size against loss, their area decode speed, for each report the line of those that nothing beats, and `peers` of their sizes."""
     shown = [[one for one in artifacts if usable(one) and abs(loss(one)) < LARGEST] for artifacts in reports]
     every = [artifact for artifacts in shown for artifact in artifacts]
     if len(every) < 2:
         return None
+    sizes = [artifact.size for artifact in every]
+    peers = [peer for peer in peers if min(sizes) / NEAR <= peer.bytes <= max(sizes) * NEAR]
     floor = min((loss(artifact) for artifact in every if loss(artifact) > SMALLEST), default=1e-6)
+    losses = [max(loss(artifact), floor) for artifact in every]
     left = LEFT if width == WIDTH else LEFT - 34  # without a title of the vertical axis
-    x = Axis.of([artifact.size for artifact in every], left, width - RIGHT)
-    y = Axis.of([max(loss(artifact), floor) for artifact in every], HEIGHT - BOTTOM, TOP)
+    x = Axis.of(sizes + [peer.bytes for peer in peers], left, width - RIGHT)
+    y = Axis.of(losses + [peer.kl_divergence for peer in peers], HEIGHT - BOTTOM, TOP)
     points: list[Point] = []
     for series, artifacts in enumerate(shown):
         rivals = artifacts if loss is divergence else every
@@ -162,14 +183,15 @@ def pareto(
             )  # between sizes the best are told apart, the rest by a tooltip
             pixel = x.at(artifact.size), y.at(max(loss(artifact), floor))
             points.append(Point(artifact, name, series, *pixel, radius, best, (0.0, 0.0), None, loss(artifact), pace))
-    points = _labelled(sorted(points, key=lambda point: point.x), (left, width))
+    crosses = [Cross(peer, x.at(peer.bytes), y.at(peer.kl_divergence), None) for peer in peers]
+    points, crosses = _labelled(sorted(points, key=lambda point: point.x), crosses, (left, width))
     lines = []
     for series, artifacts in enumerate(shown):
         front = [p for p in points if p.series == series and not any(_smaller(a, p.artifact, loss) for a in artifacts)]
         lines.append(" ".join(f"{point.x},{point.y}" for point in front))
     across = [(x.at(value), size(value)) for value in x.ticks(7 if width == WIDTH else 4)]
     up = [(y.at(value), _short(value)) for value in y.ticks()]
-    return Chart(width, left, points, lines, across, up, any(point.pace for point in points))
+    return Chart(width, left, points, lines, across, up, any(point.pace for point in points), crosses)
 
 
 def _short(value: float) -> str:
@@ -189,34 +211,53 @@ def _beats(one: ArtifactReport, other: ArtifactReport, loss: Loss) -> bool:
     return _smaller(one, other, loss) and not slower
 
 
-def _labelled(points: Sequence[Point], between: tuple[int, int]) -> list[Point]:
-    """Each point with a place for its name that nothing else takes: beside, above, below, or at the end of a line; no name where there is none."""
+def _labelled(
+    points: Sequence[Point], crosses: Sequence[Cross], between: tuple[int, int]
+) -> tuple[list[Point], list[Cross]]:
+    """Each point with a place for its name that nothing else takes: beside, above, below, or at the end of a line; no name where there is none.
+
+    Crosses have names where there is room beside them afterwards.
+    """
     taken = [(p.x - p.radius, p.y - p.radius, p.x + p.radius, p.y + p.radius) for p in points]
+    taken += [(cross.x - CROSS, cross.y - CROSS, cross.x + CROSS, cross.y + CROSS) for cross in crosses]
     labelled = {}
     for point in sorted(points, key=lambda point: not point.best):
-        box, far = _free(point, taken, between)
+        box, far = _free(point.name, (point.x, point.y, point.radius), taken, between)
         if box is None:
             labelled[id(point)] = replace(point, name="")
             continue
         taken.append(box)
         end = (round(min(max(point.x, box[0]), box[2]), 1), round(box[1] if box[1] > point.y else box[3], 1))
-        place = (round(box[0], 1), round(box[1] + 12, 1))
-        labelled[id(point)] = replace(point, label=place, leader=end if far else None)
-    return [labelled[id(point)] for point in points]
+        labelled[id(point)] = replace(point, label=_baseline(box), leader=end if far else None)
+    named = []
+    for cross in crosses:
+        box, far = _free(cross.peer.name, (cross.x, cross.y, CROSS), taken, between)
+        if box is None or far:
+            named.append(cross)
+            continue
+        taken.append(box)
+        named.append(replace(cross, label=_baseline(box)))
+    return [labelled[id(point)] for point in points], named
 
 
-def _free(point: Point, taken: Sequence[Box], between: tuple[int, int]) -> tuple[Box | None, bool]:
-    """The first box for the name of a point that is inside the picture and free, and whether it is so far that a line must lead there."""
-    width = 7.2 * len(point.name)
-    gap = point.radius + 5
+def _baseline(box: Box) -> tuple[float, float]:
+    """Where a text in `box` begins."""
+    return round(box[0], 1), round(box[1] + 12, 1)
+
+
+def _free(
+    name: str, at: tuple[float, float, float], taken: Sequence[Box], between: tuple[int, int]
+) -> tuple[Box | None, bool]:
+    """The first box for `name` of the mark `at` (x, y, radius) that is inside the picture and free, and whether a line must lead there."""
+    width, gap = 7.2 * len(name), at[2] + 5
     near = [(gap, 4), (gap, -12), (gap, 20), (-gap - width, 4), (-gap - width, -12), (-gap - width, 20)]
     far = [(side, step) for step in (38, -30, 54, -46, 70, -62) for side in (gap, -gap - width)]
-    for at, (dx, dy) in enumerate(near + far):
-        left, top = point.x + dx, point.y + dy - 12
+    for tried, (dx, dy) in enumerate(near + far):
+        left, top = at[0] + dx, at[1] + dy - 12
         box = (left, top, left + width, top + 15)
         inside = box[0] >= between[0] and box[2] <= between[1] and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
         if inside and not any(_overlap(box, other) for other in taken):
-            return box, at >= len(near)
+            return box, tried >= len(near)
     return None, False
 
 
