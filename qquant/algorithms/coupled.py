@@ -10,13 +10,17 @@ which GPTQ rounds within the block; d = rounded - v_RS is kept, as a whole, wher
 As long as only rows of R change, P changes by d H_S: like the slope of rows that depend on no others.
 
 Matrices G of one size do not depend on each other: as many of them as fit into memory are taken together, as one batch.
+
+Of several ranks each has all rows of the slope (v - w) H for some columns, and visits some rows of R in all columns: P is handed from columns to
+rows, and the changes d of a block S, with d H_SS + 2 P_S, from each to all, who judge them alike and move their slopes on.
+
 A curvature of rows and columns: YAQA (arXiv 2505.22988).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +28,9 @@ from torch import Tensor
 from qquant.algorithms.descent import WIDE, Columns, blocks_of, swept_together, visit
 from qquant.algorithms.grid import Grid
 from qquant.algorithms.problem import Problem, Solution, joined
+from qquant.algorithms.sharing import columns_of, rows_of, turned
 from qquant.devices import policy
+from qquant.exchange import ALONE, Exchange
 from qquant.kernels.product import Halves, SplitMatrix, product, product_using_up
 from qquant.kernels.replay import Replay
 
@@ -32,7 +38,7 @@ PARTS = 8  # subsets of coupled rows
 DAMPING = 0.05  # of the mean of diag(G)
 
 
-def sweep(
+def sweep(  # noqa: PLR0913  what `descent.sweep` takes, G, and with whom
     weight: Tensor,
     gram: Tensor,
     codes: Tensor,
@@ -40,11 +46,12 @@ def sweep(
     grid: Grid,
     shift: bool,
     rows: Iterable[Tensor],
+    exchange: Exchange = ALONE,
 ) -> Tensor:
     """Codes uint8 [N, K] after one pass over all rows and columns of weight float32 [N, K].
 
     gram: float32 [K, K], positive definite; levels: steps and offsets [N, K / width]; `rows`: G of consecutive rows in turn,
-    float32 [n, n] each, N rows together. Rows whose G is zero keep their codes.
+    float32 [n, n] each, N rows together. Rows whose G is zero keep their codes. All ranks of `exchange` have the same arguments, and get the same.
     """
     columns = blocks_of(gram, shift, grid)
     if len(gram) > WIDE:
@@ -56,10 +63,13 @@ def sweep(
         earlier = codes[places][:, columns.order]
         error = (step * earlier).sub_(offset).sub_(weight[places][:, columns.order])
         batch = len(spans)
-        slope = product_using_up(error.view(batch, -1, error.shape[1]), columns.gram)
+        error = error.view(batch, -1, error.shape[1])
+        ranks = _Ranks(exchange, columns) if exchange.world > 1 else None
+        slope = ranks.slope(error) if ranks else product_using_up(error, columns.gram)
         del error
         batched = [x.view(batch, -1, x.shape[1]) for x in (earlier, step, offset)]
-        visited_codes = _swept(columns, matrices, grid.levels, slope, *batched).flatten(0, 1)
+        move = ranks.swept if ranks else _swept
+        visited_codes = move(columns, matrices, grid.levels, slope, *batched).flatten(0, 1)
         swept[places] = torch.empty_like(visited_codes).index_copy_(1, columns.order, visited_codes)
         del step, offset, earlier, slope, batched, visited_codes  # before the next are made
     return swept
@@ -87,16 +97,9 @@ def _swept(
     columns: Columns, matrices: Tensor, count: int, slope: Tensor, codes: Tensor, step: Tensor, offset: Tensor
 ) -> Tensor:
     """Codes [B, n, K] of a batch, its columns in the order of `columns`; slope: (v - w) H, which is used up."""
-    batch, rows, width = slope.shape
-    matrices = matrices + DAMPING * torch.diag_embed(
-        matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
-    )
-    for first in range(min(PARTS, rows)):
-        subset = torch.arange(first, rows, PARTS, device=slope.device)
-        mix = matrices[:, subset]
-        inside = mix[:, :, subset]
-        root = torch.linalg.cholesky_ex(inside).L
-        pull = _pull(root, mix, slope).flatten(0, 1)
+    batch, _, width = slope.shape
+    for subset, inside, pulled in _subsets(matrices, slope):
+        pull = pulled.flatten(0, 1)
         earlier, steps, offsets = (x[:, subset].flatten(0, 1) for x in (codes, step, offset))
         of_rows = pull, inside, earlier, steps, offsets
         if columns.gram.halves is None or width > WIDE:  # a recording keeps another copy of the matrix
@@ -106,6 +109,82 @@ def _swept(
         slope[:, subset] += product(change, columns.gram).view(batch, -1, width)
         codes[:, subset] = visited_codes.view(batch, -1, width)
     return codes
+
+
+def _subsets(matrices: Tensor, slope: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every subset R of the rows of matrices [B, n, n] in turn, G_RR [B, r, r], and P [B, r, K] for the slope [B, n, K] as it is then."""
+    rows = matrices.shape[1]
+    matrices = matrices + DAMPING * torch.diag_embed(
+        matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, rows)
+    )
+    for first in range(min(PARTS, rows)):
+        subset = torch.arange(first, rows, PARTS, device=slope.device)
+        mix = matrices[:, subset]
+        inside = mix[:, :, subset]
+        root = torch.linalg.cholesky_ex(inside).L
+        yield subset, inside, _pull(root, mix, slope)
+
+
+@dataclass
+class _Ranks:
+    """This rank of several that sweep a batch together."""
+
+    exchange: Exchange
+    columns: Columns
+    spans: list[slice] = field(init=False)  # of columns, by rank
+
+    def __post_init__(self) -> None:
+        self.spans = columns_of(len(self.columns.order), self.exchange)
+
+    @property
+    def gram(self) -> Tensor:
+        """This rank's columns of H."""
+        return self.columns.gram.values()[:, self.spans[self.exchange.rank]]
+
+    def slope(self, error: Tensor) -> Tensor:
+        """This rank's columns of `error` H, [B, n, ...]."""
+        return error @ self.gram
+
+    def swept(
+        self, columns: Columns, matrices: Tensor, count: int, slope: Tensor, codes: Tensor, step: Tensor, offset: Tensor
+    ) -> Tensor:
+        """What `_swept` gives, for the `slope` of this rank's columns."""
+        batch, found, subsets = len(codes), list[Tensor](), list[tuple[Tensor, list[slice]]]()
+        for subset, inside, pulled in _subsets(matrices, slope):
+            shares = rows_of(len(subset), self.exchange)
+            pull = turned(pulled, shares, self.exchange)
+            mine = subset[shares[self.exchange.rank]]
+            spacing = step[:, mine].flatten(0, 1), offset[:, mine].flatten(0, 1)
+            judge, earlier = _Judge(self.exchange, inside), codes[:, mine].flatten(0, 1)
+            given = columns.gram, columns.blocks, count, pull.flatten(0, 1), earlier, spacing, judge.lowers
+            found.append(torch.cat([block for block, _ in visit(*given)], 1).view(batch, len(mine), codes.shape[2]))
+            slope[:, subset] += (torch.cat(judge.changes, 2).flatten(0, 1) @ self.gram).view(
+                batch, len(subset), slope.shape[2]
+            )
+            subsets.append((subset, shares))
+        for rank, parcel in enumerate(self.exchange.share(found)):
+            for (subset, shares), rows in zip(subsets, parcel, strict=True):
+                codes[:, subset[shares[rank]]] = rows
+        return codes
+
+
+@dataclass
+class _Judge:
+    """What ranks agree on: which changes [B, r, S] of a subset are kept, of whose rows each has some."""
+
+    exchange: Exchange
+    inside: Tensor  # G_RR [B, r, r]
+    changes: list[Tensor] = field(default_factory=list)  # of all rows, by blocks of columns
+
+    def lowers(self, change: Tensor, gain: Tensor) -> Tensor:
+        """For rows of this rank [B r', S], as `descent.visit` asks."""
+        batch = len(self.inside)
+        rows = len(change) // batch
+        parcels = self.exchange.share([torch.stack((change, gain)).view(2, batch, rows, change.shape[1])])
+        changed, gained = torch.cat([parcel[0] for parcel in parcels], 2)
+        keep = (self.inside @ changed).mul_(gained).sum((1, 2)) < 0
+        self.changes.append(changed * keep.view(-1, 1, 1))
+        return keep.repeat_interleave(rows).unsqueeze(1)
 
 
 def _pull(root: Tensor, mix: Tensor, slope: Tensor) -> Tensor:
@@ -126,7 +205,8 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
     codes, spacing = solution.codes, joined(solution.params)
     for count in range(problem.settings.sweeps):
         with problem.damped() as gram:
-            codes = sweep(problem.weight, gram, codes, spacing, problem.grid, count % 2 == 1, problem.rows)
+            shift = count % 2 == 1
+            codes = sweep(problem.weight, gram, codes, spacing, problem.grid, shift, problem.rows, problem.exchange)
     return replace(solution, codes=codes)
 
 

@@ -43,6 +43,7 @@ BLOCK = 1024  # columns that are visited together: with 128 of them GPTQ-Int4's 
 NARROW = 32  # on grids of at most FEW levels, where whole changes are seldom kept: 7 to 11 % less divergence in Q2_K
 FEW = 8
 WIDE = 16384  # columns from which on no copy of the matrix is kept that saves a little time
+PIECE = 64  # rows; products of a few have other bits than among others
 SYSTEM = 1 << 26  # values of the systems of scales that are solved at a time
 
 
@@ -66,6 +67,11 @@ def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
     gram = reordered(gram, order)
     blocks = list(_factored(gram, size))
     return Columns(order, split_in_place(gram), blocks)
+
+
+def in_whole(rows: int) -> int:
+    """About as many rows, at least 1, so that none of their pieces is of a few where a matrix has a round number of them."""
+    return rows // PIECE * PIECE or max(1, rows)
 
 
 def swept_together(weight: Tensor) -> int:
@@ -95,7 +101,7 @@ def sweep(
     """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
     columns = blocks_of(gram, shift, grid)
     swept = torch.empty_like(codes)
-    rows = max(1, swept_together(weight) // weight.shape[1])
+    rows = in_whole(swept_together(weight) // weight.shape[1])
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
         levels = (level[span] for level in spacing)
@@ -161,7 +167,7 @@ def _row_by_row(change: Tensor, gain: Tensor) -> Tensor:
 def _split(x: Tensor, size: int) -> list[Tensor]:
     """The columns of x [N, K] in blocks of `size`, contiguous each."""
     even = x.shape[1] // size * size
-    pieces = list(x[:, :even].reshape(len(x), -1, size).transpose(0, 1).contiguous().unbind())
+    pieces = list(x[:, :even].reshape(len(x), even // size, size).transpose(0, 1).contiguous().unbind())
     return [*pieces, x[:, even:].contiguous()] if even < x.shape[1] else pieces
 
 
@@ -170,7 +176,7 @@ def refit(weight: Tensor, gram: Tensor, codes: Tensor, params: Params) -> Params
     linear_form = params.linear_form(codes)
     old = torch.cat([coefficients for coefficients, _ in linear_form], 1)
     new = old.clone()
-    rows = max(1, min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
+    rows = in_whole(min(policy(weight.device).refitted, SYSTEM // old.shape[1] ** 2))
     for start in range(0, len(weight), rows):
         span = slice(start, min(start + rows, len(weight)))
         bases = [basis[span] for _, basis in linear_form]

@@ -10,8 +10,8 @@ definition that packers, kernels and loaders are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from qquant.resources import lazy
@@ -49,6 +49,14 @@ class Params(Protocol):
 
     def with_integers(self, name: str, values: Tensor) -> Params:
         """These parameters with other integers `name`."""
+        ...
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """All tensors by name, [N, ...] each."""
+        ...
+
+    def with_stored(self, stored: Mapping[str, Tensor]) -> Params:
+        """The same kind of parameters of other rows, from their tensors."""
         ...
 
 
@@ -153,6 +161,14 @@ class UniformParams:
     def with_integers(self, name: str, values: Tensor) -> UniformParams:
         """Never called, since there are no multipliers."""
         raise AssertionError(f"{name}: {values.shape}")
+
+    def stored(self) -> dict[str, Tensor]:
+        """Scales and zeros."""
+        return {"scales": self.scales, "zeros": self.zeros}
+
+    def with_stored(self, stored: Mapping[str, Tensor]) -> UniformParams:
+        """Other scales and zeros."""
+        return replace(self, **stored)
 
 
 @dataclass(frozen=True)

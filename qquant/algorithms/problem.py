@@ -3,6 +3,9 @@
 A problem is linears that share an input and a grid, solved as one stacked matrix; a step gets it with what the step before found, and
 gives codes and parameters. After each step the error is noted, e H e' of the difference e over w H w' of the weights. A linear that ends
 worse than after the first step keeps what it had then; where H cannot be factorised, all of them do.
+
+Several ranks that have the same problem (`exchange`) take a part of the stacked rows each in steps whose rows do not depend on each other, and
+get what the others found: all have the same solution then, in the bits of one rank (`qquant.algorithms.sharing`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, with_damping
 from qquant.algorithms.grid import Grid, Params, QuantizedTensor
+from qquant.algorithms.sharing import rows_of
+from qquant.exchange import ALONE, Exchange
 from qquant.recipe.solvers import STEPS
 
 
@@ -46,6 +51,74 @@ class Problem:
     settings: SolverSettings
     rows: Iterable[Tensor] | None = None  # curvature [n, n] of the stacked rows in turn; None: not known
     alone: bool = False  # nothing else is solved on the same statistics
+    exchange: Exchange = ALONE  # ranks that have the same problem, and share it out
+    known: dict[str, float] | None = field(default=None, init=False)  # what `energy` found
+
+    @cached_property
+    def mine(self) -> Problem:
+        """This rank's rows of it; itself, where there is one rank."""
+        if self.exchange.world == 1:
+            return self
+        linears = {linear: self.linears[linear][span] for linear, span in self._parts(self.exchange.rank).items()}
+        return Problem(linears, self.gram, self.grid, self.settings, None, self.alone)
+
+    @cached_property
+    def _spans(self) -> list[slice]:
+        """The stacked rows of each rank; where there are too few, some have what the first has, too."""
+        spans = rows_of(sum(map(len, self.linears.values())), self.exchange)
+        return [span if span.start < span.stop else spans[0] for span in spans]
+
+    def _parts(self, rank: int) -> dict[str, slice]:
+        """The rows of each linear that a rank has some of."""
+        span, stop, parts = self._spans[rank], 0, {}
+        for linear, matrix in self.linears.items():
+            start, stop = stop, stop + len(matrix)
+            inside = slice(max(span.start, start) - start, min(span.stop, stop) - start)
+            if inside.start < inside.stop:
+                parts[linear] = inside
+        return parts
+
+    def of_mine(self, solution: Solution) -> Solution:
+        """This rank's rows of a solution."""
+        if self.exchange.world == 1:
+            return solution
+        params = {
+            linear: with_rows(solution.params[linear], span) for linear, span in self._parts(self.exchange.rank).items()
+        }
+        return replace(solution, codes=solution.codes[self._spans[self.exchange.rank]], params=params)
+
+    def of_all(self, mine: Solution) -> Solution:
+        """The solution whose rows the ranks found."""
+        if self.exchange.world == 1:
+            return mine
+        first = next(iter(mine.params.values()))
+        given = [mine.codes, *(value for params in mine.params.values() for value in params.stored().values())]
+        found: dict[str, list[list[Tensor]]] = {linear: [] for linear in self.linears}
+        codes = []
+        for rank, parcel in enumerate(self.exchange.share(given)):
+            if rank == 0 or self._spans[rank] != self._spans[0]:
+                values = iter(parcel)
+                codes.append(next(values))
+                for linear in self._parts(rank):
+                    found[linear].append([next(values) for _ in first.stored()])
+        params = {
+            linear: first.with_stored(dict(zip(first.stored(), map(torch.cat, zip(*parts, strict=True)), strict=True)))
+            for linear, parts in found.items()
+        }
+        return replace(mine, codes=torch.cat(codes), params=params)
+
+    def energies(self, differences: Mapping[str, Tensor]) -> dict[str, float]:
+        """By linear e H e' of `differences` e that belong to `mine`, summed over all rows and the calibration tokens."""
+        rows = torch.cat([self.gram.energy(matrix) for matrix in differences.values()])
+        return {linear: float(value.sum()) for linear, value in self.split(self._of_all_rows(rows)).items()}
+
+    def _of_all_rows(self, values: Tensor) -> Tensor:
+        """Values [N] of which this rank has those of its rows."""
+        if self.exchange.world == 1:
+            return values
+        parcels = self.exchange.share([values])
+        kept = [rank for rank, span in enumerate(self._spans) if rank == 0 or span != self._spans[0]]
+        return torch.cat([parcels[rank][0] for rank in kept])
 
     @cached_property
     def weight(self) -> Tensor:
@@ -60,10 +133,13 @@ class Problem:
         """The rows [n, ...] of every linear."""
         return unstacked(self.linears, value)
 
-    @cached_property
+    @property
     def energy(self) -> dict[str, float]:
         """The output of every linear, summed over its rows and the calibration tokens."""
-        return {linear: float(self.gram.energy(matrix).sum()) or 1.0 for linear, matrix in self.linears.items()}
+        if self.known is None:  # not a cached property: others wait for what is said here
+            found = self.energies(self.mine.linears)
+            self.known = {linear: energy or 1.0 for linear, energy in found.items()}
+        return self.known
 
 
 @dataclass(frozen=True)
@@ -110,6 +186,11 @@ def _share(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
+def with_rows(params: Params, span: slice) -> Params:
+    """The parameters of some rows."""
+    return params.with_stored({name: value[span] for name, value in params.stored().items()})
+
+
 def unstacked(linears: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
     """The rows of every linear of a stacked value."""
     return dict(zip(linears, value.split([len(matrix) for matrix in linears.values()]), strict=True))
@@ -135,16 +216,23 @@ def solve(problem: Problem, steps: Sequence[str]) -> Solution:
 def _noted(problem: Problem, name: str, before: Solution | None) -> Solution:
     """The solution after step `name`, with the error that it left."""
     step: StepFunction = importlib.import_module(STEPS[name].module).step
-    after = step(problem, before)
+    if STEPS[name].apart:
+        mine = before and problem.of_mine(before)
+        after = step(problem.mine, mine)
+        if after is mine and before is not None:
+            return before
+        after = problem.of_all(after)
+    else:
+        after = step(problem, before)
     return after if after is before else replace(after, steps={**after.steps, name: _errors(problem, after)})
 
 
 def _errors(problem: Problem, solution: Solution) -> dict[str, float]:
-    return {
-        linear: float(problem.gram.energy(quantized.dequantize() - problem.linears[linear]).sum())
-        / problem.energy[linear]
-        for linear, quantized in solution.quantized(problem).items()
-    }
+    mine = problem.mine
+    quantized = problem.of_mine(solution).quantized(mine)
+    differences = {linear: quantized[linear].dequantize() - matrix for linear, matrix in mine.linears.items()}
+    energy = problem.energy
+    return {linear: error / energy[linear] for linear, error in problem.energies(differences).items()}
 
 
 def _no_worse(problem: Problem, name: str, first: Solution, last: Solution) -> Solution:

@@ -23,6 +23,7 @@ class Step:
 
     title: str
     module: str
+    apart: bool = True  # rows do not depend on each other: ranks may share them out; else the step does that itself
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ STEPS: dict[str, Step] = {
     "rtn": Step("to nearest", "qquant.algorithms.rtn"),
     "gptq": Step("GPTQ", "qquant.algorithms.gptq"),
     "sweeps": Step("descent and scales", "qquant.algorithms.descent"),
-    "coupled": Step("coupled rows", "qquant.algorithms.coupled"),
+    "coupled": Step("coupled rows", "qquant.algorithms.coupled", apart=False),
 }
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(("rtn",), "to nearest"),

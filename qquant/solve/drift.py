@@ -114,8 +114,8 @@ class _Sums:
             else:
                 add_products(self.residuals, _difference(next(parcel), next(parcel)), weighted)
 
-    def on_first(self) -> Drift | None:
-        """All sums, on the first rank.
+    def collected(self, everywhere: bool) -> Drift | None:
+        """All sums, on the first rank, or `everywhere`.
 
         Raises:
             NotFiniteError: something that was added on any rank was not finite.
@@ -133,8 +133,9 @@ class _Sums:
         parts = {GRAM: [gram.matrix, gram.absolute, gram.squares], RESIDUALS: [self.residuals]}
         parts |= {name: [piece] for name, piece in self.pieces.items()}
         if exchange.world > 1:
-            received = [iter(parcel) for parcel in exchange.to_first([x for name in self.mine for x in parts[name]])]
-            if not exchange.first:
+            given = [x for name in self.mine for x in parts[name]]
+            received = [iter(parcel) for parcel in (exchange.share if everywhere else exchange.to_first)(given)]
+            if not everywhere and not exchange.first:
                 return None
             sizes = {GRAM: 3}
             parts = {
@@ -147,8 +148,15 @@ class _Sums:
         return Drift(gram, self.cross, parts[RESIDUALS][0] if self.stage.into_residual else None)
 
 
-def drift(view: View, stage: Stage, inputs: Iterator[Inputs], stream: Stream, seen: Gram | None = None) -> Drift | None:
-    """The sums over all samples, on the first rank; `inputs`: those of the pieces of `stream` in turn.
+def drift(
+    view: View,
+    stage: Stage,
+    inputs: Iterator[Inputs],
+    stream: Stream,
+    seen: Gram | None = None,
+    everywhere: bool = False,
+) -> Drift | None:
+    """The sums over all samples, on the first rank, or `everywhere`; `inputs`: those of the pieces of `stream` in turn.
 
     Sums by column of the inputs without quantization go into `seen`, on the first rank.
 
@@ -160,7 +168,7 @@ def drift(view: View, stage: Stage, inputs: Iterator[Inputs], stream: Stream, se
         if parcel:
             sums.add(index, iter(parcel))
     next(inputs, None)  # it ends
-    return sums.on_first()
+    return sums.collected(everywhere)
 
 
 def together(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ The 16-bit stream passes through the block beside it. Where nobody needs its sta
 else, and they are taken on the way (`Carried`).
 
 Several ranks that build one artifact run the samples in turn; the sums of a stage are made by several of them (`drift`), and go to
-the first, which has its linears solved (`sharing.solve_stage`). What was found goes to all, since the next stage waits for this one.
+all, who solve its linears together, or to the first, which solves them (`sharing.divisible`). All know what was found: the next stage waits for it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from torch import Tensor
 from qquant.algorithms import coupled
 from qquant.algorithms.descent import WIDE
 from qquant.algorithms.gram import Gram, NotFiniteError
+from qquant.algorithms.sharing import rows_of
 from qquant.artifact.draft import Draft
 from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError
+from qquant.exchange import ALONE, Exchange
 from qquant.families import Stage
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
@@ -41,7 +43,7 @@ from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
 from qquant.solve.drift import Drift, Inputs, drift
 from qquant.solve.moments import Moments
-from qquant.solve.sharing import solve_stage
+from qquant.solve.sharing import divisible, solve_stage
 from qquant.solve.solver import Solver, unit
 from qquant.solve.stream import STATES, Piece, Stream, all_finite, require_finite
 from qquant.source.padding import without_padding
@@ -130,17 +132,18 @@ def _propagated(
     for number, stage in enumerate(family.stages):
         if view.inputs[stage.name] > WIDE:
             coupled.visited.forget()  # memory is short beside such matrices
-        sums = drift(view, stage, ways.inputs(number), stream, seen.get(stage.name))
+        everywhere = divisible(stage, solver, view, stream)
+        sums = drift(view, stage, ways.inputs(number), stream, seen.get(stage.name), everywhere)
         targets: dict[str, Tensor] = {}
         if sums is not None:
-            targets = _targets(stage, transformed.weights, sums)
+            targets = _targets(stage, transformed.weights, sums, exchange if everywhere else ALONE)
             targets |= {name: transformed.weights[name] for name in targets if solver.copies(name)}
-        solved = solve_stage(stage, targets, sums.gram if sums else None, rows, solver, view, stream)
-        values = [solved[linear].to(own.weights[f"{linear}.weight"]) for linear in stage.linears if linear in solved]
-        del targets, solved
+        values = solve_stage(stage, targets, sums, rows, solver, stream)
+        del targets
         del sums
-        names = [f"{linear}.weight" for linear in stage.linears]
-        own.weights.update(zip(names, exchange.from_rank(0, values), strict=True))
+        for linear, value in zip(stage.linears, values, strict=True):
+            own.weights[f"{linear}.weight"] = value.to(own.weights[f"{linear}.weight"])
+        del values
     hidden = list(ways.outputs(own, kept))
     moved = list(ways.outputs(exact, kept)) if carried else []
     if not all(exchange.say(all_finite([*hidden, *moved]))):
@@ -215,20 +218,24 @@ def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Input
         yield Inputs(piece, next(both.pop(0) if last else both[0]), next(own))
 
 
-def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift) -> dict[str, Tensor]:
-    """The weights of a stage with what makes up for the errors before them, float32; of `sums` H~ alone is left."""
+def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift, exchange: Exchange) -> dict[str, Tensor]:
+    """The weights of a stage with what makes up for the errors before them, float32; of `sums` H~ alone is left. Ranks have some rows of each."""
     names = [f"{linear}.weight" for linear in stage.linears]
     whole = torch.cat([weights[name] for name in names]).float()  # they are solved as one matrix
     targets = dict(zip(names, whole.split([len(weights[name]) for name in names]), strict=True))
+    spans = {name: rows_of(len(weight), exchange) for name, weight in targets.items()}
+    lacking = {}
     with tensor_cores():
-        lacking = {
-            name: weight @ sums.cross if sums.residuals is None else weight @ sums.cross + sums.residuals
-            for name, weight in targets.items()
-        }
+        for name, weight in targets.items():
+            mine = spans[name][exchange.rank]
+            lacking[name] = weight[mine] @ sums.cross
+            if sums.residuals is not None:
+                lacking[name] = lacking[name] + sums.residuals[mine]
     del sums.cross, sums.residuals
     factor = _ridge(sums.gram)
     for name, weight in targets.items():
-        weight += SHARE * _against(lacking.pop(name), factor)
+        for span, (correction,) in zip(spans[name], exchange.share([_against(lacking.pop(name), factor)]), strict=True):
+            weight[span] += SHARE * correction
     return targets
 
 

@@ -3,30 +3,28 @@
     forward pass     samples in turn; other ranks get sums by column, and of the inputs of a stage those that own its H
     H                each stage's is made by one rank, its owner: the terms of one rank alone, in their order
     solve            of an artifact that follows the 16-bit stream, by the owner of the stage; the first rank writes the block
-                     of one with a stream of its own, whose stages wait for each other, by linears, on a CPU: rows do not depend on what
-                     is stacked with them but where G couples them, which it does within a linear alone
+                     of one with a stream of its own, whose stages wait for each other, each by all ranks on a CPU, where the rows of
+                     a product have the bits that they have among others (`qquant.algorithms.sharing`)
 
 Where folded scales are searched, which needs every H of a block, all ranks get all.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from qquant.algorithms.gram import Gram, NotFiniteError
+from qquant.algorithms.sharing import shares
 from qquant.devices import policy
 from qquant.disk.records import to_plain, typed
-from qquant.exchange import Parcels
+from qquant.exchange import ALONE, Parcels
 from qquant.families import Stage
 from qquant.kernels.column_sums import column_sums
-from qquant.ranks import dealt
 from qquant.report.solved import LinearRecord
 from qquant.solve.block import View
-from qquant.solve.drift import apart, together
+from qquant.solve.drift import Drift, apart, together
 from qquant.solve.solver import Rows, Solver
 from qquant.solve.stream import Stream, require_finite
 
@@ -136,49 +134,20 @@ def solve(
         yield tensors, [typed(LinearRecord, entry, "a rank") for entry in records], seconds
 
 
-def solve_stage(
-    stage: Stage,
-    targets: Mapping[str, Tensor],
-    gram: Gram | None,
-    rows: Rows,
-    solver: Solver,
-    view: View,
-    stream: Stream,
-) -> dict[str, Tensor]:
-    """What `Solver.solve` gives, on the first rank, which alone has `targets` and `gram`; linears are shared out where their bits allow it."""
-    exchange = stream.exchange
+def divisible(stage: Stage, solver: Solver, view: View, stream: Stream) -> bool:
+    """Whether the ranks of a stream can solve a stage together, in the bits of one; all must ask alike."""
+    if stream.exchange.world == 1 or not policy(stream.device).split:
+        return False
     grids = solver.grids({linear: view.weights[f"{linear}.weight"] for linear in stage.linears})
-    divisible = exchange.world > 1 and len(grids) > 1 and None not in grids.values() and policy(stream.device).split
-    if not divisible:
-        return solver.solve(stage, targets, gram, rows) if gram is not None else {}
-    began = time.perf_counter()
-    hands = dealt({linear: float(len(view.weights[f"{linear}.weight"])) for linear in grids}, exchange.world)
-    tokens, largest = exchange.say([gram.tokens, gram.largest] if gram else None)[0]
-    parcels: list[Sequence[Tensor]] = [()] * exchange.world
-    if gram:
-        sums = gram.matrix, gram.absolute, gram.squares
-        parcels = [[*sums, *(targets[f"{linear}.weight"] for linear in hand)] if hand else () for hand in hands]
-    part, mine, values = solver.part(), hands[exchange.rank], dict[str, Tensor]()
-    given = exchange.deliver(parcels)[0]
-    if mine:
-        weights = {f"{linear}.weight": weight for linear, weight in zip(mine, given[3:], strict=True)}
-        linears = tuple(row for row in stage.rows if row.name in mine)
-        values = part.solve(
-            replace(stage, rows=linears), weights, Gram(given[0], given[1], given[2], tokens, largest), rows
-        )
-    said = exchange.say([list(part.tensors), [to_plain(entry) for entry in part.record]])
-    received = exchange.to_first([*part.tensors.values(), *(values[linear] for linear in mine)])
-    if not exchange.first:
-        return {}
-    solved: dict[str, Tensor] = {}
-    records: dict[str, LinearRecord] = {}
-    for (names, entries), hand, parcel in zip(said, hands, received, strict=True):
-        solver.tensors.update(zip(names, parcel, strict=False))
-        solved |= dict(zip(hand, parcel[len(names) :], strict=True))
-        for entry in entries:
-            record = typed(LinearRecord, entry, "a rank")
-            records[record.name] = record
-    in_order = [linear for grid in dict.fromkeys(grids.values()) for linear in grids if grids[linear] == grid]
-    solver.record += [records[f"{solver.prefix}{linear}.weight"] for linear in in_order]
-    solver.seconds[solver.prefix + stage.name] = round(time.perf_counter() - began, 4)
-    return solved
+    return None not in grids.values() and shares(view.inputs[stage.name], stream.exchange)
+
+
+def solve_stage(
+    stage: Stage, targets: Mapping[str, Tensor], sums: Drift | None, rows: Rows, solver: Solver, stream: Stream
+) -> Sequence[Tensor]:
+    """The values of the linears of a stage on all ranks, who solve it together, or have those of the first, which alone has `sums` then."""
+    exchange = stream.exchange
+    everywhere = all(exchange.say(sums is not None))
+    found = solver.solve(stage, targets, sums.gram, rows, exchange if everywhere else ALONE) if sums else {}
+    values = [found[linear] for linear in stage.linears if linear in found]
+    return values if everywhere else exchange.from_rank(0, values)

@@ -24,6 +24,7 @@ from qquant.algorithms.problem import Problem, solve, unstacked
 from qquant.artifact.draft import Draft
 from qquant.devices import to_host
 from qquant.errors import QQuantError
+from qquant.exchange import ALONE, Exchange
 from qquant.families import Stage
 from qquant.families.weights import WeightSource
 from qquant.formats import FORMATS
@@ -134,15 +135,20 @@ class Solver:
             self.arrived |= self.coming.pop(0)()
         return self.arrived
 
-    def solve(self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows) -> dict[str, Tensor]:
-        """Quantize the linears of a stage, of any dtype; their float32 values as readers will see them."""
+    def solve(
+        self, stage: Stage, weights: Mapping[str, Tensor], gram: Gram, rows: Rows, exchange: Exchange = ALONE
+    ) -> dict[str, Tensor]:
+        """Quantize the linears of a stage, of any dtype; their float32 values as readers will see them.
+
+        Ranks of `exchange` have the same arguments, and get the same; the first keeps what will be stored.
+        """
         began = time.perf_counter()
         values: dict[str, Tensor] = {}
         linears = {linear: weights[f"{linear}.weight"].float() for linear in stage.linears}
         grids = self.grids(linears)
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
-            values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows)
+            values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows, exchange)
         self.seconds[self.prefix + stage.name] = round(time.perf_counter() - began, 4)
         return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
 
@@ -152,10 +158,6 @@ class Solver:
             linear: self.format.grid_for(self.draft.plan, self._name(linear), weight.shape[1])
             for linear, weight in linears.items()
         }
-
-    def part(self) -> Solver:
-        """A solver of the same block that has solved nothing."""
-        return Solver(self.checkpoint, self.draft, self.layer, self.moments, self.alone)
 
     def copies(self, name: str) -> bool:
         """Whether the artifact holds a tensor of the block as numbers, which make up for nothing."""
@@ -178,17 +180,22 @@ class Solver:
             self._note(linear, values[linear], gram, error=error)
         return values
 
-    def _round(self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows) -> dict[str, Tensor]:
+    def _round(
+        self, linears: Mapping[str, Tensor], gram: Gram, grid: Grid, rows: Rows, exchange: Exchange
+    ) -> dict[str, Tensor]:
         """Solve linears of one grid as one stacked matrix, and pack what was found."""
         if not pads_codes(grid, len(gram.absolute)):
             linears = {linear: zero_padded(matrix, self.shapes[linear]) for linear, matrix in linears.items()}
             gram = padded_gram(gram, max(self.shapes[linear][1] for linear in linears))
         spec = self.draft.plan.spec
-        problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone)
+        problem = Problem(linears, gram, grid, spec, _curvatures(linears, rows), self.alone, exchange)
         solution = solve(problem, spec.steps)
         values = {}
         for linear, quantized in solution.quantized(problem).items():
             padded = zero_padded_codes(quantized, self.shapes[linear])
+            if not exchange.first:
+                values[linear] = padded.dequantize()
+                continue
             value = self._keep(linear, self.format.pack(self.draft.plan, self._name(linear), padded))
             if not torch.equal(value, padded.dequantize()):
                 raise QQuantError(f"{self._name(linear)}: the packed tensor dequantizes to other values than its codes")

@@ -39,8 +39,11 @@ SHAPES = {
     "72B": (8192, 24576, 80, 64, 64),
     "110B": (8192, 49152, 80, 64, 8),
 }  # hidden, intermediate, layers, heads, heads of keys and values
-SMALL = {"toy": (256, 768, 4, 4, 2)}  # of nobody: for trying a bench where a published size takes too long
-WORDS = {"toy": 8192, "14B": 152064, "32B": 152064, "72B": 152064, "110B": 152064}
+SMALL = {
+    "toy": (256, 768, 4, 4, 2),
+    "0.5B-8k": (1024, 2816, 24, 16, 16),
+}  # of nobody: where a published size takes too long
+WORDS = {"toy": 8192, "0.5B-8k": 8192, "14B": 152064, "32B": 152064, "72B": 152064, "110B": 152064}
 COMMON = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",

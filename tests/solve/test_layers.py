@@ -117,9 +117,9 @@ def test_samples_without_a_gradient_count_with_weight_one(make_checkpoint, tmp_p
     seen = []
     solve = Solver.solve
 
-    def solving(self, stage, weights, gram, rows):
+    def solving(self, stage, weights, gram, rows, *ranks):
         seen.append((gram.tokens, gram))
-        return solve(self, stage, weights, gram, rows)
+        return solve(self, stage, weights, gram, rows, *ranks)
 
     monkeypatch.setattr(Solver, "solve", solving)
     loaded = load_recipe(tmp_path, ["gptq-own" if own_stream else "gptq-shared"])

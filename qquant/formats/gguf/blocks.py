@@ -6,7 +6,7 @@ A type (`types`) is a drawing of its bytes and one of these strategies; the sear
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -99,11 +99,18 @@ class BlockParams:
         """Other sub-scales or sub-minima."""
         return replace(self, scales=values) if name == "scales" else replace(self, mins=values)
 
+    def stored(self) -> dict[str, Tensor]:
+        """What there is of d, dmin, sub-scales and sub-minima."""
+        named = {"d": self.d, "dmin": self.dmin, "scales": self.scales, "mins": self.mins}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def with_stored(self, stored: Mapping[str, Tensor]) -> BlockParams:
+        """Others of the same type."""
+        return BlockParams(self.type, **stored)
+
     def rows(self, rows: slice) -> BlockParams:
         """The parameters of some rows."""
-        return BlockParams(
-            self.type, self.d[rows], *(None if a is None else a[rows] for a in (self.dmin, self.scales, self.mins))
-        )
+        return self.with_stored({name: value[rows] for name, value in self.stored().items()})
 
 
 @dataclass
