@@ -137,8 +137,8 @@ def halves(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         first.copy_(scaled)
         second.copy_(scaled.sub_(first))
     lift = TOP - exponent.max()
-    one = h.new_ones(1)
-    return upper, lower, torch.ldexp(one, exponent + lift), torch.ldexp(one, -2 * lift)
+    d = torch.ldexp(torch.ones_like(exponent, dtype=h.dtype), exponent + lift)
+    return upper, lower, d, torch.ldexp(h.new_ones(1), -2 * lift.view(1))
 
 
 def launch(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qquant import devices
+from qquant.exchange import ALONE
 from qquant.families import FAMILIES
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
@@ -120,7 +121,7 @@ def test_the_correction_is_the_ridge_regression_of_what_is_missing():
         for place, part in enumerate((slice(0, 25), slice(25, None)))
     ]
     sums = drift.drift(view, stage, iter(inputs), Stream([x[:25], x[25:]], CPU))
-    targets = propagate._targets(stage, weights, sums)
+    targets = propagate._targets(stage, weights, sums, ALONE)
     found = (targets[f"{stage.linears[0]}.weight"] - weight) / propagate.SHARE
     wanted = (x @ weight.T + r - q) - own @ weight.T  # what W x~ lacks
     ridge = (propagate.RIDGE * sums.gram.matrix.diagonal().mean()).sqrt()
