@@ -120,8 +120,9 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert "check:  bundled:wikitext-2-test, 3 windows of 64 tokens (93 scored)" in out
     assert " GB at the peak on a CPU (" in out
     assert "with --device cuda " in out
-    for detail in ("model.safetensors", "down_proj", "measured, not gated", "time:"):
+    for detail in ("model.safetensors", "down_proj", "measured, not gated", "time:   about "):
         assert detail not in out
+    assert "time:   --time says how long" in out
     code, out, _ = qquant(
         "plan", folder, "--recipe", recipe_file, "--files", "--tensors", "--gates", "--time", "--device", "cpu"
     )
