@@ -1,9 +1,11 @@
 """The house is as its map says, and no room grew over its walls."""
 
+import ast
 import tomllib
 
 import pytest
 
+from qquant.formats import FORMATS
 from tests.worlds import ROOT, house
 
 LIMIT = 400
@@ -46,3 +48,32 @@ def test_tests_mirror_the_package():
     there = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
     assert there - rooms <= {"worlds", "golden", "oracles", "bench", "fuzz"}
     assert rooms - there <= {"plan", "disk"}, "their tests are those of builds"
+
+
+def _texts(node):
+    """The texts that a constant or a literal collection of them is."""
+    parts = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node]
+    return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def _asked(tree):
+    """Texts that a file compares something with, or asks a name to end with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and not isinstance(node.left, ast.Constant):
+            for operand in node.comparators:
+                yield from _texts(operand)
+        elif isinstance(node, ast.MatchValue):
+            yield from _texts(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "endswith":
+            yield from (text for argument in node.args for text in _texts(argument))
+
+
+def test_nobody_but_formats_asks_for_a_format_by_its_name():
+    """Entries and formats answer for themselves; names end in .gguf where the command line opens what somebody typed."""
+    wanted = {*FORMATS, ".gguf"}
+    found = {}
+    for path in (ROOT / "qquant").rglob("*.py"):
+        name = str(path.relative_to(ROOT / "qquant"))
+        if not name.startswith("formats/") and (texts := wanted & set(_asked(ast.parse(path.read_text())))):
+            found[name] = texts
+    assert found == {"cli/speed.py": {".gguf"}, "cli/options.py": {".gguf"}}

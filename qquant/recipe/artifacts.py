@@ -23,6 +23,7 @@ from qquant.recipe.words import shown
 
 SUPER_BLOCK = 256  # columns of a K-quant block; a row that they do not divide falls back to another type
 BLOCK = 32  # columns of a block of the other GGUF types
+NO_CODES = ("f16", "bf16")  # mixes without codes to solve for
 
 GgufType = Literal[
     "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
@@ -352,7 +353,7 @@ class GgufArtifact(_Artifact):
     def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         solver = values["solver"]
         steps = SOLVERS[solver].steps if isinstance(solver, str) and solver in SOLVERS else None
-        if steps and values["type"] in ("f16", "bf16"):
+        if steps and values["type"] in NO_CODES:
             yield ("solver",), f"{values['type']} has no codes to solve for, got {shown(solver)}; allowed: ggml"
         if values["propagate"] is True and steps is not None and len(steps) < 2:
             yield ("propagate",), f"solver: {solver} does not look at the stream, got true; allowed: false"

@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from qquant.errors import UsageError
 from qquant.recipe import fit, forms
+from qquant.recipe.artifacts import ENTRIES, NO_CODES
 from qquant.recipe.efforts import EffortName
 from qquant.recipe.model import Recipe
 from qquant.recipe.page import Page, Place, Reader
 from qquant.recipe.words import Location, hint, key_path, nearest
 
 BACKGROUND = 0.05  # beside files of one's own: 2 % at home for 3 to 55 % elsewhere, tests/bench/LOG.md
-NO_CODES = ("f16", "bf16")  # GGUF types without codes to solve for
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,39 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
 
 
 def _artifacts(artifacts: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
-    kind = flags.format or ("gguf" if flags.types or flags.size else None)
+    entries = {get_args(entry.model_fields["format"].annotation)[0]: entry.model_fields for entry in ENTRIES}
+    typed = next(name for name, fields in entries.items() if "type" in fields)
+    kind = flags.format or (typed if flags.types or flags.size else None)
     if kind is None:
-        raise UsageError("--bits and --group-size need --format gptq or --format awq")
-    if kind == "gguf":
-        if not (flags.types or flags.size) or flags.bits or flags.group_size:
-            raise UsageError(
-                "--format gguf takes --type (q4_k_m, q8_0, ...) or --size (4.4GB), not --bits or --group-size"
-            )
-        if flags.size:
-            name = f"gguf-{flags.size.replace(' ', '').lower()}"
-            yield {"name": name, "format": kind, "size": flags.size, "solver": "gptq", "propagate": True}
-        for name in flags.types:
-            yield _like(artifacts, {"format": kind, "type": name}) or {
-                "name": f"gguf-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
-            }  # fmt: skip
+        words = " or ".join(f"--format {name}" for name, fields in entries.items() if "bits" in fields)
+        raise UsageError(f"--bits and --group-size need {words}")
+    if kind == typed:
+        yield from _typed(artifacts, flags, kind)
         return
     if flags.types or flags.size:
         word = "--type" if flags.types else "--size"
-        raise UsageError(f"{word} belongs to --format gguf, got --format {kind}; give --bits")
-    wanted: dict[str, Any] = {"format": kind}
-    if flags.bits is not None or kind == "gptq":
-        wanted["bits"] = flags.bits
-    if wanted.get("bits", 0) is None:
+        raise UsageError(f"{word} belongs to --format {typed}, got --format {kind}; give --bits")
+    several = kind in entries and entries[kind]["bits"].is_required()  # widths of a weight, of which one is to be named
+    if several and flags.bits is None:
         raise UsageError(f"--format {kind} needs --bits: 4 or 8")
+    wanted = {"format": kind} | ({} if flags.bits is None else {"bits": flags.bits})
     group = {} if flags.group_size is None else {"group_size": flags.group_size}
-    name = f"{kind}-int{flags.bits}" if kind == "gptq" else kind
+    name = f"{kind}-int{flags.bits}" if several else kind
     yield (_like(artifacts, wanted) or {"name": name} | wanted) | group
+
+
+def _typed(artifacts: list[dict[str, Any]], flags: Flags, kind: str) -> Iterator[dict[str, Any]]:
+    if not (flags.types or flags.size) or flags.bits or flags.group_size:
+        raise UsageError(
+            f"--format {kind} takes --type (q4_k_m, q8_0, ...) or --size (4.4GB), not --bits or --group-size"
+        )
+    if flags.size:
+        name = f"{kind}-{flags.size.replace(' ', '').lower()}"
+        yield {"name": name, "format": kind, "size": flags.size, "solver": "gptq", "propagate": True}
+    for name in flags.types:
+        yield _like(artifacts, {"format": kind, "type": name}) or {
+            "name": f"{kind}-{name}", "format": kind, "type": name, "solver": "ggml" if name in NO_CODES else "gptq",
+        }  # fmt: skip
 
 
 def _like(artifacts: list[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:

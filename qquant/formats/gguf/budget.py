@@ -32,6 +32,7 @@ from qquant.formats.gguf.container import padded
 from qquant.formats.gguf.mix import INSIDE, ModelShape
 from qquant.formats.gguf.types import TYPES
 from qquant.recipe import GgufArtifact
+from qquant.recipe.artifacts import NO_CODES
 from qquant.recipe.tensors import TENSOR_TYPES
 from qquant.resources import lazy
 
@@ -45,7 +46,6 @@ else:
 CELLS = 200_000  # units of bytes that are told apart
 SIXTEEN = {"BF16": "bf16", "F16": "f16", "F32": "f16"}  # the largest type that is worth its bytes
 NOT_ASKED_FOR = {"q2_k_s": "q2_k", "f32": "f16"}  # mixes that no recipe has, and what is said instead
-PLAIN = ("f16", "bf16")  # mixes without codes to solve for
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def settled(
         mix = claims.kind_of(types, shape)
         mix = NOT_ASKED_FOR.get(mix, mix)
         update = {"type": mix, "size": None, "bits_per_weight": None, "types": abridged(types)}
-        return spec.model_copy(update=update | ({"solver": "ggml", "propagate": False} if mix in PLAIN else {}))
+        return spec.model_copy(update=update | ({"solver": "ggml", "propagate": False} if mix in NO_CODES else {}))
 
     smallest, largest = (sum(choose(one.bytes for one in those) for those in options.values()) for choose in (min, max))
     least = _Size.of(spec, trial(literal({name: min(those, key=_bytes).type for name, those in options.items()})))

@@ -26,6 +26,7 @@ from qquant.formats.gguf.container import Field
 from qquant.formats.gguf.imatrix import CHUNK, FILE, Imatrix
 from qquant.formats.gguf.mix import FILE_TYPES
 from qquant.recipe import GgufArtifact, Recipe
+from qquant.recipe.artifacts import NO_CODES
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.hub import card_head
 from qquant.source.untrusted import read_json, read_text
@@ -64,7 +65,7 @@ def metadata(
         *_tokenizer(checkpoint),
         Field("general.quantization_version", "u32", QUANTIZATION_VERSION),
         Field("general.file_type", "u32", FILE_TYPES[spec.kind]),
-        *(_importance(checkpoint, recipe, imatrix) if spec.imatrix and spec.type not in ("f16", "bf16") else ()),
+        *(_importance(checkpoint, recipe, imatrix) if spec.imatrix and spec.type not in NO_CODES else ()),
     ]
 
 
