@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qquant.families.decoder import rms_norm, rms_norm_heads, rotary, rotate
+from qquant.families.decoder import Block, rms_norm, rotary, rotate, source_block
 from qquant.families.forward import through
 from qquant.families.weights import WeightSource
 
@@ -42,8 +42,13 @@ class PromptDecoder:
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
         self.family, self.config, self.dtype, self.device = source.family, source.config, dtype, device
-        names = source.family.shapes(source.config)
+        self.blocks = [source_block(source, layer, dtype, device) for layer in range(source.config.layers)]
+        names = {self.family.embedding, self.family.final_norm, self._head}
         self.weights = {name: source.tensor(name).to(device=device, dtype=dtype) for name in names}
+
+    @property
+    def _head(self) -> str:
+        return self.family.embedding if self.config.tied else self.family.head
 
     @torch.no_grad()
     def answer(
@@ -75,7 +80,7 @@ class PromptDecoder:
         for layer in range(config.layers):
             x = through(family.forward(_Cached(self, cache, layer), x))
         h = rms_norm(x[:, -kept:], self.weights[family.final_norm], config.epsilon)
-        return self.product(h, self.weights[family.embedding if config.tied else family.head]).float()
+        return self.product(h, self.weights[self._head]).float()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product with W', plus b, of x [B, T, in]."""
@@ -84,33 +89,18 @@ class PromptDecoder:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-class _Cached:
-    """The operators of one block on [B, T, features], with the cache."""
+class _Cached(Block):
+    """One block on [B, T, features], with the cache."""
 
     def __init__(self, model: PromptDecoder, cache: _Cache, layer: int) -> None:
-        self.model, self.cache, self.layer = model, cache, layer
-        self.prefix, self.epsilon = model.family.block.format(layer), model.config.epsilon
+        super().__init__(model.family, model.config, model.blocks[layer].weights, model.dtype)
+        self.product, self.cache, self.layer = model.product, cache, layer
 
-    def normed(self, stage: str, x: Tensor) -> Tensor:
-        return rms_norm(x, self.model.weights[self.prefix + self.model.family.stage(stage).norm], self.epsilon)
-
-    def apply(self, stage: str, x: Tensor) -> list[Tensor]:
-        weights, names = self.model.weights, [self.prefix + name for name in self.model.family.stage(stage).linears]
-        return [self.model.product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
-
-    def head_norm(self, name: str, x: Tensor) -> Tensor:
-        return rms_norm_heads(x, self.model.weights[self.prefix + name], self.epsilon)
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return self.product(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def attend(self, heads: Sequence[Tensor]) -> Tensor:
-        query, key, value = heads
-        return self.cache.attend(self.layer, query, key, value)
-
-    def gated(self, pair: Sequence[Tensor]) -> Tensor:
-        gate, up = pair
-        return F.silu(gate) * up
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
+        return self.cache.attend(self.layer, *heads)
 
 
 class _Cache:

@@ -146,11 +146,6 @@ class Family:
         sizes = config.sizes(layer)
         return {stage.name: sizes[stage.inn] for stage in self.stages}
 
-    def stage_parameters(self, config: ModelConfig, layer: int, stage: Stage) -> int:
-        """Numbers in the matrices of a stage of block `layer`."""
-        sizes = config.sizes(layer)
-        return sum(sizes[row.out] * sizes[row.inn] for row in stage.rows)
-
     def matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         """Every linear weight of all blocks -> (out features, in features)."""
         return {

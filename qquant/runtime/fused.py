@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qquant.families import Family, ModelConfig
 from qquant.kernels.between import add_norm, gate
 
 
@@ -22,6 +23,24 @@ class Layer:
     linears: Mapping[str, nn.Module | Sequence[nn.Module]]  # by stage: one fused, or several side by side
     widths: Mapping[str, Sequence[int]]  # by stage: outputs of each linear
     vectors: Mapping[str, Tensor]  # everything else, by name
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        config: ModelConfig,
+        index: int,
+        linears: Mapping[str, nn.Module | Sequence[nn.Module]],
+        vector: Callable[[str], Tensor],
+    ) -> Layer:
+        """Block `index` of a model with its `linears` by stage; `vector` gives a norm or another vector by its name in the model."""
+        prefix, shapes = family.block.format(index), family.linear_shapes(config, index)
+        return cls(
+            norms={stage.name: vector(prefix + stage.norm) for stage in family.stages if stage.norm},
+            linears=linears,
+            widths={stage.name: [shapes[linear][0] for linear in stage.linears] for stage in family.stages},
+            vectors={v.name: vector(prefix + v.name) for stage in family.stages for v in stage.vectors},
+        )
 
 
 class _Outputs(tuple[Tensor, ...]):

@@ -115,19 +115,12 @@ def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> ModelWe
 
     layers = []
     for index in range(config.layers):
-        prefix, shapes = family.block.format(index), family.linear_shapes(config, index)
+        prefix = family.block.format(index)
         held = {stage.name: _held([module(prefix + name) for name in stage.linears]) for stage in family.stages}
         linears = {name: stage for name, stage in held.items() if stage is not None}
         if len(linears) < len(held):
             return None
-        layers.append(
-            Layer(
-                norms={stage.name: weight(prefix + stage.norm) for stage in family.stages if stage.norm},
-                linears=linears,
-                widths={stage.name: [shapes[linear][0] for linear in stage.linears] for stage in family.stages},
-                vectors={v.name: weight(prefix + v.name) for stage in family.stages for v in stage.vectors},
-            )
-        )
+        layers.append(Layer.of(family, config, index, linears, weight))
     embedding, head = module(family.embedding), module(family.head)
     if not isinstance(embedding, nn.Embedding | QuantEmbedding) or not isinstance(head, RuntimeLinear):
         return None

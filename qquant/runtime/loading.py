@@ -18,7 +18,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime.generating import Quick
 from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
-from qquant.runtime.parts import Loader, linears
+from qquant.runtime.parts import Loader
 from qquant.runtime.skeleton import TOKENS, skeleton
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
@@ -65,7 +65,7 @@ def load(
 def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: Executor) -> Any:
     """The model, of parts that are read and repacked in `pool` while transformers is imported."""
     config, family = source.config, source.family
-    outside = pool.submit(_embedding_and_head, loader)
+    outside = pool.submit(loader.embedding_and_head)
     blocks = [pool.submit(_block, source, layer, loader) for layer in range(config.layers)]
     model = skeleton(family, config, raw, loader.dtype, loader.device)
     for layer, block in enumerate(blocks):
@@ -83,18 +83,13 @@ def _readers(device: torch.device) -> int:
     return min(READERS, os.cpu_count() or 1) if devices.threads_help(device) else 1
 
 
-def _embedding_and_head(loader: Loader) -> tuple[nn.Module, nn.Module]:
-    embedding = loader.embedding()
-    return embedding, loader.head(embedding)
-
-
 def _block(
     source: WeightSource, layer: int, loader: Loader
 ) -> tuple[dict[str, Tensor], Mapping[str, Sequence[nn.Module]]]:
     """Norms and other vectors of a block by name, and its linears by stage."""
     prefix = source.family.block.format(layer)
     vectors = {name: loader.vector(prefix + name) for name in source.family.vectors}
-    return vectors, linears(source, layer, loader.device, loader.dtype)
+    return vectors, loader.linears(layer)
 
 
 def _give(model: nn.Module, name: str, weight: Tensor) -> None:

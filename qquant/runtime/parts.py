@@ -118,6 +118,15 @@ class Loader:
             return self._apart(modules, shapes)
         return [self.quantized(together, bias, self.stored_as(names) + max(note for _, note in halves))]
 
+    def linears(self, layer: int) -> dict[str, list[RuntimeLinear]]:
+        """The linears of a block by stage, fused where they go together."""
+        family = self.source.family
+        shapes, prefix = family.linear_shapes(self.source.config, layer), family.block.format(layer)
+        return {
+            stage.name: self.fused([prefix + name for name in stage.linears], [shapes[name] for name in stage.linears])
+            for stage in family.stages
+        }
+
     def _apart(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[RuntimeLinear]:
         return [self.fused([module], [shape])[0] for module, shape in zip(modules, shapes, strict=True)]
 
@@ -146,28 +155,12 @@ class Loader:
             return DenseLinear(embedding.weight.data, None, self.stored_as([self.source.family.embedding]))
         return self.fused([name.removesuffix(".weight")], [(config.vocab, config.hidden)])[0]
 
+    def embedding_and_head(self) -> tuple[nn.Module, RuntimeLinear]:
+        """The token embedding and the output head."""
+        embedding = self.embedding()
+        return embedding, self.head(embedding)
+
 
 def _given(value: Any) -> Any:
     assert value is not None
     return value
-
-
-def linears(
-    source: WeightSource, layer: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, list[RuntimeLinear]]:
-    """The linears of a block by stage, fused where they go together."""
-    loader, family = Loader(source, device, dtype), source.family
-    shapes, prefix = family.linear_shapes(source.config, layer), family.block.format(layer)
-    return {
-        stage.name: loader.fused([prefix + name for name in stage.linears], [shapes[name] for name in stage.linears])
-        for stage in family.stages
-    }
-
-
-def embedding_and_head(
-    source: WeightSource, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, RuntimeLinear]:
-    """The token embedding and the output head."""
-    loader = Loader(source, device, dtype)
-    embedding = loader.embedding()
-    return embedding, loader.head(embedding)

@@ -24,8 +24,9 @@ from qquant.families.forward import through
 from qquant.families.weights import WeightSource
 from qquant.kernels.between import add_norm, attend, rotate
 from qquant.resources import lazy
-from qquant.runtime import linears, parts
 from qquant.runtime.fused import Fused, Layer, Sum
+from qquant.runtime.linears import RuntimeLinear
+from qquant.runtime.parts import Loader
 
 bias = lazy("torch.nn.attention.bias")  # imports all of torch's compiler, which takes seconds
 
@@ -63,29 +64,21 @@ def _flat(layer: Layer) -> list[nn.Module]:
 
 
 def _nbytes(module: nn.Module) -> int:
-    if isinstance(module, linears.RuntimeLinear):
+    if isinstance(module, RuntimeLinear):
         return module.nbytes
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def read_weights(source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
     """The weights of an artifact or a checkpoint as `loading.load` holds them."""
-    family, config = source.family, source.config
+    family, config, loader = source.family, source.config, Loader(source, device, dtype)
     layers = []
     for index in range(config.layers):
-        loader, prefix = parts.Loader(source, device, dtype), family.block.format(index)
-        shapes = family.linear_shapes(config, index)
-        stages = parts.linears(source, index, device, dtype)
-        layers.append(
-            Layer(
-                norms={stage.name: loader.vector(prefix + stage.norm) for stage in family.stages if stage.norm},
-                linears={name: modules[0] if len(modules) == 1 else modules for name, modules in stages.items()},
-                widths={stage.name: [shapes[linear][0] for linear in stage.linears] for stage in family.stages},
-                vectors={v.name: loader.vector(prefix + v.name) for stage in family.stages for v in stage.vectors},
-            )
-        )
-    embedding, head = parts.embedding_and_head(source, device, dtype)
-    return ModelWeights(family, tuple(layers), embedding, source.tensor(family.final_norm).to(device, dtype), head)
+        stages = loader.linears(index).items()
+        linears = {name: modules[0] if len(modules) == 1 else modules for name, modules in stages}
+        layers.append(Layer.of(family, config, index, linears, loader.vector))
+    embedding, head = loader.embedding_and_head()
+    return ModelWeights(family, tuple(layers), embedding, loader.vector(family.final_norm), head)
 
 
 def _counted(start: int, stop: int, device: torch.device) -> Tensor:
