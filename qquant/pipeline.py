@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -29,6 +29,7 @@ from qquant.checks.means import Means
 from qquant.checks.review import Candidate, HeldOut, Review, earlier_release, held_out, review, with_speed
 from qquant.checks.structure import CachedWeights
 from qquant.devices import threads_help
+from qquant.disk.digest import sha256_of_data
 from qquant.disk.output import LOSSES, claim
 from qquant.disk.writes import told, write_synced
 from qquant.errors import InputError
@@ -83,13 +84,17 @@ def build(
         ready()
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
         threads = meanwhile.enter_context(as_begun(folder, device, ranks))
-        ranks.agree(inputs | threads | {"recipe": _key(dict(published(recipe))), "plan": _key(plan.to_dict())})
+        ranks.agree(
+            inputs
+            | threads
+            | {"recipe": sha256_of_data(dict(published(recipe))), "plan": sha256_of_data(plan.to_dict())}
+        )
         progress.advance("read", 2, 3)
         aside = set_aside(out)
         earlier = {one.name: earlier_release(one.spec.gates, one.name, text) for one in plan.artifacts}
         progress.advance("read", 3, 3)
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
-        moments = Moments(folder / f"moments-{_key(inputs)[:16]}", plan.imatrix, ranks)
+        moments = Moments(folder / f"moments-{sha256_of_data(inputs)[:16]}", plan.imatrix, ranks)
         plan = sensitivity.settle(
             sensitivity.Question(recipe, checkpoint, plan, inputs), samples, out / LOSSES, moments, device, progress
         )
@@ -281,10 +286,6 @@ def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) 
     }
 
 
-def _key(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def bisect(
     artifact: Path, checkpoint: Checkpoint, checks: Checks, limit: float, device: torch.device, progress: Progress
 ) -> bisection.Bisection:
@@ -363,7 +364,9 @@ def _inputs(
 
 def _key_of(artifact: PlannedArtifact, plan: Plan, inputs: Mapping[str, str]) -> str:
     """What a draft or artifact is known by: everything its bytes depend on."""
-    return _key({"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": plan.model, **inputs})
+    return sha256_of_data(
+        {"spec": artifact.spec.model_dump(mode="json", exclude={"gates"}), "model": plan.model, **inputs}
+    )
 
 
 def _adapter(checkpoint: Checkpoint) -> AdapterFacts | None:

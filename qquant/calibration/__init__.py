@@ -15,7 +15,7 @@ Counts   rows read = rows kept + rows dropped, by reason, with the place of the 
 Left out: images and tools in chats, packing, `.json` arrays.
 """
 
-from qquant.calibration.heldout import heldout, overlap, require_apart, shared_runs
+from qquant.calibration.heldout import heldout, require_apart, shared_runs
 from qquant.calibration.samples import CalibrationSet, load
 from qquant.calibration.sources import corpora, heldout_texts
 from qquant.calibration.tokenizer import Tokenizer
@@ -27,7 +27,6 @@ __all__ = [
     "heldout",
     "heldout_texts",
     "load",
-    "overlap",
     "require_apart",
     "shared_runs",
 ]

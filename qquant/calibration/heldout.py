@@ -33,6 +33,7 @@ else:
     np = lazy("numpy")
 
 
+RUN = 32  # tokens
 LETTERS = 40  # of a shared stretch that are no accident; the bundled texts share none of 8 words, or 24 letters without spaces
 
 
@@ -75,7 +76,7 @@ def _run_hashes(ids: NDArray[np.int32], run: int) -> NDArray[np.uint64]:
     return (sums[run:] - sums[:-run]) * scale
 
 
-def shared_runs(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], run: int = 32) -> NDArray[np.int64]:
+def shared_runs(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], run: int = RUN) -> NDArray[np.int64]:
     """Positions in `heldout_tokens`, ascending, where a run of `run` ids begins that also stands in a calibration sample."""
     samples = [sample for sample in calibration.tokens if len(sample) >= run]
     if not samples or len(heldout_tokens) < run:
@@ -96,28 +97,21 @@ def shared_runs(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], 
     return candidates[np.array(equal, bool)]
 
 
-def overlap(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], run: int = 32) -> int:
-    """How many runs of `run` ids of the held-out text also stand in a calibration sample."""
-    return len(shared_runs(calibration, heldout_tokens, run))
-
-
-def require_apart(
-    calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], tokenizer: Tokenizer, run: int = 32
-) -> None:
+def require_apart(calibration: CalibrationSet, heldout_tokens: NDArray[np.int32], tokenizer: Tokenizer) -> None:
     """Raise InputError, showing the first shared text, if the model was calibrated on the text that judges it.
 
-    Shared is a stretch of `run` tokens or more that holds LETTERS letters: where a tokenizer spells a script byte by byte, 32 tokens are a
+    Shared is a stretch of `RUN` tokens or more that holds LETTERS letters: where a tokenizer spells a script byte by byte, so many tokens are a
     phrase that anybody may write, and in tool calls they are brackets and quotes.
     """
-    positions = shared_runs(calibration, heldout_tokens, run)
+    positions = shared_runs(calibration, heldout_tokens)
     gaps = np.flatnonzero(np.diff(positions) > 1) + 1
     for stretch in np.split(positions, gaps) if len(positions) else ():
         start = int(stretch[0])
-        passage = tokenizer.decode(heldout_tokens[start : int(stretch[-1]) + run].tolist())
+        passage = tokenizer.decode(heldout_tokens[start : int(stretch[-1]) + RUN].tolist())
         if sum(map(str.isalpha, passage)) < LETTERS:
             continue
-        text = tokenizer.decode(heldout_tokens[start : start + run].tolist())
+        text = tokenizer.decode(heldout_tokens[start : start + RUN].tolist())
         raise InputError(
-            f"the held-out text shares {len(positions)} runs of {run} tokens with the calibration set, the first at token {start}: {text!r}. "
+            f"the held-out text shares {len(positions)} runs of {RUN} tokens with the calibration set, the first at token {start}: {text!r}. "
             "Its perplexity would flatter the artifacts: take another checks.text or another calibration source"
         )

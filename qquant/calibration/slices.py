@@ -52,14 +52,6 @@ KINDS = {
     "retrieval": ("rag-test",),
 }
 LONG = ("long-test", "long-zh-test")
-TEXTS: tuple[str, ...] = tuple(
-    f"bundled:{name}"
-    for name in (
-        *(f"{code}-test" for code in LANGUAGES.values()),
-        *(text for texts in KINDS.values() for text in texts),
-        *LONG,
-    )
-)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qquant.artifact.manifest import REPORT, artifacts_below, read_report
 from qquant.checks import evidence
 from qquant.checks.review import Candidate, HeldOut, Measured, Review
+from qquant.disk.digest import sha256_of_data
 from qquant.errors import InputError
 from qquant.recipe import Checks, Gates
 from qquant.report.conditions import Conditions
@@ -43,7 +42,7 @@ class Question:
             "inputs": dict(self.inputs),
             "earlier": candidate.earlier.digest if candidate.earlier else None,
         }
-        return replace(candidate, question=_digest(content))
+        return replace(candidate, question=sha256_of_data(content))
 
 
 def _ended(gates: Gates) -> bool:
@@ -56,10 +55,6 @@ def _tokens(text: HeldOut) -> list[str]:
     arrays = [rows.numpy() for rows in (text.windows, *text.further.values())]
     arrays += [text.sliced.short, text.sliced.long] if text.sliced else []
     return [*(hashlib.sha256(rows.tobytes()).hexdigest() for rows in arrays), *asked]
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def earlier(out: Path) -> Report | None:

@@ -89,13 +89,6 @@ Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
 """What went wrong, and the line that was said, by part."""
 
 
-def faults(
-    paths: Sequence[Path], stop: Event | None = None, children: int = 1, seconds: float = SECONDS
-) -> dict[Path, str]:
-    """The faults of `examine`."""
-    return examine(paths, None, stop, children, seconds=seconds).faults
-
-
 def examine(
     paths: Sequence[Path],
     texts: Texts | None,

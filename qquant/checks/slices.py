@@ -18,7 +18,7 @@ streams of all artifacts do not fit beside each other, artifacts take turns, eac
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,7 +36,7 @@ from qquant.families.weights import WeightSource
 from qquant.progress import Progress
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe.limits import ASKED, POWER, RESOLVED, SLICES, normal_quantile
-from qquant.report.record import GateReport, Proof, Verdict
+from qquant.report.record import GateReport, Verdict
 from qquant.report.slices import Estimate, SliceReport, Standing, comparison, worst
 
 GATE = "worst slice"
@@ -236,8 +236,7 @@ def _row(reading: SliceReading, asked: tuple[Ratio, float] | None, standing: Sta
 
 
 def _verdict(rows: Sequence[SliceReport], asked: Mapping[int, tuple[Ratio, float]]) -> Verdict:
-    standings = [row.standing for row in rows]
-    outcome = _worst_of(standings)
+    outcome = statistics.worst([row.standing for row in rows])
     shown = worst(rows)
     assert shown is not None
     assert shown.relative is not None
@@ -250,10 +249,6 @@ def _verdict(rows: Sequence[SliceReport], asked: Mapping[int, tuple[Ratio, float
     return Verdict(outcome, _reasons(shown, rows, outcome), (report,))
 
 
-def _worst_of(outcomes: Collection[str]) -> Proof:
-    return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
-
-
 def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> tuple[str, ...]:
     estimate = shown.relative
     if outcome == "pass" or estimate is None:
@@ -261,8 +256,5 @@ def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> t
     others = [row.name for row in rows if row.standing == outcome and row is not shown]
     also = f"; so {'do' if len(others) > 1 else 'does'} {', '.join(others)}" if others else ""
     between = f"95 % interval {estimate.low:.3g} to {estimate.high:.3g}, {shown.windows} windows"
-    if outcome == "fail":
-        return (f"{GATE}: {shown.name} has {comparison(shown)}, above the limit {shown.limit:.3g} ({between}){also}",)
-    return (
-        f"{GATE}: {shown.name} has {comparison(shown)}, which cannot be told from the limit {shown.limit:.3g} ({between}){also}",
-    )
+    word = "above" if outcome == "fail" else "which cannot be told from"
+    return (f"{GATE}: {shown.name} has {comparison(shown)}, {word} the limit {shown.limit:.3g} ({between}){also}",)

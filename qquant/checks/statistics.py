@@ -150,7 +150,7 @@ def decide(losses: Mapping[str, Loss], looks: int = 1) -> tuple[Proof, dict[str,
     return worst(each.values()), each
 
 
-def worst(outcomes: Collection[Proof]) -> Proof:
+def worst(outcomes: Collection[str]) -> Proof:
     """Fail before inconclusive before pass."""
     return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
 

@@ -13,12 +13,14 @@ from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import (
     ADAPTER,
+    AGAINST,
     DEVICE,
     EXITS,
     GITHUB,
     JSON,
     JUNIT,
     LOG,
+    TEXT,
     OutputFile,
     OutputFolder,
     checks_and_gates,
@@ -31,10 +33,8 @@ from qquant.errors import GateFailedError, UsageError
 
 @command(epilog=EXITS, example="check model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
-@click.option(
-    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
-)
+@AGAINST
+@TEXT
 @click.option(
     "--also",
     multiple=True,
@@ -111,11 +111,9 @@ def check(
 
 @command(epilog=EXITS, example="bisect release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --max-kl 0.02")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@AGAINST
 @click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
-@click.option(
-    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
-)
+@TEXT
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
 @click.option("--length", default=256, show_default=True, help="Tokens per window.")
 @click.option(

@@ -78,6 +78,12 @@ GITHUB = click.option(
 LOG = click.option(
     "--log", type=OutputFile(), help="Add every step of the work to this file as JSON lines; default: nowhere."
 )
+AGAINST = click.option(
+    "--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id."
+)
+TEXT = click.option(
+    "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
+)
 ADAPTER = click.option(
     "--adapter",
     type=click.Path(path_type=Path, file_okay=False),

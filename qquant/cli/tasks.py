@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON
+from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON
 from qquant.cli.terminal import cells, console, echo
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @command(epilog=EXITS, example="tasks release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --task arc_easy")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id.")
+@AGAINST
 @click.option("--task", "names", multiple=True, help="A task of lm-eval; may be repeated; default: those of --suite.")
 @click.option("--suite", type=click.Choice(["qwen1.5"]), help="The benchmarks of an announcement; default: none.")
 @click.option(

@@ -1,8 +1,9 @@
-"""The sha256 of files: read once, in pieces."""
+"""The sha256 of files, read once, in pieces; and of plain data."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from threading import Event
 
@@ -21,6 +22,11 @@ def digest_of(path: Path, stop: Event | None = None) -> hashlib._Hash:
         while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
     return digest
+
+
+def sha256_of_data(content: object) -> str:
+    """Hex sha256 of plain data, as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_file_of(path: Path, size: int, sha256: str) -> bool:

@@ -13,9 +13,7 @@ Left out: inheritance between recipes, variables, includes. A recipe is read as 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import re
 from pathlib import Path
@@ -60,7 +58,6 @@ __all__ = [
     "Waiver",
     "dump",
     "eight_bits",
-    "fingerprint",
     "lines_of",
     "load",
     "names",
@@ -155,12 +152,6 @@ def schema() -> Shape:
     """The JSON schema of a recipe file (draft 2020-12)."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qquant:recipe:1"}
     return head | Recipe.model_json_schema()
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Sha256 (hex) of the resolved recipe as canonical JSON: sorted keys, no spaces, ASCII."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def reference() -> str:

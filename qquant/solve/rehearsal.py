@@ -17,7 +17,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -148,8 +148,7 @@ def miniature(checkpoint: Checkpoint) -> Miniature:
     source = without_padding(checkpoint)
     config = _narrow(source.config)
     infos = {name: replace(source.tensors[name], shape=shape) for name, shape in source.family.shapes(config).items()}
-    kept = {field.name: getattr(source, field.name) for field in fields(Checkpoint)}
-    return Miniature(**kept | {"config": config, "tensors": infos, "adapter": None})
+    return source.become(Miniature, config=config, tensors=infos, adapter=None)
 
 
 def _narrow(config: ModelConfig) -> ModelConfig:

@@ -15,7 +15,6 @@ same types. Reference: K-FAC, as in `qquant.solve.curvature`; SignRoundV2's Delt
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.problem import Problem, solve
+from qquant.disk.digest import sha256_of_data
 from qquant.disk.records import to_plain, typed
 from qquant.disk.writes import write_synced
 from qquant.errors import InputError
@@ -118,12 +118,12 @@ def _settled(
 ) -> Plan:
     trials = question.trials()
     asked = {name: {kind: _asked(one) for kind, one in some.items()} for name, some in trials.items()}
-    key = _sha256({"inputs": dict(question.inputs), "asked": asked})
+    key = sha256_of_data({"inputs": dict(question.inputs), "asked": asked})
     losses = _recorded(record, key)
     if losses is None:
         tokens = question.recipe.calibration.gradient_tokens
         losses = measured(question.checkpoint, samples, trials, moments, device, progress, tokens)
-        recorded = Recorded(SCHEMA, key, losses, _sha256(losses))
+        recorded = Recorded(SCHEMA, key, losses, sha256_of_data(losses))
         write_synced(record, (json.dumps(to_plain(recorded), indent=1) + "\n").encode())
     return question.settled(losses)
 
@@ -133,16 +133,12 @@ def _asked(planned: PlannedArtifact) -> dict[str, object]:
     return planned.spec.model_dump(mode="json", exclude={"name", "gates"})
 
 
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _recorded(path: Path, key: str) -> dict[str, ByTensor] | None:
     """The losses that a file holds, if they are whole and have this key."""
     with suppress(InputError):
         if path.is_file():
             recorded = typed(Recorded, read_json(path), str(path))
-            if recorded.key == key and recorded.sha256 == _sha256(recorded.losses):
+            if recorded.key == key and recorded.sha256 == sha256_of_data(recorded.losses):
                 return recorded.losses
     return None
 

@@ -13,11 +13,11 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qquant.algorithms.grid import finite
 from qquant.disk.digest import digest_of
@@ -41,6 +41,8 @@ SIDE_FILES = (
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")  # beside config.json
+
+Kind = TypeVar("Kind", bound="Checkpoint")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -101,6 +103,10 @@ class Checkpoint:
             digest.update(lora.fingerprint.encode())
         print_ = digest.hexdigest()
         return cls(path, name, commit, raw, family, config, tensors, print_, lora, str(reference), base)
+
+    def become(self, kind: type[Kind], **changes: Any) -> Kind:
+        """The same checkpoint as another class of checkpoints, with other values of some fields."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(Checkpoint)} | changes)
 
     @property
     def dtype(self) -> str:

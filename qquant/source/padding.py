@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qquant.algorithms.grid import QuantizedTensor, UniformGrid, UniformParams
@@ -76,22 +76,20 @@ def padded(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
             f"recipe {recipe.name}: pad_intermediate is {recipe.pad_intermediate}, but the MLPs of {checkpoint.family.model_type!r} "
             "have widths that config.json does not give in one number. Remove pad_intermediate"
         )
-    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    mark = f"{checkpoint.fingerprint} padded to {size}"
-    fields_of |= {
-        "config": replace(checkpoint.config, intermediate=size),
-        "raw_config": dict(checkpoint.raw_config) | {key: size},
-        "fingerprint": hashlib.sha256(mark.encode()).hexdigest(),
-    }
-    return PaddedCheckpoint(**fields_of, unpadded=checkpoint.config.intermediate)
+    return checkpoint.become(
+        PaddedCheckpoint,
+        config=replace(checkpoint.config, intermediate=size),
+        raw_config=dict(checkpoint.raw_config) | {key: size},
+        fingerprint=hashlib.sha256(f"{checkpoint.fingerprint} padded to {size}".encode()).hexdigest(),
+        unpadded=checkpoint.config.intermediate,
+    )
 
 
 def without_padding(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without padding."""
     if not isinstance(checkpoint, PaddedCheckpoint):
         return checkpoint
-    fields_of = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    return Checkpoint(**fields_of | {"config": checkpoint.narrow})
+    return checkpoint.become(Checkpoint, config=checkpoint.narrow)
 
 
 def zero_padded(value: Tensor, shape: tuple[int, ...]) -> Tensor:

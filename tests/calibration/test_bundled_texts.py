@@ -33,21 +33,20 @@ def test_shared_runs_are_those_of_a_slow_search():
         runs = {tuple(sample[i : i + run]) for sample in samples for i in range(len(sample) - run + 1)}
         slow = [i for i in range(60 - run + 1) if tuple(text[i : i + run]) in runs]
         assert calibration.shared_runs(as_set(*samples), text, run).tolist() == slow
-        assert calibration.overlap(as_set(*samples), text, run) == len(slow)
 
 
 def test_a_collision_of_hashes_invents_nothing(monkeypatch):
     module = sys.modules["qquant.calibration.heldout"]
     monkeypatch.setattr(module, "_run_hashes", lambda ids, run: np.zeros(len(ids) - run + 1, np.uint64))
-    assert calibration.overlap(as_set(range(40)), np.arange(100, 140, dtype=np.int32)) == 0
+    assert len(calibration.shared_runs(as_set(range(40)), np.arange(100, 140, dtype=np.int32))) == 0
 
 
 def test_runs_do_not_reach_across_samples_and_short_texts_share_none():
     text = np.arange(40, dtype=np.int32)
-    assert calibration.overlap(as_set(range(20), range(20, 40)), text) == 0
-    assert calibration.overlap(as_set(range(5)), text) == 0
-    assert calibration.overlap(as_set(range(40)), text[:31]) == 0
-    assert calibration.overlap(as_set(range(40)), text[:32]) == 1
+    assert len(calibration.shared_runs(as_set(range(20), range(20, 40)), text)) == 0
+    assert len(calibration.shared_runs(as_set(range(5)), text)) == 0
+    assert len(calibration.shared_runs(as_set(range(40)), text[:31])) == 0
+    assert len(calibration.shared_runs(as_set(range(40)), text[:32])) == 1
 
 
 def test_calibrating_on_the_text_that_judges_is_an_error_that_shows_it(tiny, book):
@@ -56,7 +55,7 @@ def test_calibrating_on_the_text_that_judges_is_an_error_that_shows_it(tiny, boo
     assert record == {
         "name": "book.txt", "kind": "text", "licence": "unknown", "tokens": len(ids), "sha256": hashlib.sha256(book.read_bytes()).hexdigest(),
     }  # fmt: skip
-    assert calibration.overlap(found, ids) == 8 * (64 - 31)
+    assert len(calibration.shared_runs(found, ids)) == 8 * (64 - 31)
     with pytest.raises(
         InputError,
         match=r"shares 264 runs of 32 tokens with the calibration set, the first at token \d+: '.*(ships|sailors)",
@@ -73,7 +72,7 @@ def test_a_phrase_is_no_shared_text_and_a_passage_is_one(tiny, tmp_path, phrase)
     (tmp_path / "a.txt").write_text(f"{book_of('ships')} {phrase} {book_of('sailors')}")
     found = calibration.load(spec(Source(path=str(tmp_path / "a.txt")), samples=1, length=4096), tiny, False)
     ids = tiny_ids(tiny, f"Elsewhere they wrote {phrase} and nothing else.")
-    assert calibration.overlap(found, ids) > 0
+    assert len(calibration.shared_runs(found, ids)) > 0
     calibration.require_apart(found, ids, tiny)
     (tmp_path / "b.txt").write_text(f"{book_of('ships')} {phrase * 3} {book_of('sailors')}")
     found = calibration.load(spec(Source(path=str(tmp_path / "b.txt")), samples=1, length=4096), tiny, False)

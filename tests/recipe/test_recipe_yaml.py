@@ -18,7 +18,7 @@ from qquant.recipe import (
     Recipe,
     Source,
 )
-from tests.worlds.recipe_text import GOOD, changed, problems
+from tests.worlds.recipe_text import GOOD, changed, fingerprint, problems
 
 # YAML 1.2.
 
@@ -170,7 +170,7 @@ def test_a_dumped_recipe_loads_back_equal(made):
     text = recipe.dump(made)
     back = recipe.parse(text)
     assert back == made
-    assert recipe.fingerprint(back) == recipe.fingerprint(made)
+    assert fingerprint(back) == fingerprint(made)
     assert YAML(typ="safe", pure=True).load(text) == made.model_dump(mode="json")  # not only for our reader
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from qquant import recipe
+from qquant.disk.digest import sha256_of_data
 from qquant.errors import UsageError
 
 GOOD = """\
@@ -38,3 +39,8 @@ def problems(text):
 def changed(old, new):
     assert GOOD.count(old) == 1
     return GOOD.replace(old, new)
+
+
+def fingerprint(made):
+    """The sha256 of all that a recipe says, as builds know their work by."""
+    return sha256_of_data(made.model_dump(mode="json"))
