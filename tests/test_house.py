@@ -1,6 +1,8 @@
 """The house is as its map says, and no room grew over its walls."""
 
 import ast
+import re
+import subprocess
 import tomllib
 
 import pytest
@@ -77,3 +79,15 @@ def test_nobody_but_formats_asks_for_a_format_by_its_name():
         if not name.startswith("formats/") and (texts := wanted & set(_asked(ast.parse(path.read_text())))):
             found[name] = texts
     assert found == {"cli/speed.py": {".gguf"}, "cli/options.py": {".gguf"}}
+
+
+def test_commits_that_the_map_names_as_examples_are_in_the_history():
+    """Where there is one: not in a source archive, nor in a shallow clone."""
+    rows = re.findall(r"^\| an? [^|]*\|.*\| `([0-9a-f]{7,})` \|$", house.README.read_text(), re.MULTILINE)
+    assert len(rows) >= 8
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() == "false":
+        assert [commit for commit in rows if git("merge-base", "--is-ancestor", commit, "HEAD").returncode] == []
