@@ -1,11 +1,13 @@
 """Whatever a family is, its passes agree, and its checkpoints are planned, built, checked, continued and loaded."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gguf import GGUFReader
 
 import qquant
 from qquant import pipeline, recipe
@@ -13,8 +15,9 @@ from qquant.artifact.opening import open_weights
 from qquant.checks.decoding import Chooser
 from qquant.checks.decoding import PromptDecoder as CheckDecoder
 from qquant.dequantization import dequantize
-from qquant.errors import InputError, StoppedError
+from qquant.errors import InputError, QQuantError, StoppedError
 from qquant.families import FAMILIES, ModelConfig, decoder
+from qquant.formats import FORMATS
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.recipe import Gates
@@ -207,8 +210,15 @@ def test_a_gguf_file_has_the_names_and_numbers_of_its_own_family(make_checkpoint
     checkpoint = Checkpoint.open(make_checkpoint(model_type="sibling"))
     given = planned(checkpoint, tmp_path, RECIPE.split("  - {")[0] + GGUF)
     assert pipeline.build(*given, tmp_path / "out", CPU, Quiet()).passed
-    source = open_weights(next((tmp_path / "out" / "model-GGUF").glob("*.gguf")))
+    path = next((tmp_path / "out" / "model-GGUF").glob("*.gguf"))
+    source = open_weights(path)
     assert replace(source.config, epsilon=checkpoint.config.epsilon) == checkpoint.config  # a float32 in the file
     assert source.header.value("sibling.mixer_count") == 3
     assert "blk.1.ffn_out.weight" in source.header.tensors
     assert "blk.0.first_norm.weight" in source.header.tensors
+    written = {tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in GGUFReader(path).tensors}
+    others = {f"model.layers.1.{checkpoint.family.linears[-1]}.weight": "not these values"}
+    compared = {compare.args[-2].name: compare for compare in FORMATS["gguf"].comparisons([path], written, others, CPU)}
+    compared["blk.0.ffn_out.weight"]()
+    with pytest.raises(QQuantError, match="decodes to other values"):
+        compared["blk.1.ffn_out.weight"]()
