@@ -96,7 +96,7 @@ def build(
         samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
         moments = Moments(folder / f"moments-{sha256_of_data(inputs)[:16]}", plan.imatrix, ranks)
         plan = sensitivity.settle(
-            sensitivity.Question(recipe, checkpoint, plan, inputs), samples, out / LOSSES, moments, device, progress
+            sensitivity.LossQuestion(recipe, checkpoint, plan, inputs), samples, out / LOSSES, moments, device, progress
         )
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
@@ -116,7 +116,7 @@ def build(
         candidates = [
             _candidate(artifact, plan.gates[artifact.name], out, earlier[artifact.name]) for artifact in plan.artifacts
         ]
-        asked = kept.Question(recipe.checks, text, inputs)
+        asked = kept.CheckQuestion(recipe.checks, text, inputs)
         conditions = Conditions(text.facts, _detectable(candidates, recipe.checks, text), inputs)
         given = asked, conditions, Means(device, blocks.kept if blocks.source is checkpoint else {}, idle)
         reviewed, conditions = _judge(out, checkpoint, candidates, given, progress, ranks)
@@ -149,7 +149,7 @@ def choose_types(
     tokens, _ = _calibration(recipe, checkpoint, scratch, device, progress)
     samples = [torch.as_tensor(sample, dtype=torch.int64) for sample in tokens.tokens]
     inputs = _inputs(recipe, checkpoint, plan, tokens, device)
-    question = sensitivity.Question(recipe, checkpoint, plan, inputs)
+    question = sensitivity.LossQuestion(recipe, checkpoint, plan, inputs)
     return sensitivity.settle(question, samples, scratch / LOSSES, Moments(scratch, plan.imatrix), device, progress)
 
 
@@ -178,7 +178,7 @@ def _judge(
     out: Path,
     checkpoint: Checkpoint,
     candidates: Sequence[Candidate],
-    question: tuple[kept.Question, Conditions, Means],
+    question: tuple[kept.CheckQuestion, Conditions, Means],
     progress: Progress,
     ranks: Ranks,
 ) -> tuple[Review, Conditions]:

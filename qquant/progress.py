@@ -34,7 +34,7 @@ class Quiet:
 
 
 @dataclass(frozen=True)
-class Share:
+class SharedProgress:
     """The progress of one of several equal parts, whose phases are phases of the whole."""
 
     shown: Progress

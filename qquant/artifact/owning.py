@@ -28,7 +28,7 @@ GAIN = 0.6  # of the ranks' time that is of use where they work together
 
 
 @dataclass(frozen=True)
-class Share:
+class OwnedArtifacts:
     """What a rank does."""
 
     artifacts: Sequence[PlannedArtifact]
@@ -45,7 +45,7 @@ def share(
     out: Path,
     cost: Callable[[PlannedArtifact], float],
     ranks: Ranks,
-) -> Share:
+) -> OwnedArtifacts:
     """What this rank makes of the artifacts that `out` does not hold; `cost` is about the seconds that one takes.
 
     Raises as `finished`.
@@ -60,7 +60,7 @@ def share(
     hands = ranks.once(deal)
     together = len(hands) < ranks.world
     mine = hands[0 if together else ranks.rank]
-    return Share([artifact for artifact in planned if artifact.name in mine], together)
+    return OwnedArtifacts([artifact for artifact in planned if artifact.name in mine], together)
 
 
 def helps(costs: Mapping[str, float], hands: Sequence[Sequence[str]]) -> bool:
@@ -69,7 +69,7 @@ def helps(costs: Mapping[str, float], hands: Sequence[Sequence[str]]) -> bool:
     return longest > sum(costs.values()) / (GAIN * len(hands))
 
 
-def drafts(mine: Share, folder: Path, keys: Mapping[str, str], ranks: Ranks) -> list[Draft]:
+def drafts(mine: OwnedArtifacts, folder: Path, keys: Mapping[str, str], ranks: Ranks) -> list[Draft]:
     """A draft in `folder` of each artifact, new or continued, whoever began it; where all work together, the first opens and writes them."""
     begun = [Draft(artifact, folder, keys[artifact.name]) for artifact in mine.artifacts]
     if ranks.first or not mine.together:

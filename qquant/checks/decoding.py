@@ -78,7 +78,7 @@ class PromptDecoder:
         cache.place(ids.shape[1])
         x = self.weights[family.embedding][ids.to(self.device)]
         for layer in range(config.layers):
-            x = through(family.forward(_Cached(self, cache, layer), x))
+            x = through(family.forward(_AnsweringBlock(self, cache, layer), x))
         h = rms_norm(x[:, -kept:], self.weights[family.final_norm], config.epsilon)
         return self.product(h, self.weights[self._head]).float()
 
@@ -89,7 +89,7 @@ class PromptDecoder:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-class _Cached(Block):
+class _AnsweringBlock(Block):
     """One block on [B, T, features], with the cache."""
 
     def __init__(self, model: PromptDecoder, cache: _Cache, layer: int) -> None:

@@ -29,7 +29,7 @@ from qquant.devices import free_memory
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
-from qquant.progress import Progress, Share
+from qquant.progress import Progress, SharedProgress
 
 SLICE = 1024  # rows of the heads at a time, of every source at once
 TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
@@ -104,7 +104,7 @@ class Scored:
 
 
 @dataclass
-class _Sums:
+class _LogitSums:
     """Running sums of one source over slices of the vocabulary, float64 per position."""
 
     peak: Tensor
@@ -115,7 +115,7 @@ class _Sums:
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @classmethod
-    def start(cls, positions: int, device: torch.device) -> _Sums:
+    def start(cls, positions: int, device: torch.device) -> _LogitSums:
         low = torch.full((positions,), -torch.inf, device=device)
         zero = torch.zeros(positions, dtype=torch.float64, device=device)
         return cls(low.double(), zero.clone(), zero.clone(), low, zero.long())
@@ -189,7 +189,7 @@ def measure(
     groups = text.windows.split(max(1, int(room / held / together)) * together)
     parts = []
     for number, windows in enumerate(groups):
-        share = Share(progress, number, len(groups))
+        share = SharedProgress(progress, number, len(groups))
         parts.append(_measure(sources, replace(text, windows=windows), device, share, peaks))
     return {name: Fidelity.joined([part[index] for part in parts]) for index, name in enumerate(artifacts)}
 
@@ -267,10 +267,10 @@ def _tiles(windows: int, scored: int) -> list[slice]:
     ]
 
 
-def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor, vocabulary: int) -> list[_Sums]:
+def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor, vocabulary: int) -> list[_LogitSums]:
     tiles, targets = _tiles(*tokens.shape), tokens.flatten()
     positions, device = len(targets), targets.device
-    sums = [_Sums.start(positions, device) for _ in sources]
+    sums = [_LogitSums.start(positions, device) for _ in sources]
     cross = [torch.zeros(positions, dtype=torch.float64, device=device) for _ in sources]
     for first in range(0, vocabulary, SLICE):
         heads = [
@@ -291,7 +291,7 @@ def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor
     return sums
 
 
-def _fidelity(base: _Sums, other: _Sums, targets: Tensor, shape: tuple[int, int]) -> Fidelity:
+def _fidelity(base: _LogitSums, other: _LogitSums, targets: Tensor, shape: tuple[int, int]) -> Fidelity:
     kl = other.cross / base.total - base.log_z + other.log_z
     probability = (-other.nll).exp() - (-base.nll).exp()
     right = (other.best_id == targets, base.best_id == targets)

@@ -25,7 +25,7 @@ from qquant.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckQuestion:
     """How artifacts are judged."""
 
     checks: Checks

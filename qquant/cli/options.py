@@ -92,7 +92,7 @@ ADAPTER = click.option(
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 
 
-class Format(click.ParamType[str]):
+class FormatParam(click.ParamType[str]):
     """A format by the word of recipes, which are imported when one is given or the words are shown."""
 
     name = "format"
@@ -144,7 +144,7 @@ CHANGES = (
     ),
     click.option(
         "--format",
-        type=Format(),
+        type=FormatParam(),
         help="Build this instead; default: the recipe's artifacts.",
     ),
     click.option("--bits", type=int, help="With --format gptq: 4 or 8; default with awq: 4."),

@@ -49,7 +49,7 @@ class Drift:
     residuals: Tensor | None  # float32 [N, K], where there is a residual
 
 
-class _Sums:
+class _DriftSums:
     """The sums of one stage that this rank owns, and whose the others are."""
 
     def __init__(self, view: View, stage: Stage, stream: Stream, seen: Gram | None) -> None:
@@ -163,7 +163,7 @@ def drift(
     Raises:
         NotFiniteError: an input is not finite.
     """
-    sums = _Sums(view, stage, stream, seen)
+    sums = _DriftSums(view, stage, stream, seen)
     for index, parcel in stream.exchange.in_turn(len(stream.every), lambda _: sums.parcels(next(inputs))):
         if parcel:
             sums.add(index, iter(parcel))

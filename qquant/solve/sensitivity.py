@@ -69,7 +69,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Question:
+class LossQuestion:
     """A plan with artifacts whose types are to be chosen, and what it was made from."""
 
     recipe: Recipe
@@ -92,7 +92,7 @@ class Question:
 
 
 def settle(
-    question: Question,
+    question: LossQuestion,
     samples: Sequence[Tensor],
     record: Path,
     moments: Moments,
@@ -109,7 +109,7 @@ def settle(
 
 
 def _settled(
-    question: Question,
+    question: LossQuestion,
     samples: Sequence[Tensor],
     record: Path,
     moments: Moments,

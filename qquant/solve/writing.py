@@ -53,14 +53,14 @@ class Cache:
         self.position = 0
 
 
-class _Cached(Block):
+class _WritingBlock(Block):
     """A block on one token of each row, [rows, features]."""
 
     cache: Cache
     layer: int
 
     @classmethod
-    def of(cls, block: Block, cache: Cache, layer: int) -> _Cached:
+    def of(cls, block: Block, cache: Cache, layer: int) -> _WritingBlock:
         """`block`, with what was read before."""
         twin = cls(block.family, block.config, block.weights, block.dtype)
         twin.cache, twin.layer = cache, layer
@@ -166,7 +166,7 @@ def write_rows(weights: Weights, writing: Writing, rows: Sequence[int], progress
     for position in range(length - 1):
         x = weights.embedded(torch.tensor([row[min(position, len(row) - 1)] for row in ids]))
         for layer in range(config.layers):
-            x = _Cached.of(weights.block(layer), cache, layer).forward(x)
+            x = _WritingBlock.of(weights.block(layer), cache, layer).forward(x)
         cache.position += 1
         progress.advance("generate", rows[0] * length + position * len(rows), len(writing.prompts) * length)
         progress.check_stop()
