@@ -77,6 +77,8 @@ def load(name_or_path: str | Path) -> Recipe:
     """
     file = _file(name_or_path)
     try:
+        if file.is_fifo() and file.parts[:2] != ("/", "dev"):  # a shell's <(command) has its writer
+            raise UsageError(f"{file}: cannot read the recipe: it is a pipe. Write it to a file")
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

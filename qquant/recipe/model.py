@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=Strict)
 
-RESERVED = re.compile(r"lock|joined|replaced|.*\.journal|moments-.*")  # what a build keeps beside unfinished artifacts
+RESERVED = re.compile(
+    r"lock(-\d+)?|threads\.json|joined|replaced|.*\.journal|moments-.*"
+)  # what a build keeps beside unfinished artifacts
 MAX_TOKENS = 2**31  # of one calibration or check
 
 # What no single field shows. Values may be of any type here: a file can have several faults at once.

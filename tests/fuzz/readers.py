@@ -48,7 +48,7 @@ def safetensors_bytes(data: bytes) -> bytes:
     text = data[1:]
     try:
         ends = [entry["data_offsets"][1] for entry in json.loads(text).values() if "data_offsets" in entry]
-        size = min(max((end for end in ends if type(end) is int), default=0), 1 << 16)
+        size = min(max((end for end in ends if type(end) is int and end >= 0), default=0), 1 << 16)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         size = 0
     return len(text).to_bytes(8, "little") + text + b"\0" * size

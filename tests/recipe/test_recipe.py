@@ -1,5 +1,6 @@
 """Recipes: the bundled ones load, a file is found, the fingerprint is that of the content."""
 
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def test_unreadable_file(tmp_path, name, reason):
     with pytest.raises(UsageError) as caught:
         recipe.load(file)
     assert str(caught.value) == f"{file}: cannot read the recipe: {reason}"
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path):
+    file = tmp_path / "pipe.yaml"
+    os.mkfifo(file)
+    code = f"from qquant import recipe; recipe.load({str(file)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert b"pipe.yaml: cannot read the recipe: it is a pipe" in done.stderr
 
 
 def test_bytes_that_are_no_text(tmp_path):

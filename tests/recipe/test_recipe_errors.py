@@ -444,7 +444,7 @@ def test_a_known_key_is_not_replaced_by_a_misspelt_one(lines):
         assert re.search(rf"unknown key; allowed: {CALIBRATION_KEYS}; did you mean 'samples'\?$", line)
 
 
-@pytest.mark.parametrize("name", ["lock", "joined", "replaced", "four.journal", "moments-0"])
+@pytest.mark.parametrize("name", ["lock", "lock-1", "threads.json", "joined", "replaced", "four.journal", "moments-0"])
 def test_names_of_what_a_build_keeps_are_no_names_of_artifacts(name):
     (line,) = problems(changed("name: four", f"name: {name}"))
     assert "artifacts[0].name: a build keeps a file of that name" in line
