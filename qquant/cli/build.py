@@ -74,6 +74,8 @@ def build(
     plan.require_room(out)
     for warning in plan.warnings:
         echo(f"warning: {warning}", err=True)
+    if not as_json and ranks_here().first:  # at once: what comes now imports torch, and reads
+        echo(f"{plan.model}: {counted(len(plan.artifacts), 'artifact')}, recipe {loaded.name}: {out}", err=True)
     from qquant import pipeline
     from qquant.artifact import timings
 

@@ -106,6 +106,21 @@ def test_outputs_are_looked_at_before_the_work(arguments, tmp_path):
 # --- a narrow terminal --------------------------------------------------------------------------------------------------
 
 
+def test_a_build_says_what_it_begins_before_it_imports_torch(demo, tmp_path):
+    """Seconds of an empty screen look like a program that hangs."""
+    code = "import sys, qquant.cli.terminal as t\nfrom qquant.cli import main\nold = t.echo\n" + "\n".join(
+        [
+            "import qquant.cli.build; b = sys.modules['qquant.cli.build']",
+            "def said(text, **more):",
+            "    print('torch' in sys.modules, text); sys.exit(0)",
+            "b.echo = said",
+            f"main(['build', {str(demo)!r}, '--recipe', 'demo', '--only', 'gguf-q4_0', '--out', {str(tmp_path / 'out')!r}])",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == f"False tiny-qwen1.5: 1 artifact, recipe demo: {tmp_path / 'out'}\n", done.stderr
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_every_number_is_whole_at_any_width(width):
     names = ("gptq-int4", "a-name-that-is-much-longer", "[bold]x[/]")
