@@ -5,13 +5,18 @@ import threading
 import time
 
 import pytest
+import torch
 
 from qquant import background, devices
 from qquant.artifact import draft
+from qquant.artifact.manifest import verify_files
+from qquant.disk.digest import sha256_of
 from qquant.errors import QQuantError, StoppedError
+from qquant.plan.plan import Plan
 from qquant.solve import outside, solver, walk
+from qquant.source.checkpoint import Checkpoint
 from tests.test_faults import NAMES, build, make_checkpoint
-from tests.worlds.builds import contents
+from tests.worlds.builds import contents, load_recipe
 
 assert build, make_checkpoint
 
@@ -155,3 +160,38 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
         monkeypatch.setattr(background, "cores", lambda: 3)
         with pytest.raises(QQuantError, match="read back differs from what was written"):
             build(folder, "gptq-int8", out=str(threaded))
+
+
+def test_files_are_read_back_from_their_beginning_while_the_rest_is_written(make_checkpoint, build, monkeypatch):
+    """So that their end alone is left to be hashed; what is written twice is hashed again."""
+    folder, read, ends = make_checkpoint(), draft.Beginning.read, []
+
+    def watched(beginning, path, stop):
+        before = beginning.bytes
+        read(beginning, path, stop)
+        ends.append((path.name, threading.current_thread().name.rstrip("_0123456789"), before, beginning.bytes))
+
+    monkeypatch.setattr(draft.Beginning, "read", watched)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
+    _, out = build(folder, "gptq-int8")
+    (made,) = (path.parent for path in out.glob("*/qquant-manifest.json"))
+    assert verify_files(made)
+    writing = [place for place in ends if place[:2] == ("model.safetensors", "qquant-write-behind")]
+    ((_, _, left, size),) = (
+        place for place in ends if place[0] == "model.safetensors" and place[1] != "qquant-write-behind"
+    )
+    assert [place[2] for place in writing[1:]] == [place[3] for place in writing[:-1]]
+    assert 0 < left == writing[-1][3] < size == (made / "model.safetensors").stat().st_size
+
+
+def test_what_is_written_again_is_hashed_again(tmp_path, make_checkpoint):
+    recipe, checkpoint = load_recipe(tmp_path, ["gptq-int8"]), Checkpoint.open(make_checkpoint())
+    one = draft.Draft(Plan.of(recipe, checkpoint).artifacts[0], tmp_path / "partial", "key")
+    one.open()
+    name, other, *_ = one.places
+    file, first = one.places[name]
+    one.submit = lambda work: work()  # as a thread would
+    for value in (1, 2):
+        one.write("rest", [(name, 0, torch.full((first.nbytes,), value, dtype=torch.uint8))], ())
+    assert one.ahead[file.name].bytes == one.places[other][1].offset
+    assert one._hashed(file.name) == (file.name, sha256_of(one.folder / file.name))

@@ -11,6 +11,9 @@ joins a folder of earlier ones does so in a copy of that folder (hard links), wh
     DIR/.partial/joined/<folder>    the copy, with the new files and the new manifest
     DIR/.partial/replaced/<folder>  the folder as it was, until the copy has its name; a build that finds it puts it back
 
+Where a thread writes, it also reads each file back and hashes it, as far as it is journalled from its beginning on; its end is hashed with
+the comparisons, which read all tensors once more.
+
 After a kill the journal says which units are done; their bytes, and those of every head and small file, are checked before they are
 trusted. The key binds a draft to its inputs (recipe entry, checkpoint bytes, calibration tokens, versions): another key starts over.
 """
@@ -34,7 +37,7 @@ from torch import Tensor
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
-from qquant.disk.digest import sha256_of
+from qquant.disk.digest import PIECE, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import to_plain, typed
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
@@ -55,6 +58,23 @@ class JournalUnit:
     checksums: dict[str, str]  # stored tensor -> sha256 of its bytes
     record: tuple[Solved, ...]  # what the solver says of it
     seconds: dict[str, float] = field(default_factory=dict)  # by stage and block; in no artifact
+
+
+@dataclass
+class Beginning:
+    """The first bytes of a file that was read back."""
+
+    digest: Any = field(default_factory=hashlib.sha256)
+    bytes: int = 0
+
+    def read(self, path: Path, stop: int) -> None:
+        """Go on to byte `stop`, or the end of the file."""
+        buffer = memoryview(bytearray(PIECE))
+        with path.open("rb", buffering=0) as source:
+            source.seek(self.bytes)
+            while count := source.readinto(buffer[: max(0, stop - self.bytes)]):
+                self.digest.update(buffer[:count])
+                self.bytes += count
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,9 @@ class Draft:
     key: str
     units: dict[str, JournalUnit] = field(default_factory=dict)  # journalled; not one that `submit` has
     submit: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
+    ahead: dict[str, Beginning] = field(
+        default_factory=dict
+    )  # of files whose beginning was hashed while the rest is written
 
     @property
     def folder(self) -> Path:
@@ -218,6 +241,18 @@ class Draft:
         self._append([to_plain(unit)])
         self.units[unit.unit] = unit
         crash_point("after a unit is journalled")
+        if self.submit is not in_place:
+            self._hash_ahead()
+
+    def _hash_ahead(self) -> None:
+        """Hash every file up to its first tensor that is not journalled; nothing more where all are, which threads hash side by side."""
+        journalled = {name for unit in self.units.values() for name in unit.checksums}
+        if not self.places.keys() <= journalled:
+            for file in self.plan.files:
+                starts = [tensor.offset for tensor in file.tensors if tensor.name not in journalled]
+                if file.tensors:
+                    beginning = self.ahead.setdefault(file.name, Beginning())
+                    beginning.read(self.folder / file.name, min(starts, default=file.size))
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
         """Read back what was written and compare it: pieces of work for `finish`, which threads may do; (file, sha256 or "") each.
@@ -242,8 +277,11 @@ class Draft:
 
     def _hashed(self, name: str) -> tuple[str, str]:
         """The sha256 of a file; that it is not there is told by what reads it."""
-        path = self.folder / name
-        return name, sha256_of(path) if path.is_file() else ""
+        path, beginning = self.folder / name, self.ahead.pop(name, Beginning())
+        if not path.is_file():
+            return name, ""
+        beginning.read(path, path.stat().st_size)
+        return name, beginning.digest.hexdigest()
 
     def _settle(self, file: PlannedFile) -> None:
         if not self._intact(file):
@@ -333,6 +371,8 @@ class UnitWriter:
         self.digests.setdefault(name, hashlib.sha256()).update(data)
         path = self.draft.folder / file.name
         self.touched.add(path)
+        if file.name in self.draft.ahead and tensor.offset + offset < self.draft.ahead[file.name].bytes:
+            del self.draft.ahead[file.name]
         put(path, tensor.offset + offset, data)
 
     def close(self, record: Sequence[Solved], seconds: Mapping[str, float] | None = None) -> None:

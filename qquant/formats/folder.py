@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from qquant import devices
 from qquant.algorithms.checksum import checksum
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family, ModelConfig, family_of, parse_config
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+COMPARED = 4  # tensors that are dequantized on a GPU at a time
 Entry = tuple[str, str, tuple[int, ...]]  # suffix, dtype as safetensors names it ("I8", "BF16"), shape
 GROUPS = (128, 64, 32)  # sizes to suggest
 PACKED = "packed"  # `Stored.type` of what a layout holds
@@ -253,17 +255,17 @@ class ModelFolder(ABC, Generic[Spec]):
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
     ) -> Iterator[Callable[[], None]]:
-        """The bytes of each tensor, read with the `safetensors` package; then all values, dequantized on `device` one by one."""
+        """The bytes of each tensor, read with the `safetensors` package; then all values, dequantized on `device`, on a GPU a few at a time."""
         import safetensors  # the independent reader
 
-        for path in files:
-            for name in _names(safetensors, path):
-                yield partial(_compare_bytes, safetensors, path, name, written[name])
-        yield partial(self._compare_values, files[0].parent, values, device)
+        names = ((path, name) for path in files for name in _names(safetensors, path))
+        yield from (partial(_compare_bytes, safetensors, path, name, written[name]) for path, name in names)
+        parts, listed = COMPARED if devices.threads_help(device) else 1, list(values.items())
+        yield from (partial(self._compare_values, files[0].parent, listed[n::parts], device) for n in range(parts))
 
-    def _compare_values(self, folder: Path, values: Mapping[str, str], device: torch.device) -> None:
+    def _compare_values(self, folder: Path, values: Sequence[tuple[str, str]], device: torch.device) -> None:
         source = self.read(folder).on(device)
-        for name, value in values.items():
+        for name, value in values:
             if checksum(source.tensor(name)) != value:
                 raise QQuantError(f"{folder}: {name} dequantizes to other values than were solved for")
 
@@ -281,8 +283,7 @@ class ModelFolder(ABC, Generic[Spec]):
 
     def _layout_of(self, path: Path) -> QuantizedLayout:
         where = str(path / "config.json")
-        quantization = read_config(path).get("quantization_config")
-        if not isinstance(quantization, dict):
+        if not isinstance(quantization := read_config(path).get("quantization_config"), dict):
             raise InputError(f"{where}: quantization_config is {str(quantization)[:80]}; expected a mapping")
         return self.read_layout(quantization, where)
 
@@ -295,10 +296,8 @@ def _names(library: ModuleType, path: Path) -> list[str]:
 def _compare_bytes(library: ModuleType, path: Path, name: str, written: str) -> None:
     # Opened for each tensor: the library maps the file, and what was read stays in memory until it is closed.
     with library.safe_open(path, framework="pt") as file:
-        data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
-        if hashlib.sha256(data).hexdigest() != written:
+        if hashlib.sha256(file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() != written:
             raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
-        del data
 
 
 @dataclass
