@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from qquant import background, devices
+from qquant import background, devices, pipeline
 from qquant.artifact import draft
 from qquant.artifact.manifest import verify_files
 from qquant.disk.digest import sha256_of
@@ -195,3 +195,14 @@ def test_what_is_written_again_is_hashed_again(tmp_path, make_checkpoint):
         one.write("rest", [(name, 0, torch.full((first.nbytes,), value, dtype=torch.uint8))], ())
     assert one.ahead[file.name].bytes == one.places[other][1].offset
     assert one._hashed(file.name) == (file.name, sha256_of(one.folder / file.name))
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_build_beside_a_gpu_hashes_its_checkpoint_once_while_it_reads(build, make_checkpoint, monkeypatch, gpu):
+    folder, calls = make_checkpoint(), []
+    for name in ("hash_weights", "_digests"):
+        inner = getattr(Checkpoint, name)
+        monkeypatch.setattr(Checkpoint, name, lambda self, stop, n=name, f=inner: calls.append(n) or f(self, stop))
+    monkeypatch.setattr(pipeline, "threads_help", lambda device: gpu)
+    build(folder, "gguf-q4_0")
+    assert calls == (["hash_weights", "_digests"] if gpu else ["_digests"])
