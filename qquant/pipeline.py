@@ -20,7 +20,6 @@ from qquant.artifact.finishing import installed, orphaned, remarks_on, restore, 
 from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
 from qquant.artifact.opening import open_weights
 from qquant.artifact.threads import as_begun
-from qquant.background import start_early
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
 from qquant.checks import kept, llama_cpp, loading, speed, structure
@@ -78,12 +77,11 @@ def build(
     with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
-        hashed = meanwhile.enter_context(start_early(checkpoint.hash_weights, True)) if threads_help(device) else None
+        hashed = meanwhile.enter_context(checkpoint.hashed_beside(threads_help(device)))
         tokens, tokenizer = _calibration(recipe, checkpoint, out / "calibration", device, progress, ranks)
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
-        if hashed:
-            hashed()
+        hashed()
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
         threads = meanwhile.enter_context(as_begun(folder, device, ranks))
         ranks.agree(

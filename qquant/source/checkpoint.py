@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qquant.algorithms.grid import finite
+from qquant.background import start_early
 from qquant.disk.digest import digest_of
 from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
@@ -143,6 +145,10 @@ class Checkpoint:
         digests = self._digests(stop)
         if not stop.is_set():
             vars(self)["_weights"] = digests  # where the property keeps what it was once
+
+    def hashed_beside(self, threaded: bool) -> AbstractContextManager[Callable[[], None]]:
+        """A function that waits until a thread has hashed the weights; not `threaded`, they are when their hash is asked for."""
+        return start_early(self.hash_weights, True) if threaded else nullcontext(lambda: None)
 
     @cached_property
     def _weights(self) -> tuple[bytes, ...]:
