@@ -206,3 +206,28 @@ def test_a_build_beside_a_gpu_hashes_its_checkpoint_once_while_it_reads(build, m
     monkeypatch.setattr(pipeline, "threads_help", lambda device: gpu)
     build(folder, "gguf-q4_0")
     assert calls == (["hash_weights", "_digests"] if gpu else ["_digests"])
+
+
+def test_a_hash_that_nobody_waits_for_is_seen(make_checkpoint, monkeypatch):
+    """One that came to its end is not taken again; what was stopped before its end is, and what a thread found is told."""
+    folder, digests, calls = make_checkpoint(), Checkpoint._digests, []
+    truth = Checkpoint.open(folder).content_hash()
+
+    def counted(self, stop):
+        calls.append(threading.current_thread().name.rpartition("_")[0])
+        if calls[1:]:
+            return digests(self, stop)
+        monkeypatch.setattr(stop, "is_set", stop.is_set if ends else lambda: True)
+        return digests(self, stop)
+
+    monkeypatch.setattr(Checkpoint, "_digests", counted)
+    for ends in (True, False):
+        checkpoint = Checkpoint.open(folder)
+        calls.clear()
+        with checkpoint.hashed_beside(threaded=True):
+            for thread in threading.enumerate():
+                if thread.name.startswith("qquant-start-early"):
+                    while "_weights" not in vars(checkpoint) and ends:
+                        time.sleep(0.01)
+        assert checkpoint.content_hash() == truth
+        assert calls == ["qquant-start-early"] + [""] * (not ends)

@@ -43,3 +43,34 @@ def test_mps_on_the_command_line_is_one_line(demo, tmp_path, capsys):
 def test_free_memory_of_a_card_is_no_more_than_it_has(name):
     _, total = torch.cuda.mem_get_info()
     assert 0 < devices.free_memory(torch.device(name)) <= total
+
+
+def a_mixed_bag(device):
+    """Tensors of several kinds, of which some are not contiguous."""
+    some = torch.arange(24, device=device).view(4, 6)
+    return {"as it is": some.float(), "turned": some.bfloat16().T, "every other": some[:, ::2], "none": some[:0].half()}
+
+
+def test_copies_for_the_host_are_contiguous_and_say_what_was_there():
+    values = a_mixed_bag("cpu")
+    copies = devices.to_host(values)()
+    assert list(copies) == list(values)
+    for name, value in values.items():
+        assert copies[name].is_contiguous()
+        assert copies[name].dtype == value.dtype
+        assert torch.equal(copies[name], value)
+    assert devices.to_host({})() == {}
+
+
+@pytest.mark.gpu
+def test_copies_from_a_card_are_made_while_the_caller_goes_on():
+    """What is written over on the card after they were asked for does not reach them, and none is used before it is whole."""
+    values = a_mixed_bag("cuda") | {"large": torch.randn(1 << 24, device="cuda")}
+    wanted = {name: value.cpu() for name, value in values.items()}
+    wait = devices.to_host(values)
+    for value in values.values():
+        value.zero_()
+    for name, copied in wait().items():
+        assert copied.device == torch.device("cpu")
+        assert copied.is_contiguous()
+        assert torch.equal(copied, wanted[name])

@@ -264,3 +264,15 @@ def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
         found = coupled.sweep(*given, levels, grid, False, [matrix.to(device) for matrix in matrices]).cpu()
         ends.append(coupled_loss(weight, damped, matrices, found, params.step_and_offset(), grid))
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 127, 128, 1000, 4097])
+def test_rows_together_leave_no_piece_of_a_few(rows):
+    """Of a matrix with a round number of rows: a product of a few rows has other bits than one of many."""
+    together = descent.in_whole(rows)
+    assert 1 <= together <= rows
+    assert rows - together < descent.PIECE
+    if rows >= descent.PIECE:
+        for height in (64, 128, 192, 4096, 11008):
+            assert min(map(len, torch.empty(height, 0).split(together))) >= descent.PIECE
+    assert descent.in_whole(0) == 1

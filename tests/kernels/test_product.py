@@ -14,6 +14,7 @@ from qquant.kernels.product import (
     multiplied,
     product,
     product_using_up,
+    split_in_place,
     split_matrix,
     tensor_cores,
 )
@@ -112,6 +113,25 @@ def test_halves_on_a_gpu(shape):
     used = x.clone()
     assert torch.equal(halves(used, used).lower16, halves(x).lower16)
     assert torch.equal(used, halves(x).upper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(300, 4096), (7, 100)])
+def test_a_matrix_that_is_used_up_on_a_gpu_is_split_as_one_that_stays(shape):
+    """Its own memory holds the upper half, so that no third matrix is there meanwhile."""
+    x = ill_matched(*shape, 9).cuda()
+    wanted, used = split_matrix(x), x.clone()
+    found = split_in_place(used)
+    assert found.matrix is None
+    assert found.halves.upper.data_ptr() == used.data_ptr()
+    for one, other in zip(found.halves, wanted.halves, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_on_a_cpu_a_matrix_stays_as_it_is():
+    x = torch.randn(5, 7)
+    assert split_in_place(x).values() is x
+    assert split_matrix(x).values() is x
 
 
 @pytest.mark.gpu

@@ -202,9 +202,12 @@ def summed(rows, columns, dtype):
 
 
 def group_products_problem(rows, groups, width, bases):
-    """Bases, of which the first are codes less zero points and the second no integers, and a Gram matrix of features of all sizes."""
+    """Bases, of which the first are codes less zero points and the second no integers, and a Gram matrix of features of all sizes.
+
+    Sizes differ by many powers of ten within each group, not only between groups.
+    """
     columns = groups * width
-    x = torch.randn(3 * columns, columns) * 10 ** (4 * torch.rand(columns) - 6)
+    x = torch.randn(3 * columns, columns) * 10 ** (torch.linspace(-6, -2, columns) + torch.rand(columns) / 2)
     first = torch.randint(-8, 8, (rows, columns)).float()
     return [first, torch.randn(rows, columns) * 63][:bases], x.T @ x
 
