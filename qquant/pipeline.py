@@ -277,7 +277,7 @@ def _tensor_bytes(path: Path) -> int:
 
 
 def _detectable(candidates: Sequence[Candidate], checks: Checks, text: HeldOut) -> dict[str, dict[str, float]]:
-    """By artifact and gate, the loss that was expected to be told before the text was read."""
+    """Artifact -> gate -> the loss that was expected to be told before the text was read."""
     return {
         candidate.name: {
             loss.gate: loss.detectable for loss in reach(candidate.gates, text.looks[0], checks.scored, len(text.looks))

@@ -30,7 +30,7 @@ class Quiet:
         """Show nothing."""
 
     def check_stop(self) -> None:
-        """Never stop."""
+        """Do nothing: nobody stops it."""
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ class Timed:
         self.shown.advance(phase, done, of)
 
     def check_stop(self) -> None:
-        """As what is shown."""
+        """Raise StoppedError where the progress of the whole does."""
         self.shown.check_stop()

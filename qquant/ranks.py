@@ -55,7 +55,7 @@ class Membership:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Membership | None:
-        """As a launcher says in the environment; None without one, or where the process is the only one."""
+        """The membership that a launcher states in the environment; None without one, or where the process is the only one."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             return None
         local, beside = environment.get("LOCAL_RANK", "0"), environment.get("LOCAL_WORLD_SIZE", "1")
@@ -75,7 +75,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """From 0."""
+        """The number of this rank, from 0."""
         return self.member.rank
 
     @property
@@ -226,7 +226,7 @@ class _Watch:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Until `stop`, or the end."""
+        """Beat, and look for the end of other ranks, until `stop` or the end."""
         count = 0
         while not self.stop.wait(BEAT):
             count += 1

@@ -91,3 +91,37 @@ def test_commits_that_the_map_names_as_examples_are_in_the_history():
 
     if git("rev-parse", "--is-shallow-repository").stdout.strip() == "false":
         assert [commit for commit in rows if git("merge-base", "--is-ancestor", commit, "HEAD").returncode] == []
+
+
+NO_RESULT = {
+    "Of",
+    "By",
+    "As",
+    "For",
+    "From",
+    "Until",
+    "Through",
+    "Within",
+    "No",
+    "Never:",
+    "They",
+    "It",
+    "Those",
+    "Both",
+    "At",
+}
+
+
+def test_docstrings_begin_with_what_the_result_is():
+    """And stand without the line above them: not "Of the model.", "By phase.", "As what is shown."."""
+    begun = []
+    for path in (ROOT / "qquant").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+            if (
+                text
+                and (text.split()[0] in NO_RESULT or text.startswith("The same of"))
+                and not text.startswith("At most ")
+            ):
+                begun.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert begun == []

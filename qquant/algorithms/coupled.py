@@ -177,7 +177,7 @@ class _Judge:
     changes: list[Tensor] = field(default_factory=list)  # of all rows, by blocks of columns
 
     def lowers(self, change: Tensor, gain: Tensor) -> Tensor:
-        """For rows of this rank [B r', S], as `descent.visit` asks."""
+        """Whether changes of this rank's rows [B r', S] lower the loss, as `descent.visit` asks."""
         batch = len(self.inside)
         rows = len(change) // batch
         parcels = self.exchange.share([torch.stack((change, gain)).view(2, batch, rows, change.shape[1])])
@@ -198,7 +198,7 @@ def _pull(root: Tensor, mix: Tensor, slope: Tensor) -> Tensor:
 
 
 def step(problem: Problem, solution: Solution | None) -> Solution:
-    """As many sweeps over coupled rows as of descent, where the curvature of rows is known; the error in H alone may rise."""
+    """The solution after as many sweeps over coupled rows as of descent, where the curvature of rows is known; its error in H alone may rise."""
     assert solution is not None
     if problem.rows is None or not problem.settings.sweeps:
         return solution

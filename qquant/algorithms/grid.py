@@ -154,12 +154,12 @@ class UniformParams:
         return UniformParams(coefficients[0], self.zeros)
 
     def integers(self, codes: Tensor) -> list[Multipliers]:
-        """No multipliers: zeros stay where the search put them."""
+        """An empty list: zeros stay where the search put them."""
         del codes
         return []
 
     def with_integers(self, name: str, values: Tensor) -> UniformParams:
-        """Never called, since there are no multipliers."""
+        """Raise AssertionError: there are no multipliers to change."""
         raise AssertionError(f"{name}: {values.shape}")
 
     def stored(self) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ class UniformParams:
         return {"scales": self.scales, "zeros": self.zeros}
 
     def with_stored(self, stored: Mapping[str, Tensor]) -> UniformParams:
-        """Other scales and zeros."""
+        """These parameters with other scales and zeros."""
         return replace(self, **stored)
 
 

@@ -56,7 +56,7 @@ class Problem:
 
     @cached_property
     def mine(self) -> Problem:
-        """This rank's rows of it; itself, where there is one rank."""
+        """This rank's rows of the problem; all of it, where there is one rank."""
         if self.exchange.world == 1:
             return self
         linears = {linear: self.linears[linear][span] for linear, span in self._parts(self.exchange.rank).items()}
@@ -108,7 +108,7 @@ class Problem:
         return replace(mine, codes=torch.cat(codes), params=params)
 
     def energies(self, differences: Mapping[str, Tensor]) -> dict[str, float]:
-        """By linear e H e' of `differences` e that belong to `mine`, summed over all rows and the calibration tokens."""
+        """Linear -> e H e' of `differences` e that belong to `mine`, summed over all rows and the calibration tokens."""
         rows = torch.cat([self.gram.energy(matrix) for matrix in differences.values()])
         return {linear: float(value.sum()) for linear, value in self.split(self._of_all_rows(rows)).items()}
 

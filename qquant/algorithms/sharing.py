@@ -44,7 +44,7 @@ def columns_of(count: int, exchange: Exchange) -> list[slice]:
 
 
 def turned(part: Tensor, rows: Sequence[slice], exchange: Exchange) -> Tensor:
-    """This rank's of `rows` [B, rows, K] of what ranks have columns [B, N, ...] of, one after another."""
+    """This rank's part of `rows`, [B, rows, K], of a matrix of which each rank has some columns, [B, N, ...]."""
     received = exchange.deliver([[part[:, span].contiguous()] for span in rows])
     return torch.cat([parcel[0] for parcel in received], 2)
 

@@ -210,7 +210,7 @@ class Draft:
 
     @contextmanager
     def write_behind(self, threaded: bool) -> Iterator[None]:
-        """With `threaded` a thread does what `submit` is given meanwhile, one piece of work in flight; all of it at the end."""
+        """Have a thread do what `submit` is given meanwhile, where `threaded`: one piece of work in flight; all of it at the end."""
         with background.write_behind(threaded) as submit:
             self.submit = submit
             try:

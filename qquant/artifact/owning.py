@@ -35,7 +35,7 @@ class OwnedArtifacts:
     together: bool  # with all others, or alone
 
     def written(self, drafts: Sequence[Draft], ranks: Ranks) -> Sequence[Draft]:
-        """Those of its drafts that this rank writes."""
+        """The drafts that this rank writes."""
         return drafts if ranks.first or not self.together else ()
 
 
@@ -104,7 +104,7 @@ def finish(
 
 
 def seconds(drafts: Sequence[Draft], ranks: Ranks) -> dict[str, dict[str, float]]:
-    """By artifact, of all ranks, what took how long."""
+    """Artifact -> what took how many seconds, of all ranks."""
     mine = {
         draft.plan.name: {name: took for unit in draft.units.values() for name, took in unit.seconds.items()}
         for draft in drafts

@@ -297,7 +297,7 @@ def letters_of(text: str) -> int:
 
 
 def _calls(writer: PromptWriter, rows: Sequence[Mapping[str, Any]], positions: int) -> RightCalls:
-    """Those that fit into the context."""
+    """The right calls of `rows` that fit into the context."""
     calls: list[tuple[list[int], list[bool]]] = []
     for row in rows:
         ids = writer.prompt(row["messages"][:-1], OPENINGS["tools"])

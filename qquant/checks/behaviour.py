@@ -82,7 +82,7 @@ class Asking:
 
 
 def pairs(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
-    """By artifact every kind of question. Raises NumericalError as `measure`."""
+    """Artifact -> its answers to every kind of question, each beside the checkpoint's. Raises NumericalError as `measure`."""
     by_name = _retrieved(asking, NamedPhase(progress, "retrieval"))
     structure = _structure(asking, NamedPhase(progress, "calls"))
     if sanity.fits(asking.checkpoint, asking.device):
@@ -177,7 +177,7 @@ def _answered(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]
 def _marks(
     model: PromptDecoder, questions: Sequence[OpenQuestion], tokenizer: Tokenizer, progress: Progress
 ) -> dict[str, list[bool]]:
-    """By kind of question whether each answer is right, in the order of the questions."""
+    """Kind of question -> whether each answer is right, in the order of the questions."""
     answers = _answers(model, questions, tokenizer, progress)
     marks: dict[str, list[bool]] = {CALLS: [], CODE: [], ENDLESS: [], SCRIPT: []}
     for question, ids in zip(questions, answers, strict=True):

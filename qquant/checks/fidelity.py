@@ -162,7 +162,7 @@ class Peaks:
         return observe
 
     def of(self, source: int) -> tuple[float, ...]:
-        """By block."""
+        """The largest activation of each block of a model."""
         return tuple(peak for (index, _), peak in sorted(self.largest.items()) if index == source)
 
 

@@ -94,7 +94,7 @@ def _report(gate: _Gate, loss: Loss, outcome: Proof) -> GateReport:
 
 
 def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
-    """Empty for a gate that passed."""
+    """Why a gate did not pass; empty for one that did."""
     between = f"95 % interval {report.low:.5g} to {report.high:.5g}, {loss.windows} windows"
     match report.outcome:
         case "fail":

@@ -36,11 +36,11 @@ class Ratio:
         return math.exp(self.log) if self.log < 700 else math.inf
 
     def p_within(self, limit: float) -> float:
-        """Small: the ratio is proven to be at most `limit`."""
+        """The p-value of "the ratio is above `limit`": small where it is proven to be at most that."""
         return self._tail(limit, -1)
 
     def p_beyond(self, limit: float) -> float:
-        """Small: the ratio is proven to be above `limit`."""
+        """The p-value of "the ratio is at most `limit`": small where it is proven to be above that."""
         return self._tail(limit, 1)
 
     def _tail(self, limit: float, side: int) -> float:

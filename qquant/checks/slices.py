@@ -85,7 +85,7 @@ def readings(
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> dict[str, list[SliceReading]]:
-    """By artifact every slice, in the order of `text`, then the stretches of positions.
+    """Artifact -> every slice, in the order of `text`, then the stretches of positions.
 
     Raises NumericalError as `measure`.
     """

@@ -98,7 +98,7 @@ def require_data(benchmarks: list[Benchmark], folder: Path) -> None:
 
 @contextlib.contextmanager
 def local_copies(folder: Path | None) -> Iterator[None]:
-    """Within it, data sets of the hub are read from `folder` and nowhere else; None: as ever."""
+    """Have data sets of the hub read, within it, from `folder` and nowhere else; None: as ever."""
     if folder is None:
         yield
         return

@@ -165,7 +165,7 @@ class _Cell:
 
     @classmethod
     def here(cls) -> _Cell | None:
-        """That of the cell which runs; None outside of notebooks."""
+        """The display of the cell which runs; None outside of notebooks."""
         console = sys.modules.get("IPython")
         shell = console.get_ipython() if console is not None else None
         if shell is None or not hasattr(shell, "kernel"):

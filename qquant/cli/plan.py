@@ -123,7 +123,7 @@ class _Clock:
         return self.machine is not None
 
     def __call__(self, recipe: Recipe, planned: Plan) -> dict[str, float]:
-        """By phase."""
+        """Phase -> the seconds it is expected to take."""
         from qquant.plan import seconds
 
         counted = seconds.seconds(recipe, self.source, planned, self.rates, self.device, self.world)

@@ -89,7 +89,7 @@ def told(error: BaseException, message: str, ranks: Ranks) -> int | None:
 
 
 def ranks_here() -> Ranks:
-    """Those of the command that runs."""
+    """The ranks of the command that runs; one alone where none does."""
     context = click.get_current_context(silent=True)
     ranks = context.find_object(Ranks) if context else None
     return ranks or ALONE
@@ -114,7 +114,7 @@ class Signing:
     ranks: Ranks
 
     def advance(self, phase: str, done: int, of: int) -> None:
-        """As `qquant.progress.Progress` says."""
+        """Show how far the work is; raise where another rank ended."""
         self.ranks.alive()
         self.shown.advance(phase, done, of)
 

@@ -96,7 +96,7 @@ class Block:
         return mixed.transpose(1, 2).reshape(*lead, length, -1)
 
     def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Both [..., heads, T, head_dim] at their positions, from 0 on."""
+        """Query and key [..., heads, T, head_dim] at their positions, from 0 on."""
         cosine, sine = rotary(self.config, query.shape[-2], query.device, query.dtype)
         return rotate(query, cosine, sine), rotate(key, cosine, sine)
 

@@ -165,7 +165,7 @@ class BySize(Protocol):
     def trials(
         self, checkpoint: Checkpoint, spec: ArtifactSpec, recipe: Recipe, name: str
     ) -> dict[str, PlannedArtifact]:
-        """For an entry that is `sized`, a plan for everything that a tensor may be stored as, by that type."""
+        """Type -> a plan with every tensor of an entry that is `sized` stored as that, for all types that it may be stored as."""
         ...
 
 

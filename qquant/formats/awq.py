@@ -140,7 +140,7 @@ class Awq(ModelFolder[AwqArtifact]):
         }
 
     def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """By name, and by the names of what runtimes fuse."""
+        """What config.json says of linears that are kept: their names, and those of what runtimes fuse of them."""
         return {"modules_to_not_convert": keeping.skipped(kept)}
 
     def read_layout(self, config: Mapping[str, Any], where: str) -> AwqLayout:

@@ -134,7 +134,7 @@ class ModelFolder(ABC, Generic[Spec]):
         return quantization.get("quant_method") == self.method
 
     def begins(self, head: bytes) -> bool:
-        """Never: an artifact is a folder."""
+        """False: an artifact is a folder."""
         return False
 
     def kind(self, path: Path) -> str:
@@ -150,7 +150,7 @@ class ModelFolder(ABC, Generic[Spec]):
         return tuple(sorted(path.glob("*.safetensors")))
 
     def models(self, files: Sequence[str]) -> list[ModelFile]:
-        """No further models: the folder is the model."""
+        """An empty list: the folder is the model."""
         return []
 
     def describe(self, path: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def _keys(file: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Clai
 
 
 def _dtype(file: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Both spellings of the dtype say one thing."""
+    """How the dtypes differ, by either spelling of the key; empty: not."""
     stated = [config.get("dtype") or config.get("torch_dtype") for config in (mine, theirs)]
     difference = differs(f"{file}: dtype", stated[0], stated[1], "activations are rounded otherwise")
     return [] if same(*stated) else [difference]

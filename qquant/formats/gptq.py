@@ -212,7 +212,7 @@ class Gptq(ModelFolder[GptqArtifact]):
         }
 
     def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
-        """For GPTQModel and vLLM, and for optimum, which reads the names of all others."""
+        """What config.json says of linears that are kept: `dynamic` for GPTQModel and vLLM, the names of all others for optimum."""
         dynamic: dict[str, Any] = {keeping.expression(name): {} for name in keeping.skipped(kept)}
         return {"dynamic": dynamic, "modules_in_block_to_quantize": [list(quantized)]}
 

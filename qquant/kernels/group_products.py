@@ -64,7 +64,7 @@ def _check(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> No
 
 
 def reference(system: Tensor, bases: Sequence[Tensor], h: Tensor, width: int) -> None:
-    """The same by torch: the definition of `group_products`."""
+    """The definition of `group_products`, by torch."""
     split = split_matrix(h)
     for group in range(h.shape[1] // width):
         inside, rest = slice(group * width, (group + 1) * width), slice(group * width, None)

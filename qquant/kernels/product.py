@@ -32,7 +32,7 @@ UPPER = -(1 << 13)  # of a float32's bits: sign, exponent, 10 bits after the poi
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Within it, products of float32 on a GPU are of TF32: one product, not three."""
+    """Have products of float32 on a GPU be of TF32 within it: one product, not three."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -83,7 +83,7 @@ def split_matrix(matrix: Tensor) -> SplitMatrix:
 
 
 def split_in_place(matrix: Tensor) -> SplitMatrix:
-    """The same of a contiguous matrix that is used up: two of them in memory, not three."""
+    """A contiguous matrix that is used up as the second factor of products: two of them in memory, not three."""
     return SplitMatrix(None, halves(matrix, matrix)) if matrix.is_cuda else SplitMatrix(matrix)
 
 
@@ -95,7 +95,7 @@ def product(a: Tensor, b: SplitMatrix) -> Tensor:
 
 
 def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
-    """The same of an `a` that is contiguous and not needed any more: less in memory by as much."""
+    """The product of float32 [..., M, K] and [K, N] with an `a` that is contiguous and used up: less in memory by as much."""
     if b.halves is None:
         return a @ b.values()
     flat = a.flatten(0, -2)

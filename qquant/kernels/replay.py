@@ -27,7 +27,7 @@ class Replay(Generic[Result]):
         self.recordings: OrderedDict[Hashable, _Recording[Result] | None] = OrderedDict()  # None: called once
 
     def __call__(self, *arguments: Tensor | int) -> Result:
-        """Of tensors on one device; elsewhere than on a GPU just the function."""
+        """The results for tensors on one device; elsewhere than on a GPU just those of the function."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         if not tensors[0].is_cuda:
             return self.function(*arguments)

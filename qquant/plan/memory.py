@@ -119,7 +119,7 @@ class _Needs:
 
     @cached_property
     def held(self) -> int:
-        """Of both what is there while a stage is solved: on a GPU, states move on together, when the block is done."""
+        """Bytes of states and passages while a stage is solved: on a GPU, states move on together, when the block is done."""
         late = 2 * self.tokens * self.config.hidden * self.item if self.passages and self.policy.apart else 0
         return self.states + self.passages - late
 

@@ -185,7 +185,7 @@ def _slices(checks: Checks, checkpoint: Checkpoint, models: int, token: float, r
 
 
 def _behaviour(checks: Checks, checkpoint: Checkpoint, models: int, forward: float, rates: Rates) -> dict[str, float]:
-    """Of the questions of `profile: release`; `forward`: seconds of a token through all blocks, without attention."""
+    """Seconds of the questions of `profile: release`, by phase; `forward`: seconds of a token through all blocks, without attention."""
     if checks.profile != "release":
         return {}
     config = checkpoint.config

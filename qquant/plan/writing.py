@@ -26,7 +26,7 @@ class PlannedWriting:
 
     @property
     def tokens(self) -> int:
-        """At most."""
+        """The largest number of tokens that are written."""
         return (self.texts + self.chats) * self.length
 
     def __str__(self) -> str:

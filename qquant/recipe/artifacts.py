@@ -341,12 +341,12 @@ class GgufArtifact(_Artifact):
 
     @property
     def unknowns(self) -> int:
-        """Two: the scale and the minimum of a super-block."""
+        """The number 2: the scale and the minimum of a super-block."""
         return 2
 
     @property
     def fold_points(self) -> int:
-        """No folds: no GGUF file has folded scales."""
+        """Zero: no GGUF file has folded scales."""
         return 0
 
     @staticmethod

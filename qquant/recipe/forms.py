@@ -40,7 +40,7 @@ def _drop(data: dict[str, Any], keys: frozenset[str]) -> None:
 
 
 def _keep(data: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Of what efforts decide, that alone in which `mine` is not `theirs`."""
+    """Leave of what efforts decide only that in which `mine` is not `theirs`."""
     for key in (CALIBRATING | SOLVING) & mine.keys():
         if mine[key] == theirs[key]:
             data.pop(key, None)

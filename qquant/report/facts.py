@@ -109,7 +109,7 @@ def _described(artifact: ArtifactReport, report: Report, names: dict[str, str]) 
 
 
 def _worst_slice(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> Iterator[Fact]:
-    """Of the artifact whose worst slice is furthest towards its limit or beyond it."""
+    """The fact about the artifact whose worst slice is furthest towards its limit or beyond it."""
     owners = {id(one): artifact for artifact in artifacts for one in artifact.slices}
     furthest = slices.worst([one for artifact in artifacts for one in artifact.slices])
     if furthest is not None and furthest.limit is not None:
@@ -120,7 +120,7 @@ def _worst_slice(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> 
 
 
 def _worst_behaviour(artifacts: Sequence[ArtifactReport], names: dict[str, str]) -> Iterator[Fact]:
-    """Of the artifact whose worst kind of question is furthest towards its limit or beyond it."""
+    """The fact about the artifact whose worst kind of question is furthest towards its limit or beyond it."""
     owners = {id(row): artifact for artifact in artifacts for row in artifact.behaviour}
     furthest = behaviour.worst([row for artifact in artifacts for row in artifact.behaviour])
     if furthest is not None and furthest.standing in ("pass", "fail", "inconclusive"):

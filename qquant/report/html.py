@@ -100,7 +100,7 @@ def _page(name: str, **content: Any) -> str:
 
 
 def _probability(nll: float) -> float:
-    """Of a token with this NLL in nats."""
+    """The probability of a token with this NLL in nats."""
     return math.exp(-nll) if nll > -700 else math.inf
 
 

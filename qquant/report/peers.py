@@ -31,7 +31,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """As it stands in a picture."""
+        """Its name in a picture."""
         return f"{self.tool} {self.kind}"
 
 

@@ -346,7 +346,7 @@ def benchmarks(artifacts: Sequence[ArtifactReport]) -> dict[str, Any] | None:
 
 
 def _shade(one: SliceReport) -> int | None:
-    """From 0, no further from the checkpoint than what it stands beside, to `SHADES` - 1, at the limit; None where nothing is compared."""
+    """A shade from 0, no further from the checkpoint than what it stands beside, to `SHADES` - 1, at the limit; None where nothing is compared."""
     if one.relative is None:
         return None
     if not math.isfinite(one.relative.value):

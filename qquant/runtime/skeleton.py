@@ -91,7 +91,7 @@ class FamilyModel(nn.Module):
         )
 
     def generate(self, *_: Any, **__: Any) -> Tensor:
-        """Where `generating` does not know how, transformers would."""
+        """Raise UsageError: what `generating` cannot do, transformers would."""
         raise UsageError(
             f"{self.family.model_type!r} is no family of transformers, and qquant's own loop answers greedy or sampled choice with "
             "max_new_tokens only. Leave out what else was asked for"

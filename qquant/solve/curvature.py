@@ -133,7 +133,7 @@ class Curvature:
 
     @contextmanager
     def blocks(self, layers: Iterable[int], device: torch.device) -> Iterator[Iterator[BlockCurvature]]:
-        """Those of `layers` in turn; beside a GPU the next block's are read while one computes."""
+        """The curvature of `layers` in turn; beside a GPU the next block's are read while one computes."""
         beside = devices.threads_help(device)
         with prefetch(partial(self._read, ahead=beside), layers, beside) as found:
             yield (self._placed(read, device) for read in found)

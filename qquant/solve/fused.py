@@ -28,7 +28,7 @@ class FusedBlock(Block):
         return elementwise.rms_norm(x, self.weights[self.family.stage(stage).norm], self.config.epsilon)
 
     def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Both [..., heads, T, head_dim] at their positions; they are used up."""
+        """Query and key [..., heads, T, head_dim] at their positions; what is given is used up."""
         length = query.shape[-2]
         if length not in self.tables:
             self.tables[length] = rotary(self.config, length, query.device, query.dtype)

@@ -38,7 +38,7 @@ class Layers:
 
     @classmethod
     def of(cls, source: Checkpoint, device: torch.device) -> Layers:
-        """They are kept on the device if it has room for all of them, and if that pays there."""
+        """The blocks of `source`, kept on the device if it has room for all of them, and if that pays there."""
         matrices = source.family.matrices(source.config).values()
         blocks = SIZES[source.dtype] * sum(rows * columns for rows, columns in matrices)
         keeps = threads_help(device) and blocks <= KEEP * free_memory(device)

@@ -170,7 +170,7 @@ def _anew(view: View, stream: Stream, onward: int) -> bool:
 
 @dataclass
 class _Ways:
-    """Both ways of every piece through a block, stage by stage.
+    """Every piece on its two ways through a block, stage by stage.
 
     They stand where the last stage left them or, `anew`, begin again for every stage: twice the time, and memory of one piece.
     """

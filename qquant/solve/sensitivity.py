@@ -209,7 +209,7 @@ class _Rows:
     ]  # (H [K, K], weights of the rows [n], what a mean of e H e' of 1 costs)
 
     def loss(self, error: Tensor) -> float:
-        """Of the whole matrix, where these rows have `error` [n, K]."""
+        """The loss of the whole matrix, where these rows have `error` [n, K]."""
         found = 0.0
         for matrix, rows, cost in self.costs:
             each = ((error @ matrix) * error).sum(1).double()

@@ -82,7 +82,7 @@ class _Curvatures(Iterable[Tensor]):
 
 
 def _curvatures(linears: Mapping[str, Tensor], rows: Rows) -> Iterable[Tensor] | None:
-    """Kept on a GPU, which has room for it."""
+    """The curvature of each linear's rows in turn, None without; a list on a GPU, which has room for it."""
     if not rows:
         return None
     curvatures = _Curvatures(linears, rows)

@@ -128,12 +128,12 @@ class Stream:
         return cls(hidden, device, pieces=cut, exchange=exchange, every=every, lengths=lengths)
 
     def branch(self) -> Stream:
-        """Another stream that begins where this one is."""
+        """A stream of its own that begins where this one is."""
         return replace(self, hidden=list(self.hidden), pressure=0, overflowed=set())
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states; where a rank has none, of nothing."""
+        """The dtype of the hidden states; float32 where a rank has none."""
         return self.hidden[0].dtype if self.hidden else torch.float32
 
     def tokens(self, index: int) -> int:

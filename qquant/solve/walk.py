@@ -135,7 +135,7 @@ def _walk(  # noqa: PLR0913  each is of another thing
     curvature: Curvature | None,
     exchange: Exchange,
 ) -> None:
-    """Once through the blocks, for drafts that do not have all of them."""
+    """Go once through the blocks, for drafts that do not have all of them."""
     dtype, device = STREAM_DTYPES[checkpoint.dtype], blocks.device
     layers = checkpoint.config.layers
     start = Stream.start(checkpoint, samples, dtype, device, exchange)
@@ -181,7 +181,7 @@ class _Streams:
     moments: Moments
 
     def move(self, view: View) -> None:
-        """Through the next block."""
+        """Move all streams through the next block, and solve it for every artifact."""
         before = self.start.by_piece if any(not one.in_float32 for one in self.own) else {}
         carrier = self._carried(view)
         others = [one.draft for one in self.own]

@@ -93,13 +93,13 @@ class Weights:
 
     @classmethod
     def of(cls, source: WeightSource, dtype: torch.dtype, device: torch.device) -> Weights:
-        """They are kept where that takes at most KEEP of the memory that is free."""
+        """The weights of `source`, kept where that takes at most KEEP of the memory that is free."""
         size = dtype.itemsize * sum(map(math.prod, source.family.shapes(source.config).values()))
         return cls(source, device, dtype, keeps=size <= KEEP * free_memory(device))
 
     @property
     def family(self) -> Family:
-        """Of the model."""
+        """The family of the model."""
         return self.source.family
 
     def block(self, layer: int) -> Block:

@@ -140,7 +140,7 @@ class _Child:
                 raise Refused("it does not answer")
 
     def _work(self) -> str | None:
-        """Its processor time so far, as text; None where it is at work, and where the system does not say."""
+        """The processor time of the child so far, as text; None where it is at work, and where the system does not say."""
         try:
             state, *numbers = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
         except OSError:

@@ -96,7 +96,7 @@ class BlockParams:
         return multipliers
 
     def with_integers(self, name: str, values: Tensor) -> BlockParams:
-        """Other sub-scales or sub-minima."""
+        """These parameters with other sub-scales or sub-minima."""
         return replace(self, scales=values) if name == "scales" else replace(self, mins=values)
 
     def stored(self) -> dict[str, Tensor]:

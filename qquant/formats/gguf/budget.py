@@ -152,7 +152,7 @@ class _Size:
         return smallest + math.floor((self.asked - self.value) * self.unit)
 
     def shown(self, value: float) -> str:
-        """For people."""
+        """A size in the words of the recipe: bytes, or bits per weight."""
         return f"{value:.4g}" if self.key == "bits_per_weight" else f"{int(value):,} bytes"
 
 

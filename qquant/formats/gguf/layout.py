@@ -66,7 +66,7 @@ class Gguf:
     library = "gguf"
 
     def recognises(self, quantization: Mapping[str, Any]) -> bool:
-        """Never: a folder of GGUF files is not a model."""
+        """False: a folder of GGUF files is not a model."""
         return False
 
     def begins(self, head: bytes) -> bool:

@@ -70,7 +70,7 @@ def metadata(
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> list[Field]:
-    """Those fields of any file made of `checkpoint` that say how a runtime must run it: all but names, file type and what made it.
+    """The fields of any file made of `checkpoint` that say how a runtime must run it: all but names, file type and what made it.
 
     Raises:
         InputError: the checkpoint has no tokenizer, or it is malformed.
