@@ -183,15 +183,15 @@ def group(out: Path, device: torch.device, ranks: Ranks, alone: Sequence[Finding
     ]
     said = ranks.gather([vars(finding) for finding in mine])
     where = [f"{rank} is {ranks.where(rank)}" for rank in range(ranks.world)]
-    found = [Finding("ranks", OK, "; ".join(where))]
+    findings = [Finding("ranks", OK, "; ".join(where))]
     for number, finding in enumerate(said[0]):
         bad = [(rank, theirs[number]) for rank, theirs in enumerate(said) if theirs[number]["state"] != OK]
         text = "; ".join(f"rank {rank}: {one['text']}" for rank, one in bad)
-        found.append(Finding(finding["name"], bad[0][1]["state"], text) if bad else Finding(**finding))
+        findings.append(Finding(finding["name"], bad[0][1]["state"], text) if bad else Finding(**finding))
     apart = ranks.gather([vars(finding) for finding in alone if finding.state != OK])
     for rank, theirs in enumerate(apart[1:], 1):
-        found += [Finding(f"rank {rank}: {one['name']}", one["state"], one["text"]) for one in theirs]
-    return found
+        findings += [Finding(f"rank {rank}: {one['name']}", one["state"], one["text"]) for one in theirs]
+    return findings
 
 
 def _between_cards(device: torch.device, ranks: Ranks) -> Finding:

@@ -249,8 +249,8 @@ def _places(kinds: Sequence[Sequence[Any]]) -> list[int]:
 def _unpacked(packed: Tensor | None, kinds: Sequence[Sequence[Any]], device: torch.device) -> list[Tensor]:
     if packed is None:
         return []
-    packed, found = packed.to(device), []
+    packed, tensors = packed.to(device), []
     for (name, shape), start in zip(kinds, _places(kinds), strict=False):
         dtype: torch.dtype = getattr(torch, name)
-        found.append(packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
-    return found
+        tensors.append(packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+    return tensors

@@ -149,7 +149,7 @@ class _Ranks:
         self, columns: Columns, matrices: Tensor, count: int, slope: Tensor, codes: Tensor, step: Tensor, offset: Tensor
     ) -> Tensor:
         """What `_swept` gives, for the `slope` of this rank's columns."""
-        batch, found, subsets = len(codes), list[Tensor](), list[tuple[Tensor, list[slice]]]()
+        batch, visits, subsets = len(codes), list[Tensor](), list[tuple[Tensor, list[slice]]]()
         for subset, inside, pulled in _subsets(matrices, slope):
             shares = rows_of(len(subset), self.exchange)
             pull = turned(pulled, shares, self.exchange)
@@ -157,12 +157,12 @@ class _Ranks:
             spacing = step[:, mine].flatten(0, 1), offset[:, mine].flatten(0, 1)
             judge, earlier = _Judge(self.exchange, inside), codes[:, mine].flatten(0, 1)
             given = columns.gram, columns.blocks, count, pull.flatten(0, 1), earlier, spacing, judge.lowers
-            found.append(torch.cat([block for block, _ in visit(*given)], 1).view(batch, len(mine), codes.shape[2]))
+            visits.append(torch.cat([block for block, _ in visit(*given)], 1).view(batch, len(mine), codes.shape[2]))
             slope[:, subset] += (torch.cat(judge.changes, 2).flatten(0, 1) @ self.gram).view(
                 batch, len(subset), slope.shape[2]
             )
             subsets.append((subset, shares))
-        for rank, parcel in enumerate(self.exchange.share(found)):
+        for rank, parcel in enumerate(self.exchange.share(visits)):
             for (subset, shares), rows in zip(subsets, parcel, strict=True):
                 codes[:, subset[shares[rank]]] = rows
         return codes

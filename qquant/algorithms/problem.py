@@ -93,17 +93,17 @@ class Problem:
             return mine
         first = next(iter(mine.params.values()))
         given = [mine.codes, *(value for params in mine.params.values() for value in params.stored().values())]
-        found: dict[str, list[list[Tensor]]] = {linear: [] for linear in self.linears}
+        pieces: dict[str, list[list[Tensor]]] = {linear: [] for linear in self.linears}
         codes = []
         for rank, parcel in enumerate(self.exchange.share(given)):
             if rank == 0 or self._spans[rank] != self._spans[0]:
                 values = iter(parcel)
                 codes.append(next(values))
                 for linear in self._parts(rank):
-                    found[linear].append([next(values) for _ in first.stored()])
+                    pieces[linear].append([next(values) for _ in first.stored()])
         params = {
             linear: first.with_stored(dict(zip(first.stored(), map(torch.cat, zip(*parts, strict=True)), strict=True)))
-            for linear, parts in found.items()
+            for linear, parts in pieces.items()
         }
         return replace(mine, codes=torch.cat(codes), params=params)
 
@@ -137,8 +137,8 @@ class Problem:
     def energy(self) -> dict[str, float]:
         """The output of every linear, summed over its rows and the calibration tokens."""
         if self.known is None:  # not a cached property: others wait for what is said here
-            found = self.energies(self.mine.linears)
-            self.known = {linear: energy or 1.0 for linear, energy in found.items()}
+            energies = self.energies(self.mine.linears)
+            self.known = {linear: energy or 1.0 for linear, energy in energies.items()}
         return self.known
 
 

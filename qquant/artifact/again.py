@@ -45,5 +45,5 @@ def again(artifact: Path, fields: Mapping[str, Any]) -> Recipe:
 def in_16_bits(artifact: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
     """Fields of a recipe's entry that keep these weights in 16 bits; `dtype`: the checkpoint's. None for a folder of 16-bit weights."""
     artifact_format = format_of(artifact)
-    found = artifact_format.in_16_bits(artifact, tensors, dtype) if artifact_format else {}
-    return {key: value for key, value in found.items() if value is not None}
+    fields = artifact_format.in_16_bits(artifact, tensors, dtype) if artifact_format else {}
+    return {key: value for key, value in fields.items() if value is not None}

@@ -69,18 +69,18 @@ def changes(then: Mapping[str, SliceMeans], now: Mapping[str, SliceMeans], floor
 
 def judge(then: Mapping[str, SliceMeans], now: Mapping[str, SliceMeans], tolerance: float) -> Verdict | None:
     """The verdict on the slice that grew most; None where no slice can be compared."""
-    found = changes(then, now, RESOLVED)
-    if not found:
+    compared = changes(then, now, RESOLVED)
+    if not compared:
         return None
     limit = 1 + tolerance
-    beyond = statistics.holm([change.times.p_beyond(limit) for change in found])
+    beyond = statistics.holm([change.times.p_beyond(limit) for change in compared])
     each: list[Proof] = [
         "fail" if p <= SLICES / 2 else "pass" if change.times.p_within(limit) <= ASKED else "inconclusive"
-        for change, p in zip(found, beyond, strict=True)
+        for change, p in zip(compared, beyond, strict=True)
     ]
     outcome = statistics.worst(each)
     shown = max(
-        (change for change, one in zip(found, each, strict=True) if one == outcome), key=lambda one: one.times.log
+        (change for change, one in zip(compared, each, strict=True) if one == outcome), key=lambda one: one.times.log
     )
     low, high = shown.times.interval()
     reach = limit * np.expm1(min((normal_quantile(1 - ASKED) + normal_quantile(POWER)) * shown.times.error, 700.0))

@@ -26,9 +26,13 @@ def windows(read: Read, text: Scored, names: Sequence[str], ranks: Ranks) -> dic
     if ranks.world == 1:
         return read(text)
     mine = text.windows[_part(text, ranks)]
-    found = read(replace(text, windows=mine)) if len(mine) else {}
+    measured = read(replace(text, windows=mine)) if len(mine) else {}
     said = save(
-        {f"{names.index(name)} {key}": value for name, losses in found.items() for key, value in vars(losses).items()}
+        {
+            f"{names.index(name)} {key}": value
+            for name, losses in measured.items()
+            for key, value in vars(losses).items()
+        }
     )
     parts = [load(part) for part in ranks.gather_bytes(said)]
     return {
@@ -55,11 +59,11 @@ def _part(text: Scored, ranks: Ranks) -> slice:
 def largest(peaks: Peaks, ranks: Ranks) -> Peaks:
     """The largest activations that any rank has seen."""
     said = ranks.gather([[source, layer, peak] for (source, layer), peak in peaks.largest.items()])
-    found: dict[tuple[int, int], float] = {}
+    highest: dict[tuple[int, int], float] = {}
     for source, layer, peak in (row for rows in said for row in rows):
-        before = found.get((int(source), int(layer)), 0.0)
-        found[int(source), int(layer)] = math.nan if math.isnan(peak) or math.isnan(before) else max(before, peak)
-    return Peaks(found)
+        before = highest.get((int(source), int(layer)), 0.0)
+        highest[int(source), int(layer)] = math.nan if math.isnan(peak) or math.isnan(before) else max(before, peak)
+    return Peaks(highest)
 
 
 def mine(sizes: Mapping[str, int], ranks: Ranks) -> list[str]:

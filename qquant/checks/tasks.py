@@ -138,11 +138,11 @@ class _ModelAsked:
     def digest(self) -> str:
         """sha256 of the files of its weights and config, and of its checkpoint."""
         files = sorted({*weight_files(self.path), *self.path.glob("*.json")}) if self.path.is_dir() else [self.path]
-        found = hashlib.sha256(self.checkpoint.fingerprint.encode())
+        digest = hashlib.sha256(self.checkpoint.fingerprint.encode())
         for file in files:
             with file.open("rb") as stream:
-                found.update(hashlib.file_digest(stream, "sha256").digest())
-        return found.hexdigest()
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     def get(self) -> tuple[Any, Any]:
         """(model, tokenizer)."""

@@ -92,14 +92,14 @@ def groups(family: Family, config: ModelConfig) -> Iterator[tuple[str, ...]]:
 
 def skipped(names: Sequence[str]) -> list[str]:
     """The names, and those of what runtimes fuse of them."""
-    found = list(names)
+    named = list(names)
     for words, fused in FUSED.items():
         first, *others = words.split()
         for name in names:
             parent, _, last = name.rpartition(".")
             if last == first and all(f"{parent}.{other}" in names for other in others):
-                found.append(f"{parent}.{fused}")
-    return found
+                named.append(f"{parent}.{fused}")
+    return named
 
 
 def expression(name: str) -> str:

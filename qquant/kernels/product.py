@@ -108,9 +108,9 @@ def add_product(total: Tensor, a: Tensor, b: SplitMatrix, beta: float = 1, alpha
         return torch.addmm(total, a, b.values(), beta=beta, alpha=alpha)
     split = halves(a)
     with tensor_cores():
-        found = torch.addmm(total, split.upper, b.halves.upper, beta=beta, alpha=alpha)
-    _add_lower(found, split, b.halves, alpha)
-    return found
+        sums = torch.addmm(total, split.upper, b.halves.upper, beta=beta, alpha=alpha)
+    _add_lower(sums, split, b.halves, alpha)
+    return sums
 
 
 def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -> None:
@@ -127,9 +127,9 @@ def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -
 def multiplied(a: Halves, b: Halves) -> Tensor:
     """The product of [M, K] and [K, N] by the formula at the head of this file."""
     with tensor_cores():
-        found = a.upper @ b.upper
-    _add_lower(found, a, b, 1)
-    return found
+        sums = a.upper @ b.upper
+    _add_lower(sums, a, b, 1)
+    return sums
 
 
 def _add_lower(total: Tensor, a: Halves, b: Halves, alpha: float) -> None:

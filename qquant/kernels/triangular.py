@@ -23,10 +23,10 @@ def solve_upper(right: Tensor, upper: Tensor, triangular: bool = False) -> Tenso
     """
     for block in _blocks(len(upper)):
         rows, later = slice(0, block.stop if triangular else None), slice(block.stop, None)
-        found = product(right[rows, block], split_matrix(_inverse(upper[block, block])))
-        right[rows, block] = found
+        solved = product(right[rows, block], split_matrix(_inverse(upper[block, block])))
+        right[rows, block] = solved
         if block.stop < len(upper):
-            add_product_to(right[rows, later], found, split_matrix(_by_rows(upper[block, later])), alpha=-1)
+            add_product_to(right[rows, later], solved, split_matrix(_by_rows(upper[block, later])), alpha=-1)
     return right
 
 
@@ -34,10 +34,10 @@ def solve_upper_transposed(right: Tensor, upper: Tensor) -> Tensor:
     """X of X R' = B; arguments as of `solve_upper`."""
     for block in reversed(_blocks(len(upper))):
         earlier = slice(0, block.start)
-        found = product(right[:, block], split_matrix(_inverse(upper[block, block]).mT.contiguous()))
-        right[:, block] = found
+        solved = product(right[:, block], split_matrix(_inverse(upper[block, block]).mT.contiguous()))
+        right[:, block] = solved
         if block.start:
-            add_product_to(right[:, earlier], found, split_matrix(_by_rows(upper[earlier, block].mT)), alpha=-1)
+            add_product_to(right[:, earlier], solved, split_matrix(_by_rows(upper[earlier, block].mT)), alpha=-1)
     return right
 
 

@@ -85,11 +85,11 @@ def _remedies(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, free: Free) ->
     fewer = max(len(recipe.calibration.sources), recipe.calibration.samples // 4)
     setting = f"calibration.samples={fewer}"
     tried[f"--set {setting}"] = changed(recipe, Flags(settings=(setting,))), free
-    found = [name for name, trial in tried.items() if fits(*trial)]
+    fitting = [name for name, trial in tried.items() if fits(*trial)]
     alone = [
         name for name in sorted(names) if len(names) > 1 and not _short(_alone(recipe, checkpoint, name, free), free)
     ]
-    return found + ([f"--only {alone[0]}"] if alone else [])
+    return fitting + ([f"--only {alone[0]}"] if alone else [])
 
 
 def _alone(recipe: Recipe, checkpoint: Checkpoint, name: str, free: Free) -> Memory:

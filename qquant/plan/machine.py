@@ -61,10 +61,10 @@ def measured(device: torch.device) -> Machine | None:
     """What was measured on a device; None if nothing was, or it cannot be read."""
     path = path_of(device)
     try:
-        found = typed(Machine, read_json(path), str(path)) if path.is_file() else None
+        kept = typed(Machine, read_json(path), str(path)) if path.is_file() else None
     except InputError:
         return None
-    return found if found is not None and found.schema == SCHEMA else None
+    return kept if kept is not None and kept.schema == SCHEMA else None
 
 
 def keep(machine: Machine, device: torch.device) -> Path:

@@ -54,8 +54,8 @@ Keep = Annotated[
 
 def bytes_of(size: str) -> int | None:
     """The bytes that a text such as 4.4GB means; None: it is not a size."""
-    found = SIZE.fullmatch(size)
-    return int(Decimal(found[1]) * UNITS[found[2]]) if found else None
+    match = SIZE.fullmatch(size)
+    return int(Decimal(match[1]) * UNITS[match[2]]) if match else None
 
 
 def unknown_types(types: Mapping[str, Any], lists: bool) -> Iterator[Conflict]:

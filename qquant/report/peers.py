@@ -39,9 +39,9 @@ def known(report: Report) -> list[Peer]:
     """What is known of the checkpoint, calibration and text of `report`."""
     inputs, text = report.conditions.inputs, report.conditions.text
     asked = (inputs.get("checkpoint"), inputs.get("calibration"), text.tokens_sha256, text.length)
-    found: list[Peer] = []
+    peers: list[Peer] = []
     for path in sorted(data_dir("recipes").glob("*/peers.json")):
         content = json.loads(path.read_text("utf-8"))
         if asked == tuple(content[key] for key in ("checkpoint", "calibration", "tokens", "length")):
-            found += [Peer(**point) for point in content["points"]]
-    return found
+            peers += [Peer(**point) for point in content["points"]]
+    return peers

@@ -17,18 +17,18 @@ def schema() -> dict[str, Any]:
         def float_schema(self, schema: Any) -> dict[str, Any]:
             return {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}
 
-    found = TypeAdapter(File).json_schema(schema_generator=Numbers)
-    shapes = found.pop("$defs")
+    report = TypeAdapter(File).json_schema(schema_generator=Numbers)
+    shapes = report.pop("$defs")
     shapes["Baseline"] = shapes.pop("Baseline")
-    found["title"] = "Report"
-    found["properties"] |= {
+    report["title"] = "Report"
+    report["properties"] |= {
         "schema": {"const": SCHEMA}, "baseline": {"$ref": "#/$defs/Baseline"}, "verdict": {"enum": list(TITLES)}
     }  # fmt: skip
     shapes["Conditions"] |= {
         "additionalProperties": shapes["Conditions"]["properties"].pop("inputs")["additionalProperties"]
     }
-    for shape in (found, *shapes.values()):
+    for shape in (report, *shapes.values()):
         if not shape.get("additionalProperties"):
             shape |= {"required": list(shape["properties"]), "additionalProperties": False}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:{SCHEMA.replace('-', ':', 1)}"}
-    return head | found | {"$defs": shapes}
+    return head | report | {"$defs": shapes}

@@ -108,10 +108,10 @@ def backward(
     for _, pieces in exchange.in_turn(count, give):
         for total, piece in zip(totals, pieces, strict=True):
             gram(total, piece.contiguous())
-    found = _factors(family, owned, totals, weights, count, exchange)
-    if not all_finite(list(found.values())):
+    factors = _factors(family, owned, totals, weights, count, exchange)
+    if not all_finite(list(factors.values())):
         raise NumericalError(f"block {layer}: gradients are not finite in {block.dtype}; {REMEDY}")
-    return before, found
+    return before, factors
 
 
 def _squares(gradients: Sequence[Tensor]) -> Tensor:
@@ -149,9 +149,9 @@ def _factors(
     stored = {f"weights {stage.name}": _mean_one(values) for stage, values in zip(stages, by_stage, strict=True)}
     rows: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for rank, wanted in enumerate(owned):
-        found = iter(said[rank][len(stages) * samples[rank] :])
+        received = iter(said[rank][len(stages) * samples[rank] :])
         for name, span in wanted:
-            rows.setdefault(name, {})[span.start // ROWS] = next(found), next(found)
+            rows.setdefault(name, {})[span.start // ROWS] = next(received), next(received)
     for name in (name for stage in stages for name in stage.linears):
         parts_of_linear = [rows[name][index] for index in range(len(rows[name]))]
         stored |= {f"rows {name} {index:04d}": part for index, (part, _) in enumerate(parts_of_linear)}

@@ -135,8 +135,8 @@ class Curvature:
     def blocks(self, layers: Iterable[int], device: torch.device) -> Iterator[Iterator[BlockCurvature]]:
         """The curvature of `layers` in turn; beside a GPU the next block's are read while one computes."""
         beside = devices.threads_help(device)
-        with prefetch(partial(self._read, ahead=beside), layers, beside) as found:
-            yield (self._placed(read, device) for read in found)
+        with prefetch(partial(self._read, ahead=beside), layers, beside) as reads:
+            yield (self._placed(read, device) for read in reads)
 
     def _read(self, layer: int, ahead: bool) -> _Read:
         """What the file of a block has; the rows, which are large, only `ahead`."""

@@ -210,11 +210,11 @@ class _Rows:
 
     def loss(self, error: Tensor) -> float:
         """The loss of the whole matrix, where these rows have `error` [n, K]."""
-        found = 0.0
+        total = 0.0
         for matrix, rows, cost in self.costs:
             each = ((error @ matrix) * error).sum(1).double()
-            found += cost * float((rows * each).sum() / rows.sum().clamp(min=1e-30))
-        return found
+            total += cost * float((rows * each).sum() / rows.sum().clamp(min=1e-30))
+        return total
 
 
 def _linear(view: View, linear: str, gram: Gram, moments: Moments) -> _Rows:
@@ -259,14 +259,14 @@ class _Trying:
         """Try the rows as every type that their matrix may have."""
         tried: dict[tuple[str, str, float, object], float] = {}
         for artifact, trials in self.trials.items():
-            found = self.losses.setdefault(artifact, {}).setdefault(rows.name, {})
+            losses = self.losses.setdefault(artifact, {}).setdefault(rows.name, {})
             for kind, planned in trials.items():
                 if planned.stored[rows.name].type == kind:
                     spec = planned.spec
                     same = kind, spec.solver, spec.damping, spec.model_dump().get("imatrix")
                     if same not in tried:
                         tried[same] = self._loss(planned, rows)
-                    found[kind] = tried[same]
+                    losses[kind] = tried[same]
 
     def _loss(self, planned: PlannedArtifact, rows: _Rows) -> float:
         spec, layout = planned.spec, FORMATS[planned.format]

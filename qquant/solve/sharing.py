@@ -148,6 +148,6 @@ def solve_stage(
     """The values of the linears of a stage on all ranks, who solve it together, or have those of the first, which alone has `sums` then."""
     exchange = stream.exchange
     everywhere = all(exchange.say(sums is not None))
-    found = solver.solve(stage, targets, sums.gram, rows, exchange if everywhere else ALONE) if sums else {}
-    values = [found[linear] for linear in stage.linears if linear in found]
+    solved = solver.solve(stage, targets, sums.gram, rows, exchange if everywhere else ALONE) if sums else {}
+    values = [solved[linear] for linear in stage.linears if linear in solved]
     return values if everywhere else exchange.from_rank(0, values)

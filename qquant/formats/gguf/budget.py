@@ -180,9 +180,9 @@ def with_least_loss(options: Options, room: int) -> dict[str, str]:
         for index, one in enumerate(those):
             step = -(-(one.bytes - least[name]) // unit)
             if step <= cells:
-                found = best[: cells + 1 - step] + one.loss
-                better = found < now[step:]
-                now[step:][better], mark[step:][better] = found[better], index
+                loss = best[: cells + 1 - step] + one.loss
+                better = loss < now[step:]
+                now[step:][better], mark[step:][better] = loss[better], index
         best = now
         marks.append(mark)
     place = int(best.argmin())
@@ -219,10 +219,10 @@ def abridged(types: Mapping[str, str]) -> dict[str, str]:
         if place:
             kinds.setdefault(place[2], Counter())[types[name]] += 1
     usual = {role: counter.most_common(1)[0][0] for role, counter in kinds.items()}
-    found = {f"blk.*.{role}": kind for role, kind in usual.items()}
+    by_role = {f"blk.*.{role}": kind for role, kind in usual.items()}
     apart = {name: kind for name, kind in types.items() if not (place := places[name]) or kind != usual[place[2]]}
     return (
         {patterns.short(name): kind for name, kind in apart.items() if not places[name]}
-        | found
+        | by_role
         | {patterns.short(name): kind for name, kind in apart.items() if places[name]}
     )

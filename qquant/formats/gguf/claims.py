@@ -86,15 +86,15 @@ def compare(path: Path, checkpoint: Checkpoint) -> Claims:
     """
     header, family, config = read_model(path), checkpoint.family, checkpoint.config
     expected = _written(checkpoint)
-    found = claims()
+    all_claims = claims()
     for part in (
         _expected(header, expected, checkpoint),
         _further(header, expected, checkpoint),
         _tokens(header, expected),
         _tensors(header, family, config),
     ):
-        found += part
-    return found
+        all_claims += part
+    return all_claims
 
 
 @functools.lru_cache(maxsize=1)  # many files of one checkpoint are compared, and its vocabulary is large

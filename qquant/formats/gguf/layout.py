@@ -149,12 +149,12 @@ class Gguf:
         shape = mix.ModelShape(_supported(checkpoint, spec), checkpoint.config)
         kinds = budget.candidates(spec, shape, checkpoint.dtype)
         unsplit = recipe.model_copy(update={"gguf_split_size": 10**15})
-        found = {}
+        plans = {}
         for kind in dict.fromkeys(one for several in kinds.values() for one in several):
             types = {patterns.short(tensor): kind for tensor, several in kinds.items() if kind in several}
             entry = spec.model_copy(update={"type": "q8_0", "size": None, "bits_per_weight": None, "types": types})
-            found[kind] = self.plan(checkpoint, entry, unsplit, name)
-        return found
+            plans[kind] = self.plan(checkpoint, entry, unsplit, name)
+        return plans
 
     def in_16_bits(self, path: Path, tensors: Sequence[str], dtype: str) -> dict[str, Any]:
         """`type` and `types`: of a file that is one of llama-quantize's mixes the tensors alone, else all that it has."""

@@ -194,10 +194,10 @@ def _search(
         with np.errstate(all="ignore"):
             ratio, which = (space.tensor(array) for array in _best_projection(lx, l2, space))
         scale, inverse = (values.gather(0, which.unsqueeze(0)).squeeze(0) for values in (ratio, candidates))
-        found = [torch.where(live, scale, 0.0), torch.where(live, inverse, 0.0)]
+        best = [torch.where(live, scale, 0.0), torch.where(live, inverse, 0.0)]
         if weigh:
-            found.append(sum_in_order(w_flat))
-        parts.append([value.view(x.shape[1:]) for value in found])
+            best.append(sum_in_order(w_flat))
+        parts.append([value.view(x.shape[1:]) for value in best])
     return SearchResult(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
