@@ -44,10 +44,11 @@ from qquant.families import ModelConfig
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.shards import shard_paths
 from qquant.formats.gguf.source import GgufSource
+from qquant.kernels.replay import Work, recorded
 from qquant.progress import Progress
 from qquant.report.record import Pace, Proof, SpeedReport
 from qquant.runtime import linears
-from qquant.runtime.stepping import ModelWeights, Stepper, capture, read_weights
+from qquant.runtime.stepping import ModelWeights, Stepper, read_weights
 from qquant.source.checkpoint import Checkpoint
 
 RESAMPLES = 4000
@@ -165,11 +166,13 @@ class Stepped:
             torch.cuda.synchronize(self.device)
 
 
-def _captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def _captured(work: Work, device: torch.device) -> Work:
     if device.type != "cuda":
         return work
     with torch.inference_mode():
-        return capture(work)
+        for _ in range(2):  # compiles kernels and fills caches of the libraries
+            work()
+        return recorded(work)
 
 
 def _allocated(device: torch.device) -> int:

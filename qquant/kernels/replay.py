@@ -1,6 +1,8 @@
-"""Thousands of small launches as one: a function of tensors, recorded as a CUDA graph when it is called again.
+"""Thousands of small launches as one: work recorded as a CUDA graph, and a function of tensors that is when it is called again.
 
-The first call with arguments of some shapes runs plainly (which compiles what has to be compiled), the second records, later ones copy
+`recorded` is the one place where a graph is captured: for `Replay`, for answers (`runtime.decoding`) and for what the speed check times.
+
+The first call of a `Replay` with arguments of some shapes runs plainly (which compiles what has to be compiled), the second records, later ones copy
 their arguments into the tensors of the recording and replay it. A function that is recorded must not wait for the GPU, must not change
 its arguments, and must do the same whatever the values. A recording keeps the memory of all it computes, so only the last ones are kept.
 """
@@ -17,6 +19,26 @@ from torch import Tensor
 
 KEPT = 16  # recordings of a function
 Result = TypeVar("Result")
+Work = Callable[[], object]
+
+
+def recorded(work: Work) -> Work:
+    """`work`, which ran at least once before, as a CUDA graph: call the result to replay it.
+
+    Raises:
+        RuntimeError: it does what cannot be recorded.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What other threads ask of the GPU meanwhile is theirs: the one that watches over NCCL queries events.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
 
 
 class Replay(Generic[Result]):
@@ -52,16 +74,8 @@ class _Recording(Generic[Result]):
         mine = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
         self.inputs = [value for value in mine if isinstance(value, Tensor)]
         self.copied: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self.inputs)
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # What other threads ask of the GPU meanwhile is theirs: the one that watches over NCCL queries events.
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.result = function(*mine)
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        self.results: list[Result] = []
+        self.replay = recorded(lambda: self.results.append(function(*mine)))
 
     def __call__(self, tensors: list[Tensor]) -> Result:
         for index, (mine, other) in enumerate(zip(self.inputs, tensors, strict=True)):
@@ -69,5 +83,5 @@ class _Recording(Generic[Result]):
             if copied is None or copied[0]() is not other or copied[1] != other._version:
                 mine.copy_(other)
                 self.copied[index] = weakref.ref(other), other._version
-        self.graph.replay()
-        return self.result
+        self.replay()
+        return self.results[0]

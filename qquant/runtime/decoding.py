@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qquant.errors import NumericalError
 from qquant.families import ModelConfig
+from qquant.kernels.replay import Work, recorded
 from qquant.runtime.sampling import Sampling, choose
 from qquant.runtime.stepping import ModelWeights, Stepper
 
@@ -37,26 +38,6 @@ ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]  # not cuDNN's: a plan a length
-
-Work = Callable[[], None]
-
-
-def recorded(work: Work) -> Work:
-    """`work`, which ran at least once before, as a CUDA graph: call the result to replay it.
-
-    Raises:
-        RuntimeError: it does what cannot be recorded.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
 
 
 def one_by_one(work: Work) -> Work:

@@ -4,7 +4,7 @@
     advance()               logits after one token of every sequence; tokens and positions stay on the device, so a graph can hold it
 
 The order of the steps is the family's, the arithmetic that of `qquant.families.decoder`, with what stands between the products fused
-(`qquant.runtime.fused`). On CUDA `capture` records a step, or a prefill, as one graph: launches from Python take longer than the
+(`qquant.runtime.fused`). On CUDA a step, or a prefill, can be recorded as one graph (`qquant.kernels.replay`): launches from Python take longer than the
 kernels. Sequences of a batch need not be of one length: each fills its row of the cache from the left, so there is no padding.
 """
 
@@ -212,22 +212,3 @@ class Stepper:
         copied = copy.deepcopy(self.weights, {id(embedding): embedding})
         twin.weights = replace(copied, embedding=embedding)
         return twin
-
-
-def capture(work: Callable[[], object]) -> Callable[[], None]:
-    """`work` as one CUDA graph: call the result to replay it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and fills caches of the libraries
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-
-    def replay() -> None:
-        graph.replay()
-
-    return replay

@@ -224,7 +224,8 @@ def moved(weights, device, dtype):
 def steps_agree(record, options):
     """A small model's logits by the kernels, eager and captured, against plain torch on the CPU."""
     from qquant.families import ModelConfig
-    from qquant.runtime.stepping import Stepper, capture
+    from qquant.kernels.replay import recorded
+    from qquant.runtime.stepping import Stepper
 
     def error(a, b):
         return float((a.cpu().double() - b.double()).norm() / b.double().norm())
@@ -240,7 +241,8 @@ def steps_agree(record, options):
                 there = Stepper(config, moved(weights, "cpu", torch.float32), 200, torch.device("cpu"), torch.float32)
                 errors.append(error(here.prefill(ids.to("cuda")), there.prefill(ids)))
                 logits = []
-                replay = capture(lambda here=here, logits=logits: logits.append(here.step()))
+                here.step()
+                replay = recorded(lambda here=here, logits=logits: logits.append(here.step()))
                 here.rewind(77, 5)
                 there.rewind(77, 5)
                 for _ in range(60):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qquant.kernels.replay import KEPT, Replay
+from qquant.kernels.replay import KEPT, Replay, recorded
 
 
 def scaled(count, x, y):
@@ -49,3 +49,21 @@ def test_only_the_last_recordings_are_kept():
         for _ in range(3):
             assert torch.equal(replay(1, x, y)[0], scaled(1, x, y)[0])
     assert len(replay.recordings) == KEPT
+
+
+@pytest.mark.gpu
+def test_recorded_work_reads_what_stands_there_when_it_is_replayed():
+    """As answers and the speed check use it: the same tensors, other values; and what cannot be recorded is an error."""
+    x, y, into = torch.rand(3, 4, device="cuda"), torch.rand(4, 4, device="cuda"), torch.zeros(3, device="cuda")
+
+    def work():
+        into.copy_(scaled(2, x, y)[1])
+
+    work()
+    again = recorded(work)
+    for _ in range(3):
+        x.uniform_()
+        again()
+        assert torch.equal(into, scaled(2, x, y)[1])
+    with pytest.raises(RuntimeError):
+        recorded(lambda: float(into.sum()))
