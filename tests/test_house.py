@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from qquant.families import FAMILIES
 from qquant.formats import FORMATS
 from tests.worlds import ROOT, house
 
@@ -79,6 +80,28 @@ def test_nobody_but_formats_asks_for_a_format_by_its_name():
         if not name.startswith("formats/") and (texts := wanted & set(_asked(ast.parse(path.read_text())))):
             found[name] = texts
     assert found == {"cli/speed.py": {".gguf"}, "cli/options.py": {".gguf"}}
+
+
+def test_nobody_but_families_knows_a_tensor_by_its_name():
+    """In texts without a space, which are no prose: what runtimes ask quantization_config is all that is left."""
+    tensors = {name for one in FAMILIES.values() for name in (*one.linears, *one.vectors, one.embedding, one.head)}
+    fused = {stage.fused for one in FAMILIES.values() for stage in one.stages}
+    wanted = {word for name in tensors | fused for word in name.split(".")} - {
+        "model",
+        "weight",
+        "bias",
+        "self_attn",
+        "mlp",
+        "",
+    }
+    known = {}
+    for path in (ROOT / "qquant").rglob("*.py"):
+        name = str(path.relative_to(ROOT / "qquant"))
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        words = {word for text in texts if isinstance(text, str) and " " not in text for word in re.split(r"\W+", text)}
+        if not name.startswith("families/") and words & wanted:
+            known[name] = words & wanted
+    assert known == {"formats/gptq.py": {"lm_head"}, "formats/awq.py": {"lm_head"}}
 
 
 def test_commits_that_the_map_names_as_examples_are_in_the_history():

@@ -42,7 +42,8 @@ class Vector:
 class Stage:
     """Linears of a block that share one input, hence one Gram matrix.
 
-    `norm`: what the residual stream goes through on its way in. `into_residual`: their output is added to the residual stream.
+    `norm`: what the residual stream goes through on its way in. `into_residual`: their output is added to the residual stream. `fused`: what
+    vLLM and SGLang call the one linear that they make of several.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     norm: str = ""
     vectors: tuple[Vector, ...] = ()  # used on the way out
     into_residual: bool = False
+    fused: str = ""
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ QWEN2 = Family(
                 Linear("self_attn.v_proj", out="kv", inn="hidden", bias=True),
             ),
             norm="input_layernorm.weight",
+            fused="self_attn.qkv_proj",
         ),
         Stage("o", (Linear("self_attn.o_proj", out="hidden", inn="heads"),), into_residual=True),
         Stage(
@@ -118,6 +119,7 @@ QWEN2 = Family(
                 Linear("mlp.up_proj", out="intermediate", inn="hidden"),
             ),
             norm="post_attention_layernorm.weight",
+            fused="mlp.gate_up_proj",
         ),
         Stage("down", (Linear("mlp.down_proj", out="hidden", inn="intermediate"),), into_residual=True),
     ),

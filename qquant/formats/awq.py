@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
+from qquant.families import Family
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import Entry, FolderSource, ModelFolder, QuantizedLayout, Stated
@@ -139,9 +140,9 @@ class Awq(ModelFolder[AwqArtifact]):
             "zero_point": True,
         }
 
-    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def keeping(self, family: Family, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
         """What config.json says of linears that are kept: their names, and those of what runtimes fuse of them."""
-        return {"modules_to_not_convert": keeping.skipped(kept)}
+        return {"modules_to_not_convert": keeping.skipped(family, kept)}
 
     def read_layout(self, config: Mapping[str, Any], where: str) -> AwqLayout:
         """The layout of a folder made by any tool, from its quantization_config.
@@ -178,7 +179,9 @@ class Awq(ModelFolder[AwqArtifact]):
             "q_group_size": Stated((layout.group_size,), group, layout.group_size),
             "zero_point": Stated((True,), "the zero points are not read", True),
             "modules_to_not_convert": Stated(
-                (keeping.skipped(kept),) if kept else (None, [], ["lm_head"]),
+                (keeping.skipped(source.family, kept),)
+                if kept
+                else (None, [], [source.family.head.removesuffix(".weight")]),
                 "quantized weights are taken for plain ones",
             ),
         }

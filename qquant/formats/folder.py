@@ -118,7 +118,7 @@ class ModelFolder(ABC, Generic[Spec]):
     @abstractmethod
     def read_layout(self, config: Mapping[str, Any], where: str) -> QuantizedLayout: ...
 
-    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def keeping(self, family: Family, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
         """Keys of quantization_config that say which linears hold numbers, and which codes; by their full names."""
         return {}
 
@@ -197,7 +197,8 @@ class ModelFolder(ABC, Generic[Spec]):
                 entries.append((tensor, dtype, shape))
                 kinds[tensor] = Stored(dtype, dtype.lower(), numbers=True)
         stated = self.quantization_config(own)
-        stated |= self.keeping(kept, [weight.removesuffix(".weight") for weight in linears]) if kept else {}
+        if kept:
+            stated |= self.keeping(family, kept, [weight.removesuffix(".weight") for weight in linears])
         config = dict(checkpoint.raw_config) | {"quantization_config": stated}
         files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
         if self.config_copy:

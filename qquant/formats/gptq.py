@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from qquant import __version__
 from qquant.algorithms.grid import Integers, QuantizedTensor, UniformGrid, UniformParams
 from qquant.errors import InputError
+from qquant.families import Family
 from qquant.formats import keeping
 from qquant.formats.bits import pack_words, unpack_words
 from qquant.formats.folder import Entry, FolderSource, ModelFolder, QuantizedLayout, Stated
@@ -211,9 +212,9 @@ class Gptq(ModelFolder[GptqArtifact]):
             "meta": {"quantizer": [f"qquant:{__version__}"]},
         }
 
-    def keeping(self, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
+    def keeping(self, family: Family, kept: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
         """What config.json says of linears that are kept: `dynamic` for GPTQModel and vLLM, the names of all others for optimum."""
-        dynamic: dict[str, Any] = {keeping.expression(name): {} for name in keeping.skipped(kept)}
+        dynamic: dict[str, Any] = {keeping.expression(name): {} for name in keeping.skipped(family, kept)}
         return {"dynamic": dynamic, "modules_in_block_to_quantize": [list(quantized)]}
 
     config_copy = "quantize_config.json"
@@ -229,7 +230,7 @@ class Gptq(ModelFolder[GptqArtifact]):
         files = {file.file.stem for file in source.tensors.values()}
         linears, shift = source.family.linears, "zero points are off by one"
         kept, coded = keeping.numbers(source)
-        ours = self.keeping(kept, coded)
+        ours = self.keeping(source.family, kept, coded)
         quantized = "other weights are taken for quantized"
         return {
             "quant_method": Stated(("gptq",), "it is read as another format", "gptq"),
@@ -244,7 +245,7 @@ class Gptq(ModelFolder[GptqArtifact]):
             "format": Stated((version,), shift, version),
             "lm_head": Stated((False, None), quantized),
             "dynamic": Stated((ours["dynamic"],) if kept else (None, {}), quantized),
-            "modules_to_not_convert": Stated((None, [], ["lm_head"]), quantized),
+            "modules_to_not_convert": Stated((None, [], [source.family.head.removesuffix(".weight")]), quantized),
             "modules_in_block_to_quantize": Stated(
                 (ours["modules_in_block_to_quantize"],)
                 if kept

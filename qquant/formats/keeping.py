@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from qquant.formats.folder import FolderSource, ModelFolder
 
-FUSED = {"q_proj k_proj v_proj": "qkv_proj", "gate_proj up_proj": "gate_up_proj"}  # by the last words of what is fused
-
 
 def kept(patterns: Sequence[str], family: Family, config: ModelConfig, artifact: str) -> tuple[str, ...]:
     """Names of the linears that `patterns` mean, without .weight, in the order of the model.
@@ -90,15 +88,15 @@ def groups(family: Family, config: ModelConfig) -> Iterator[tuple[str, ...]]:
         yield from (tuple(f"{prefix}{linear}" for linear in stage.linears) for stage in family.stages)
 
 
-def skipped(names: Sequence[str]) -> list[str]:
+def skipped(family: Family, names: Sequence[str]) -> list[str]:
     """The names, and those of what runtimes fuse of them."""
     named = list(names)
-    for words, fused in FUSED.items():
-        first, *others = words.split()
-        for name in names:
-            parent, _, last = name.rpartition(".")
-            if last == first and all(f"{parent}.{other}" in names for other in others):
-                named.append(f"{parent}.{fused}")
+    for stage in family.stages:
+        first, *others = stage.linears
+        for name in names if stage.fused else ():
+            prefix = name.removesuffix(first)
+            if family.inside(name) == first and all(prefix + other in names for other in others):
+                named.append(prefix + stage.fused)
     return named
 
 
