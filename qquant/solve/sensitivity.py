@@ -19,7 +19,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,27 +104,20 @@ def settle(
     """
     if not question.plan.unsettled:
         return question.plan
-    return moments.ranks.after_first(partial(_settled, question, samples, record, moments, device, progress))
 
+    def settled() -> Plan:
+        trials = question.trials()
+        asked = {name: {kind: _asked(one) for kind, one in some.items()} for name, some in trials.items()}
+        key = sha256_of_data({"inputs": dict(question.inputs), "asked": asked})
+        losses = _recorded(record, key)
+        if losses is None:
+            tokens = question.recipe.calibration.gradient_tokens
+            losses = measured(question.checkpoint, samples, trials, moments, device, progress, tokens)
+            recorded = Recorded(SCHEMA, key, losses, sha256_of_data(losses))
+            write_synced(record, (json.dumps(to_plain(recorded), indent=1) + "\n").encode())
+        return question.settled(losses)
 
-def _settled(
-    question: LossQuestion,
-    samples: Sequence[Tensor],
-    record: Path,
-    moments: Moments,
-    device: torch.device,
-    progress: Progress,
-) -> Plan:
-    trials = question.trials()
-    asked = {name: {kind: _asked(one) for kind, one in some.items()} for name, some in trials.items()}
-    key = sha256_of_data({"inputs": dict(question.inputs), "asked": asked})
-    losses = _recorded(record, key)
-    if losses is None:
-        tokens = question.recipe.calibration.gradient_tokens
-        losses = measured(question.checkpoint, samples, trials, moments, device, progress, tokens)
-        recorded = Recorded(SCHEMA, key, losses, sha256_of_data(losses))
-        write_synced(record, (json.dumps(to_plain(recorded), indent=1) + "\n").encode())
-    return question.settled(losses)
+    return moments.ranks.after_first(settled)
 
 
 def _asked(planned: PlannedArtifact) -> dict[str, object]:
