@@ -288,12 +288,7 @@ class Draft:
             raise QQuantError(f"{self.folder / file.name}: is not what was written. Run the same command again")
         sync(self.folder / file.name)
 
-    def finish(
-        self,
-        target: Path,
-        origin: Origin,
-        read: Iterable[tuple[str, str]] | None = None,
-    ) -> Path:
+    def finish(self, target: Path, origin: Origin, read: Iterable[tuple[str, str]] | None = None) -> Path:
         """Make the artifact visible in `target` with its manifest, which says its `origin`; the final folder.
 
         `read`: what the `readings` gave; None: they are done now, on the CPU.

@@ -20,13 +20,4 @@ from qquant.calibration.samples import CalibrationSet, load
 from qquant.calibration.sources import corpora, heldout_texts
 from qquant.calibration.tokenizer import Tokenizer
 
-__all__ = [
-    "CalibrationSet",
-    "Tokenizer",
-    "corpora",
-    "heldout",
-    "heldout_texts",
-    "load",
-    "require_apart",
-    "shared_runs",
-]
+__all__ = ["CalibrationSet", "Tokenizer", "corpora", "heldout", "heldout_texts", "load", "require_apart", "shared_runs"]

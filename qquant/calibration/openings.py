@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qquant.calibration.draw import rank
-from qquant.calibration.sources import (
-    Corpus,
-    Messages,
-    Reading,
-    SourceRecord,
-    collect,
-    corpora,
-    file_rows,
-    read_file,
-)
+from qquant.calibration.sources import Corpus, Messages, Reading, SourceRecord, collect, corpora, file_rows, read_file
 from qquant.errors import InputError, UsageError
 
 if TYPE_CHECKING:

@@ -54,13 +54,7 @@ from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY, SLICES
 from qquant.report.conditions import TextFacts, TokensRead
-from qquant.report.record import (
-    Answers,
-    ArtifactReport,
-    SpeedReport,
-    Verdict,
-    fallback_note,
-)
+from qquant.report.record import Answers, ArtifactReport, SpeedReport, Verdict, fallback_note
 from qquant.report.solved import FLOAT16_MAX, Solved, warnings_of
 from qquant.source.checkpoint import Checkpoint
 

@@ -182,11 +182,7 @@ def answer(
     return {name: report.Answers(tuple(runs)) for name, runs in by_name.items()}
 
 
-WORDS = {
-    "repetitive": "repeat themselves",
-    "invalid": "are no valid UTF-8",
-    "script": "are in the wrong script",
-}
+WORDS = {"repetitive": "repeat themselves", "invalid": "are no valid UTF-8", "script": "are in the wrong script"}
 
 
 def problems(runs: Sequence[AnswerRun]) -> tuple[str, ...]:

@@ -13,18 +13,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.display import span
-from qquant.cli.options import (
-    DEVICE,
-    EXITS,
-    GITHUB,
-    JSON,
-    JUNIT,
-    LOG,
-    PLANNING,
-    asking,
-    given_imatrix,
-    settle,
-)
+from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, LOG, PLANNING, asking, given_imatrix, settle
 from qquant.cli.terminal import Stop, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.progress import Timed

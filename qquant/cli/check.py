@@ -67,11 +67,7 @@ from qquant.errors import GateFailedError, UsageError
 @click.option("--min-top1", type=float, help="Fail below this top-1 agreement (0 to 1); default: by format and size.")
 @click.option("--no-defaults", is_flag=True, help="Only these limits; otherwise the rest is by format and size.")
 @ADAPTER
-@click.option(
-    "--out",
-    type=OutputFolder(),
-    help="Keep report and evidence in this folder; default: only the table.",
-)
+@click.option("--out", type=OutputFolder(), help="Keep report and evidence in this folder; default: only the table.")
 @JUNIT
 @GITHUB
 @LOG
@@ -199,11 +195,7 @@ def bisect(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Base logits to read (--kl-divergence-base); default: measured.",
 )
-@click.option(
-    "--save-logits",
-    type=OutputFile(),
-    help="Keep the base logits in this file; default: nowhere.",
-)
+@click.option("--save-logits", type=OutputFile(), help="Keep the base logits in this file; default: nowhere.")
 @click.option("--text", default="bundled:wikitext-2-test", show_default=True, help="bundled:NAME or a file.")
 @click.option("--chunks", default=40, show_default=True, type=click.IntRange(min=1), help="Chunks of text.")
 @click.option("--context", default=512, show_default=True, type=click.IntRange(min=4), help="Tokens per chunk.")

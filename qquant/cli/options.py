@@ -68,9 +68,7 @@ class OutputFolder(click.Path):
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 JUNIT = click.option(
-    "--junit",
-    type=OutputFile(),
-    help="Write the verdicts as JUnit XML to this file; default: nowhere.",
+    "--junit", type=OutputFile(), help="Write the verdicts as JUnit XML to this file; default: nowhere."
 )
 GITHUB = click.option(
     "--github", is_flag=True, help="Print workflow annotations, and add to the step summary ($GITHUB_STEP_SUMMARY)."
@@ -142,11 +140,7 @@ CHANGES = (
         type=click.Choice(["fast", "default", "best"]),
         help="How long the solvers may take, where the recipe does not say it; default: the recipe's.",
     ),
-    click.option(
-        "--format",
-        type=FormatParam(),
-        help="Build this instead; default: the recipe's artifacts.",
-    ),
+    click.option("--format", type=FormatParam(), help="Build this instead; default: the recipe's artifacts."),
     click.option("--bits", type=int, help="With --format gptq: 4 or 8; default with awq: 4."),
     click.option("--group-size", type=int, help="Weights that share a scale; default: the recipe's, else 128."),
     click.option(

@@ -25,10 +25,7 @@ def recipes() -> None:
 @recipes.command("init", example="recipe init path/to/my-model --format gguf --type q4_k_m --calibration support.jsonl")
 @asking()
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default="recipe.yaml",
-    help="The new file; - prints it.",
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default="recipe.yaml", help="The new file; - prints it."
 )
 def init_recipe(asked: Asked, out: Path) -> None:
     """Write a recipe of your own: that of --recipe, or the published one that fits CHECKPOINT, with what the other options say."""

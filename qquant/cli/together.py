@@ -18,14 +18,7 @@ import click
 from qquant import devices
 from qquant.cli.display import Display
 from qquant.cli.terminal import Stop
-from qquant.errors import (
-    GateFailedError,
-    InconclusiveError,
-    QQuantError,
-    ShortMemoryError,
-    StoppedError,
-    UsageError,
-)
+from qquant.errors import GateFailedError, InconclusiveError, QQuantError, ShortMemoryError, StoppedError, UsageError
 from qquant.progress import Progress
 from qquant.ranks import ALONE, Membership, Ranks, join, watched
 from qquant.report.escape import in_lines

@@ -36,12 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @kernel()
 def _rms_norm_kernel(
-    x_at: tl.tensor,
-    weight_at: tl.tensor,
-    out_at: tl.tensor,
-    H: tl.tensor,
-    epsilon: tl.tensor,
-    WIDTH: tl.constexpr,
+    x_at: tl.tensor, weight_at: tl.tensor, out_at: tl.tensor, H: tl.tensor, epsilon: tl.tensor, WIDTH: tl.constexpr
 ) -> None:
     h = tl.arange(0, WIDTH)
     at = tl.program_id(0).to(tl.int64) * H + h

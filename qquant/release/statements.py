@@ -42,12 +42,7 @@ def bill_of_materials(repository: Repository) -> dict[str, Any]:
         ],
     }
     used: list[dict[str, Any]] = [
-        {
-            "type": "machine-learning-model",
-            "bom-ref": f"base:{base}",
-            "name": base,
-            "version": release.revision or "",
-        },
+        {"type": "machine-learning-model", "bom-ref": f"base:{base}", "name": base, "version": release.revision or ""},
         *_adapter(repository.first.adapter),
         *(
             {

@@ -58,10 +58,7 @@ def _kind(entry: Any) -> str:
     return "block" if isinstance(entry, BlockRecord) else "linear"
 
 
-Solved = Annotated[
-    Annotated[LinearRecord, Tag("linear")] | Annotated[BlockRecord, Tag("block")],
-    Discriminator(_kind),
-]
+Solved = Annotated[Annotated[LinearRecord, Tag("linear")] | Annotated[BlockRecord, Tag("block")], Discriminator(_kind)]
 
 
 def linears(entries: Iterable[Solved]) -> list[LinearRecord]:

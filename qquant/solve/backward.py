@@ -62,12 +62,7 @@ def _repeatable(x: Tensor) -> Iterator[None]:
 
 
 def backward(
-    block: Watched,
-    layer: int,
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    count: int,
-    exchange: Exchange,
+    block: Watched, layer: int, inputs: Sequence[Tensor], gradients: Sequence[Tensor], count: int, exchange: Exchange
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients by the input of a block from those by its output; on the first rank what goes into the block's file.
 

@@ -35,11 +35,6 @@ def _rows(file: Path, header: Header) -> list[dict[str, Any]]:
     """The tensors of `file` in the order of their data."""
     ordered = sorted((t for t in header.tensors.values() if t.path == file), key=lambda tensor: tensor.offset)
     return [
-        {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "type": type_name(tensor.type_id),
-            "bytes": tensor.nbytes,
-        }
+        {"name": tensor.name, "shape": list(tensor.shape), "type": type_name(tensor.type_id), "bytes": tensor.nbytes}
         for tensor in ordered
     ]

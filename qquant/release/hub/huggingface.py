@@ -297,10 +297,7 @@ class HuggingFace:
         small = {file: repository.files[file] for file in missing if file not in large}
         copies = [CommitOperationCopy(src_path_in_repo=file, path_in_repo=file, src_revision=commit) for file in large]
         made = self.api.create_commit(
-            name,
-            [*operations(small, stale), *copies],
-            commit_message=f"Release {tag}",
-            parent_commit=remote.head,
+            name, [*operations(small, stale), *copies], commit_message=f"Release {tag}", parent_commit=remote.head
         )
         return str(made.oid)
 
