@@ -7,7 +7,9 @@ first needed, so that this table costs a plan nothing. A linear that ends worse 
 one step is taken to make up for no errors (`feedback` of an entry): its artifacts have no stream of their own, no curvature is measured for
 them, and what lies outside the blocks is not solved. A solver without steps leaves the weight to the format's own quantizer.
 
-To add a step: a module in `qquant/algorithms`, a line in STEPS, and its name in the sequence of a solver, of those here or a new one. A
+To add a step: a module in `qquant/algorithms`, a line in STEPS, and its name in the sequence of a solver, of those here or a new one. One that
+changes scales too makes them anew by `linear_form` and `with_coefficients` of `algorithms/grid.py`, in the type in which they are stored, as the
+refits of `algorithms/descent.py` do. To see a step beside another solver of the same format, build each `--only`, into a folder of its own. A
 setting of its own is a property of `SolverSettings` (`qquant.algorithms.problem`) and a field of every entry in `recipe/artifacts.py`:
 mypy and tests/solve/test_solvers.py find those that lack it.
 """
