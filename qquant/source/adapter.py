@@ -4,7 +4,7 @@
 
 The product and the sum are computed in float32 and rounded once. Tensors listed in `modules_to_save` replace the base's.
 Reference: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), PEFT's adapter_config.json. Refused: DoRA, biases, dropout at
-inference, convolutions, and any key that does not name a tensor of the base model.
+inference, convolutions, any key that does not name a tensor of the base model, and a module of `modules_to_save` whose tensors are not there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ class Adapter:
             raise InputError(f"{weights}: not found (a pickled adapter_model.bin is not read)")
         header, _ = safetensors_file.read_header(weights)
         pairs, replaced = _sorted_out(weights, header, shapes)
+        _require_saved(file, config.get("modules_to_save"), replaced, shapes)
         updates = {target: _update(weights, target, pair, config, shapes[target]) for target, pair in pairs.items()}
         digest = digest_of(weights)
         digest.update(json.dumps(config, sort_keys=True).encode())
@@ -130,6 +131,25 @@ def _sorted_out(
         else:
             replaced[target] = info
     return pairs, replaced
+
+
+def _require_saved(file: Path, saved: Any, replaced: Container[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless every tensor of the modules `saved` is replaced; PEFT names modules by the ends of their paths."""
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise InputError(f"{file}: modules_to_save is {str(saved)[:80]!r}; expected a list of names")
+    for name in saved or ():
+        tensors = [tensor for tensor in shapes if f".{name}." in f".{tensor}"]
+        tensors = tensors or [tensor for tensor in shapes if f"{name}." in tensor]
+        if not tensors:
+            raise InputError(
+                f"{file}: modules_to_save names {name[:80]}, which the base model does not have; is this its adapter?"
+            )
+        absent = next((tensor for tensor in tensors if tensor not in replaced), None)
+        if absent:
+            raise InputError(
+                f"{file}: modules_to_save names {name[:80]}, and {absent} is not in the adapter's file: what was trained there is "
+                "lost. Save the adapter again with PEFT, or take the name out if that module was not trained"
+            )
 
 
 def _update(

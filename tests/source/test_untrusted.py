@@ -224,6 +224,36 @@ def test_adapters_that_are_no_plain_update_are_refused(make_checkpoint, tmp_path
         Checkpoint.open(make_checkpoint(), adapter=write_adapter(tmp_path / "lora", low_rank(), **changes))
 
 
+HEAD = {"base_model.model.lm_head.weight": torch.zeros(8192, 64)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save names lm_head, and lm_head.weight is not in"),
+        ({"modules_to_save": ["lm_head", "norm"]}, HEAD, "modules_to_save names norm, and model.norm.weight is not in"),
+        (
+            {"modules_to_save": ["mlp"]},
+            {},
+            "modules_to_save names mlp, and model.layers.0.mlp.gate_proj.weight is not in",
+        ),
+        ({"modules_to_save": ["score"]}, {}, "modules_to_save names score, which the base model does not have"),
+        ({"modules_to_save": "lm_head"}, HEAD, "modules_to_save is 'lm_head'; expected a list of names"),
+        ({"modules_to_save": [["lm_head"]]}, HEAD, "expected a list of names"),
+    ],
+)
+def test_an_adapter_without_a_module_that_it_saves_is_refused(make_checkpoint, tmp_path, changes, tensors, message):
+    """PEFT trains such a module whole; with the base's in its place it would be another model, of which nothing tells."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        Checkpoint.open(make_checkpoint(), adapter=write_adapter(tmp_path / "lora", low_rank() | tensors, **changes))
+
+
+@pytest.mark.parametrize("saved", [None, [], ["lm_head"]])
+def test_an_adapter_with_all_that_it_saves_is_merged(make_checkpoint, tmp_path, saved):
+    adapter = write_adapter(tmp_path / "lora", low_rank() | HEAD, modules_to_save=saved)
+    assert not Checkpoint.open(make_checkpoint(), adapter=adapter).rows("lm_head.weight", 0, 9).any()
+
+
 def test_adapters_of_norms_are_refused(make_checkpoint, tmp_path):
     norm = "base_model.model.model.layers.0.input_layernorm"
     tensors = {f"{norm}.lora_A.weight": torch.randn(4, 64), f"{norm}.lora_B.weight": torch.randn(64, 4)}
