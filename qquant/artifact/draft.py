@@ -1,8 +1,8 @@
 """Artifacts on disk: written in place, journalled, verified, then renamed; and read back, whoever made them.
 
     DIR/.partial/<name>/...        files preallocated to their planned size, filled tensor by tensor
-    DIR/.partial/<name>.journal    one JSON line per finished unit (a decoder block, or the tensors outside the blocks),
-                                   appended and synced after the unit's bytes were synced: {unit, checksums, record, seconds}
+    DIR/.partial/<name>.journal    one line per finished unit (a decoder block, or the tensors outside the blocks), appended and
+                                   synced after the unit's bytes were synced (`journal`)
     DIR/<folder>/qquant-manifest.json   size and sha256 of every file, and the build's key; no times, so the same build, the same bytes
 
 A folder with a manifest is complete: it gets its final name in one rename, after everything in it was read back. An artifact that
@@ -21,7 +21,6 @@ trusted. The key binds a draft to its inputs (recipe entry, checkpoint bytes, ca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,28 +35,18 @@ from torch import Tensor
 
 from qquant import background
 from qquant.algorithms.checksum import as_bytes
+from qquant.artifact.journal import Journal, JournalHead, JournalUnit
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
 from qquant.disk.digest import PIECE, sha256_of
 from qquant.disk.output import MANIFEST
-from qquant.disk.records import to_plain, typed
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
-from qquant.errors import InputError, QQuantError
+from qquant.errors import QQuantError
 from qquant.formats import FORMATS
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.report.solved import Solved, checksums
 
 CHUNK = 1 << 24
 REPLACED = "replaced"
-
-
-@dataclass
-class JournalUnit:
-    """One journalled piece of an artifact; a line of the journal."""
-
-    unit: str  # "block 3" or "rest"
-    checksums: dict[str, str]  # stored tensor -> sha256 of its bytes
-    record: tuple[Solved, ...]  # what the solver says of it
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage and block; in no artifact
 
 
 @dataclass
@@ -75,14 +64,6 @@ class Beginning:
             while count := source.readinto(buffer[: max(0, stop - self.bytes)]):
                 self.digest.update(buffer[:count])
                 self.bytes += count
-
-
-@dataclass(frozen=True)
-class _JournalHead:
-    """The first line of a journal."""
-
-    key: str
-    plan: str
 
 
 def in_place(work: Callable[[], None]) -> None:
@@ -133,54 +114,27 @@ class Draft:
                 create(path, file.size, file.head)
             sync(path.parent)
             crash_point("while a draft is prepared")
-        self._append([{"key": self.key, "plan": self._plan_digest()}])
+        Journal(self.journal).begin(self._head())
 
-    def _plan_digest(self) -> str:
+    def _head(self) -> JournalHead:
         digest = hashlib.sha256()
         for file in self.plan.files:
             digest.update(f"{file.name} {file.size} {hashlib.sha256(file.head).hexdigest()}".encode())
-        return digest.hexdigest()
-
-    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to the journal; where it is new, all of them at once."""
-        text = b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
-        if not self.journal.exists():
-            write_synced(self.journal, text)
-        else:
-            put(self.journal, self.journal.stat().st_size, text)
-            sync(self.journal)
+        return JournalHead(self.key, digest.hexdigest())
 
     def _resume(self) -> bool:
         """Read the journal; True if it belongs to this key. Units whose bytes do not match are forgotten."""
-        lines = self._lines()
-        if not lines or lines[0] != {"key": self.key, "plan": self._plan_digest()}:
+        head, units, whole = Journal(self.journal).read()
+        if head is None or head != self._head() or not all(self._intact(file) for file in self.plan.files):
             return False
-        if not all(self._intact(file) for file in self.plan.files):
-            return False
-        for line in lines[1:]:
-            unit = typed(JournalUnit, line, str(self.journal))
+        for unit in units:
             if all(self._stored_sha256(name) == value for name, value in unit.checksums.items()):
                 self.units[unit.unit] = unit
-        kept = [to_plain(unit) for unit in self.units.values()]
-        if [*lines[:1], *kept] != lines or not self.journal.read_bytes().endswith(b"\n"):
+        if not whole or [*self.units.values()] != units:
             self.journal.unlink()
             crash_point("while a journal is written again")
-            self._append([lines[0], *kept])
+            Journal(self.journal).begin(head, self.units.values())
         return True
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """The whole lines of the journal, up to the first that is damaged."""
-        if not self.journal.is_file():
-            return []
-        lines: list[dict[str, Any]] = []
-        for line in self.journal.read_bytes().split(b"\n")[:-1]:
-            try:
-                content = json.loads(line)
-                typed(JournalUnit if lines else _JournalHead, content, str(self.journal))
-            except (ValueError, RecursionError, InputError):
-                break
-            lines.append(content)
-        return lines
 
     def _intact(self, file: PlannedFile) -> bool:
         """Whether a file has its size, and its head, or is the copy that it should be."""
@@ -238,7 +192,7 @@ class Draft:
     def journalled(self, unit: JournalUnit) -> None:
         """Note that the bytes of a unit are there, after they were synced."""
         crash_point("before a unit is journalled")
-        self._append([to_plain(unit)])
+        Journal(self.journal).add(unit)
         self.units[unit.unit] = unit
         crash_point("after a unit is journalled")
         if self.submit is not in_place:

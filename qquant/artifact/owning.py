@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from qquant import background, devices
-from qquant.artifact.draft import Draft, JournalUnit
+from qquant.artifact.draft import Draft
 from qquant.artifact.finishing import finished
+from qquant.artifact.journal import JournalUnit
 from qquant.artifact.manifest import Origin
 from qquant.disk.records import to_plain, typed
 from qquant.formats.planned import PlannedArtifact

@@ -67,6 +67,36 @@ def test_journalled_bytes_are_checked_before_they_are_trusted(make_checkpoint, b
     assert contents(out) == contents(whole)
 
 
+def test_a_line_of_a_journal_that_was_changed_is_not_believed(make_checkpoint, build, monkeypatch):
+    """What it says of a unit goes into the manifest: a bit that fell over in a number, a name or a hash is a unit that is made again."""
+    drafts = []
+
+    def stopped(self, *_):
+        drafts.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Draft, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        build(make_checkpoint(), "gptq-int4")
+    (draft,) = drafts
+    whole, believed = draft.journal.read_bytes(), []
+    for place in range(whole.index(b"\n") + 1, len(whole), 41):
+        for bit in (0, 3):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            draft.journal.write_bytes(changed)
+            again = Draft(draft.plan, draft.partial, draft.key)
+            again.open()
+            if any(draft.units.get(name) != unit for name, unit in again.units.items()):
+                believed.append((place, whole[place - 20 : place + 1]))
+    assert believed == []
+    draft.journal.write_bytes(whole)
+    again = Draft(draft.plan, draft.partial, draft.key)
+    again.open()
+    assert again.units == draft.units
+    assert draft.journal.read_bytes() == whole
+
+
 def test_second_run_keeps_finished_artifacts(make_checkpoint, build, monkeypatch):
     folder = make_checkpoint()
     _, out = build(folder, "gptq-int4", "gguf-q4_0")
