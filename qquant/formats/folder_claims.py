@@ -5,7 +5,8 @@
     generation_config.json  every setting of how tokens are drawn and where answers end
     tokenizer.json          the model, added tokens and all steps before and after; where a step differs, ids of a sample decide
     tokenizer_config.json   the keys for which transformers makes another tokenizer; the chat template
-    others                  vocab.json, merges.txt, special_tokens_map.json, added_tokens.json, which slower tokenizers read
+    others                  vocab.json, merges.txt, special_tokens_map.json, added_tokens.json and further chat templates, which some
+                            tokenizers read; where the checkpoint has no such file, what it says is held against tokenizer.json
 
 Other tools write these files again, with what their version of transformers adds. HARMLESS says which keys change no answer, and why; a
 key that is in no table is a warning. Left out: a file that is missing altogether, which is said once for each.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qquant.calibration.tokenizer import Tokenizer
 from qquant.formats.claims import Claims, claims, differs, shown
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json, read_text, require_regular
+from qquant.source.vocabulary import read as read_vocabulary
 
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 ENDS, DRAWN = "answers end or begin with other tokens", "answers are drawn otherwise"
@@ -83,6 +85,7 @@ READ: dict[str, dict[str, tuple[Any, str]]] = {  # file -> key -> (what is taken
         "additional_special_tokens": ([], "other tokens are left out of answers"),
         "added_tokens_decoder": ({}, READS),
         "errors": ("replace", "bytes that are no text are shown otherwise"),
+        "fast_tokenizer_files": (None, f"another file is read, and {READS}"),
     },
 }  # fmt: skip
 HARMLESS: dict[str, dict[str, str]] = {
@@ -118,6 +121,16 @@ HARMLESS: dict[str, dict[str, str]] = {
     },
 }
 """Keys that change no answer, and why."""
+WARNED = {  # keys that runtimes read, and a user may want otherwise
+    "model_max_length": "longer prompts are refused or cut",
+    "extra_special_tokens": "other tokens are left out of answers",
+}
+ABSENT = {  # files, and what a runtime does without them
+    "generation_config.json": "answers are drawn by a runtime's own settings, and end where config.json says",
+    "chat_template.jinja": "a runtime writes no chats, or those of a template of its own",
+    "tokenizer.json": "a runtime needs a tokenizer from elsewhere",
+    "tokenizer_config.json": "the kind of tokenizer and its special tokens are guessed",
+}
 FLOAT32 = 2e-7  # relative distance of numbers that are one in float32
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
 SLOW = ("vocab.json", "merges.txt")
@@ -138,7 +151,11 @@ def compare(path: Path, checkpoint: Checkpoint) -> Claims:
     """
     differences = _config(path, checkpoint) + _keys("generation_config.json", *_generation(path, checkpoint))
     differences += claims(
-        warnings=[f"{file.name}: missing" for file in checkpoint.side_files if not (path / file.name).exists()]
+        warnings=[
+            f"{file.name}: missing{f'; {ABSENT[file.name]}' if file.name in ABSENT else ''}"
+            for file in checkpoint.side_files
+            if not (path / file.name).exists()
+        ]
     )
     if any(os.path.lexists(path / name) for name in ("tokenizer.json", "vocab.json")):
         differences += _tokenizer(path, checkpoint.path)
@@ -198,7 +215,8 @@ def _keys(file: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Clai
         elif key in read:
             faults.append(differs(f"{file}: {key}", *pair, consequence))
         else:
-            warnings.append(differs(f"{file}: {key}", *pair, "qquant does not know whether a runtime reads it"))
+            consequence = WARNED.get(key, "qquant does not know whether a runtime reads it")
+            warnings.append(differs(f"{file}: {key}", *pair, consequence))
     return claims(faults, list(dict.fromkeys(warnings)))
 
 
@@ -250,7 +268,7 @@ def left_out(demanded: Iterable[str], quantization: Mapping[str, Any]) -> list[s
 
 
 def _tokenizer(path: Path, source: Path) -> Claims:
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *OTHERS, *SLOW)
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *OTHERS, *SLOW, *_further(path))
     if all(_bytes(path / name) == _bytes(source / name) for name in names):
         return claims()
     mine, theirs = Tokenizer.open(path), Tokenizer.open(source)
@@ -258,18 +276,59 @@ def _tokenizer(path: Path, source: Path) -> Claims:
     settings = [_file(folder / "tokenizer_config.json") for folder in (path, source)]
     if all(settings):
         differences += _keys("tokenizer_config.json", *settings) + _blanks(*settings)
+    return (
+        differences + _templates(path, source, settings, theirs.template) + _beside(path, source, settings[1], theirs)
+    )
+
+
+def _further(path: Path) -> list[str]:
+    """Chat templates beside the one of the model, which transformers takes by their names, as `tool_use` where there are tools."""
+    return sorted(str(file.relative_to(path)) for file in path.glob("additional_chat_templates/*.jinja"))
+
+
+def _templates(path: Path, source: Path, settings: Sequence[Mapping[str, Any]], template: str | None) -> Claims:
+    """Templates that stand elsewhere than in chat_template.jinja."""
+    faults = [
+        f"{name}: is not the checkpoint's; chats are written by it where a runtime asks for one of its name"
+        for name in _further(path)
+        if _bytes(path / name) != _bytes(source / name)
+    ]
+    mine, theirs = (config.get("chat_template") for config in settings)
+    if mine is not None and mine not in (theirs, template):
+        faults.append("tokenizer_config.json: chat_template is not the checkpoint's; some runtimes write chats by it")
+    return claims(faults)
+
+
+def _beside(path: Path, source: Path, settings: Mapping[str, Any], theirs: Tokenizer) -> Claims:
+    """Files of which some tokenizers are made; where the checkpoint has none of a name, against what its others say."""
+    faults, warnings, vocabulary = [], [], read_vocabulary(source)
+    added = {token.content: token.id for token in vocabulary.added}
+    merges = [" ".join(pair) for pair in vocabulary.merges]
+    implied: dict[str, Mapping[str, Any]] = {
+        "special_tokens_map.json": {key: _plain(key, value) for key, value in settings.items()},
+        "added_tokens.json": {**vocabulary.tokens, **added},
+        "chat_template.json": {"chat_template": theirs.template},
+    }
     for name in OTHERS:
-        pair = [_file(folder / name) for folder in (path, source)]
-        if pair[0] and pair[1] and not same(*pair):
-            differences += claims(warnings=[f"{name}: is not the checkpoint's; some versions of transformers read it"])
+        content, stated = _file(path / name), _file(source / name)
+        if stated:
+            other = bool(content) and not same(content, stated)
+        else:
+            other = any(not same(_plain(key, value), implied[name].get(key)) for key, value in content.items())
+        if other:
+            warnings.append(f"{name}: is not the checkpoint's; some versions of transformers read it")
     for name in SLOW:
-        if all(os.path.lexists(folder / name) for folder in (path, source)):
-            texts = [read_text(folder / name) for folder in (path, source)]
-            if texts[0] != texts[1]:
-                differences += claims(
-                    [f"{name}: is not the checkpoint's; tokenizers that read it give the same text other tokens"]
-                )
-    return differences
+        if not os.path.lexists(path / name):
+            continue
+        if os.path.lexists(source / name):
+            alike = read_text(path / name) == read_text(source / name)
+        elif name == "vocab.json":
+            alike = _file(path / name) in (vocabulary.tokens, implied["added_tokens.json"])
+        else:
+            alike = [line for line in read_text(path / name).split("\n") if line and line[:8] != "#version"] == merges
+        if not alike:
+            faults.append(f"{name}: is not the checkpoint's; tokenizers that read it give the same text other tokens")
+    return claims(faults, warnings)
 
 
 def _blanks(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Claims:

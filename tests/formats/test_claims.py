@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,21 +13,6 @@ from qquant.errors import InputError
 from qquant.formats import FORMATS, claims_of, folder_claims, kind_of_file
 from qquant.formats.gguf import claims as gguf_claims
 from qquant.formats.gguf.container import Field, header_bytes, read_header
-from qquant.source.checkpoint import Checkpoint
-
-
-@pytest.fixture(scope="module")
-def world(built, tmp_path_factory):
-    """(checkpoint, artifact by format); small copies of the built ones, to be changed and put back."""
-    folder, out = built
-    place, found = tmp_path_factory.mktemp("claims"), {}
-    for origin in out.iterdir():
-        for name, end in (("gptq", "int4"), ("awq", "awq"), ("gguf", "gguf")):
-            if origin.name.lower().endswith(end):
-                shutil.copytree(origin, place / name)
-                found[name] = place / name
-    (found["gguf"],) = found["gguf"].glob("*.gguf")
-    return Checkpoint.open(folder), found
 
 
 def noticed(path, checkpoint):
@@ -62,22 +46,6 @@ def gguf(world):
     path, before = found["gguf"], found["gguf"].read_bytes()
     yield checkpoint, path, list(read_header(path).fields.values())
     path.write_bytes(before)
-
-
-@pytest.fixture
-def edited(world):
-    """`edited(format, file)` -> (path, content); put back afterwards."""
-    checkpoint, found = world
-    kept = {}
-
-    def open_file(name, file):
-        path = found[name] / file
-        kept.setdefault(path, path.read_bytes() if path.exists() else None)
-        return path, json.loads(path.read_text()) if path.exists() and path.suffix == ".json" else {}
-
-    yield checkpoint, found, open_file
-    for path, content in kept.items():
-        path.unlink() if content is None else path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "gguf"])
@@ -344,3 +312,26 @@ def test_a_tokenizer_that_does_another_thing_fails_and_one_that_is_spelled_other
     cut = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     path.write_text(json.dumps(content | {"truncation": cut}))
     assert noticed(found["gptq"], checkpoint) == ((), (f"tokenizer.json: truncation{SAME}",))
+
+
+def test_every_key_of_the_copy_of_quantization_config_is_noticed(edited):
+    """quantize_config.json, which AutoGPTQ and GPTQModel read before config.json."""
+    checkpoint, found, open_file = edited
+    path, content = open_file("gptq", "quantize_config.json")
+    missed, changed = [], 0
+    allowed = HARMLESS_VALUES.keys() | {
+        ("quantization_config", "model_file_base_name"),
+        ("quantization_config", "checkpoint_format"),
+    }
+    for keys, other in deep(content):
+        if keys[0] in FORMATS["gptq"].harmless:
+            continue
+        path.write_text(json.dumps(other))
+        changed += 1
+        faults, warnings = noticed(found["gptq"], checkpoint)
+        said = any("quantize_config.json" in text for text in (*faults, *warnings))
+        absent = len(keys) == 1 and keys[0] in ("sym", "desc_act", "quant_method")  # what is taken without them
+        if not said and not absent and ("quantization_config", *keys) not in allowed:
+            missed.append(keys)
+    assert missed == []
+    assert changed >= 12
