@@ -80,6 +80,14 @@ def test_verify_finds_what_was_changed(made):
         change(copy[name])
         save_file(copy, path, {"format": "pt"})
 
+    for file in json.loads((folder / MANIFEST).read_text())["artifacts"]["gptq-int4"][
+        "files"
+    ]:  # one bit, the same size
+        kept = (folder / file).read_bytes()
+        (folder / file).write_bytes(kept[:-9] + bytes([kept[-9] ^ 1]) + kept[-8:])
+        with pytest.raises(InputError, match=rf"{re.escape(file)}: does not match"):
+            verification.verify(folder)
+        (folder / file).write_bytes(kept)
     changed("model.norm.weight", lambda value: value.fill_(float("nan")))
     with pytest.raises(InputError, match=r"model\.safetensors: does not match"):
         verification.verify(folder)
