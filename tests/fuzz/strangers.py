@@ -3,6 +3,7 @@
     config, index, tokenizer    one JSON file of a small checkpoint, opened as `plan` does          template    rendered
     gguf        metadata of a small file: read, tokenizer made, compared with the checkpoint         adapter     its config and header
     imatrix     both formats                                                                         recipe      its YAML
+    report, manifest, source, published, evidence, journal                                           `records`
 
 Seeded: input `n` of a target is the same on every machine. Counted: inputs, refusals, and what must not happen: an error that is no
 QQuantError, or more than SECONDS. Exit status 1 if there was any; the input is printed.
@@ -234,14 +235,15 @@ def run(target: Callable[[random.Random], None], name: str, runs: int) -> tuple[
 def main() -> None:
     """Run targets on a checkpoint of their own."""
     from tests.conftest import write_checkpoint
+    from tests.fuzz.records import Records
     from tests.torture import VOCABULARY, cut_vocabulary
 
     runs, names, failed = int(sys.argv[1]), sys.argv[2:], 0
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
         folder = write_checkpoint(Path(place) / "model", num_hidden_layers=1, vocab_size=VOCABULARY)
-        made = World(cut_vocabulary(folder))
-        for name, target in made.targets().items():
+        targets = World(cut_vocabulary(folder)).targets() | Records(Path(place) / "records").targets()
+        for name, target in targets.items():
             if not names or name in names:
                 began, spent = time.monotonic(), time.process_time()
                 refused, bad = run(target, name, runs)
