@@ -89,8 +89,9 @@ def test_only_files_of_the_manifest_are_published(hub, random_release):
     assert not {".tmpa1b2c3", "notes.txt"} & set(hub.files(f"org/{GPTQ}"))
 
 
-def test_only_what_passed_or_was_waived_is_published(hub, tmp_path):
-    failed = {"outcome": "fail", "reasons": ["KL divergence 0.3 > 0.1"]}
+@pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
+def test_only_what_passed_or_was_waived_is_published(hub, tmp_path, outcome):
+    failed = {"outcome": outcome, "reasons": ["KL divergence 0.3 > 0.1"]}
     waived = {
         "outcome": "waived",
         "reasons": ["KL divergence 0.2 > 0.1"],
@@ -99,7 +100,7 @@ def test_only_what_passed_or_was_waived_is_published(hub, tmp_path):
     build = write_build(tmp_path / "build", outcomes={"q4_0": failed, "gptq-int4": waived})
     release = read_release(build)
     assert run(build, "--to", "dir", "--out", tmp_path / "folders").returncode == 10
-    assert release.refused == {"q4_0": "verdict fail; KL divergence 0.3 > 0.1"}
+    assert release.refused == {"q4_0": f"verdict {outcome}; KL divergence 0.3 > 0.1"}
     publish(hub, build)
     assert "qwen1_5-test-chat-q4_0.gguf" not in hub.files(f"org/{GGUF}")
     for name in ("qquant-manifest.json", "report.json"):
