@@ -61,6 +61,7 @@ def build(
     loaded, source = asked.open()
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     plan.require_room(out)
+    plan.texts.require()
     for warning in plan.warnings:
         echo(f"warning: {warning}", err=True)
     if not as_json and ranks_here().first:  # at once: what comes now imports torch, and reads

@@ -25,6 +25,12 @@ class PlannedTexts:
 
     windows: int | None
     warnings: tuple[str, ...] = ()
+    refused: str = ""  # why a build will refuse its calibration; a warning of a plan, too
+
+    def require(self) -> None:
+        """Raise InputError if a build would refuse its calibration: what was found out is not tried again."""
+        if self.refused:
+            raise InputError(self.refused)
 
 
 NOT_COUNTED = PlannedTexts(None)
@@ -40,9 +46,10 @@ def examine(recipe: Recipe, folder: Path) -> PlannedTexts:
         _require_file(source.path or source.openings, "calibration.sources")
     for text in (recipe.checks.text, *recipe.checks.texts):
         _require_file(None if text.startswith("bundled:") else text, "checks")
-    template = _template(recipe.calibration, folder)
+    template, unfit = _template(recipe.calibration, folder)
+    counted, refused = ((), unfit) if unfit else _calibration(recipe.calibration, folder)
     windows, short = _windows(recipe.checks, folder)
-    return PlannedTexts(windows, (*template, *_calibration(recipe.calibration, folder), *short))
+    return PlannedTexts(windows, (*template, *counted, *short), refused)
 
 
 def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:
@@ -62,11 +69,11 @@ def _require_file(path: str | None, key: str) -> None:
         )
 
 
-def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
-    """What is wrong with the chat template: chats cannot calibrate then, and no runtime knows where an answer ends."""
+def _template(asked: Calibration, folder: Path) -> tuple[tuple[str, ...], str]:
+    """(what is wrong with the chat template, why a build will refuse it): chats cannot calibrate then, and no runtime knows where an answer ends."""
     tokenizer = Tokenizer.open(folder)
     if tokenizer.template is None:
-        return ()
+        return (), ""
     try:
         _ = tokenizer.end_of_turn
     except InputError as error:
@@ -76,8 +83,8 @@ def _template(asked: Calibration, folder: Path) -> tuple[str, ...]:
             if chats
             else "answers in chats will not end with their turn, and GGUF files get no template for Ollama"
         )
-        return (f"{what}: {error}",)
-    return ()
+        return (f"{what}: {error}",), str(error) if chats else ""
+    return (), ""
 
 
 def _bytes(text: str | None, bundled: str | None) -> int | None:
@@ -107,20 +114,21 @@ def _windows(checks: Checks, folder: Path) -> tuple[int | None, tuple[str, ...]]
     return windows, (f"{name}: {windows} of {checks.windows} windows of {checks.length} tokens: the text has no more",)
 
 
-def _calibration(asked: Calibration, folder: Path) -> tuple[str, ...]:
+def _calibration(asked: Calibration, folder: Path) -> tuple[tuple[str, ...], str]:
+    """(what is short, why a build will refuse the calibration)."""
     sizes = [_bytes(source.path, source.bundled) for source in asked.sources]
     if any(size is None for size in sizes):
-        return ()
+        return (), ""
     if all(_small(source, size) for source, size in zip(asked.sources, sizes, strict=True)):
         try:
             samples = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
         except InputError as error:
-            return (f"the build will refuse the calibration: {error}",)
-        return shortfall(*samples.from_sources(), asked)
+            return (f"the build will refuse the calibration: {error}",), str(error)
+        return shortfall(*samples.from_sources(), asked), ""
     total = sum(size or 0 for size in sizes)
     if total >= asked.samples * asked.length:
-        return ()
-    return shortfall(min(asked.samples - 1, total // asked.length), total, asked)
+        return (), ""
+    return shortfall(min(asked.samples - 1, total // asked.length), total, asked), ""
 
 
 def _small(source: Source, size: int | None) -> bool:

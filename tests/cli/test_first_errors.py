@@ -424,3 +424,26 @@ def test_verify_takes_a_file_by_its_folder(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     result = run("verify", tmp_path / "m.gguf")
     assert f"{tmp_path}: holds no qquant-manifest.json" in str(result.exception)
+
+
+def test_a_build_that_will_refuse_its_chats_says_so_once(make_checkpoint, tmp_path, capsys):
+    """What its plan found out is not tried again: a template that runs away takes its seconds once, and the answer is one line."""
+    folder = make_checkpoint()
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    (tmp_path / "recipe.yaml").write_text(
+        "version: 1\nname: chats\ncalibration: {sources: [{bundled: chat-en, kind: chat}], samples: 2, length: 32}\n"
+        "checks: {windows: 2, length: 32}\nartifacts: [{name: q4_0, format: gguf, type: q4_0}]\n"
+    )
+    asked = ["--recipe", str(tmp_path / "recipe.yaml")]
+    with pytest.raises(SystemExit) as caught:
+        main(["build", str(folder), *asked, "--out", str(tmp_path / "out")])
+    assert caught.value.code == InputError.exit_code
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0
+    assert "the chat template refuses a chat" in said
+    assert "never" in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(folder), *asked])
+    assert caught.value.code == 0
+    assert "the build will refuse to calibrate on chats" in capsys.readouterr().out
