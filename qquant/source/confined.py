@@ -9,8 +9,9 @@ A child has no network and no files (`confined_child` says how), and for each re
                      waiting for a processor or a disk
     wall time        WALL times the processor time and PATIENCE more, which a busy machine may take from it
 
-A child that goes beyond one of them, crashes or hangs is gone, `Refused` says in one line why, and the next request has a new child. A
-child ends with the process that started it. Nothing here is started before something is asked.
+A child that goes beyond one of them, crashes or hangs is gone, `Refused` says in one line why, and the next request has a new child; but
+what took too much time or memory once is not tried again. A child ends with the process that started it. Nothing here is started before
+something is asked.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ CHILD = Path(__file__).with_name("confined_child.py")
 
 
 class Refused(Exception):
-    """What the child says in one line; `line` is the place in a template that does not parse, `at` which of many failed."""
+    """What the child says in one line; `line` is the place in a template that does not parse, `at` which of many failed.
 
-    def __init__(self, text: str, line: int | None = None, at: int = 0) -> None:
+    `beyond`: it took more time or memory than it may, and would again.
+    """
+
+    def __init__(self, text: str, line: int | None = None, at: int = 0, beyond: bool = False) -> None:
         super().__init__(text)
-        self.line, self.at = line, at
+        self.line, self.at, self.beyond = line, at, beyond
 
 
 def command(*arguments: str) -> list[str]:
@@ -99,14 +103,14 @@ class _Child:
             answer, data = json.loads(self._read(head, deadline)), self._read(tail, deadline)
         except (BrokenPipeError, EOFError):
             self.end()
-            raise Refused(self._cause(seconds)) from None
+            raise self._cause(seconds) from None
         except BaseException:  # what was asked may still be answered, and would be taken for the next answer
             self.end()
             raise
         if answer.get("end"):
             self.end()
         if "error" in answer:
-            raise Refused(answer["error"], answer.get("line"), answer.get("at", 0))
+            raise Refused(answer["error"], answer.get("line"), answer.get("at", 0), bool(answer.get("end")))
         return answer, data
 
     def _write(self, data: bytes, deadline: float) -> None:
@@ -147,13 +151,15 @@ class _Child:
             return None
         return None if state in BUSY else " ".join(numbers[10:12])
 
-    def _cause(self, seconds: int) -> str:
+    def _cause(self, seconds: int) -> Refused:
         status = -self.process.returncode
         if status == signal.SIGXCPU:
-            return f"it takes more than {seconds} s of processor time"
+            return Refused(f"it takes more than {seconds} s of processor time", beyond=True)
         if status in (signal.SIGABRT, signal.SIGSEGV):
-            return f"it crashes, or takes more than 2 GiB of memory ({signal.Signals(status).name})"
-        return f"its process ended with status {self.process.returncode}"
+            return Refused(
+                f"it crashes, or takes more than 2 GiB of memory ({signal.Signals(status).name})", beyond=True
+            )
+        return Refused(f"its process ended with status {self.process.returncode}")
 
     @property
     def alive(self) -> bool:
@@ -173,6 +179,7 @@ class _Child:
 
 
 _children: dict[str, _Child] = {}
+_beyond: dict[str, Refused] = {}  # by request
 _lock = threading.Lock()
 
 
@@ -192,15 +199,28 @@ class Confined:
             EnvironmentMissingError: no process can be started.
         """
         with _lock:
+            if _beyond and (before := _beyond.get(self._request(work, content, arguments))):
+                raise Refused(str(before), before.line, before.at)
             child = _children.get(self.job)
             if child is None or not child.alive or (self.key not in child.made and len(child.made) >= TEXTS[self.job]):
                 if child is not None and child.owner == os.getpid():
                     child.end()
                 child = _children[self.job] = _start(self.job)
-            if self.key not in child.made:
-                child.ask({"do": "make", "with": self.key}, self.source)
-                child.made.add(self.key)
-            return child.ask({"do": work, "with": self.key, **arguments}, content)
+            try:
+                if self.key not in child.made:
+                    child.ask({"do": "make", "with": self.key}, self.source)
+                    child.made.add(self.key)
+                return child.ask({"do": work, "with": self.key, **arguments}, content)
+            except Refused as error:
+                if error.beyond:
+                    _beyond[self._request(work, content, arguments)] = error
+                raise
+
+    def _request(self, work: str, content: bytes, arguments: Mapping[str, Any]) -> str:
+        """A name of a request, the same for the same."""
+        digest = hashlib.sha256(json.dumps([self.job, self.key, work, arguments], sort_keys=True).encode())
+        digest.update(content)
+        return digest.hexdigest()
 
 
 def _start(job: str) -> _Child:

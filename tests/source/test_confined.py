@@ -205,6 +205,19 @@ def test_more_memory_than_is_promised_is_not_given():
         rendered(held.replace("SIZE", str(2 << 30)))
 
 
+def test_what_went_beyond_its_limits_is_not_tried_again(hurried, monkeypatch):
+    """A plan asks what its build asks again; another request of the same template is answered."""
+    template = Confined("template", "{% if messages %}" + RUNAWAY["loops"] + "{% endif %}fine")
+    with pytest.raises(Refused, match="processor time") as first:
+        template.ask("render", many=[CHAT], shared={})
+    with monkeypatch.context() as patch:
+        patch.setattr(confined, "_start", lambda _: pytest.fail("it is tried again"))
+        with pytest.raises(Refused) as second:
+            template.ask("render", many=[CHAT], shared={})
+    assert str(second.value) == str(first.value)
+    assert template.ask("render", many=[{"messages": []}], shared={})[1] == b"fine"
+
+
 # --- the child ------------------------------------------------------------------------------------------------------------
 
 
