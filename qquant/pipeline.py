@@ -36,6 +36,7 @@ from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.formats import beside, format_of, kind_of_file
 from qquant.formats.planned import PlannedArtifact
+from qquant.kernels.early import first_uses
 from qquant.plan import seconds
 from qquant.plan.capacity import require_fit
 from qquant.plan.places import require_outside
@@ -74,7 +75,7 @@ def build(
     """
     require_outside(out, checkpoint.path, checkpoint.adapter.path if checkpoint.adapter else None)
     require_fit(recipe, checkpoint, plan, out, device)
-    with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, ExitStack() as meanwhile:
+    with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, first_uses(device), ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
         hashed = meanwhile.enter_context(checkpoint.hashed_beside(threads_help(device)))

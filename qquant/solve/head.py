@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qquant import devices
+from qquant.background import prefetch
 from qquant.exchange import ALONE, Exchange, Parcels
 from qquant.families.decoder import HEAD_ROWS, rms_norm
 from qquant.kernels.gram import gram
@@ -105,10 +106,14 @@ class Head:
         self.source = source
         vocab = source.config.vocab
         self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-        self.kept = {span: self._read(*span).to(device) for span in self.slices} if device.type == "cuda" else {}
+        self.kept = self._to(device) if device.type == "cuda" else {}
 
-    def _read(self, start: int, stop: int) -> Tensor:
-        return self.source.rows(self.source.family.head, start, stop)
+    def _to(self, device: torch.device) -> dict[tuple[int, int], Tensor]:
+        with prefetch(self._read, self.slices, devices.threads_help(device)) as read:
+            return {span: rows.to(device) for span, rows in zip(self.slices, read, strict=True)}
+
+    def _read(self, span: tuple[int, int]) -> Tensor:
+        return self.source.rows(self.source.family.head, *span)
 
     def chances(self, count: int, generator: torch.Generator) -> Tensor:
         """The numbers by which `count` tokens draw, float64 [count, slices, 2], on the CPU."""
@@ -127,7 +132,7 @@ class Head:
         drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
         words = torch.zeros(len(normed), 2, dtype=torch.int64, device=normed.device)
         for index, span in enumerate(self.slices):
-            rows = (self.kept[span] if self.kept else self._read(*span)).to(normed)
+            rows = (self.kept[span] if self.kept else self._read(span)).to(normed)
             scores = normed @ rows.T
             before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
             strips, sums = _mass(scores, top)
