@@ -6,7 +6,7 @@ H is symmetric before and after. The order of the additions is fixed: rows of X 
 the other, so results depend on the device but not on the run.
 
 On CUDA a Triton kernel computes the tiles on and below the diagonal only, half the work of a full product, and writes each one
-twice. Elsewhere, and for float32 inputs, chunks of rows are widened and handed to the BLAS.
+twice. Float32 inputs are multiplied there by their halves (`qquant.kernels.product`); elsewhere chunks of rows are widened and handed to the BLAS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qquant.errors import InputError
 from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
+from qquant.kernels.product import add_square
 
 CHUNK = 2048  # rows widened at a time; and of a launch, since the matrix unit cuts where its sums should round
 
@@ -112,7 +113,9 @@ def launch(h: Tensor, x: Tensor) -> None:
 
 def _gram_cuda(h: Tensor, x: Tensor) -> None:
     _check(h, x)
-    if x.dtype == torch.float32 or not h.is_contiguous():
+    if x.dtype == torch.float32:
+        add_square(h, x)
+    elif not h.is_contiguous():
         reference(h, x)
     else:
         with torch.cuda.device_of(x):

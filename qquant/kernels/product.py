@@ -27,6 +27,8 @@ from torch import Tensor
 from qquant.kernels.jit import AVAILABLE, blocks, kernel, tl
 
 PIECE = 1 << 22  # values that are halved at a time, by torch
+STRIP = 1 << 12  # rows of a symmetric product at a time
+ROWS = 1 << 13  # of a long first factor, whose halves are in memory at a time
 UPPER = -(1 << 13)  # of a float32's bits: sign, exponent, 10 bits after the point
 
 
@@ -102,6 +104,44 @@ def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
     return multiplied(halves(flat, flat), b.halves).view(*a.shape[:-1], -1)
 
 
+def product_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """The product a b' of float32 [..., M, K] and [N, K], as precise; on a GPU the halves of `b` and of ROWS rows of `a` are made for it."""
+    return by_halves(a, b) if a.is_cuda else a @ b.T
+
+
+def by_halves(a: Tensor, b: Tensor) -> Tensor:
+    """What `product_transposed` does on a GPU."""
+    second = Halves(*(half.T for half in halves(b)))
+    found = torch.empty(*a.shape[:-1], len(b), device=a.device)
+    for rows, part in zip(a.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
+        _multiply(halves(rows), second, part)
+    return found
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """Total [K, K] += x' x of x [T, K], float32, as precise; `total` is symmetric before and after.
+
+    Only strips on and below the diagonal are multiplied, and mirrored.
+    """
+    for rows in x.split(ROWS // 4):
+        split = halves(rows)
+        for span in _strips(len(total)):
+            left = Halves(*(half[:, span].T for half in split))
+            right = Halves(*(half[:, : span.stop] for half in split))
+            strip = total[span, : span.stop]
+            with tensor_cores():
+                strip.addmm_(left.upper, right.upper)
+            _add_lower(strip, left, right, 1)
+    for span in _strips(len(total)):
+        square = total[span, span]
+        square.copy_(square.tril() + square.tril(-1).T)
+        total[: span.start, span] = total[span, : span.start].T
+
+
+def _strips(columns: int) -> list[slice]:
+    return [slice(start, min(start + STRIP, columns)) for start in range(0, columns, STRIP)]
+
+
 def add_product(total: Tensor, a: Tensor, b: SplitMatrix, beta: float = 1, alpha: float = 1) -> Tensor:
     """Beta total + alpha a b of float32 [M, N], [M, K] and [K, N], as precise; a new tensor."""
     if b.halves is None:
@@ -126,10 +166,14 @@ def add_product_to(total: Tensor, a: Tensor, b: SplitMatrix, alpha: float = 1) -
 
 def multiplied(a: Halves, b: Halves) -> Tensor:
     """The product of [M, K] and [K, N] by the formula at the head of this file."""
+    return _multiply(a, b, torch.empty(len(a.upper), b.upper.shape[1], device=a.upper.device))
+
+
+def _multiply(a: Halves, b: Halves, into: Tensor) -> Tensor:
     with tensor_cores():
-        sums = a.upper @ b.upper
-    _add_lower(sums, a, b, 1)
-    return sums
+        torch.mm(a.upper, b.upper, out=into)
+    _add_lower(into, a, b, 1)
+    return into
 
 
 def _add_lower(total: Tensor, a: Halves, b: Halves, alpha: float) -> None:

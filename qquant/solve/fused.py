@@ -1,7 +1,8 @@
-"""A decoder block whose norms, rotary positions and gates are one kernel each, where the device has such: a pass through many tokens.
+"""A decoder block by the kernels that the device has: norms, rotary positions and gates in one each, for a pass through many tokens.
 
 Torch reads and writes the activations of a norm nine times and of a rotary embedding six times, which takes as long as a third of the
-products. `qquant.kernels.elementwise` rounds where torch does. Where a gradient is wanted, and in float32, the operators stay torch's.
+products. `qquant.kernels.elementwise` rounds where torch does. In float32 the products take most of the time, and are of halves there
+(`qquant.kernels.product`). Where a gradient is wanted the operators stay torch's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import Block, rotary
 from qquant.kernels import elementwise
+from qquant.kernels.product import product_transposed
 
 
 class FusedBlock(Block):
@@ -42,7 +44,17 @@ class FusedBlock(Block):
         return elementwise.gate(*pair)
 
 
+class SplitBlock(Block):
+    """`Block` in float32 whose products a GPU's tensor cores make."""
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """Apply linear `name` to x [..., in]."""
+        found, bias = product_transposed(x, self.weights[f"{name}.weight"]), self.weights.get(f"{name}.bias")
+        return found if bias is None else found.add_(bias)
+
+
 def block_of(family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Block:
     """The block of these weights, of all families alike."""
-    fused = elementwise.serves(next(iter(weights.values())).new_empty(0, dtype=dtype))
-    return (FusedBlock if fused else Block)(family, config, weights, dtype)
+    some = next(iter(weights.values())).new_empty(0, dtype=dtype)
+    kind = FusedBlock if elementwise.serves(some) else SplitBlock if some.is_cuda and dtype == torch.float32 else Block
+    return kind(family, config, weights, dtype)

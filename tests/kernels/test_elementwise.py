@@ -5,7 +5,8 @@ import torch
 
 from qquant.families.decoder import Block, rms_norm, rotary, rotate
 from qquant.kernels import elementwise
-from qquant.solve.fused import FusedBlock
+from qquant.kernels.product import by_halves
+from qquant.solve.fused import FusedBlock, SplitBlock, block_of
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -37,6 +38,31 @@ def test_a_block_of_fewer_kernels_is_the_block(family, make_checkpoint):
     assert torch.equal(fused.forward(x), plain.forward(x))
     assert torch.equal(fused.forward(x[0]), plain.forward(x[0]))
     assert torch.equal(fused.forward(x[:, :4]), plain.forward(x[:, :4]))
+
+
+def test_a_block_of_split_products_is_the_block(family, make_checkpoint, monkeypatch):
+    """On a GPU its products are of halves; here they are made to be."""
+    source = Checkpoint.open(make_checkpoint(family=family))
+    weights = source.block(0)
+    plain, split = (kind(source.family, source.config, weights, torch.float32) for kind in (Block, SplitBlock))
+    x = states(2, 6, source.config.hidden).float()
+    assert torch.allclose(split.forward(x), plain.forward(x), rtol=1e-5, atol=1e-6)
+    calls = []
+    monkeypatch.setattr("qquant.solve.fused.product_transposed", lambda *a: calls.append(a) or by_halves(*a))
+    expected = plain.forward(x)
+    assert float((split.forward(x) - expected).norm() / expected.norm()) < 1e-5
+    assert len(calls) == sum(len(stage.linears) for stage in source.family.stages)
+
+
+@pytest.mark.gpu
+def test_a_block_in_float32_on_a_gpu(family, make_checkpoint):
+    source = Checkpoint.open(make_checkpoint(family=family))
+    weights = {name: value.cuda() for name, value in source.block(0).items()}
+    block = block_of(source.family, source.config, weights, torch.float32)
+    assert isinstance(block, SplitBlock)
+    x = states(4, 64, source.config.hidden, device="cuda").float()
+    expected = Block(source.family, source.config, weights, torch.float32).forward(x)
+    assert float((block.forward(x) - expected).norm() / expected.norm()) < 1e-5
 
 
 def nearly(found, expected, share=1e-3):
