@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 from qquant import doctor, pipeline, ranks
 from qquant.artifact import owning
 from qquant.cli import main, together
+from qquant.disk import output
 from qquant.errors import (
     GateFailedError,
     InputError,
@@ -206,6 +207,18 @@ def test_ranks_write_the_same_bytes_and_end_together():
     found = json.loads(done.stdout)
     assert found["violations"] == []
     assert found["SIGKILL"] == 2
+
+
+def test_no_rank_goes_before_the_first_has_tidied_up(tmp_path, monkeypatch):
+    """Who leaves earlier ends with 0, though the first may die there, or fail."""
+    monkeypatch.setattr(output, "crash_point", lambda point: time.sleep(0.3))
+
+    def work(group):
+        with output.claim(tmp_path / "out", group):
+            pass
+        return os.listdir(tmp_path / "out")
+
+    assert on_ranks(3, work) == [[], [], []]
 
 
 def test_torchrun(make_checkpoint, tmp_path):

@@ -1,9 +1,10 @@
 """Builds on several ranks, of which one is killed or stopped: python -m tests.torture_ranks [KILLS] [SEED] prints one JSON line.
 
 First one, two, three and four ranks build, undisturbed. Then one rank of two to four gets SIGKILL, at a random time or at a random call
-of `writes.crash_point`; every third gets SIGSTOP instead, or runs out of memory. The others must end by themselves within BOUND seconds, with
-75 and one line that names the rank; then another number of ranks continues. After each, what `tests.torture` asks of builds. Ranks are
-forks of this process that meet in a file, without a launcher.
+of `writes.crash_point`; every third gets SIGSTOP instead, or runs out of memory. The first trial kills the first rank where it tidies up
+(LAST). The others must end by themselves within BOUND seconds, with 75 and one line that names the rank, or with 0 where all was done;
+then another number of ranks continues. After each, what `tests.torture` asks of builds. Ranks are forks of this process that meet in a
+file, without a launcher.
 """
 
 import json
@@ -97,15 +98,20 @@ class Group(Range):
         self.count_solved(trial, before)
         self.clear()
 
+    def is_done(self):
+        """Whether every byte is there, and nothing beside them: who dies then takes nothing along."""
+        left = {output.PARTIAL, output.DONE} & set(os.listdir(self.out)) if self.out.is_dir() else {output.PARTIAL}
+        return not left and digests(self.out) == self.golden
+
     def disturbed(self, world, whom, trial, how, at, random_):
-        """One rank of a group is hurt; the others say so, and end."""
+        """One rank of a group is hurt, at a time, at the call of `crash_point` of that number or name; the others say so, and end."""
 
         def prepare():
-            left = [at]
+            calls = [0]
 
-            def at_crash_point(_):
-                left[0] -= 1
-                if left[0] == 0:
+            def at_crash_point(place):
+                calls[0] += 1
+                if at in (calls[0], place):
                     if how is MemoryError:
                         raise MemoryError
                     os.kill(os.getpid(), how)
@@ -125,6 +131,9 @@ class Group(Range):
         if hurt == 0:
             self.counts["ended before"] += 1
             return
+        if 0 in others and set(others) <= {0, StoppedError.exit_code} and at != LAST and self.is_done():
+            self.counts["hurt when all was done"] += 1
+            return
         said = [line for line in (self.place / "stderr").read_text().splitlines() if line.startswith("error: ")]
         if set(others) != {StoppedError.exit_code}:
             self.wrong(trial, f"the others end with {others}: {self.tail('errors')} {self.tail('stderr')}")
@@ -137,6 +146,7 @@ class Group(Range):
         (self.place / "stderr").unlink(missing_ok=True)
 
 
+LAST = "while removing the partial folder"
 HURTS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, MemoryError)
 
 
@@ -157,6 +167,8 @@ def main():
             how, world = HURTS[trial % len(HURTS)], random_.choice(WORLDS)
             at = random_.randrange(1, calls // world) if trial % 2 or how is MemoryError else None
             whom = random_.randrange(world)
+            if trial == 0:
+                at, whom = LAST, 0
             name = how.name if how is not MemoryError else "short memory"
             group.disturbed(world, whom, f"{trial}: {name} of rank {whom} of {world} at {at}", how, at, random_)
             group.counts[name] += 1

@@ -49,8 +49,8 @@ OURS = {
 def claim(out: Path, ranks: Ranks = ALONE, orphans: Collection[str] = ()) -> Iterator[Path]:
     """Hold `out` for one build; yields the folder for unfinished work, which is removed when the build succeeds.
 
-    A rejected input leaves the output folder as it was found. Of several ranks the first claims it for all. `orphans` are names of folders
-    that are ours though they have no manifest.
+    A rejected input leaves the output folder as it was found. Of several ranks the first claims it for all, and all leave when it has removed
+    that folder: then everything is on the disk. `orphans` are names of folders that are ours though they have no manifest.
 
     Raises:
         UsageError: `out` is a file, or holds what qquant did not write.
@@ -66,6 +66,7 @@ def claim(out: Path, ranks: Ranks = ALONE, orphans: Collection[str] = ()) -> Ite
         with told(out), nullcontext() if ranks.first else hold(partial / f"lock-{ranks.rank}", out):
             yield partial
             ranks.meet()  # nobody writes into what is removed
+    ranks.meet()  # nobody goes before it is: until here each hears of another's end
 
 
 @contextmanager
