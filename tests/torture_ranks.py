@@ -177,6 +177,8 @@ def main():
                 group.settle(f"{trial}: continued on 1")
             else:
                 group.whole(again, f"{trial}: continued on {again}")
+            if trial % 10 == 9:
+                print(f"{trial + 1} hurt, {len(group.violations)} violations", file=sys.stderr, flush=True)
         content = {"hurt": count, "seed": seed, "build_s": round(group.seconds, 2), "ranks_s": took, **group.counts}
         content |= {"seconds": round(time.monotonic() - began, 1), "violations": group.violations}
         print(json.dumps(content, ensure_ascii=False))
