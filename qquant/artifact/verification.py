@@ -42,7 +42,10 @@ else:
 SAMPLED = 4  # linears of an artifact whose values are computed again
 
 
-DOWNLOADS = Path(".cache/huggingface")  # where `hf download --local-dir` keeps what it knows of each file
+DOWNLOADS = (
+    Path(".cache/huggingface"),
+    Path(".git"),
+)  # what `hf download --local-dir` and `git clone` keep beside the files
 FOLDERS = "give an artifact folder of `qquant build`, or a release folder"
 ATTRIBUTES = ".gitattributes"  # in every repository of the hub
 
@@ -69,7 +72,7 @@ def unlisted(folder: Path) -> tuple[str, ...]:
     if manifest.release:
         named |= ADDED
     paths = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
-    present = {str(path) for path in paths if not path.is_relative_to(DOWNLOADS)}
+    present = {str(path) for path in paths if not any(path.is_relative_to(kept) for kept in DOWNLOADS)}
     return tuple(sorted(present - named - {ATTRIBUTES}))
 
 

@@ -131,7 +131,9 @@ def eight_bits(kind: str) -> bool:
 class _Artifact(Strict):
     """What every entry of `artifacts` says of itself, whatever its format."""
 
-    name: Name = Field(description="names its folder, and the artifact for `--only`; unique")
+    name: Name = Field(
+        description="what tables and `--only` call it; unique. Its folder is named by model, format and bits"
+    )
     gates: Gates = Field(default=Gates(), description="what it must hold")
 
     if TYPE_CHECKING:  # fields of every format, each in its own place, with its own default

@@ -110,6 +110,8 @@ def test_verify_finds_what_was_changed(made):
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     (folder / ".cache/huggingface/download/config.json.metadata").write_text("of a download")
     (folder / ".gitattributes").write_text("* text")
+    (folder / ".git").mkdir()
+    (folder / ".git/config").write_text("of a clone")
     assert verification.verify(folder).unlisted == ("notes.txt",)
     path.rename(made / "elsewhere")
     path.symlink_to(made / "elsewhere")
