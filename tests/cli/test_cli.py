@@ -189,6 +189,15 @@ def test_inspect_of_what_is_quantized_otherwise(qquant, make_checkpoint, method)
     assert "F8_E4M3" in out
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.uint16, torch.uint32, torch.uint64, torch.complex64])
+def test_inspect_of_types_that_no_checkpoint_of_ours_has(qquant, make_checkpoint, dtype):
+    folder = make_checkpoint()
+    save_file({"a.weight_scale": torch.zeros(2, 3).to(dtype)}, folder / "model.safetensors")
+    code, out, err = qquant("inspect", folder)
+    assert code == 0, err
+    assert re.search(r"^ +\d+  [A-Z]\d+\w* +1 tensor$", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "folder", "gguf"])
 def test_inspect(qquant, make_checkpoint, recipe_file, tmp_path, what):
     folder = make_checkpoint()
