@@ -57,6 +57,13 @@ def test_strange_gguf_files(place, at, bytes_):
     refused(read_header, path, by_gguf)
 
 
+@pytest.mark.parametrize(("number", "name"), [(31, "q4_0_4_4"), (40, "nvfp4"), (999, "of number 999")])
+def test_a_type_whose_blocks_are_not_known_is_named(tmp_path, number, name):
+    path = gguf_file(tmp_path / "x.gguf", tensors=[("t", (2, 64), number, 256)])
+    with pytest.raises(InputError, match=rf"tensor 't': type {name}: .*; known: f32, f16, "):
+        read_header(path)
+
+
 def broken_gguf():
     whole = [("t", (2, 32), 0, 256), ("u", (2, 32), 0, 256)]
     yield (

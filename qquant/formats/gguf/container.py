@@ -88,7 +88,7 @@ TYPE_NAMES = [
 
 def type_name(type_id: int) -> str:
     """Ggml's name of a type, for people."""
-    return TYPE_NAMES[type_id] if 0 <= type_id < len(TYPE_NAMES) else f"type {type_id}"
+    return TYPE_NAMES[type_id] if 0 <= type_id < len(TYPE_NAMES) else f"of number {type_id}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,12 @@ class _Reader:
         tensor = StoredTensor(name, shape, self.unpack("<I"), self.unpack("<Q"), self.path)
         if not 1 <= math.prod(shape) < 1 << 60:
             raise self.fail(f"tensor {name[:80]!r} of shape {shape}")
-        if tensor.type_id not in TYPE_SIZES or shape[-1] % TYPE_SIZES[tensor.type_id][0]:
+        if tensor.type_id not in TYPE_SIZES:
+            known = ", ".join(map(type_name, TYPE_SIZES))
+            raise InputError(
+                f"{self.path}: tensor {name[:80]!r}: type {type_name(tensor.type_id)}: its blocks are not known; known: {known}"
+            )
+        if shape[-1] % TYPE_SIZES[tensor.type_id][0]:
             raise self.fail(f"tensor {name[:80]!r} of shape {shape} has type {type_name(tensor.type_id)}")
         return tensor
 
