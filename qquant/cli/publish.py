@@ -102,13 +102,15 @@ def publish(
     compared. The same command continues an interrupted one.
     """
     from qquant.release import card, hub, signing, statements
-    from qquant.release.repository import complete, read_release
+    from qquant.release.repository import HUB_ID, complete, read_release
     from qquant.report.escape import in_line
 
     if to == "dir" and out is None:
         raise UsageError("--to dir needs --out FOLDER")
     if namespace and not NAMESPACE.fullmatch(namespace):
         raise UsageError(f"--namespace {namespace!r}: a user or organisation has letters, digits and . _ - only")
+    if base_model and not HUB_ID.fullmatch(base_model):
+        raise UsageError(f"--base-model {base_model!r}: an id of a hub is NAMESPACE/NAME")
     if to != "dir" and not namespace:
         raise UsageError(f"--to {to} needs --namespace USER_OR_ORGANISATION")
     release = read_release(folder, only)

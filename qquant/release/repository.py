@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from qquant.source.untrusted import read_json
 SOURCE, SOURCE_SCHEMA = "source.json", "qquant-source-1"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 PASSED = ("pass", "waived")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class ReleaseSource:
         if content.get("schema") != SOURCE_SCHEMA:
             raise InputError(f"{where}: is not a record that this version of qquant understands")
         facts = typed(cls, dict(content), where)
+        if facts.base_model is not None and not HUB_ID.fullmatch(facts.base_model):
+            raise InputError(f"{where}: base_model: {shortened(facts.base_model)} is not an id of a hub")
         if facts.licence_file and facts.licence_file.name not in LICENCES:
             raise InputError(
                 f"{where}: licence_file.name: {shortened(facts.licence_file.name)} is not one of {', '.join(LICENCES)}"

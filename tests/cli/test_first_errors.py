@@ -328,6 +328,12 @@ def test_a_namespace_that_no_hub_takes_is_refused(tmp_path):
     assert "letters, digits and . _ - only" in str(done.exception)
 
 
+def test_a_base_model_that_no_hub_has_is_refused(tmp_path):
+    """It leads the card's head, which nobody escapes."""
+    done = run("publish", tmp_path, "--to", "dir", "--out", tmp_path / "o", "--base-model", "<script>")
+    assert "an id of a hub" in str(done.exception)
+
+
 def test_verify_speaks_json_and_reads_bytes_without_torch(built):
     folder = built[1] / "model-AWQ"
     code = "import sys; from qquant.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules, file=sys.stderr)"

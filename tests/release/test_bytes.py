@@ -67,6 +67,14 @@ def test_nothing_is_published_without_the_release_record(tmp_path):
         read_release(folder)
 
 
+def test_a_release_record_names_a_base_model_as_hubs_do(tmp_path):
+    folder = write_build(tmp_path / "build")
+    content = json.loads((folder / "source.json").read_text())
+    (folder / "source.json").write_text(json.dumps(content | {"base_model": "a/b\u202e"}))
+    with pytest.raises(InputError, match=r"source\.json: base_model: .* is not an id of a hub"):
+        read_release(folder)
+
+
 def test_what_still_holds_is_not_measured_again(make_checkpoint, build, counted, tmp_path):
     folder = make_checkpoint()
     _, out = build(folder, "gptq-int4", "gguf-q4_0")
