@@ -128,3 +128,16 @@ def test_two_signals_end_in_one_line(tmp_path, pause):
     child.send_signal(signal.SIGHUP)
     _, err = child.communicate(timeout=60)
     assert (child.returncode, "Traceback" in err) == (75, False), err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_while_a_library_executes_text_ends_with_75(name):
+    """As dataclasses do while they are imported: there Python notes a KeyboardInterrupt, and ends with 130 whatever became of it."""
+    code = (
+        "from qquant import cli\n"
+        "@cli.cli.command('wait')\ndef wait():\n"
+        f"    exec('import signal; signal.raise_signal(signal.{name})')\n"
+        "cli.main(['wait'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (75, "stopped\ncontinue with: qquant wait")

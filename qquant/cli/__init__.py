@@ -66,8 +66,12 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
     echo(f"error: this is a bug in qquant {__version__}; please report the lines above", err=True)
 
 
+class SignalInterrupt(KeyboardInterrupt):
+    """A signal asks for the end. Python ends with 130 whatever becomes of a plain KeyboardInterrupt in `exec` of a text (importing dataclasses)."""
+
+
 def _terminated(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+    raise SignalInterrupt
 
 
 def _deaf() -> None:
@@ -93,7 +97,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can cause becomes one message and an exit status."""
     sys.excepthook = _bug
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
             signal.signal(number, _terminated)
     words = list(sys.argv[1:] if arguments is None else arguments)
