@@ -1,6 +1,6 @@
-"""How work says how far it is, and learns that it should stop: two questions, so two methods.
+"""How work says how far it is and what it is at, and learns that it should stop: three questions, so three methods.
 
-`advance` only shows. `check_stop` is asked between pieces of work that a later run can build on, and raises StoppedError where a signal
+`advance` and `at` only show. `check_stop` is asked between pieces of work that a later run can build on, and raises StoppedError where a signal
 came; who does not ask cannot be stopped there.
 """
 
@@ -18,6 +18,10 @@ class Progress(Protocol):
         """`done` of `of` equal steps of `phase` ("curvature", "quantize", "check", "answer", ...) are done; 0 says that it begins."""
         ...
 
+    def at(self, what: str) -> None:
+        """Within the step at hand, which may take minutes: `what` is worked on now, such as an artifact and its linears."""
+        ...
+
     def check_stop(self) -> None:
         """Raise StoppedError if somebody asked for an end."""
         ...
@@ -27,6 +31,9 @@ class Quiet:
     """Shows nothing, and never stops."""
 
     def advance(self, phase: str, done: int, of: int) -> None:
+        """Show nothing."""
+
+    def at(self, what: str) -> None:
         """Show nothing."""
 
     def check_stop(self) -> None:
@@ -44,6 +51,10 @@ class SharedProgress:
     def advance(self, phase: str, done: int, of: int) -> None:
         """The parts before this one count as done."""
         self.shown.advance(phase, self.part * of + done, self.parts * of)
+
+    def at(self, what: str) -> None:
+        """As it is."""
+        self.shown.at(what)
 
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole says so."""
@@ -63,6 +74,10 @@ class Timed:
         self.took[phase] = self.took.get(phase, 0.0) + now - self.last
         self.last = now
         self.shown.advance(phase, done, of)
+
+    def at(self, what: str) -> None:
+        """As it is."""
+        self.shown.at(what)
 
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole does."""

@@ -224,8 +224,10 @@ def final_states(
     """
     hidden = [_embedded(source, text.windows, device) for source in sources]
     layers = sources[0].config.layers
+    progress.advance("check", 0, layers)
     for layer in range(layers):
         for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
+            progress.at(f"model {index + 1} of {len(sources)}")
             observe = peaks.observer(index, layer) if peaks else None
             _through(block_of(source, layer, device), states, observe)
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):

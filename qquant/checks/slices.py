@@ -54,6 +54,10 @@ class NamedPhase:
         """`done` of `of` blocks."""
         self.shown.advance(self.name, done, of)
 
+    def at(self, what: str) -> None:
+        """As it is."""
+        self.shown.at(what)
+
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole says so."""
         self.shown.check_stop()

@@ -1,6 +1,7 @@
 """How long work shows that it is alive: on stderr, quietly.
 
-    a terminal               one live line for the phase at hand: done, rate, time left, peak memory; a finished phase leaves one line
+    a terminal               one live line for the phase at hand: done, rate, time left, peak memory, what is worked on; it moves also
+                             within a step that takes minutes. A finished phase leaves one line
     a notebook               the same lines in one output of the cell, which is written anew
     a pipe                   one line when a phase ends, and one a minute while it runs
     --log FILE               every step as a line of JSON: phase, done, of, seconds since the start, peak memory in bytes
@@ -24,8 +25,8 @@ from qquant.cli.terminal import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+    from rich.live import Live
+    from rich.text import Text
 
     from qquant.cli.terminal import Stop
 
@@ -52,18 +53,30 @@ class _Phase:
     name: str
     began: float
     said: float  # when a line of it was last printed
+    stepped: float  # when the last step ended
     done: int = 0
     of: int = 1
+    at: str = ""  # what is worked on within the next step
 
     def line(self, now: float) -> str:
         """What a person reads of it."""
         took = now - self.began
         unit = UNITS.get(self.name)
         done = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
-        left = took / self.done * (self.of - self.done) if self.done else 0.0
-        rate = f", {took / self.done:.1f} s a {unit}" if unit and self.done and self.of > 1 else ""
-        about = f", about {span(left)} left" if self.done < self.of else ""
-        return f"{self.name}: {done}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most"
+        over = self.done == self.of
+        rate = f", {self._step:.1f} s a {unit}" if unit and self.done and self.of > 1 else ""
+        about = f", about {span(self._left(now))} left" if self.done and not over else ""
+        at = f", at {self.at}" if self.at and not over else ""
+        return f"{self.name}: {done}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most{at}"
+
+    @property
+    def _step(self) -> float:
+        """Seconds of a step that is done."""
+        return (self.stepped - self.began) / self.done
+
+    def _left(self, now: float) -> float:
+        """Seconds to the end, where the step at hand takes as long as those before; what it takes longer is no gain."""
+        return self._step * (self.of - self.done) - min(now - self.stepped, self._step)
 
 
 class Display:
@@ -77,8 +90,7 @@ class Display:
         self.log: IO[str] | None = None if log is None else log.open("a", encoding="utf-8")
         self.console = _live_console()
         self.cell = _Cell.here()
-        self.bars: Bars | None = None
-        self.task: TaskID | None = None
+        self.live: Live | None = None
 
     def check_stop(self) -> None:
         """Raise StoppedError if a signal came."""
@@ -92,17 +104,27 @@ class Display:
         if current is None or current.name != phase or done < current.done or done == 0:
             self._close()
             began = self.last if done else now
-            current = self.phase = _Phase(phase, began, self.ended.get(phase, began))
-        current.done, current.of, self.last = done, max(of, 1), now
+            current = self.phase = _Phase(phase, began, self.ended.get(phase, began), began)
+        current.done, current.of, current.at = done, max(of, 1), ""
+        self.last = current.stepped = now
         self._write(current, now)
-        if self.cell is not None:
-            self.cell.tell(current, now)
-        elif self.console is not None:
-            self._draw(self.console, current, now)
-        elif done >= of or now - current.said >= MINUTE:
-            self._say(current, now)
+        self._show(current, now)
         if done >= of:
             self._close()
+
+    def at(self, what: str) -> None:
+        """Within the step at hand `what` is worked on."""
+        if self.phase is not None:
+            self.phase.at = what
+            self._show(self.phase, time.monotonic())
+
+    def _show(self, phase: _Phase, now: float) -> None:
+        if self.cell is not None:
+            self.cell.tell(phase, now)
+        elif self.console is not None:
+            self._draw(self.console, phase, now)
+        elif phase.done >= phase.of or now - phase.said >= MINUTE:
+            self._say(phase, now)
 
     def _say(self, phase: _Phase, now: float) -> None:
         """A line in a pipe; of a phase that runs again and again, one a minute."""
@@ -114,24 +136,26 @@ class Display:
             self.ended.pop(phase.name, None)
 
     def _draw(self, console: Console, phase: _Phase, now: float) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.live import Live
 
         if phase.done >= phase.of:
             self._undraw()
             console.print(phase.line(now), highlight=False, markup=False)
-            return
-        if self.bars is None:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
-            self.bars = Progress(*columns, console=console, transient=True)
-            self.bars.start()
-            self.task = self.bars.add_task("", total=phase.of)
-        if self.task is not None:
-            self.bars.update(self.task, description=phase.line(now), completed=phase.done, total=phase.of)
+        elif self.live is None:
+            self.live = Live(get_renderable=self.now, console=console, transient=True, refresh_per_second=2)
+            self.live.start()
+
+    def now(self) -> Text:
+        """The live line of this moment; its end is left out where the terminal is too narrow."""
+        from rich.text import Text
+
+        line = self.phase.line(time.monotonic()) if self.phase else ""
+        return Text(line, no_wrap=True, overflow="ellipsis")
 
     def _undraw(self) -> None:
-        if self.bars is not None:
-            self.bars.stop()
-        self.bars = self.task = None
+        if self.live is not None:
+            self.live.stop()
+        self.live = None
 
     def _close(self) -> None:
         self._undraw()

@@ -111,6 +111,11 @@ class Signing:
         self.ranks.alive()
         self.shown.advance(phase, done, of)
 
+    def at(self, what: str) -> None:
+        """As `qquant.progress.Progress` says."""
+        self.ranks.alive()
+        self.shown.at(what)
+
     def check_stop(self) -> None:
         """Raise StoppedError if a signal came."""
         self.ranks.alive()

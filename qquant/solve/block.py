@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,8 +13,10 @@ from qquant.algorithms.awq import Transformed, awq
 from qquant.algorithms.gram import Gram, NotPositiveDefiniteError
 from qquant.algorithms.grid import Grid
 from qquant.artifact.draft import Draft
+from qquant.families import Stage
 from qquant.families.decoder import Block
 from qquant.formats import FORMATS
+from qquant.progress import Progress, Quiet
 from qquant.solve.curvature import BlockCurvature
 from qquant.solve.fused import block_of
 from qquant.solve.solver import Rows, rounding_of
@@ -32,6 +34,11 @@ class View:
     weights: Mapping[str, Tensor]  # in the checkpoint's dtype
     dtype: torch.dtype  # of activations
     curvature: BlockCurvature | None
+    progress: Progress = field(default_factory=Quiet)
+
+    def at(self, draft: Draft, stage: Stage) -> None:
+        """Say that `stage` is solved for an artifact now."""
+        self.progress.at(f"{draft.plan.name} {stage.name}")
 
     def block(self, weights: Mapping[str, Tensor] | None = None) -> Block:
         """The block with its own weights, or with others."""

@@ -130,6 +130,7 @@ def _propagated(
     ways = _Ways(exact, own, before, stream, bool(carried), _anew(view, stream, 1 + bool(carried)))
     seen: Mapping[str, Gram] = carried.grams if carried else {}
     for number, stage in enumerate(family.stages):
+        view.at(solver.draft, stage)
         if view.inputs[stage.name] > WIDE:
             coupled.visited.forget()  # memory is short beside such matrices
         everywhere = divisible(stage, solver, view, stream)

@@ -153,9 +153,10 @@ def _walk(  # noqa: PLR0913  each is of another thing
     make_room([start, *([start32] if start32 else []), *(one.stream for one in own)])
     streams = _Streams(start, start32, shared, own, moments)
     measured = curvature.blocks(range(layers), device) if curvature else nullcontext(repeat(None))
+    progress.advance("quantize", 0, layers)
     with blocks.walk(range(layers)) as forth, measured as factors:
         for layer in range(layers):
-            streams.move(View(checkpoint, layer, next(forth), dtype, next(factors)))
+            streams.move(View(checkpoint, layer, next(forth), dtype, next(factors), progress))
             progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
@@ -235,6 +236,7 @@ def _shared(
         transformed = transform(view, draft, grams)
         rows = view.rows(transformed)
         for stage in family.stages:
+            view.at(draft, stage)
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
         solver.finish(transformed.weights, transformed.choices, len(stream.overflowed))
 
@@ -264,6 +266,7 @@ def _shared_by_ranks(
         def solve_one(
             stage: Stage, draft: Draft = draft, transformed: Transformed = transformed, rows: Rows = rows
         ) -> Solver:
+            view.at(draft, stage)
             solver = Solver(view.checkpoint, draft, layer, moments)
             solver.solve(stage, transformed.weights, transformed.grams[stage.name], rows)
             return solver

@@ -68,18 +68,43 @@ def test_a_terminal_has_one_live_line_and_keeps_what_ended(clock, monkeypatch):
     monkeypatch.setattr("qquant.cli.display._live_console", lambda: console)
     with Display() as display:
         display.advance("quantize", 0, 2)
-        assert display.bars is not None, "a phase that begins is seen"
-        assert len(display.bars.tasks) == 1
+        assert display.now().plain == "quantize: block 0 of 2, 0 s, 1.5 GB at most", "a phase that begins is seen"
         clock[0] += 3
         display.advance("quantize", 1, 2)
-        assert (
-            display.bars.tasks[0].description
-            == "quantize: block 1 of 2, 3 s, 3.0 s a block, about 3 s left, 1.5 GB at most"
-        )
+        assert display.now().plain == "quantize: block 1 of 2, 3 s, 3.0 s a block, about 3 s left, 1.5 GB at most"
         clock[0] += 3
         display.advance("quantize", 2, 2)
-        assert display.bars is None
+        assert display.live is None
     assert "quantize: block 2 of 2, 6 s, 3.0 s a block, 1.5 GB at most\n" in screen.getvalue()
+
+
+def test_the_live_line_moves_within_a_step(clock, monkeypatch):
+    """A block of 7B takes minutes on a CPU: it is seen what they go into, and that they go by."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr("qquant.cli.display._live_console", lambda: console)
+    with Display() as display:
+        display.advance("quantize", 0, 3)
+        clock[0] += 100
+        display.at("awq qkv")
+        assert display.now().plain == "quantize: block 0 of 3, 2 min, 1.5 GB at most, at awq qkv"
+        display.advance("quantize", 1, 3)
+        display.at("awq o")
+        for waited, left in ((30, "3 min"), (60, "2 min"), (200, "2 min")):
+            clock[0] = 100 + waited
+            assert f", 100.0 s a block, about {left} left, 1.5 GB at most, at awq o" in display.now().plain
+            assert f", {span(100 + waited)}, " in display.now().plain
+
+
+def test_a_pipe_hears_of_a_long_step_every_minute(capsys, clock):
+    with Display() as display:
+        display.advance("quantize", 0, 2)
+        for second in range(150):
+            clock[0] = second
+            display.at(f"awq {second // 50}")
+    assert capsys.readouterr().err.splitlines() == [
+        "quantize: block 0 of 2, 60 s, 1.5 GB at most, at awq 1",
+        "quantize: block 0 of 2, 2 min, 1.5 GB at most, at awq 2",
+    ]
 
 
 def test_every_step_is_logged(tmp_path, clock, capsys):
