@@ -210,20 +210,16 @@ def somebody_is_there() -> bool:
 
 
 def settle(asked: Asked, *, question: bool) -> Asked:
-    """`asked` with a recipe: where none was named, the one that fits, said on stderr; on a terminal it is a `question` first.
+    """`asked` with a recipe: where none was named, the one that fits, said on stderr; where somebody is there, it is a `question` first.
 
     Raises:
-        UsageError: the answer is no, or there is nobody to ask.
+        UsageError: the answer is no.
     """
     proposal = asked.proposal()
     if proposal is None:
         return asked
     what = f"recipe {proposal.name}: {proposal.reason}"
-    if question and not asked.flags.chooses:
-        if not somebody_is_there():
-            raise UsageError(
-                f"name a recipe: --recipe {proposal.name} fits ({proposal.reason}); `qquant recipe list` has all"
-            )
+    if question and not asked.flags.chooses and somebody_is_there():
         if not click.confirm(f"{what}. Build it?", default=True, err=True):
             raise UsageError("nothing was built; `qquant recipe list` names recipes, and --format builds one artifact")
     else:

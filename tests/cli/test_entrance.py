@@ -118,10 +118,17 @@ def test_the_published_recipe_is_proposed_by_how_answers_end(demo, tokenizer_fol
     assert proposed(stops_elsewhere).reason == "it has no chat template"
 
 
-def test_build_asks_on_a_terminal_and_says_what_to_type_elsewhere(make_checkpoint, tmp_path, monkeypatch):
+def test_build_asks_on_a_terminal_and_says_elsewhere_what_it_takes(make_checkpoint, tmp_path, monkeypatch):
     folder, out = make_checkpoint(), tmp_path / "out"
-    done = CliRunner().invoke(cli, ["build", str(folder), "--out", str(out)])
-    assert "--recipe qwen1.5-chat fits" in str(done.exception)
+    text = tmp_path / "mine.txt"
+    text.write_text("Nothing but this. " * 500)
+    began = []
+    monkeypatch.setattr("qquant.pipeline.build", lambda recipe, *_: began.append(recipe) or sys.exit(0))
+    asking = ["build", str(folder), "--calibration", str(text), "--only", "gguf-q8_0", "--out", str(out)]
+    done = CliRunner().invoke(cli, asking)
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.startswith("recipe qwen1.5-chat: its chat template ends answers with <|im_end|>, on which")
+    assert [source.path for source in began[0].calibration.sources] == [str(text)]
     monkeypatch.setattr("qquant.cli.options.somebody_is_there", lambda: True)
     asked = []
     monkeypatch.setattr("click.confirm", lambda text, **_: asked.append(text))
