@@ -41,6 +41,6 @@ def beside(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | No
 def _cost(effort: str, recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock: Clock | None) -> Cost:
     specs = {spec.name: spec for spec in recipe.artifacts}
     artifacts = tuple(dataclasses.replace(one, spec=specs[one.spec.name]) for one in plan.artifacts)
-    tokens = recipe.calibration.tokens
-    other = dataclasses.replace(plan, artifacts=artifacts, tokens=tokens)
-    return Cost(effort, True, build_memory(recipe, checkpoint).device, clock(recipe, other) if clock else None)
+    held = plan.texts.of(recipe)
+    other = dataclasses.replace(plan, artifacts=artifacts, tokens=held.calibration.tokens)
+    return Cost(effort, True, build_memory(held, checkpoint).device, clock(recipe, other) if clock else None)

@@ -77,7 +77,7 @@ def _remedies(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, free: Free) ->
 
     def fits(recipe: Recipe, there: Free) -> bool:
         specs = [spec for spec in recipe.artifacts if spec.name in names]
-        return not _short(build_memory(recipe, checkpoint, there.kind, specs), there)
+        return not _short(build_memory(plan.texts.of(recipe), checkpoint, there.kind, specs), there)
 
     tried = {"--effort fast": (changed(recipe, Flags(effort="fast")), free)}
     if free.kind != "cpu":
@@ -87,7 +87,9 @@ def _remedies(recipe: Recipe, checkpoint: Checkpoint, plan: Plan, free: Free) ->
     tried[f"--set {setting}"] = changed(recipe, Flags(settings=(setting,))), free
     fitting = [name for name, trial in tried.items() if fits(*trial)]
     alone = [
-        name for name in sorted(names) if len(names) > 1 and not _short(_alone(recipe, checkpoint, name, free), free)
+        name
+        for name in sorted(names)
+        if len(names) > 1 and not _short(_alone(plan.texts.of(recipe), checkpoint, name, free), free)
     ]
     return fitting + ([f"--only {alone[0]}"] if alone else [])
 

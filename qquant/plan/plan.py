@@ -93,18 +93,18 @@ class Plan:
         _require_apart(planned)
         parameters = checkpoint.family.parameters(checkpoint.config)
         gates = {spec.name: resolved(spec.gates, spec.kind, parameters) for spec in specs}
-        disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(recipe, checkpoint)
-        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in specs if FORMATS[spec.format].is_folder}
-        tokens = recipe.calibration.tokens
-        inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
-        needs = {kind: build_memory(recipe, checkpoint, kind, specs) for kind in POLICIES}
         texts = examine(recipe, checkpoint.path)
+        held = texts.of(recipe)  # what memory and disk have to hold
+        disk = sum(artifact.size for artifact in planned) + MARGIN + scratch_bytes(held, checkpoint)
+        parallel = {spec.name: rank_sizes(checkpoint, spec) for spec in specs if FORMATS[spec.format].is_folder}
+        inputs = max(columns for _, columns in checkpoint.family.matrices(checkpoint.config).values())
+        needs = {kind: build_memory(held, checkpoint, kind, specs) for kind in POLICIES}
         in_float32 = tuple(one.name for one in planned if one.stored[checkpoint.family.embedding].type == "F32")
         expected = {one.name: _expected(one, losses[one.name]) for one in planned if one.name in losses}
         return cls(
-            name, planned, needs, disk, gates, recipe.checks, tokens, inputs, imatrix, parallel,
+            name, planned, needs, disk, gates, recipe.checks, held.calibration.tokens, inputs, imatrix, parallel,
             texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
-            writing=planned_writing(recipe, checkpoint), background=recipe.calibration.beside,
+            writing=planned_writing(recipe, checkpoint), background=held.calibration.beside,
         )  # fmt: skip
 
     @property

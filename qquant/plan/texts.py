@@ -26,11 +26,20 @@ class PlannedTexts:
     windows: int | None
     warnings: tuple[str, ...] = ()
     refused: str = ""  # why a build will refuse its calibration; a warning of a plan, too
+    tokens: int | None = None  # that the sources of the calibration have, at most; None: as many as were asked for
 
     def require(self) -> None:
         """Raise InputError if a build would refuse its calibration: what was found out is not tried again."""
         if self.refused:
             raise InputError(self.refused)
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with no more samples than its texts have."""
+        asked = recipe.calibration
+        if self.tokens is None:
+            return recipe
+        samples = min(asked.samples, max(1, -(-self.tokens // asked.length)))
+        return recipe.model_copy(update={"calibration": asked.model_copy(update={"samples": samples})})
 
 
 NOT_COUNTED = PlannedTexts(None)
@@ -47,9 +56,9 @@ def examine(recipe: Recipe, folder: Path) -> PlannedTexts:
     for text in (recipe.checks.text, *recipe.checks.texts):
         _require_file(None if text.startswith("bundled:") else text, "checks")
     template, unfit = _template(recipe.calibration, folder)
-    counted, refused = ((), unfit) if unfit else _calibration(recipe.calibration, folder)
+    counted, refused, tokens = ((), unfit, None) if unfit else _calibration(recipe.calibration, folder)
     windows, short = _windows(recipe.checks, folder)
-    return PlannedTexts(windows, (*template, *counted, *short), refused)
+    return PlannedTexts(windows, (*template, *counted, *short), refused, tokens)
 
 
 def shortfall(samples: int, tokens: int, asked: Calibration) -> tuple[str, ...]:
@@ -114,21 +123,22 @@ def _windows(checks: Checks, folder: Path) -> tuple[int | None, tuple[str, ...]]
     return windows, (f"{name}: {windows} of {checks.windows} windows of {checks.length} tokens: the text has no more",)
 
 
-def _calibration(asked: Calibration, folder: Path) -> tuple[tuple[str, ...], str]:
-    """(what is short, why a build will refuse the calibration)."""
+def _calibration(asked: Calibration, folder: Path) -> tuple[tuple[str, ...], str, int | None]:
+    """(what is short, why a build will refuse the calibration, tokens that the sources have where they are fewer than asked for)."""
     sizes = [_bytes(source.path, source.bundled) for source in asked.sources]
     if any(size is None for size in sizes):
-        return (), ""
+        return (), "", None
     if all(_small(source, size) for source, size in zip(asked.sources, sizes, strict=True)):
         try:
             samples = calibration.load(asked, Tokenizer.open(folder), template_expected=False)
         except InputError as error:
-            return (f"the build will refuse the calibration: {error}",), str(error)
-        return shortfall(*samples.from_sources(), asked), ""
+            return (f"the build will refuse the calibration: {error}",), str(error), None
+        count, tokens = samples.from_sources()
+        return shortfall(count, tokens, asked), "", tokens
     total = sum(size or 0 for size in sizes)
     if total >= asked.samples * asked.length:
-        return (), ""
-    return shortfall(min(asked.samples - 1, total // asked.length), total, asked), ""
+        return (), "", None
+    return shortfall(min(asked.samples - 1, total // asked.length), total, asked), "", total
 
 
 def _small(source: Source, size: int | None) -> bool:

@@ -20,6 +20,8 @@ from qquant.cli import cli, main
 from qquant.cli.tables import table_of
 from qquant.errors import EnvironmentMissingError, InputError, PublishError, UsageError
 from qquant.formats import detect
+from qquant.plan.beside import beside
+from qquant.plan.capacity import Free, require_memory
 from qquant.plan.plan import Plan
 from qquant.plan.texts import examine, shortfall
 from qquant.recipe import Gates
@@ -166,6 +168,19 @@ def test_a_check_text_is_counted_before_it_is_promised(make_checkpoint, tmp_path
     assert Plan.of(fewer, Checkpoint.open(folder)).reach("gptq")[0].detectable > (
         Plan.of(more, Checkpoint.open(folder)).reach("gptq")[0].detectable
     )
+
+
+def test_memory_is_foreseen_for_the_text_that_is_there(make_checkpoint, tmp_path):
+    """A build of fifty chats was refused for the memory of the millions of tokens that its recipe would have taken."""
+    source, few = Checkpoint.open(make_checkpoint()), tmp_path / "few.txt"
+    few.write_text("Ships and sailors. " * 200)
+    of_few = changed(BASE, Flags(settings=(f"calibration.sources=[{{path: {few}}}]", "calibration.samples=8")))
+    much = changed(of_few, Flags(settings=("calibration.samples=60000",)))
+    plan, other = Plan.of(much, source), Plan.of(of_few, source)
+    assert plan.texts.tokens < 4000
+    assert (plan.memory, plan.disk, plan.tokens) < (2 * other.memory, 2 * other.disk, 4000)
+    assert all(cost.memory < 2 * other.memory for cost in beside(much, source, plan, None))
+    require_memory(much, source, plan, Free("cpu", 4 * other.memory, 4 * other.memory))
 
 
 @pytest.mark.parametrize("setting", ["calibration.sources=[{path: none.jsonl}]", "checks.text=none.txt"])
