@@ -36,7 +36,7 @@ class Command(click.Command):
         """The example, then what every command ends with."""
         if self.example:
             with formatter.section("Example"):
-                formatter.write_text(f"qquant {self.example}")
+                formatter.write_text(f"\b\nqquant {self.example}")
         super().format_epilog(ctx, formatter)
 
 

@@ -82,6 +82,8 @@ def test_every_command_has_an_example_that_parses(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = COMMANDS[name]
     assert command.example.startswith(name.removeprefix("qquant "))
+    shown = command.get_help(click.Context(command, info_name=name))
+    assert f"  qquant {command.example}" in shown.splitlines(), "on one line, to be copied"
     words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command.example)]
     for word in words[1:]:
         if "/" in word or word.endswith(".pem"):  # what has to exist
