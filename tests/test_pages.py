@@ -60,3 +60,30 @@ def test_exit_codes_on_the_page_are_those_of_the_program():
         int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "recipes" / "GUIDE.md").read_text(), re.MULTILINE)
     }
     assert listed == codes | {0}
+
+
+def anchors(page):
+    """Headings of a page, as its links name them, with the text below each."""
+    parts = re.split(r"^#+ (.+)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    titles = (re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in parts[1::2])
+    return dict(zip(titles, parts[2::2], strict=True))
+
+
+def test_each_number_of_the_comparison_leads_to_the_command_that_prints_it():
+    text = (ROOT / "README.md").read_text()
+    comparison = text[text.index("| format | against") : text.index("## Install")]
+    places = dict(re.findall(r"^\[(\w+)\]: (\S+)$", comparison, re.MULTILINE))
+    used = set(re.findall(r"\]\[(\w+)\]", comparison))
+    first, second = comparison.split("| on one H200")
+    cells = [row.rsplit("|", 2)[1] for row in re.findall(r"^\|.+\|$", first, re.MULTILINE)[2:]]
+    cells += [row.split("|", 2)[2].replace("bf16", "") for row in re.findall(r"^\|.+\|$", second, re.MULTILINE)]
+    assert len(cells) > 12
+    for cell in cells:
+        assert not re.search(r"\d", re.sub(r"\[[^\]]*\]\[\w+\]", "", cell)), f"a number without a link: {cell}"
+    assert used == set(places)
+    for place in places.values():
+        page, _, anchor = place.partition("#")
+        commands = re.findall(r"^    .*?python (?:-m )?(tests[\w./]+)", anchors(page)[anchor], re.MULTILINE)
+        assert commands, f"{place}: no command"
+        for program in commands:
+            assert (ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")).is_file()
