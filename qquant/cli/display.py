@@ -64,7 +64,7 @@ class _Phase:
         unit = UNITS.get(self.name)
         done = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
         over = self.done == self.of
-        rate = f", {self._step:.1f} s a {unit}" if unit and self.done and self.of > 1 else ""
+        rate = f", {self._step:.1f} s a {unit}" if unit and self.done and self.of > 1 and self._step >= 0.05 else ""
         about = f", about {span(self._left(now))} left" if self.done and not over else ""
         at = f", at {self.at}" if self.at and not over else ""
         return f"{self.name}: {done}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most{at}"
