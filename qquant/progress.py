@@ -19,7 +19,7 @@ class Progress(Protocol):
         ...
 
     def at(self, what: str) -> None:
-        """Within the step at hand, which may take minutes: `what` is worked on now, such as an artifact and its linears."""
+        """Say that `what` is worked on now, such as an artifact and its linears, within the step at hand, which may take minutes."""
         ...
 
     def check_stop(self) -> None:
@@ -53,7 +53,7 @@ class SharedProgress:
         self.shown.advance(phase, self.part * of + done, self.parts * of)
 
     def at(self, what: str) -> None:
-        """As it is."""
+        """Show it as it is."""
         self.shown.at(what)
 
     def check_stop(self) -> None:
@@ -76,7 +76,7 @@ class Timed:
         self.shown.advance(phase, done, of)
 
     def at(self, what: str) -> None:
-        """As it is."""
+        """Show it as it is."""
         self.shown.at(what)
 
     def check_stop(self) -> None:

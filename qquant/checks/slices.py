@@ -55,7 +55,7 @@ class NamedPhase:
         self.shown.advance(self.name, done, of)
 
     def at(self, what: str) -> None:
-        """As it is."""
+        """Show it as it is."""
         self.shown.at(what)
 
     def check_stop(self) -> None:

@@ -113,7 +113,7 @@ class Display:
             self._close()
 
     def at(self, what: str) -> None:
-        """Within the step at hand `what` is worked on."""
+        """Say that `what` is worked on within the step at hand."""
         if self.phase is not None:
             self.phase.at = what
             self._show(self.phase, time.monotonic())

@@ -112,7 +112,7 @@ class Signing:
         self.shown.advance(phase, done, of)
 
     def at(self, what: str) -> None:
-        """As `qquant.progress.Progress` says."""
+        """Tell other ranks that work goes on, and show what."""
         self.ranks.alive()
         self.shown.at(what)
 

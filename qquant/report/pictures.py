@@ -251,7 +251,7 @@ def _free(
     """The first box for `name` of the mark `at` (x, y, radius) that is inside the picture and free, and whether a line must lead there."""
     width, gap = 7.2 * len(name), at[2] + 5
     near = [(gap, 4), (gap, -12), (gap, 20), (-gap - width, 4), (-gap - width, -12), (-gap - width, 20)]
-    far = [(side, step) for step in (38, -30, 54, -46, 70, -62) for side in (gap, -gap - width)]
+    far = [(side, step) for step in (38, -30, 54, -46, 70, -62) for side in (gap, -gap - width, -width / 2)]
     for tried, (dx, dy) in enumerate(near + far):
         left, top = at[0] + dx, at[1] + dy - 12
         box = (left, top, left + width, top + 15)

@@ -319,3 +319,18 @@ def test_report_command(tmp_path, monkeypatch):
     assert (tmp_path / "summary.md").read_text().startswith("❌")
     assert (tmp_path / "j.xml").is_file()
     assert (tmp_path / "r.html").read_text() == html.render(everything())
+
+
+ELEVEN = {
+    "gptq-int4": (11.69, 0.0015), "gptq-int8": (14.27, 1e-5), "awq": (11.63, 0.0014), "gguf-q2_k": (4.6, 0.0145),
+    "gguf-q3_k_m": (5.41, 0.0028), "gguf-q4_0": (6.09, 0.0015), "gguf-q4_k_m": (6.22, 0.00108), "gguf-q5_0": (6.99, 0.00053),
+    "gguf-q5_k_m": (7.06, 0.00044), "gguf-q6_k": (7.94, 0.00023), "gguf-q8_0": (10.2, 0.00002),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [pictures.WIDTH, pictures.NARROW])
+def test_each_of_the_published_artifacts_has_its_name_in_the_picture(width):
+    """On a phone, GPTQ beside AWQ had none."""
+    made = [artifact(name, int(size * 1e6), kl, speed=SPEED) for name, (size, kl) in ELEVEN.items()]
+    chart = pictures.pareto([made], {name: name for name in ELEVEN}, width=width)
+    assert [point.artifact.name for point in chart.points if not point.name] == []
