@@ -23,7 +23,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +38,7 @@ BEAT = 1.0  # seconds
 ARRIVAL = 300.0  # seconds until every rank has come
 SILENT = 60.0
 STUCK = 3600.0
+GAIN = 0.6  # of the time of ranks that is of use where they work together
 LEAVING = 10.0  # seconds that the first rank waits for the others at the end: the store may be its own
 LAUNCHER = "the launcher is gone"
 Value = TypeVar("Value")
@@ -212,6 +213,12 @@ def dealt(costs: Mapping[str, float], world: int) -> list[list[str]]:
     for name in sorted(costs, key=lambda name: -costs[name]):
         min(hands, key=lambda hand: (sum(costs[one] for one in hand), len(hand))).append(name)
     return hands
+
+
+def helps(costs: Mapping[str, float], hands: Sequence[Sequence[str]]) -> bool:
+    """Whether all are done earlier together than with a hand for each rank."""
+    longest = max(sum(costs[name] for name in hand) for hand in hands)
+    return longest > sum(costs.values()) / (GAIN * len(hands))
 
 
 @dataclass

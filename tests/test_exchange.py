@@ -13,11 +13,10 @@ import torch
 from torch import distributed
 
 from qquant import pipeline, recipe
-from qquant.artifact.owning import helps
 from qquant.errors import StoppedError
 from qquant.exchange import ALIGNED, ALONE, BY_HOST, Exchange, _kind, _places, _unpacked, shares_card
 from qquant.plan.plan import Plan
-from qquant.ranks import Membership, Ranks, dealt
+from qquant.ranks import Membership, Ranks, dealt, helps
 from qquant.source.checkpoint import Checkpoint
 from tests.test_ranks import on_ranks
 from tests.worlds import ROOT, importing

@@ -23,9 +23,7 @@ from qquant.artifact.journal import JournalUnit
 from qquant.artifact.manifest import Origin
 from qquant.disk.records import to_plain, typed
 from qquant.formats.planned import PlannedArtifact
-from qquant.ranks import Ranks, dealt
-
-GAIN = 0.6  # of the ranks' time that is of use where they work together
+from qquant.ranks import Ranks, dealt, helps
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,6 @@ def share(
     together = len(hands) < ranks.world
     mine = hands[0 if together else ranks.rank]
     return OwnedArtifacts([artifact for artifact in planned if artifact.name in mine], together)
-
-
-def helps(costs: Mapping[str, float], hands: Sequence[Sequence[str]]) -> bool:
-    """Whether all are done earlier together than with a hand for each rank."""
-    longest = max(sum(costs[name] for name in hand) for hand in hands)
-    return longest > sum(costs.values()) / (GAIN * len(hands))
 
 
 def drafts(mine: OwnedArtifacts, folder: Path, keys: Mapping[str, str], ranks: Ranks) -> list[Draft]:
