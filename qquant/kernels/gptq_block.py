@@ -36,6 +36,16 @@ STRIP = 16  # columns updated one by one before BLAS updates the rest
 @torch.library.custom_op("qquant::gptq_block", mutates_args=())
 def gptq_block(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, B] and errors float32 [N, B] of w [N, B], u [B, B], step and offset [N, B], all float32."""
+    return reference(w, u, step, offset, levels)
+
+
+@gptq_block.register_fake
+def _(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape)
+
+
+def reference(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The loop by torch: the definition of `gptq_block`."""
     columns = w.shape[1]
     zero_step = step == 0
     degenerate = zero_step.t().contiguous() if bool(zero_step.any()) else None
@@ -57,11 +67,6 @@ def gptq_block(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) 
             work[end:].addmm_(spread[start:end, end:].t(), errors[start:end], alpha=-1)
     errors /= u.diagonal().unsqueeze(1)
     return codes.t().to(torch.uint8, memory_format=torch.contiguous_format), errors.t().contiguous()
-
-
-@gptq_block.register_fake
-def _(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    return w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape)
 
 
 @jit
