@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from qquant.disk.output import TIMINGS
@@ -21,12 +22,22 @@ def write(took: Mapping[str, Mapping[str, float]], out: Path) -> None:
     )
 
 
-def foresee(out: Path, took: Mapping[str, float], foreseen: Mapping[str, float]) -> None:
-    """Leave what each phase of a build took, beside what was foreseen of it (nothing, where nobody asked the machine before)."""
+@dataclass(frozen=True)
+class Foretold:
+    """A quantity of a whole build, and what was foreseen of it."""
+
+    took: float
+    foreseen: float | None
+
+
+def foresee(out: Path, took: Mapping[str, float], foreseen: Mapping[str, float], whole: Mapping[str, Foretold]) -> None:
+    """Leave what each phase of a build took, beside what was foreseen of it (nothing, where nobody asked the machine before), and `whole`: of all of it."""
     path = out / TIMINGS
     content = read_json(path) if path.is_file() else {"schema": "qquant-timings-1", "artifacts": {}}
-    phases = {
-        phase: {"took": round(seconds, 3)} | ({"foreseen": round(foreseen[phase], 3)} if phase in foreseen else {})
-        for phase, seconds in took.items()
-    }
-    write_synced(path, (json.dumps(content | {"phases": phases}, indent=2) + "\n").encode())
+    phases = {phase: _both(Foretold(seconds, foreseen.get(phase))) for phase, seconds in took.items()}
+    told = {"phases": phases} | {name: _both(one) for name, one in whole.items()}
+    write_synced(path, (json.dumps(content | told, indent=2) + "\n").encode())
+
+
+def _both(one: Foretold) -> dict[str, float]:
+    return {"took": round(one.took, 3)} | ({} if one.foreseen is None else {"foreseen": round(one.foreseen, 3)})

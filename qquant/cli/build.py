@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant.cli.command import command
-from qquant.cli.display import span
+from qquant.cli.display import peak_memory, span
 from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, LOG, PLANNING, asking, given_imatrix, settle
 from qquant.cli.terminal import Stop, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
@@ -76,7 +76,11 @@ def build(
         clock = Timed(progress)
         report = pipeline.build(loaded, source, plan, out, where, clock, ranks)
     if ranks.first and "quantize" in clock.took:
-        timings.foresee(out, clock.took, foreseen)
+        whole = {
+            "seconds": timings.Foretold(time.monotonic() - began, sum(foreseen.values()) if foreseen else None),
+            "peak_bytes": timings.Foretold(peak_memory(), plan.needs[where.type].device),
+        }
+        timings.foresee(out, clock.took, foreseen, whole)
     if not as_json:
         told = f", {span(sum(foreseen.values()))} foreseen" if foreseen else ""
         echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}{told}: {out}", err=True)
