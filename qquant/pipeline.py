@@ -185,6 +185,7 @@ def _judge(
 ) -> tuple[Review, Conditions]:
     """Rows for all candidates, measured now unless their verdicts still hold, and for artifacts that were left alone."""
     asked, conditions, means = question
+    progress.advance("write", 1, 1)
     before, candidates = kept.earlier(out), [asked.to(candidate) for candidate in candidates]
     answered = kept.answered(out, before, candidates)
     fresh = [candidate for candidate in candidates if candidate.name not in answered]

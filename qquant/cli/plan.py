@@ -256,7 +256,9 @@ def _print_ranks(planned: Plan, source: Checkpoint, device: str, world: int) -> 
     from qquant.plan import seconds
 
     hands = seconds.shares(source, planned, devices.named(device), world)
-    for rank, hand in enumerate(hands):
+    if len(hands) < world:
+        echo(f"ranks 0 to {world - 1}: each artifact together")
+    for rank, hand in enumerate(hands if len(hands) == world else ()):
         echo(f"rank {rank}: {', '.join(artifact.name for artifact in hand) or 'no artifact; windows of the check'}")
     echo(
         f"ranks:  each reads {sum(tensor.nbytes for tensor in source.tensors.values()):,} bytes of the checkpoint, up to three times; {world * planned.memory / 1e9:.1f} GB on one machine"

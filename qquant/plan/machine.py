@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-SCHEMA = "qquant-machine-1"
+SCHEMA = "qquant-machine-2"
 LIKE = {"slices": "check", "long documents": "check", "retrieval": "check", "behaviour": "answer"}
 
 

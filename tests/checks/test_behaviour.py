@@ -332,8 +332,8 @@ def test_report_page_table_and_line_show_it():
 
 def test_the_plan_counts_its_seconds(demo):
     checkpoint = Checkpoint.open(str(demo))
-    rates = seconds.Rates(1e9, 1e9, 1e9, 1e6)
-    assert seconds._behaviour(Checks(), checkpoint, 2, 1e-6, rates) == {}
-    costs = [seconds._behaviour(Checks(profile="release"), checkpoint, models, 1e-6, rates) for models in (2, 4)]
+    model = seconds._Model.of(None, checkpoint)
+    assert model.behaviour(Checks(), 2) == {}
+    costs = [model.behaviour(Checks(profile="release"), models) for models in (2, 4)]
     assert set(costs[0]) == {"retrieval", "behaviour"}
-    assert all(costs[1][phase] == pytest.approx(2 * costs[0][phase]) for phase in costs[0])
+    assert all(costs[1][phase] == costs[0][phase] * 2 for phase in costs[0])

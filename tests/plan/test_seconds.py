@@ -1,23 +1,28 @@
 """Predicted seconds: what they count is what the phases do, and rates are those of the machine."""
 
+import json
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qquant import reference
+from qquant import ranks, reference
+from qquant.artifact import timings
 from qquant.checks import sanity
+from qquant.devices import policy
+from qquant.families import decoder
 from qquant.plan import machine, seconds
 from qquant.plan.asked import Asked
 from qquant.plan.plan import Plan
 from qquant.plan.seconds import Rates, probe
 from qquant.progress import Quiet
 from qquant.recipe.changes import Flags
-from qquant.solve import curvature, outside
+from qquant.solve import outside
 
 CPU = torch.device("cpu")
-ONE = Rates(1e9, 1e9, 1e9, 1e5)
+ONE = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e5, 1e9, 1e9)
 
 
 def predicted(folder, *settings, rates=ONE, types=()):
@@ -26,42 +31,52 @@ def predicted(folder, *settings, rates=ONE, types=()):
 
 
 def test_counts_are_those_of_the_phases():
-    assert seconds.BACKWARD == curvature.BACKWARD
-    assert len(sanity.QUESTIONS) == seconds.ANSWERS
     assert seconds.TABLE_ROWS == outside.ROWS
+    assert seconds.HEAD_ROWS == decoder.HEAD_ROWS
+    assert seconds.HEAD_TOKENS == policy(CPU).head_tokens
+    together = [group for group in sanity.GROUPS if len(group.prompts) > 1]
+    assert len(together) < seconds.WRITTEN <= len(sanity.GROUPS)
 
 
 def test_work_follows_the_recipe(demo):
     whole = predicted(demo)
-    assert list(whole) == ["curvature", "embedding and head", "quantize", "check", "answer"]
+    phases = ["read", "curvature", "embedding and head", "quantize", "write", "load", "check", "answer"]
+    assert list(whole) == phases
     assert "embedding and head" not in predicted(
         demo,
         "artifacts.gguf-q8_0.solver=ggml",
         "artifacts.gguf-q4_0.solver=ggml",
         "artifacts.gguf-q4_0.propagate=false",
     )
-    assert predicted(demo, "checks.windows=80")["check"] == pytest.approx(2 * whole["check"])
-    assert predicted(demo, "calibration.samples=48")["curvature"] == pytest.approx(whole["curvature"] / 2)
+    windows = [
+        predicted(demo, f"checks.windows={count}", "checks.max_windows=null")["check"] for count in (40, 80, 120)
+    ]
+    assert windows[2] - windows[1] == pytest.approx(windows[1] - windows[0])
+    samples = [predicted(demo, f"calibration.samples={count}")["curvature"] for count in (32, 64, 96)]
+    assert samples[2] - samples[1] == pytest.approx(samples[1] - samples[0], rel=0.1)
     assert "curvature" not in predicted(demo, "calibration.objective=output")
     assert "answer" not in predicted(demo, "checks.answer_length=0")
     assert predicted(demo, "artifacts.gptq-int4.propagate=false")["quantize"] < whole["quantize"]
     assert predicted(demo, "artifacts.*.sweeps=0")["quantize"] < whole["quantize"]
-    assert predicted(demo, types=("q8_0",))["check"] == pytest.approx(whole["check"] / 3), "two models instead of six"
+    assert predicted(demo, types=("q8_0",))["check"] == pytest.approx(whole["check"] / 3, rel=0.1), (
+        "two models, not six"
+    )
 
 
 def test_a_machine_twice_as_fast_takes_half(demo):
-    twice = Rates(2e9, 2e9, 2e9, 2e5)
+    twice = Rates(*(2 * rate for rate in asdict(ONE).values()))
     assert sum(predicted(demo, rates=twice).values()) == pytest.approx(sum(predicted(demo).values()) / 2)
 
 
 def test_the_probe_is_short_and_sees_a_slower_machine(demo, monkeypatch):
+    """By the processor's clock: other programs take turns with the tests."""
     _, checkpoint = Asked(str(demo), "demo").open()
-    began = time.perf_counter()
+    monkeypatch.setattr(seconds, "time", SimpleNamespace(perf_counter=time.process_time))
+    began = time.process_time()
     rates = probe(checkpoint, CPU)
-    assert time.perf_counter() - began < 5
-    assert rates.forward > 1e7
-    assert rates.elements > 1e6
-    assert rates.small > 1e2
+    assert time.process_time() - began < 5
+    assert all(rate > 0 for rate in asdict(rates).values())
+    assert rates.large < rates.elements
     real = seconds._a_second
     monkeypatch.setattr(seconds, "_a_second", lambda step, device: real(lambda: [step() for _ in range(4)], device))
     slower = probe(checkpoint, CPU)
@@ -73,12 +88,14 @@ def test_more_ranks_share_the_work(demo):
     recipe, checkpoint = Asked(str(demo), "demo").open()
     plan = Plan.of(recipe, checkpoint)
     by_world = [seconds.seconds(recipe, checkpoint, plan, ONE, CPU, world) for world in (1, 2, 4, 8)]
-    assert {found["curvature"] for found in by_world} == {by_world[0]["curvature"]}
-    for phase in ("quantize", "check", "answer"):
+    for phase in ("curvature", "quantize", "check", "answer"):
         told = [found[phase] for found in by_world]
         assert told == sorted(told, reverse=True)
         assert told[1] < told[0]
-    assert by_world[1]["check"] == pytest.approx(by_world[0]["check"] / 2)
+    assert len({found["read"] for found in by_world}) == 1
+    alone = Plan.of(recipe, checkpoint, ("gptq-int4",))
+    one, both = (seconds.seconds(recipe, checkpoint, alone, ONE, CPU, world)["quantize"] for world in (1, 2))
+    assert both == pytest.approx(one / (2 * ranks.GAIN)), "one artifact by both together"
     costs = {artifact.name: seconds.solving(checkpoint, plan, CPU, artifact) for artifact in plan.artifacts}
     assert costs["awq"] > costs["gptq-int4"] > costs["gptq-int8"], "scales are searched; no stream of its own"
     dealt = seconds.shares(checkpoint, plan, CPU, 2)
@@ -121,3 +138,16 @@ def test_the_reference_build_measures_every_phase(monkeypatch):
 
     monkeypatch.setattr(reference.pipeline, "build", build)
     assert reference.measure(CPU, progress).factors == {"curvature": 4.0, "check": 0.5}
+
+
+def test_what_was_foreseen_stands_beside_what_it_took(tmp_path):
+    timings.write({"a": {"block 0": 1.5}}, tmp_path)
+    whole = {"seconds": timings.Foretold(12.0, 10.0), "peak_bytes": timings.Foretold(5e8, None)}
+    timings.foresee(tmp_path, {"quantize": 8.0004, "report": 1.0}, {"quantize": 7.0}, whole)
+    assert json.loads((tmp_path / "timings.json").read_text()) == {
+        "schema": "qquant-timings-1",
+        "artifacts": {"a": {"block 0": 1.5}},
+        "phases": {"quantize": {"took": 8.0, "foreseen": 7.0}, "report": {"took": 1.0}},
+        "seconds": {"took": 12.0, "foreseen": 10.0},
+        "peak_bytes": {"took": 5e8},
+    }
