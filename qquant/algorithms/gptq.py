@@ -65,7 +65,7 @@ def factorize(gram: Gram, damping: float) -> InverseFactor:
 
 def _root(matrix: Tensor, backwards: Tensor, damping: float, dead: float) -> Tensor | None:
     """R of the head of this file, where channels that were never active have `dead` on the diagonal; None if there is none."""
-    buffer = reordered(matrix.mT, backwards)
+    buffer = reordered(matrix, backwards, transposed=True)
     damped = buffer.mT  # in the layout that is factored in place
     damped.diagonal().add_(damping + (damped.diagonal() == 0) * dead)
     info = torch.empty((), dtype=torch.int32, device=matrix.device)

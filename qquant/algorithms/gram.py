@@ -48,15 +48,21 @@ def with_damping(gram: Tensor, damping: float) -> Iterator[Tensor]:
         diagonal.copy_(own)
 
 
-def reordered(matrix: Tensor, order: Tensor) -> Tensor:
-    """The entries [order_i, order_j] of matrix [K, K], for order int64 [K]: a new matrix, contiguous.
+def reordered(matrix: Tensor, order: Tensor, transposed: bool = False) -> Tensor:
+    """The entries [order_i, order_j] of matrix [K, K], for order int64 [K], or `transposed`: a new matrix, contiguous.
+
+    Rows are read as they lie and turned where they are written: choosing rows of a transposed matrix of 5,504 took a CPU 18 seconds.
 
     Indexed by both at once, a GPU would first write out the indices of every entry: four times the bytes of the matrix.
     """
     placed = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
     step = max(1, PIECE // max(1, len(order)))
-    for rows, into in zip(order.split(step), placed.split(step), strict=True):
-        torch.index_select(matrix.index_select(0, rows), 1, order, out=into)
+    for rows, into in zip(order.split(step), placed.split(step, int(transposed)), strict=True):
+        chosen = matrix.index_select(0, rows)
+        if transposed:
+            into.copy_(chosen.index_select(1, order).mT)
+        else:
+            torch.index_select(chosen, 1, order, out=into)
     return placed
 
 

@@ -75,6 +75,16 @@ def test_a_matrix_in_another_order_takes_a_matrix(transposed):
     assert seen.peak < 1.2 * placed.nbytes
 
 
+def test_a_matrix_in_another_order_is_turned_as_it_is_written():
+    generator = torch.Generator().manual_seed(4)
+    matrix, order = torch.randn(COLUMNS, COLUMNS, generator=generator), torch.randperm(COLUMNS, generator=generator)
+    with Allocations() as seen:
+        placed = algorithms_gram.reordered(matrix, order, transposed=True)
+    assert torch.equal(placed, matrix.mT[order[:, None], order])
+    assert placed.is_contiguous()
+    assert seen.peak < 1.2 * placed.nbytes
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 2000, 2001, 6543])
 def test_values_are_turned_round_in_place(count):
     values = torch.arange(count)
