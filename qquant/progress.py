@@ -7,8 +7,11 @@ came; who does not ask cannot be stopped there.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+Value = TypeVar("Value")
 
 
 class Progress(Protocol):
@@ -82,3 +85,14 @@ class Timed:
     def check_stop(self) -> None:
         """Raise StoppedError where the progress of the whole does."""
         self.shown.check_stop()
+
+
+def telling(work: Callable[..., Value], shown: Progress, phase: str) -> Callable[..., Value]:
+    """`work`, which tells that `phase` is over when it is done."""
+
+    def done(*given: object) -> Value:
+        value = work(*given)
+        shown.advance(phase, 1, 1)
+        return value
+
+    return done

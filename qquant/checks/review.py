@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,6 @@ from qquant.checks.behaviour import AnswerPairs
 from qquant.checks.comparable import require_same_shape
 from qquant.checks.evidence import Evidence, SliceMeans
 from qquant.checks.fidelity import Fidelity, Peaks, Scored, first_scored, measure
-from qquant.checks.loading import Loaded, Texts
 from qquant.checks.means import Means
 from qquant.checks.reading import Stretches
 from qquant.checks.slices import SliceReading
@@ -50,7 +49,7 @@ from qquant.checks.structure import CachedWeights, InspectedWeights
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
-from qquant.progress import Progress
+from qquant.progress import Progress, Quiet, telling
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY, SLICES
@@ -219,7 +218,7 @@ def review(
     paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
     children = max(1, background.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
-    tried = _loading(paths, spoken, None if beside else progress)
+    tried = telling(partial(loading.examine, paths, spoken), Quiet() if beside else progress, "load")
     with background.start_early(lambda stop: tried(stop, children, means.idle, device), beside) as loaded:
         measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
@@ -261,18 +260,6 @@ def review(
     remarks = ("no answers were generated: the model in 16 bits does not fit in memory",) if unasked else ()
     read = reading.compare(text.tokenizer, text.stretches, ids)
     return Review(measured.main[candidates[0].name].perplexity_baseline, tuple(rows), remarks, read), measured
-
-
-def _loading(paths: Sequence[Path], texts: Texts | None, shown: Progress | None) -> Callable[..., Loaded]:
-    """`loading.examine` of `paths`, which says that it is done where it is waited for."""
-
-    def examined(*given: Any) -> Loaded:
-        loaded = loading.examine(paths, texts, *given)
-        if shown is not None:
-            shown.advance("load", 1, 1)
-        return loaded
-
-    return examined
 
 
 def with_speed(reviewed: Review, speeds: Sequence[SpeedReport]) -> Review:

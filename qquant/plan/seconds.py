@@ -166,6 +166,7 @@ def counted(
     curved = seen > 0 and any(artifact.spec.feedback for artifact in plan.artifacts)
     bytes_read = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     sizes = [artifact.size for artifact in plan.artifacts]
+    kept = work.passes(sum(sizes) / 2, model.table)  # values of 16 bits that artifacts hold
     by_phase = {
         "read": Work(hashed=bytes_read, starts=OTHER),
         "generate": (model.token(length) + model.logits) * (plan.writing.tokens * WRITE if plan.writing else 0.0),
@@ -176,9 +177,9 @@ def counted(
         * curved,
         "quantize": _largest([model.stream(hand, plan.tokens, length, curved, device) for hand in hands], device)
         * (1 / each),
-        "write": Work(hashed=sum(sizes) / world)
-        + work.passes(PLAIN * model.weights * len(sizes) / world, model.largest),
-        "load": Work(starts=LOADER + LOADED * len(sizes)),
+        "write": (Work(hashed=sum(sizes)) + kept + work.passes(PLAIN * model.weights * len(sizes), model.largest))
+        * (1 / world),
+        "load": Work(starts=LOADER + LOADED * len(sizes)) + kept * PLAIN,
         "check": model.check(checks, plan.looks[0], len(plan.artifacts), world),
         **model.slices(checks, 1 + len(plan.artifacts), world),
         **model.behaviour(checks, asked),
@@ -206,7 +207,7 @@ class _Model:
 
     @classmethod
     def of(cls, recipe: Recipe | None, checkpoint: Checkpoint) -> _Model:
-        """That of a checkpoint."""
+        """The sizes of a checkpoint."""
         family, config = checkpoint.family, checkpoint.config
         blocks: dict[tuple[tuple[tuple[tuple[int, int], ...], bool], ...], int] = {}
         for layer in range(config.layers):
@@ -229,23 +230,23 @@ class _Model:
 
     @property
     def logits(self) -> Work:
-        """Of a token in float32."""
+        """The logits of a token in float32."""
         return Work(exact=2 * self.table)
 
     def _each(self, of: Callable[[list[tuple[int, int]], int], Work]) -> Work:
-        """Of all blocks, what `of` says of the linears of one and of the inputs of its stages."""
+        """The sum over all blocks of what `of` says of the linears of one and of the inputs of its stages."""
         return Work.of(
             of([linear for stage, _ in block for linear in stage], sum(stage[0][1] for stage, _ in block)) * count
             for block, count in self.blocks.items()
         )
 
     def token(self, length: float, exact: bool = False) -> Work:
-        """A token through all blocks."""
+        """The work of a token through all blocks."""
         heads = self.heads * self.wide
         return self._each(lambda linears, inputs: work.passed(linears, inputs, heads, length, exact))
 
     def curvature(self, length: int, tokens: float) -> Work:
-        """Forth, the head, and back."""
+        """The work of measuring curvature: forth, the head, and back."""
         heads, wide, vocab = self.heads, self.wide, self.checkpoint.config.vocab
         back = self._each(lambda linears, inputs: work.way_back(linears, inputs, heads, wide, length))
         slice_size = min(HEAD_TOKENS, tokens) * min(HEAD_ROWS, vocab)
@@ -258,7 +259,7 @@ class _Model:
     def stream(
         self, hand: Sequence[PlannedArtifact], tokens: float, length: int, curved: bool, device: torch.device
     ) -> Work:
-        """The blocks of one rank."""
+        """The work of a rank in all blocks."""
         specs = [artifact.spec for artifact in hand]
         own, scaled = [spec for spec in specs if spec.own_stream], any(spec.transforms for spec in specs)
         carried = len(own) == len(specs) > 0 and not scaled and not all(spec.eight_bit for spec in own)
@@ -280,7 +281,7 @@ class _Model:
         return shared * tokens + streams + Work.of(self.solved(spec, curved, device) for spec in specs)
 
     def solved(self, spec: ArtifactSpec, curved: bool, device: torch.device) -> Work:
-        """What an artifact's solver does with all linears."""
+        """The work of an artifact's solver in all linears."""
 
         def of_stage(stage: tuple[tuple[int, int], ...]) -> Work:
             if not spec.feedback:
@@ -295,7 +296,7 @@ class _Model:
         )
 
     def tables(self, artifact: PlannedArtifact, curved: bool, device: torch.device) -> Work:
-        """The embedding and the head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
+        """The work of embedding and head, TABLE_ROWS words at a time, where the artifact holds them as codes and solves them."""
         family, config = self.checkpoint.family, self.checkpoint.config
         if not artifact.spec.feedback:
             return Work()
@@ -305,7 +306,7 @@ class _Model:
         return work.solving([(TABLE_ROWS, config.hidden)], artifact.spec.sweeps, False, _sizes(device)) * slices
 
     def check(self, checks: Checks, windows: int, artifacts: int, world: int) -> Work:
-        """The windows of the texts, through all models."""
+        """The work of reading the windows of the texts with all models."""
         texts, models = 1 + len(checks.texts), 1 + artifacts
         read = windows * checks.length * texts
         kept = work.passes((PLAIN + INSPECTED * artifacts) * self.weights, self.largest)
@@ -320,7 +321,7 @@ class _Model:
         )
 
     def slices(self, checks: Checks, models: int, world: int) -> dict[str, Work]:
-        """Of `profile: release`."""
+        """The work of `profile: release` by phase."""
         if checks.profile != "release":
             return {}
         config = self.checkpoint.config
@@ -330,7 +331,7 @@ class _Model:
         return {"slices": near * (models * short / world), "long documents": far * (models * long / world)}
 
     def behaviour(self, checks: Checks, models: int) -> dict[str, Work]:
-        """Of the questions of `profile: release`."""
+        """The work of the questions of `profile: release` by phase."""
         if checks.profile != "release":
             return {}
         config = self.checkpoint.config
@@ -341,7 +342,7 @@ class _Model:
         return {"retrieval": read * models, "behaviour": self.token(checks.length) * (models * answers * DECODE)}
 
     def answers(self, length: int) -> Work:
-        """To the bundled prompts, of one model: every step reads all weights, which are float16 once, and made float32 again."""
+        """The work of one model's answers to the bundled prompts: every step reads all weights, which are float16 once, and made float32 again."""
         steps = 2 * (WRITTEN * length + CONFIRMED)
         weights = work.passes(2 * self.weights + self.table, 1 << work.CACHED)
         written = (Work(columns=STEP * self.checkpoint.config.layers) + weights) * steps

@@ -62,12 +62,12 @@ class Work:
 
     @staticmethod
     def of(parts: Iterable[Work]) -> Work:
-        """All of them."""
+        """The work of all of them."""
         return sum(parts, Work())
 
 
 def passes(count: float, size: float) -> Work:
-    """`count` values made by elementwise operations, in tensors of `size` values."""
+    """The work of `count` values made by elementwise operations, in tensors of `size` values."""
     outside = min(1.0, max(0.0, (math.log2(max(1.0, size)) - CACHED) / (FRESH - CACHED)))
     return Work(elements=count * (1 - outside), large=count * outside)
 
@@ -81,7 +81,7 @@ class Sizes:
 
 
 def solving(linears: Sequence[tuple[int, int]], sweeps: int, curved: bool, sizes: Sizes) -> Work:
-    """Of a stage whose `linears` [N, K] are solved as one matrix; `curved`: rows are coupled."""
+    """The work of a stage whose `linears` [N, K] are solved as one matrix; `curved`: rows are coupled."""
     rows, columns = sum(n for n, _ in linears), linears[0][1]
     weights, square = rows * columns, columns**2
     steps = 2 + (sweeps > 0) + (sweeps > 0 and curved)
@@ -93,7 +93,7 @@ def solving(linears: Sequence[tuple[int, int]], sweeps: int, curved: bool, sizes
 
 
 def scaling(linears: Sequence[tuple[int, int]], ratios: int) -> Work:
-    """The search for scales to fold into a stage: a fit for each of `ratios`, and a solve for those that look best."""
+    """The work of searching scales to fold into a stage: a fit for each of `ratios`, and a solve for those that look best."""
     rows, columns = sum(n for n, _ in linears), linears[0][1]
     solved = _fed_back(rows, columns) + Work(exact=2 * rows * columns**2, factor=4 / 3 * columns**3)
     return passes((1 + ratios + FINALISTS) * FIT * rows * columns, 0) + solved * FINALISTS
@@ -143,27 +143,27 @@ def _coupled(linears: Sequence[tuple[int, int]], sizes: Sizes) -> Work:
 
 
 def passed(linears: Sequence[tuple[int, int]], inputs: float, heads: float, length: float, exact: bool = False) -> Work:
-    """Of a token through a block; `inputs`: of all stages together, `heads`: values of all heads, `length`: tokens of its sample."""
+    """The work of a token through a block; `inputs`: of all stages together, `heads`: values of all heads, `length`: tokens of its sample."""
     products = 2.0 * sum(map(math.prod, linears))
     attention = Work(exact=ATTENDED * 4 * length * heads)
     return attention + Work(elements=PASSED * inputs) + (Work(exact=products) if exact else Work(forward=products))
 
 
 def drifted(stages: Iterable[tuple[int, int, bool]]) -> Work:
-    """Of a token: sums of an artifact's own stream, of stages [N, K], into the residual stream or not."""
+    """The work of a token: sums of an artifact's own stream, of stages [N, K], into the residual stream or not."""
     return Work.of(
         Work(exact=4 * k * k + 2 * n * k * residual) + Work(elements=DRIFTED * k) for n, k, residual in stages
     )
 
 
 def targeted(rows: int, columns: int) -> Work:
-    """What makes up for the errors before a stage [N, K]."""
+    """The work of what makes up for the errors before a stage [N, K]."""
     work = Work(exact=4 * rows * columns**2, factor=columns**3 / 3) + passes(4 * columns**2, columns**2)
     return work + passes(8 * rows * columns, rows * columns)
 
 
 def way_back(linears: Sequence[tuple[int, int]], inputs: float, heads: int, wide: int, length: float) -> Work:
-    """Of a token through a block backwards: it runs again, goes back, and G is summed; `heads` of `wide` values."""
+    """The work of a token through a block backwards: it runs again, goes back, and G is summed; `heads` of `wide` values."""
     spans = sum(min(SPAN, rows - start) ** 2 for rows, _ in linears for start in range(0, rows, SPAN))
     again = passed(linears, inputs, heads * wide, length)
     marked = passes(2 * MARKED * heads * length, heads * length**2)
