@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qquant.report.record import ArtifactReport
 
 TITLE = "What each file still does"
+LEAST = 1e-9  # a limit of nothing, to divide by
 Standing = Literal["pass", "fail", "inconclusive", "unable", "measured"]
 
 
@@ -38,8 +39,10 @@ class BehaviourReport:
 def worst(rows: Sequence[BehaviourReport]) -> BehaviourReport | None:
     """The kind of question that fails first: of those that are judged, the one furthest towards its limit or beyond it."""
     order = {"fail": 0, "inconclusive": 1, "pass": 2}
-    judged = [row for row in rows if row.standing in order and row.limit]
-    return min(judged, key=lambda row: (order[row.standing], -row.lost.value / (row.limit or 1.0)), default=None)
+    judged = [row for row in rows if row.standing in order and row.limit is not None]
+    return min(
+        judged, key=lambda row: (order[row.standing], -row.lost.value / max(row.limit or 0.0, LEAST)), default=None
+    )
 
 
 def said(row: BehaviourReport) -> str:

@@ -212,6 +212,41 @@ def test_right_means_that_the_next_token_is_ranked_first(demo, tiny):
     assert whole.right_baseline.equal(whole.right)
 
 
+def test_an_answer_is_right_where_each_of_its_tokens_is_ranked_first(demo, tiny):
+    checkpoint = Checkpoint.open(str(demo))
+    prompt = tiny.encode("The history of the city begins")
+    ids = prompt + behaviour.PromptDecoder(checkpoint, torch.float32, CPU).answer(
+        [prompt], 12, behaviour.Chooser(tiny.size, ()),
+    )[0].ids  # fmt: skip
+    other = [*ids[:-1], (ids[-1] + 1) % 8000]
+    windows, end = np.array([ids, other], np.int32), len(ids)
+    text = BehaviourText(
+        (HiddenFacts(windows, (((end - 4, end),),) * 2),), RightCalls(windows[:0], np.zeros((0, end), bool))
+    )
+    asking = behaviour.Asking(checkpoint, {"same": checkpoint}, text, tiny, CPU)
+    (retrieval,) = behaviour._retrieved(asking, Quiet())["same"]
+    assert list(retrieval.right) == list(retrieval.right_baseline) == [True, False]
+
+
+def test_the_loss_of_calls_is_that_of_their_structure(demo, tiny):
+    checkpoint = Checkpoint.open(str(demo))
+    windows = np.random.default_rng(0).integers(0, 8000, (1, 64), dtype=np.int32)
+    structure = np.zeros((1, 64), bool)
+    structure[0, [40, 41, 50]] = True
+
+    class Other(Answering):
+        def rows(self, name, start, stop):
+            return self.checkpoint.rows(name, start, stop) * 0.8
+
+    artifacts = {"other": Other(checkpoint, {})}
+    asking = behaviour.Asking(checkpoint, artifacts, BehaviourText((), RightCalls(windows, structure)), tiny, CPU)
+    whole = behaviour.measure(
+        checkpoint, artifacts, behaviour.Scored(torch.as_tensor(windows).long(), 0, tiny.size), CPU, Quiet()
+    )["other"]  # fmt: skip
+    loss = behaviour._structure(asking, Quiet())["other"]
+    assert loss.kl == pytest.approx([float(whole.kl[0, [39, 40, 49]].mean())])
+
+
 # ---- the verdict
 
 
@@ -245,6 +280,22 @@ def test_standings(right, both, baseline, standing):
         assert verdict.outcome == standing
         assert row.limit == pytest.approx(0.25 * baseline / 64)
         assert row.lost.low <= row.lost.value <= row.lost.high
+
+
+@pytest.mark.parametrize("name", [behaviour.ENDLESS, behaviour.SCRIPT])
+def test_of_broken_answers_half_as_many_are_let_through(name):
+    (row,), _ = behaviour.judge([pairs_of(name, 60, 60, 60)], 0.25)
+    assert row.limit == pytest.approx(behaviour.BROKEN * 0.25 * 60 / 64)
+
+
+def test_a_few_flips_prove_no_loss_where_none_is_let_through():
+    """Five of eight went wrong: an approximate interval excludes 0, an exact test does not at this level."""
+    (row,), verdict = behaviour.judge([pairs_of("x", 3, 3, 8, count=8)], 0.0)
+    assert row.p_worse > BEHAVIOUR
+    assert verdict.outcome == "inconclusive"
+    (row,), verdict = behaviour.judge([pairs_of("x", 0, 0, 9, count=9)], 0.0)
+    assert row.p_worse <= BEHAVIOUR
+    assert verdict.outcome == "fail"
 
 
 def test_without_a_limit_nothing_is_judged():

@@ -92,6 +92,7 @@ def test_a_loop_is_a_tail_that_repeats_and_does_not_end():
     around = [7, 8, 9] * 30
     assert marking.loops(list(range(40)) + around, (2,))
     assert not marking.loops([*around, 2], (2,))
+    assert not marking.loops(around, (9,))  # it ended, whatever came before
     assert not marking.loops(around[:40], (2,))  # too short to tell
     assert not marking.loops(list(range(200)), (2,))
     assert not marking.loops(around[:-1] + [1], (2,))
