@@ -177,6 +177,56 @@ def test_the_dead_are_known():
     assert not dead(there | {"space": "pid:[1]"})
 
 
+def test_a_rank_of_this_machine_that_is_gone_is_named_unless_it_left():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    group = Ranks(Membership(0, 2, 0), HashStore())
+    group.write("who/0", identity())
+    group.write("who/1", identity() | {"pid": child.pid, "start": start_of(child.pid)})
+    assert group.lost() is None
+    child.kill()
+    child.wait()
+    assert group.lost().startswith(f"rank 1 (process {child.pid} on ")
+    group.write("left/1", child.pid)
+    assert group.lost() is None
+    assert ALONE.lost() is None
+
+
+def test_a_rank_that_gives_no_sign_is_named(monkeypatch):
+    """One that stands still, as if it were on another machine; and one that never came."""
+    monkeypatch.setattr(ranks, "BEAT", 0.02)
+    monkeypatch.setattr(ranks, "SILENT", 0.4)
+    monkeypatch.setattr(HashStore, "clone", lambda self: self, raising=False)
+    for store, limit in ((HashStore(), "SILENT"), (HashStore(), "ARRIVAL")):
+        told = []
+        monkeypatch.setattr(ranks, "ARRIVAL", 0.4 if limit == "ARRIVAL" else 1000.0)
+        if limit == "SILENT":
+            store.set("beat/1", "1")
+        group = Ranks(Membership(0, 2, 0), store)
+        with ranks.watched(group, lambda *words, told=told: told.append(words)):
+            for _ in range(60):
+                group.alive()
+                time.sleep(0.02)
+            store.set("left/1", "1")
+        assert told, limit
+        assert told[0][0].startswith("rank 1 (never seen) has not answered for "), limit
+        assert told[0][1] == 75
+
+
+def test_the_first_goes_last(monkeypatch):
+    """Its process may hold the store, which the others ask until they have left."""
+    monkeypatch.setattr(ranks, "BEAT", 0.1)
+    store = HashStore()
+    later = threading.Timer(0.4, lambda: store.set("left/1", "1"))
+    later.start()
+    began = time.monotonic()
+    ranks._leave(Ranks(Membership(0, 2, 0), store))
+    assert store.check(["left/1"])
+    assert time.monotonic() - began < ranks.LEAVING
+    other = HashStore()
+    ranks._leave(Ranks(Membership(1, 2, 0), other))  # waits for nobody
+    assert not other.check(["left/0"])
+
+
 def test_a_rank_that_is_stuck_says_so(monkeypatch):
     monkeypatch.setattr(ranks, "BEAT", 0.02)
     monkeypatch.setattr(ranks, "STUCK", 0.3)
