@@ -212,6 +212,40 @@ def test_a_rank_that_gives_no_sign_is_named(monkeypatch):
         assert told[0][1] == 75
 
 
+def test_what_is_done_once_is_done_by_the_first():
+    done = []
+
+    def work(group):
+        return group.once(lambda: done.append(group.rank) or group.rank + 5)
+
+    assert on_ranks(3, work) == [5, 5, 5]
+    assert done == [0]
+
+
+def test_a_launcher_that_is_gone_stops_who_speaks():
+    class Gone(HashStore):
+        def set(self, *_):
+            raise RuntimeError("connection reset")
+
+    with pytest.raises(StoppedError, match="the launcher is gone: connection reset"):
+        Ranks(Membership(0, 2, 0), Gone()).gather(1)
+
+
+def test_a_rank_that_waits_for_another_is_not_stuck(monkeypatch):
+    monkeypatch.setattr(ranks, "STUCK", 0.2)
+    store = HashStore()
+    waiting, late = Ranks(Membership(0, 2, 0), store), Ranks(Membership(1, 2, 1), store)
+    said = threading.Timer(0.8, lambda: late.gather(2))
+    said.start()
+    watch = ranks._Watch(Ranks(Membership(0, 2, 0), store), waiting, lambda *_: None)
+    asking = threading.Thread(target=lambda: waiting.gather(1))
+    asking.start()
+    time.sleep(0.5)
+    assert watch._why() is None
+    asking.join()
+    said.join()
+
+
 def test_the_first_goes_last(monkeypatch):
     """Its process may hold the store, which the others ask until they have left."""
     monkeypatch.setattr(ranks, "BEAT", 0.1)
