@@ -129,8 +129,6 @@ def _run(arguments: Sequence[str], ranks: Ranks = ALONE) -> int:
     except QQuantError as error:
         told = together.told(error, str(error), ranks)
         return _refused(error) if told is None else told
-    except BrokenPipeError:
-        return 0
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise

@@ -92,7 +92,6 @@ def _answer(
         hear(piece)
         if not as_json:
             echo(piece, nl=False)
-            sys.stdout.flush()
 
     answer = answerer.answer(ids, settings, write)
     if as_json:

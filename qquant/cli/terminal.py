@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,14 +23,35 @@ if TYPE_CHECKING:
     from qquant.report.record import Report
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Meanwhile a reader that goes (`head`, `less`) ends nothing: what it would have read goes nowhere, and the command to its own end."""
+    try:
+        yield
+    except BrokenPipeError:
+        to_nobody()
+
+
+def to_nobody() -> None:
+    """Let streams whose reader has gone lead nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
     """Print a text without what steers a terminal; as whole lines (`nl`) also without what a workflow's log takes for a command."""
-    click.echo((in_lines if nl else visible)(text), nl=nl, err=err)
+    with unheard():
+        click.echo((in_lines if nl else visible)(text), nl=nl, err=err)
 
 
 def echo_json(content: str) -> None:
     """Print JSON, which stays that; strange characters in its texts as JSON spells them."""
-    click.echo(in_json(content), nl=not content.endswith("\n"))
+    with unheard():
+        click.echo(in_json(content), nl=not content.endswith("\n"))
 
 
 def cells(*values: str) -> list[Text]:
@@ -61,7 +84,11 @@ def console() -> Console:
     """Stdout as wide as the terminal, or as $COLUMNS says; 140 where nobody says."""
     from rich.console import Console
 
-    return Console(width=shutil.get_terminal_size((140, 24)).columns)
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            to_nobody()
+
+    return Patient(width=shutil.get_terminal_size((140, 24)).columns)
 
 
 def show(report: Report, as_json: bool, *, quiet: bool = False) -> None:

@@ -1,9 +1,11 @@
 """What somebody sees who knows nothing yet: the list of commands, their help, and what is proposed where nothing was said."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +18,8 @@ from qquant.cli import cli
 from qquant.errors import UsageError
 from qquant.plan.asked import kind_of_text, proposed
 from qquant.recipe.artifacts import FormatName
+from qquant.report.record import Verdict
+from tests.report.test_report import everything
 from tests.source.test_checkpoint import edit_config
 
 
@@ -222,3 +226,16 @@ def test_formats_of_recipes_are_the_words_of_format():
     done = CliRunner().invoke(cli, ["plan", "--format", "exl2"])
     assert done.exit_code == 2
     assert f"is not one of {', '.join(map(repr, words))}" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("pass", 0), ("fail", 3)])
+def test_a_reader_that_has_gone_changes_no_verdict(tmp_path, outcome, status):
+    """As `qquant report x | head -1` does: the rest is said to nobody, and the exit status is that of the report."""
+    rows = [replace(row, verdict=Verdict(outcome)) for row in everything().artifacts]
+    (tmp_path / "report.json").write_text(replace(everything(), artifacts=tuple(rows)).to_json())
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "qquant", "report", str(tmp_path)]
+    for streams in ({"stdout": theirs}, {"stderr": theirs}, {"stdout": theirs, "stderr": theirs}):
+        assert subprocess.run(command, check=False, **({"stdout": subprocess.DEVNULL} | streams)).returncode == status
+    os.close(theirs)
