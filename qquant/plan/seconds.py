@@ -13,7 +13,7 @@
     retrieval   the same for its documents with hidden facts; behaviour: its answers, DECODE times as slow a token as reading
     answer      answers of checkpoint and artifacts in two dtypes, a step for every token of those that are answered together
 
-Within a quarter of what a CPU takes where the machine was calibrated (tests/bench/README.md), within a factor of about two elsewhere; on a
+On a CPU 14 to 30 % less than three builds took (tests/bench/README.md), not calibrated; on a
 GPU, which does several of these at a time, `plan.machine` has what `qquant doctor --calibrate` found. Waiting for a disk is left out. Needs torch.
 """
 
