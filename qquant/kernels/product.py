@@ -112,10 +112,10 @@ def product_transposed(a: Tensor, b: Tensor) -> Tensor:
 def by_halves(a: Tensor, b: Tensor) -> Tensor:
     """What `product_transposed` does on a GPU."""
     second = Halves(*(half.T for half in halves(b)))
-    found = torch.empty(*a.shape[:-1], len(b), device=a.device)
-    for rows, part in zip(a.flatten(0, -2).split(ROWS), found.flatten(0, -2).split(ROWS), strict=True):
+    sums = torch.empty(*a.shape[:-1], len(b), device=a.device)
+    for rows, part in zip(a.flatten(0, -2).split(ROWS), sums.flatten(0, -2).split(ROWS), strict=True):
         _multiply(halves(rows), second, part)
-    return found
+    return sums
 
 
 def add_square(total: Tensor, x: Tensor) -> None:

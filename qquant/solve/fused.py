@@ -49,8 +49,8 @@ class SplitBlock(Block):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply linear `name` to x [..., in]."""
-        found, bias = product_transposed(x, self.weights[f"{name}.weight"]), self.weights.get(f"{name}.bias")
-        return found if bias is None else found.add_(bias)
+        y, bias = product_transposed(x, self.weights[f"{name}.weight"]), self.weights.get(f"{name}.bias")
+        return y if bias is None else y.add_(bias)
 
 
 def block_of(family: Family, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Block:
