@@ -10,7 +10,7 @@ A child has no network and no files (`confined_child` says how), and for each re
     wall time        WALL times the processor time and PATIENCE more, which a busy machine may take from it
 
 A child that goes beyond one of them, crashes or hangs is gone, `Refused` says in one line why, and the next request has a new child; but
-what took too much time or memory once is not tried again. A child ends with the process that started it. Nothing here is started before
+a template that took too much time or memory once is not rendered again. A child ends with the process that started it. Nothing here is started before
 something is asked.
 """
 
@@ -153,7 +153,7 @@ class _Child:
 
     def _cause(self, seconds: int) -> Refused:
         status = -self.process.returncode
-        if status == signal.SIGXCPU:
+        if status == signal.SIGPROF:
             return Refused(f"it takes more than {seconds} s of processor time", beyond=True)
         if status in (signal.SIGABRT, signal.SIGSEGV):
             return Refused(
@@ -212,7 +212,7 @@ class Confined:
                     child.made.add(self.key)
                 return child.ask({"do": work, "with": self.key, **arguments}, content)
             except Refused as error:
-                if error.beyond:
+                if error.beyond and self.job == "template":
                     _beyond[self._request(work, content, arguments)] = error
                 raise
 
