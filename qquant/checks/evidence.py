@@ -40,6 +40,7 @@ NLL = (1e-4, 127)  # where the scale turns logarithmic, and the largest code
 KL = (1e-6, 255)
 LARGEST = 64.0  # nats; beyond is stored as this
 LOSSES = ("nll", "kl", "top1")
+SAID = 70  # characters of a value in a message: a sha256 with its quotes
 TEXT = ("name", "sha256", "length", "protocol", "tokens_sha256")  # what two measurements must share
 
 
@@ -219,7 +220,8 @@ def require_comparable(now: Facts | TextFacts, then: Facts, where: str) -> None:
     for key in TEXT[1:]:  # a text of another name is the same text
         ours, theirs = getattr(now, key), getattr(then, key)
         if ours != theirs:
+            theirs, ours, then_name, name = (repr(said)[:SAID] for said in (theirs, ours, then.name, now.name))
             raise InputError(
-                f"{where}: measured with {key} {theirs!r}, not {ours!r} of {then.name!r}, here {now.name!r}; the two cannot be paired. "
+                f"{where}: measured with {key} {theirs}, not {ours} of {then_name}, here {name}; the two cannot be paired. "
                 "`qquant check --out` measures the earlier artifact again on this text"
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,13 @@ def test_a_refusal_says_where_and_what():
     entry = {"key": "0", "format": "gptq", "files": {}, "layers": [{"name": "w", "error": "x"}]}
     with pytest.raises(InputError, match=r"m: artifacts\.a\.layers\.0\.linear\.error: .*, got x"):
         Manifest.from_json({"schema": "qquant-manifest-1", "artifacts": {"a": entry}}, "m")
+
+
+def test_values_are_cut_before_they_are_said():
+    facts = evidence.Facts("t", "a", 9, "sliding", "b", "c")
+    with pytest.raises(InputError, match=r"measured with tokens_sha256 'xxx.*x, not 'b'") as caught:
+        evidence.require_comparable(facts, replace(facts, name="y" * 5000, tokens_sha256="x" * 5000), "before")
+    assert len(str(caught.value)) < 1000
 
 
 def test_every_field_of_evidence(build):
