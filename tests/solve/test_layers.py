@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qquant import devices, pipeline
 from qquant.algorithms.gram import Gram, NotFiniteError
 from qquant.families.decoder import Block
+from qquant.formats.gguf import imatrix
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.solve import backward, layers, stream
@@ -164,10 +165,14 @@ def test_what_goes_together_is_solved_as_one_by_one(make_checkpoint, build, monk
     monkeypatch.setattr(Block, "stages", lambda self, x: ran.append(x.shape) or forward(self, x))
     together, a_few = build(folder, *names, out="together")
     assert any(len(shape) == 3 for shape in ran)
-    for one, other in zip(apart.artifacts, together.artifacts, strict=True):
-        assert other.kl_divergence == pytest.approx(one.kl_divergence, rel=0.2)
-    sums = [(out / "calibration" / "imatrix.dat").read_bytes() for out in (one_by_one, a_few)]
-    assert len(sums[0]) == len(sums[1])
+    apart_sums, sums = (imatrix.read(out / "calibration" / "imatrix.dat").sums for out in (one_by_one, a_few))
+    assert sums.keys() == apart_sums.keys()
+    for name, expected in apart_sums.items():
+        assert float((sums[name] - expected).norm() / expected.norm()) < 0.01, name
+    for one, other in zip(
+        apart.artifacts, together.artifacts, strict=True
+    ):  # last bits turn codes, by what the processor does
+        assert other.kl_divergence == pytest.approx(one.kl_divergence, rel=0.4)
 
 
 def test_gradients_of_samples_together_are_those_of_each(make_checkpoint, tmp_path, monkeypatch):
