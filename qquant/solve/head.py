@@ -109,11 +109,11 @@ class Head:
         self.kept = self._to(device) if device.type == "cuda" else {}
 
     def _to(self, device: torch.device) -> dict[tuple[int, int], Tensor]:
-        with prefetch(self._read, self.slices, devices.threads_help(device)) as read:
+        with prefetch(lambda span: self._read(*span), self.slices, devices.threads_help(device)) as read:
             return {span: rows.to(device) for span, rows in zip(self.slices, read, strict=True)}
 
-    def _read(self, span: tuple[int, int]) -> Tensor:
-        return self.source.rows(self.source.family.head, *span)
+    def _read(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.source.family.head, start, stop)
 
     def chances(self, count: int, generator: torch.Generator) -> Tensor:
         """The numbers by which `count` tokens draw, float64 [count, slices, 2], on the CPU."""
@@ -132,7 +132,7 @@ class Head:
         drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
         words = torch.zeros(len(normed), 2, dtype=torch.int64, device=normed.device)
         for index, span in enumerate(self.slices):
-            rows = (self.kept[span] if self.kept else self._read(span)).to(normed)
+            rows = (self.kept[span] if self.kept else self._read(*span)).to(normed)
             scores = normed @ rows.T
             before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
             strips, sums = _mass(scores, top)
