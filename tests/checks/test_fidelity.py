@@ -126,7 +126,8 @@ def test_short_memory_changes_no_bit(pair, monkeypatch, first, tile):
         assert torch.equal(column, getattr(found[1][0], name)), name
     assert found[0][1] == found[1][1]
     groups = 1 if tile == 1024 else 3 if first == 0 else 2
-    assert told == [[(1, 2), (2, 2)], [(at, 2 * groups) for at in range(1, 2 * groups + 1)]]
+    by_group = [(2 * group + at, 2 * groups) for group in range(groups) for at in range(3)]
+    assert told == [[(0, 2), (1, 2), (2, 2)], by_group], "a group says where it begins, and each of its two blocks"
 
 
 def test_free_memory_is_what_the_kernel_says_is_available():
