@@ -20,6 +20,10 @@ calibration:
 checks: {text: "bundled:wikitext-2-test", windows: 3, length: 64}
 artifacts:
 """
+BASE = recipe.parse(  # which commands change, and plans are made of
+    "version: 1\nname: small\ncalibration: {sources: [{bundled: books-en}], samples: 2, length: 32}\n"
+    "checks: {windows: 2, length: 32}\nartifacts: [{name: gptq, format: gptq, bits: 4, group_size: 32}]\n"
+)
 # Too little text is read to decide a gate, so none is asked.
 ARTIFACTS = {
     "gptq-int4": "{name: gptq-int4, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}",
