@@ -197,27 +197,28 @@ def test_what_is_read_is_scored_on_the_answers_alone(demo, tiny, monkeypatch):
     assert list(retrieval.right) == [bool(whole.right[0, a:b].all()) for a, b in ((29, 32), (59, 63))]
 
 
-def test_right_means_that_the_next_token_is_ranked_first(demo, tiny):
+@pytest.fixture
+def continued(demo, tiny):
+    """(a prompt, it and what the checkpoint says next), token ids."""
+    prompt = tiny.encode("The history of the city begins")
+    decoder = behaviour.PromptDecoder(Checkpoint.open(str(demo)), torch.float32, CPU)
+    return prompt, prompt + decoder.answer([prompt], 12, behaviour.Chooser(tiny.size, ()))[0].ids
+
+
+def test_right_means_that_the_next_token_is_ranked_first(demo, tiny, continued):
     """A text that the checkpoint itself continued is right throughout; one token changed is not."""
     checkpoint = Checkpoint.open(str(demo))
-    prompt = tiny.encode("The history of the city begins")
-    ids = prompt + behaviour.PromptDecoder(checkpoint, torch.float32, CPU).answer(
-        [prompt], 12, behaviour.Chooser(tiny.size, ()),
-    )[0].ids  # fmt: skip
-    other = list(ids)
-    other[-1] = (ids[-1] + 1) % 8000
+    prompt, ids = continued
+    other = [*ids[:-1], (ids[-1] + 1) % 8000]
     text = behaviour.Scored(torch.tensor([ids, other]), len(prompt) - 1, tiny.size)
     whole = behaviour.measure(checkpoint, {"same": checkpoint}, text, CPU, Quiet())["same"]
     assert whole.right.tolist() == [[True] * 12, [True] * 11 + [False]]
     assert whole.right_baseline.equal(whole.right)
 
 
-def test_an_answer_is_right_where_each_of_its_tokens_is_ranked_first(demo, tiny):
+def test_an_answer_is_right_where_each_of_its_tokens_is_ranked_first(demo, tiny, continued):
     checkpoint = Checkpoint.open(str(demo))
-    prompt = tiny.encode("The history of the city begins")
-    ids = prompt + behaviour.PromptDecoder(checkpoint, torch.float32, CPU).answer(
-        [prompt], 12, behaviour.Chooser(tiny.size, ()),
-    )[0].ids  # fmt: skip
+    _, ids = continued
     other = [*ids[:-1], (ids[-1] + 1) % 8000]
     windows, end = np.array([ids, other], np.int32), len(ids)
     text = BehaviourText(
