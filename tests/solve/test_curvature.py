@@ -105,6 +105,21 @@ def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
     assert len(together.unique(dim=0)) > 140
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_head_that_is_kept_has_every_slice_in_its_place(source, monkeypatch, ahead):
+    """As a GPU keeps it, with a slice read ahead of the one that goes there."""
+    monkeypatch.setattr("qquant.solve.head.HEAD_ROWS", 3000)
+    monkeypatch.setattr("qquant.devices.threads_help", lambda device: ahead)
+    head = Head(source, CPU)
+    kept = head._to(CPU)
+    assert list(kept) == head.slices
+    assert torch.equal(torch.cat(list(kept.values())), source.rows(source.family.head, 0, source.config.vocab))
+    chances, normed = head.chances(50, torch.Generator().manual_seed(1)), torch.randn(50, source.config.hidden)
+    read = head.draw(normed, chances).gradient
+    head.kept = kept
+    assert torch.equal(head.draw(normed, chances).gradient, read)
+
+
 def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     """Slices of unequal size and mass, none a multiple of a strip: how often each token is drawn against its probability."""
     monkeypatch.setattr("qquant.solve.head.HEAD_ROWS", 3000)

@@ -218,6 +218,44 @@ def test_what_went_beyond_its_limits_is_not_tried_again(hurried, monkeypatch):
     assert template.ask("render", many=[{"messages": []}], shared={})[1] == b"fine"
 
 
+def test_a_tokenizer_that_was_refused_once_is_asked_again(demo, monkeypatch):
+    """A busy machine may take from one text what the next has: only templates are remembered."""
+    ask, refused = confined._Child.ask, []
+
+    def once(child, request, content):
+        if request["do"] == "encode" and not refused:
+            refused.append(request)
+            raise Refused("it takes more than 4 s of processor time", beyond=True)
+        return ask(child, request, content)
+
+    monkeypatch.setattr(confined._Child, "ask", once)
+    tokenizer = Tokenizer.open(demo)
+    with pytest.raises(InputError, match="processor time"):
+        tokenizer.encode("ships and sailors")
+    assert len(tokenizer.encode("ships and sailors")) > 0
+    assert len(refused) == 1
+
+
+def test_processor_time_is_counted_from_a_request(hurried):
+    """Requests that take half of it each are all answered by one child."""
+    template = Confined("template", "{% for i in range(n) %}{% for j in range(9999) %}{% endfor %}{% endfor %}fine")
+    template.ask("render", many=[{"n": 1}], shared={})
+    child = confined._children["template"]
+    before = child_seconds(child)
+    count = 0
+    while child_seconds(child) - before < 2:
+        count += 1
+        assert template.ask("render", many=[{"n": 100}], shared={})[1] == b"fine"
+    assert confined._children["template"] is child, "it is the same"
+    assert count > 1
+
+
+def child_seconds(child):
+    """Processor time of a child so far."""
+    user, system = Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 # --- the child ------------------------------------------------------------------------------------------------------------
 
 
