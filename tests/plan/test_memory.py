@@ -3,13 +3,22 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qquant import recipe
+from qquant.algorithms import coupled, descent
+from qquant.algorithms.grid import UniformGrid
+from qquant.algorithms.problem import Problem, solve
+from qquant.plan import memory
 from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
+from tests.algorithms.test_gptq import problem
 from tests.bench import memory as bench
+from tests.conftest import write_checkpoint
+from tests.worlds.allocations import Allocations
 
 # Shapes of which one term is most: a wide MLP, whose Gram matrix and its factors are squares of it, and many tokens on an own stream.
 SHAPES = {
@@ -83,6 +92,25 @@ def test_a_build_takes_the_memory_that_its_plan_says(builds, shape):
     """Beside the process itself, within 15 % and what malloc's arenas and libraries take."""
     planned, process, taken, _ = builds[shape]
     assert abs(taken - (planned - process)) < 0.15 * taken + ARENAS
+
+
+def test_sweeps_take_the_tensors_that_their_plan_says(tmp_path):
+    """Of a wide linear, by the storages that are alive: H and its copy in the order of a sweep are a third of them."""
+    rows, columns = 256, 2048
+    asked = recipe.parse(bench.RECIPE.format(samples=8, length=64) + f"  - {bench.ENTRIES['gptq-int4']}\n")
+    folder = write_checkpoint(tmp_path / "model", num_hidden_layers=1, hidden_size=rows, intermediate_size=columns)
+    needs = memory._Needs(asked, Checkpoint.open(folder), "cpu", asked.artifacts)
+    planned = needs._swept(memory._stage([(rows, columns)]), asked.artifacts[0])
+    weight, gram = problem(rows, columns, columns)
+    settings = SimpleNamespace(damping=0.01, sweeps=1)
+    asking = Problem({"a": weight}, gram, UniformGrid(4, 128, True, "importance"), settings, [torch.eye(rows)])
+    rounded = solve(asking, ["rtn"])
+    peaks = []
+    for step in (descent.step, coupled.step):
+        with Allocations() as seen:
+            step(asking, rounded)
+        peaks.append(gram.matrix.nbytes + seen.peak)
+    assert max(peaks) == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", ON_A_CARD)
