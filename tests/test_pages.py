@@ -7,6 +7,9 @@ import click
 import pytest
 
 from qquant.cli import cli
+from qquant.source.checkpoint import Checkpoint
+from tests.bench import takes
+from tests.bench.memory import SHAPES, write_hollow
 from tests.worlds import ROOT
 
 PAGES = ("README.md", "recipes/GUIDE.md", "recipes/README.md", "SECURITY.md", "calibration/README.md")
@@ -87,3 +90,24 @@ def test_each_number_of_the_comparison_leads_to_the_command_that_prints_it():
         assert commands, f"{place}: no command"
         for program in commands:
             assert (ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")).is_file()
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, *(pytest.param(f"{shape}, all", marks=pytest.mark.slow) for shape in SHAPES)]
+)
+def test_what_it_takes_is_what_the_cost_model_says(shape, tmp_path):
+    """GPTQ-Int4 of every published shape; the eleven, whose headers of GGUF take seconds, where time is no object."""
+    shape, _, every = shape.partition(", ")
+    text = (ROOT / "README.md").read_text()
+    head, told = takes.HEAD, next(line for line in text.splitlines() if line.startswith(f"| {shape} |"))
+    assert head in text
+    if every:
+        assert told == takes.row(shape)
+        return
+    took, memory, disk = takes.alone(Checkpoint.open(write_hollow(tmp_path / "model", shape)))
+    said = cells(told)
+    assert (said[1:3], said[5:8], said[8].split(", ")[0]) == (took, list(memory), disk)

@@ -201,6 +201,7 @@ class Range:
 
     def wrong(self, trial, what):
         self.violations.append(f"{trial}: {what}")
+        print(f"violation: {self.violations[-1]}", file=sys.stderr, flush=True)
 
     def look(self, trial):
         """I1, I2, I5 on what a disturbed build left."""
