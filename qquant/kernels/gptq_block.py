@@ -22,6 +22,7 @@ MAX_COLUMNS at a time; what they leave for the columns after them is one product
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -53,16 +54,17 @@ def reference(w: Tensor, u: Tensor, step: Tensor, offset: Tensor, levels: int) -
     steps = torch.where(zero_step, torch.ones_like(step), step).t().contiguous()
     codes, errors = torch.empty_like(work), torch.empty_like(work)  # errors: before the division by U_jj
     spread = u / u.diagonal().unsqueeze(1)
+    each = zip(*(x.unbind() for x in (work, steps, codes, errors)), strict=True)
     for start in range(0, columns, STRIP):
         end = min(start + STRIP, columns)
-        for j in range(start, end):
-            code, error = codes[j], errors[j]
-            torch.div(work[j], steps[j], out=code).round_().clamp_(0, levels - 1)
+        strip, factors = work[start:end], spread[start:end, start:end]
+        for j, (value, one, code, error) in enumerate(islice(each, end - start)):
+            torch.div(value, one, out=code).round_().clamp_(0, levels - 1)
             if degenerate is not None:
-                code.masked_fill_(degenerate[j], 0)
-            torch.addcmul(work[j], steps[j], code, value=-1, out=error)
-            if j + 1 < end:
-                work[j + 1 : end].addr_(spread[j, j + 1 : end], error, alpha=-1)
+                code.masked_fill_(degenerate[start + j], 0)
+            torch.addcmul(value, one, code, value=-1, out=error)
+            if start + j + 1 < end:
+                strip[j + 1 :].addr_(factors[j, j + 1 :], error, alpha=-1)
         if end < columns:
             work[end:].addmm_(spread[start:end, end:].t(), errors[start:end], alpha=-1)
     errors /= u.diagonal().unsqueeze(1)
