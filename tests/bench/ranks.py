@@ -13,7 +13,8 @@ one thread; more ranks than GPUs share them. `--only` of one artifact is made by
 builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1 is ended, and the next
 number of ranks continues. Numbers and hashes go to FOLDER/ranks.json after every world, what ranks say to FOLDER/ranks-<world>.log; a
 summary is printed, of a world that fails the last lines of that. "read back": from the last block to the last artifact with its name.
-"waited": for other ranks' words and tensors, which is part of the phases.
+"waited": for other ranks' words and tensors, which is part of the phases. What ranks hand each other is printed by what it is for, of one
+artifact beside the least that the scheme needs (`tests.bench.handed`).
 
 On a machine that others use, processor seconds say more than the clock: those of the slowest rank in each phase, summed, are what a build
 would take if every rank had a core of its own.
@@ -32,6 +33,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.bench import handed
 from tests.worlds import ROOT, importing
 
 RECIPE = """
@@ -130,6 +132,8 @@ def rank_main(options):
         clock.watch(owning, "finish", "read back")
         clock.watch(exchange.Exchange, "say", "waited")
         clock.watch(exchange.Exchange, "_moved", "waited")
+        sent = handed.Handed(ranks)
+        sent.watch(exchange.Exchange)
         pipeline.build(loaded, source, plan, options.work / "built", device, clock, ranks)
         whole = time.monotonic() - clock.began
         on_cuda = device.type == "cuda"
@@ -143,6 +147,10 @@ def rank_main(options):
             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
             "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_cuda else None,
             "sent_gb": ranks.sent / 1e9,
+            "handed": sent.bytes,
+            "times": sent.times,
+            "least": handed.least(loaded, source, plan, ranks.world) if len(plan.artifacts) == 1 else {},
+            "layers": source.config.layers,
             "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         }
         (options.work / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
@@ -270,7 +278,8 @@ def summary(found, first):
         gpu = f"{rank['gpu_gb']:.1f} GB of the GPU ({rank['reserved_gb']:.1f} reserved), " if rank["gpu_gb"] else ""
         sent = f"{rank['sent_gb']:.2f} GB sent; " if rank["sent_gb"] else ""
         lines.append(f"  rank {number}: {gpu}{rank['host_gb']:.1f} GB of the host; {sent}{phases}")
-    return "\n".join(lines)
+    first = found["ranks"][0]
+    return "\n".join([*lines, *handed.told(found["ranks"], first["least"], first["layers"])])
 
 
 if __name__ == "__main__":
