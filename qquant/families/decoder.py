@@ -92,8 +92,11 @@ class Block:
             key, value = key.repeat_interleave(groups, dim=-3), value.repeat_interleave(groups, dim=-3)
         lead = query.shape[:-3]
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return mixed.transpose(1, 2).reshape(*lead, length, -1)
+        return self.mixed(query, key, value).transpose(1, 2).reshape(*lead, length, -1)
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention [B, heads, T, head_dim] of as large queries to keys and values."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key [..., heads, T, head_dim] at their positions, from 0 on."""

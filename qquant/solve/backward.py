@@ -8,7 +8,6 @@ Several ranks run the samples in turn. Each G is summed by one of them, to whom 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -25,6 +24,7 @@ from qquant.kernels.gram import gram
 from qquant.solve.stream import all_finite
 
 REMEDY = "set calibration.objective to output"
+FLASH = "FlashAttention"  # in the name of its node on the way back
 ROWS = 2048  # rows of a linear whose curvature is kept together
 
 
@@ -40,25 +40,36 @@ class Watched(Block):
         y.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
         return y
 
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention whose gradients are added in an order that does not change from run to run."""
+        mixed = super().mixed(query, key, value)
+        node = mixed.grad_fn
+        while node is not None and FLASH not in node.name():  # widths that it has not are padded and cut
+            node = node.next_functions[0][0]
+        if node is not None:
+            node.register_prehook(lambda _: _in_one_order(True))
+            node.register_hook(lambda *_: _in_one_order(False))
+        return mixed
+
+
+def _in_one_order(asked: bool) -> None:
+    """Ask torch for operators that are repeatable.
+
+    For the time of flash attention alone: it heeds nothing less, and cuBLAS, which is repeatable on one stream, would refuse to multiply.
+    """
+    torch.use_deterministic_algorithms(asked)
+
 
 @contextmanager
 def _repeatable(x: Tensor) -> Iterator[None]:
-    """Attention to x whose gradients are added in an order that does not change from run to run.
-
-    Plain products do so; on a GPU flash attention that is asked to, and 16-bit operators beside it do anyway.
-    """
-    if not x.is_cuda or x.dtype == torch.float32:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Attention to x whose gradients `Watched` can have in one order: flash attention's on a GPU in 16 bit, plain products' elsewhere."""
+    on_card = x.is_cuda and x.dtype != torch.float32
     try:
-        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            warnings.simplefilter("ignore")  # of cuBLAS, which is repeatable on one stream
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if on_card else SDPBackend.MATH):
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if on_card:
+            _in_one_order(False)
 
 
 def backward(
