@@ -36,9 +36,19 @@ def recorded(work: Work) -> Work:
         try:
             work()
         finally:
-            graph.capture_end()
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                _draw_again()
+                raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+def _draw_again() -> None:
+    """Give the generator of random numbers a state that no broken recording holds: torch leaves the one it had in the recording."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class Replay(Generic[Result]):
