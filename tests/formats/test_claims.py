@@ -159,6 +159,34 @@ def test_keys_that_say_what_is_so_anyway_are_silent_and_unknown_ones_warn(gguf):
     assert "somebody.key" in warnings[0]
 
 
+OF_ANOTHER_KIND = {
+    "general.name": ("u32", 1),
+    "general.file_type": ("i32", 2),
+    "split.count": ("u32", 1),
+    "tokenizer.ggml.token_type_count": ("i32", 1),
+    "tokenizer.ggml.scores": ("[i32]", [0] * 40),
+    "qwen2.expert_count": ("i32", 0),
+    "qwen2.attention.scale": ("f64", 0.0),
+}
+
+
+@pytest.mark.parametrize("key", OF_ANOTHER_KIND)
+def test_a_harmless_key_of_a_kind_that_llama_cpp_does_not_read_fails(gguf, key):
+    checkpoint, path, fields = gguf
+    rewrite(path, [*(field for field in fields if field.key != key), Field(key, *OF_ANOTHER_KIND[key])])
+    faults, _ = noticed(path, checkpoint)
+    assert any(fault.startswith(f"{key} is of kind") for fault in faults), faults
+
+
+def test_scores_are_read_for_as_many_tokens_as_there_are(gguf):
+    checkpoint, path, fields = gguf
+    count = len(next(field for field in fields if field.key == "tokenizer.ggml.tokens").value)
+    for given, wrong in ((count, False), (count - 1, True)):
+        rewrite(path, [*fields, Field("tokenizer.ggml.scores", "[f32]", [0.0] * given)])
+        faults, _ = noticed(path, checkpoint)
+        assert any("tokenizer.ggml.scores" in fault for fault in faults) == wrong, faults
+
+
 def changed(fields, key, value):
     return [replace(field, value=value) if field.key == key else field for field in fields]
 

@@ -1,6 +1,6 @@
 """What the metadata of a GGUF file says, key by key, against what `metadata` writes for the checkpoint.
 
-    kind            of every key that we write too: llama.cpp refuses a file whose number is of another kind
+    kind            of every key that llama.cpp's loader reads, whether we write it or not: it refuses a file where one is of another kind
     value           of every key that we write: CONSEQUENCES says what follows from another one, ABSENT what runtimes take without it
     further keys    of the architecture and of the tokenizer: a fault unless the value is the one in `_neutral`, which changes nothing;
                     HARMLESS are those that nothing reads while a model runs, others are unknown, and warned of
@@ -72,10 +72,21 @@ HARMLESS = {
     r"general\.file_type": "compared with the tensors apart",
     r"quantize\.imatrix\.(file|dataset|entries_count|chunks_count)": "tells how it was made",
     r"split\.(no|count|tensors\.count)": "the reader has held it against the parts",
-    r"tokenizer\.ggml\.(scores|token_type_count|precompiled_charsmap)": "of other kinds of tokenizers; byte-level BPE reads none",
+    r"tokenizer\.ggml\.(scores|token_type_count|precompiled_charsmap)": "of other kinds of tokenizers; byte-level BPE asks for none",
     r"tokenizer\.chat_templates": "a list of the names of further templates, which are compared",
 }
 """Keys (whole, as regular expressions) that change no answer, and why."""
+SCORES = "tokenizer.ggml.scores"
+KINDS = {  # in which llama.cpp reads keys that we do not write for a checkpoint, and that change no answer
+    "general.name": "str",
+    "general.file_type": "u32",
+    "split.no": "u16",
+    "split.count": "u16",
+    "split.tensors.count": "i32",
+    "tokenizer.ggml.token_type_count": "u32",
+    SCORES: "[f32]",
+}
+KINDS_OF_VALUES = {bool: "bool", int: "u32", float: "f32", str: "str"}  # of `_neutral`
 
 
 def compare(path: Path, checkpoint: Checkpoint) -> Claims:
@@ -122,7 +133,7 @@ def _expected(header: Header, expected: Mapping[str, Field], checkpoint: Checkpo
                 soft = key in ONLY_WARNED or key.startswith(SAMPLING) or key == "tokenizer.chat_template"
                 (warnings if soft else faults).append(f"{key}: missing; a runtime takes its own, so {consequence}")
         elif stored.kind != field.kind:
-            faults.append(f"{key} is of kind {stored.kind}, readers expect {field.kind}: it does not load")
+            faults.append(_of_another_kind(stored, field.kind))
         elif not same(stored.value, field.value):
             if field.kind.startswith("["):
                 faults.append(f"{key}: are not the checkpoint's; {consequence}")
@@ -132,6 +143,10 @@ def _expected(header: Header, expected: Mapping[str, Field], checkpoint: Checkpo
                 soft = key in ONLY_WARNED
                 (warnings if soft else faults).append(differs(key, stored.value, field.value, consequence))
     return claims(faults, warnings)
+
+
+def _of_another_kind(stored: Field, kind: str) -> str:
+    return f"{stored.key} is of kind {stored.kind}, readers expect {kind}: it does not load"
 
 
 def _stops(checkpoint: Checkpoint) -> Sequence[int]:
@@ -178,10 +193,16 @@ def _further(header: Header, expected: Mapping[str, Field], checkpoint: Checkpoi
     tokenizer |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.remove_extra_whitespaces": False}
     faults, warnings = [], []
     for key, stored in header.fields.items():
-        if key in expected or any(re.fullmatch(pattern, key) for pattern in HARMLESS):
+        if key in expected:
             continue
         short = _short(key, arch)
         defaults = neutral if key.startswith(f"{arch}.") else tokenizer
+        kind = KINDS_OF_VALUES[type(defaults[short])] if short in defaults else KINDS.get(key, stored.kind)
+        if stored.kind != kind:
+            faults.append(_of_another_kind(stored, kind))
+            continue
+        if any(re.fullmatch(pattern, key) for pattern in HARMLESS):
+            continue
         if short in defaults and same(stored.value, defaults[short]):
             continue
         if key.startswith((f"{arch}.", "tokenizer.", SAMPLING, "adapter.")):
@@ -202,6 +223,11 @@ def _tokens(header: Header, expected: Mapping[str, Field]) -> Claims:
         return claims(["tokenizer.ggml.token_type: no type for every token; special tokens are read as text"])
     used = [number for number, kind in enumerate(types) if kind != UNUSED]
     faults: list[str] = []
+    scores = header.value(SCORES, texts)
+    if isinstance(scores, list) and len(scores) != len(texts):
+        faults.append(
+            f"{SCORES}: {len(scores)}, for {len(texts)} tokens: llama.cpp reads one for each, beyond their end"
+        )
     warnings: list[str] = []
     if any(tokens.value[number] != texts[number] for number in used):
         faults.append("tokenizer.ggml.tokens: is not the checkpoint's vocabulary; the same text gets other tokens")
