@@ -17,7 +17,7 @@ import torch
 from qquant import __version__, calibration
 from qquant.artifact import owning, timings
 from qquant.artifact.finishing import installed, orphaned, remarks_on, restore, set_aside
-from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of
+from qquant.artifact.manifest import AdapterFacts, Origin, RecipeCopy, artifact_bytes, manifest_of, records
 from qquant.artifact.opening import open_weights
 from qquant.artifact.threads import as_begun
 from qquant.calibration import Tokenizer
@@ -394,6 +394,7 @@ def _candidate(artifact: PlannedArtifact, gates: Gates, out: Path, earlier: Evid
         fallbacks=artifact.fallbacks,
         layers=entry.layers,
         sha256=entry.digest,
+        record=records(out / artifact.folder)[artifact.name],
         eight_bit=artifact.spec.eight_bit,
         earlier=earlier,
     )

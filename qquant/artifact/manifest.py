@@ -2,6 +2,7 @@
 
     qquant-manifest.json   {"schema", "artifacts": {name: `ArtifactEntry`}, "release": `ReleaseEntry`, "patches": [`Patch`]}
     report.json            read here too, for everybody above: see `qquant.report.record`
+    qquant-provenance.json of a release: the other files are held against the hashes in it
 
 A build writes `artifacts`, `publish` adds `release`, `patch` adds `patches`. Entries of earlier versions are read as well.
 """
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
 
-from qquant.disk.digest import is_file_of
+from qquant.disk.digest import is_file_of, sha256_of, sha256_of_data
 from qquant.disk.output import MANIFEST
 from qquant.disk.records import Count, to_plain, typed
 from qquant.errors import InputError, UsageError
@@ -31,9 +32,10 @@ SCHEMA = "qquant-manifest-1"
 REPORT = "report.json"
 BOM, STATEMENT, SIGNATURE = "qquant-bom.cdx.json", "qquant-provenance.json", "model.sig"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-ADDED = frozenset(
-    {"README.md", REPORT, BOM, STATEMENT, SIGNATURE, *LICENCES}
-)  # to a build's folder, by `publish` and `sign`
+CARD = "README.md"
+ADDED = frozenset({CARD, REPORT, BOM, STATEMENT, SIGNATURE, *LICENCES})  # to a build's folder, by `publish` and `sign`
+
+OTHER_MAKING = "says another thing of its making than when it was judged. Run the same `qquant build` again"
 
 
 @dataclass(frozen=True)
@@ -235,14 +237,18 @@ def verified(folder: Path, name: str, facts: FileFacts) -> Payload:
     Raises:
         InputError: it is missing, differs, or lies elsewhere.
     """
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
-        raise InputError(f"{folder / MANIFEST}: {name!r} is not a file of this folder")
+    path = _in_folder(folder, name, MANIFEST)
     if not matches(path, facts):
         raise InputError(
             f"{path}: does not match {MANIFEST}; the file is missing, was changed or damaged. Build it again"
         )
     return Payload(facts.bytes, facts.sha256, path)
+
+
+def _in_folder(folder: Path, name: str, named_by: str) -> Path:
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
+        raise InputError(f"{folder / named_by}: {name!r} is not a file of this folder")
+    return folder / name
 
 
 def matches(path: Path, facts: FileFacts) -> bool:
@@ -254,9 +260,38 @@ def verify_files(folder: Path) -> int:
     """Bytes of the files that the manifest of `folder` names, after each was hashed and compared.
 
     Raises:
-        InputError: a file is missing or differs, or there is no manifest.
+        InputError: a file is missing or differs, or is not the one that a release's provenance names; or there is no manifest.
     """
-    return sum(verified(folder, name, facts).size for name, facts in manifest_of(folder).files.items())
+    files = manifest_of(folder).files
+    size = sum(verified(folder, name, facts).size for name, facts in files.items())
+    if (folder / STATEMENT).is_file():
+        _require_vouched(folder, {name: facts.sha256 for name, facts in files.items()})
+    return size
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A file, and its hash, in a provenance statement."""
+
+    name: str
+    digest: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """What of a provenance statement is held against the files."""
+
+    subject: tuple[_Subject, ...]
+
+
+def _require_vouched(folder: Path, hashed: Mapping[str, str]) -> None:
+    """Raise InputError if a file is not the one that the provenance names; the card, to which text may be added, is compared apart."""
+    for subject in typed(_Statement, read_json(folder / STATEMENT), str(folder / STATEMENT)).subject:
+        path = _in_folder(folder, subject.name, STATEMENT)
+        if subject.name != CARD and path.is_file():
+            sha256 = hashed.get(subject.name) or sha256_of(require_regular(path))
+            if subject.digest.get("sha256") != sha256:
+                raise InputError(f"{path}: is not the file that {STATEMENT} vouches for. Take the release again")
 
 
 def named_files(manifests: Iterable[Manifest]) -> set[str]:
@@ -271,6 +306,25 @@ def manifest_of(folder: Path) -> Manifest:
         InputError: there is none, or it is malformed.
     """
     return Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+
+
+def records(folder: Path) -> dict[str, str]:
+    """A sha256 of all that the manifest of `folder` says of each artifact besides its files: how it was made.
+
+    It is taken of the JSON as it lies there without what is empty, so that other versions of qquant find the same.
+
+    Raises:
+        InputError: there is none, or it is malformed.
+    """
+    content = read_json(folder / MANIFEST)
+    names = Manifest.from_json(content, str(folder / MANIFEST)).artifacts
+    return {name: sha256_of_data(_said(content["artifacts"][name] | {"files": None})) for name in names}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: said for key, item in value.items() if (said := _said(item)) not in (None, "", [], {})}
+    return [_said(item) for item in value] if isinstance(value, list) else value
 
 
 def artifact_bytes(path: Path) -> int:
@@ -306,18 +360,22 @@ def artifacts_below(folder: Path) -> list[tuple[Path, str, ArtifactEntry]]:
 
 
 def require_judged(folder: Path, report: Report) -> None:
-    """Raise InputError if artifacts of `folder` have other bytes than those that its report judged."""
+    """Raise InputError if artifacts of `folder` have other bytes, or were made otherwise, than those that its report judged."""
     digests: dict[str, set[str]] = {}
+    making: dict[str, set[str]] = {}
     for below in {below for below, _, _ in artifacts_below(folder)}:
         manifest = manifest_of(below)
-        for name in manifest.artifacts:
+        for name, record in records(below).items():
             digests.setdefault(name, set()).add(manifest.judged(name))
+            making.setdefault(name, set()).add(record)
     for row in report.artifacts:
         if row.sha256 and row.name in digests and row.sha256 not in digests[row.name]:
             raise InputError(
                 f"{folder / REPORT}: {row.name}: judged other bytes ({row.sha256[:12]}) than the folder holds "
                 f"({min(digests[row.name])[:12]}). Run the same `qquant build` again"
             )
+        if row.record and row.name in making and row.record not in making[row.name]:
+            raise InputError(f"{folder / REPORT}: {row.name}: {MANIFEST} {OTHER_MAKING}")
 
 
 def read_report(path: Path) -> Report:

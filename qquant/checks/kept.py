@@ -73,7 +73,7 @@ def answered(out: Path, before: Report | None, candidates: Sequence[Candidate]) 
         row = rows.get(candidate.name)
         proof = out / evidence.FOLDER / f"{evidence.file_name(candidate.name)}.safetensors"
         if row and (row.sha256, row.question) == (candidate.sha256, candidate.question) and proof.is_file():
-            answered_rows[candidate.name] = replace(row, path=str(candidate.path))
+            answered_rows[candidate.name] = replace(row, path=str(candidate.path), record=candidate.record)
     return answered_rows
 
 

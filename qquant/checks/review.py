@@ -77,6 +77,7 @@ class Candidate:
     earlier: Evidence | None = None  # of the release before
     sha256: str = ""  # of its files, where a manifest says it
     question: str = ""  # see `kept`
+    record: str = ""  # of its making, as `artifact.manifest.records`
 
 
 @dataclass(frozen=True)
@@ -377,6 +378,7 @@ def _row(
         fallbacks=candidate.fallbacks,
         sha256=candidate.sha256,
         question=candidate.question,
+        record=candidate.record,
         layers=candidate.layers,
         kl_percentiles=figures.percentiles(fidelity.kl, (50, 90, 99, 99.9)),
         delta_p=figures.delta_p(fidelity),

@@ -22,6 +22,7 @@ from typing import Any
 from markupsafe import Markup
 
 from qquant.artifact.manifest import (
+    CARD,
     REPORT,
     CalibrationSourceCopy,
     Manifest,
@@ -42,7 +43,6 @@ from qquant.report.escape import in_line, markdown
 from qquant.report.facts import in_short
 from qquant.report.record import ArtifactReport, GateReport, Report, fallback_note
 
-CARD = "README.md"
 BEGIN, END = "<!-- qquant: begin, generated from report.json -->", "<!-- qquant: end -->"
 DECIMAL = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\w)")
 NOT_PLAIN = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}

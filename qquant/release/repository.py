@@ -27,6 +27,7 @@ from typing import Any
 
 from qquant.artifact.manifest import (
     LICENCES,
+    OTHER_MAKING,
     REPORT,
     ArtifactEntry,
     Manifest,
@@ -35,6 +36,7 @@ from qquant.artifact.manifest import (
     ReleaseEntry,
     manifest_of,
     read_report,
+    records,
     verified,
 )
 from qquant.disk.output import MANIFEST
@@ -199,11 +201,11 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     refused: dict[str, str] = {}
     repositories = []
     for place, manifest in manifests.items():
-        allowed = {}
+        allowed, making = {}, records(place)
         for name, entry in manifest.artifacts.items():
             if only and name not in only:
                 continue
-            reason = _refusal(entry, rows.get(name), report, source)
+            reason = _refusal(entry, making[name], rows.get(name), report, source)
             if reason:
                 refused[name] = reason
             else:
@@ -216,7 +218,9 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
     return Release(tuple(repositories), refused)
 
 
-def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, source: ReleaseSource) -> str | None:
+def _refusal(
+    entry: ArtifactEntry, record: str, row: ArtifactReport | None, report: Report, source: ReleaseSource
+) -> str | None:
     if row is None:
         return f"{REPORT} has no verdict on it; run the same `qquant build` again"
     checkpoint, built_from = report.conditions.inputs.get("checkpoint"), entry.inputs.get("checkpoint")
@@ -227,6 +231,8 @@ def _refusal(entry: ArtifactEntry, row: ArtifactReport | None, report: Report, s
     if row.sha256 != entry.digest:
         judged = f"judged other bytes ({row.sha256[:12]})" if row.sha256 else "does not say which bytes it judged"
         return f"{REPORT} {judged}; the folder's are {entry.digest[:12]}; run the same `qquant build` again"
+    if row.record and row.record != record:
+        return f"{MANIFEST} {OTHER_MAKING}"
     if row.verdict.outcome in PASSED:
         return None
     return "; ".join([f"verdict {row.verdict.outcome}", *row.verdict.reasons])

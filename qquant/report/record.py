@@ -191,6 +191,7 @@ class ArtifactReport:
     warnings: tuple[str, ...] = ()
     sha256: str = ""  # of its files, as `ArtifactEntry.digest`; empty: not an artifact of a build
     question: str = ""  # digest of everything else that the verdict depends on
+    record: str = ""  # digest of what its manifest says of its making
 
 
 @dataclass(frozen=True)

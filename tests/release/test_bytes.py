@@ -5,9 +5,10 @@ import json
 import pytest
 
 from qquant import pipeline
-from qquant.artifact.manifest import manifest_of
+from qquant.artifact.manifest import manifest_of, verify_files
+from qquant.artifact.verification import verify
 from qquant.checks import evidence
-from qquant.errors import InputError
+from qquant.errors import GateFailedError, InputError
 from qquant.plan.plan import Plan
 from qquant.release import card
 from qquant.release.hub import Folder, Request
@@ -16,7 +17,7 @@ from qquant.release.statements import with_statements
 from qquant.source.checkpoint import Checkpoint
 from tests.source.test_checkpoint import low_rank, write_adapter
 from tests.worlds.builds import ARTIFACTS, CPU, HEAD, load_recipe, quiet
-from tests.worlds.hub_release import GPTQ, write_build
+from tests.worlds.hub_release import GGUF, GPTQ, write_build
 
 NAMED = {"gptq": "{name: a, format: gptq, bits: 4, group_size: 32, gates: {defaults: false}}", "gguf": "{name: a, format: gguf, type: q4_0, gates: {defaults: false}}"}  # fmt: skip
 
@@ -175,3 +176,59 @@ def test_a_row_of_other_bytes_is_refused_by_card_verify_and_compare(tmp_path):
         card.problems(place)
     with pytest.raises(InputError, match="judged other bytes"):
         evidence.of_report(place)
+    with pytest.raises(InputError, match="judged other bytes"):
+        verify(place)
+
+
+ELSEWISE = {
+    "recipe": {"name": "another", "artifacts": []},
+    "inputs": {"checkpoint": "c0ffee", "qquant": "0.2.0"},
+    "layers": [{"name": "w", "error": 0.5}],
+    "key": "1",
+    "adapter": {"name": "my-lora", "sha256": "ab" * 32},
+}
+
+
+@pytest.mark.parametrize("field", ELSEWISE)
+def test_a_manifest_that_tells_another_making_is_refused(tmp_path, field):
+    """What stands in card and provenance is what was there when the artifact was judged."""
+    folder = write_build(tmp_path / "build")
+    path = folder / GGUF / "qquant-manifest.json"
+    content = json.loads(path.read_text())
+    content["artifacts"]["q8_0"][field] = ELSEWISE[field]
+    path.write_text(json.dumps(content))
+    found = read_release(folder)
+    assert set(found.refused) == {"q8_0"}
+    assert "says another thing of its making" in found.refused["q8_0"]
+    with pytest.raises(InputError, match="q8_0: .* says another thing of its making"):
+        evidence.of_report(folder)
+
+
+def test_a_build_says_what_it_judged(make_checkpoint, build):
+    _, out = build(make_checkpoint(), "gptq-int4")
+    path = out / "model-GPTQ-Int4" / "qquant-manifest.json"
+    content = json.loads(path.read_text())
+    content["artifacts"]["gptq-int4"]["layers"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="says another thing of its making"):
+        evidence.of_report(out)
+    with pytest.raises(GateFailedError, match="says another thing of its making"):
+        read_release(out)
+
+
+@pytest.mark.parametrize("name", ["qquant-manifest.json", "report.json", "qquant-bom.cdx.json"])
+def test_a_file_that_is_not_what_the_provenance_vouches_for_is_refused(tmp_path, name):
+    folder = write_build(tmp_path / "build")
+    repositories = [
+        with_statements(card.with_card(complete(one, "v1", "org"))) for one in read_release(folder).repositories
+    ]
+    Folder(tmp_path / "release").publish(repositories, Request("org"))
+    place = tmp_path / "release" / GPTQ
+    verify_files(place)
+    with (place / "README.md").open("a") as file:
+        file.write("Text of ours.\n")  # which `verify --card` looks at
+    verify_files(place)
+    content = json.loads((place / name).read_text())
+    (place / name).write_text(json.dumps(content))  # the same, written otherwise
+    with pytest.raises(InputError, match=f"{name}: is not the file that qquant-provenance.json vouches for"):
+        verify_files(place)

@@ -6,7 +6,7 @@ import random
 
 from huggingface_hub import HfApi
 
-from qquant.artifact.manifest import digest_of
+from qquant.artifact.manifest import digest_of, records
 from qquant.release.hub import HuggingFace, Request
 from qquant.release.repository import complete, read_release
 from tests.worlds.hub_server import TOKEN
@@ -24,7 +24,7 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
     rows = []
     for repo, artifacts in contents.items():
         (folder / repo).mkdir(parents=True)
-        manifest = {"schema": "qquant-manifest-1", "artifacts": {}}
+        manifest, here = {"schema": "qquant-manifest-1", "artifacts": {}}, []
         for name, files in artifacts.items():
             facts = {}
             for file in files:
@@ -35,7 +35,7 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
                 "key": "0", "format": "gguf" if "GGUF" in repo else "gptq", "files": facts, "layers": [],
                 "recipe": {"name": "test", "artifacts": [], "calibration": {"sources": [{"kind": "chat"}]}}, "inputs": {"checkpoint": "c0ffee", "qquant": "0.1.0"},
             }  # fmt: skip
-            rows.append(
+            here.append(
                 {
                     "name": name, "path": str(folder / repo), "size": sum(fact["bytes"] for fact in facts.values()),
                     "bits_per_weight": 4.5, "perplexity": 10.25 + seed, "perplexity_ratio": 1.0123, "kl_divergence": 0.0213, "kl_99": 0.2,
@@ -44,6 +44,7 @@ def write_build(folder, seed=0, contents=CONTENTS, outcomes=(), size=50_000):
                 }
             )  # fmt: skip
         (folder / repo / "qquant-manifest.json").write_text(json.dumps(manifest))
+        rows += [row | {"record": records(folder / repo)[row["name"]]} for row in here]
     report = {
         "schema": "qquant-report-1", "model": "Qwen1.5-Test-Chat", "recipe": "test", "verdict": "pass",
         "baseline": {"bits_per_weight": 16.0, "perplexity": 10.125}, "artifacts": rows,
