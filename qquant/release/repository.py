@@ -212,6 +212,9 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
                 allowed[name] = entry
         if allowed:
             repositories.append(_repository(place, replace(manifest, artifacts=allowed), report, source))
+    for name in rows:
+        if name not in known and not only:
+            refused[name] = f"{REPORT} judged it, and it is in no manifest; run the same `qquant build` again"
     if not repositories:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
         raise GateFailedError(f"{folder}: nothing may be published{reasons}")

@@ -204,6 +204,23 @@ def test_a_manifest_that_tells_another_making_is_refused(tmp_path, field):
         evidence.of_report(folder)
 
 
+@pytest.mark.parametrize("gone", ["entry", "entries", "folder"])
+def test_an_artifact_that_was_judged_and_is_not_there_is_told(tmp_path, gone):
+    folder = write_build(tmp_path / "build")
+    path = folder / GGUF / "qquant-manifest.json"
+    content = json.loads(path.read_text())
+    del content["artifacts"]["q8_0"]
+    if gone != "entry":
+        content["artifacts"] = {}
+    path.write_text(json.dumps(content))
+    if gone == "folder":
+        path.unlink()
+    found = read_release(folder)
+    assert set(found.refused) == ({"q8_0"} if gone == "entry" else {"q8_0", "q4_0"})
+    assert "in no manifest" in found.refused["q8_0"]
+    assert not read_release(folder, only=["gptq-int4"]).refused
+
+
 def test_a_build_says_what_it_judged(make_checkpoint, build):
     _, out = build(make_checkpoint(), "gptq-int4")
     path = out / "model-GPTQ-Int4" / "qquant-manifest.json"
