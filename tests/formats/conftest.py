@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from qquant.formats.gguf.container import read_header
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -36,3 +37,12 @@ def edited(world):
     yield checkpoint, found, open_file
     for path, content in kept.items():
         path.unlink() if content is None else path.write_bytes(content)
+
+
+@pytest.fixture
+def gguf(world):
+    """(checkpoint, path, fields()), put back afterwards."""
+    checkpoint, found = world
+    path, before = found["gguf"], found["gguf"].read_bytes()
+    yield checkpoint, path, list(read_header(path).fields.values())
+    path.write_bytes(before)

@@ -39,15 +39,6 @@ def rewrite(path, fields, tensors=None):
     path.write_bytes(content)
 
 
-@pytest.fixture
-def gguf(world):
-    """(checkpoint, path, fields()), put back afterwards."""
-    checkpoint, found = world
-    path, before = found["gguf"], found["gguf"].read_bytes()
-    yield checkpoint, path, list(read_header(path).fields.values())
-    path.write_bytes(before)
-
-
 @pytest.mark.parametrize("name", ["gptq", "awq", "gguf"])
 def test_our_own_artifacts_say_what_they_are(world, name):
     checkpoint, found = world
@@ -77,6 +68,7 @@ def others(field):
             else (field.value * 1.01, float("inf"), 0.0)
         )
         yield from (replace(field, value=value) for value in numbers)
+        yield replace(field, kind="f64" if field.kind == "f32" else "i64")
         yield Field(field.key, "str", "1")
 
 
