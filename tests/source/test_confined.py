@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -337,10 +338,14 @@ def test_an_answer_that_was_not_waited_for_is_nobody_elses(monkeypatch):
     ],
 )
 def test_a_job_without_files_has_none(code):
-    run = (
-        "import sys, runpy, os, socket; child = runpy.run_path(sys.argv[1]); sys.addaudithook(child['guard_files']); "
-        + code
+    """Whatever it does: here its work is this code."""
+    run = f"import sys, runpy; child = runpy.run_path(sys.argv[1]); child['JOBS']['template'] = (lambda: str, lambda *_: {code}); child['serve']('template')"
+    asked = b"".join(
+        struct.pack("<II", len(text), 0) + text
+        for text in (json.dumps({"do": do, "with": "k", "seconds": 4}).encode() for do in ("make", "render"))
     )
-    done = subprocess.run([sys.executable, "-I", "-c", run, str(confined.CHILD)], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", run, str(confined.CHILD)], input=asked, capture_output=True, check=False
+    )
     assert done.returncode == 1
     assert b"it asks for" in done.stdout
