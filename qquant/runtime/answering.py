@@ -103,11 +103,14 @@ class Answerer:
 
         Raises:
             UsageError: the artifact has no chat template.
-            InputError: its template refuses the conversation.
+            InputError: its template refuses the conversation, or writes nothing.
         """
         if self.tokenizer.template is None:
             raise UsageError(f"{self.name}: has no chat template (a base model?); use --raw to continue plain text")
-        return self.tokenizer.encode(self.tokenizer.render(turns, add_generation_prompt=True))
+        ids = self.tokenizer.encode(self.tokenizer.render(turns, add_generation_prompt=True))
+        if not ids:
+            raise InputError(f"{self.name}: its chat template writes nothing. Use --raw, or repair the template")
+        return ids
 
     def answer(self, ids: Sequence[int], settings: AnswerSettings, write: Callable[[str], None]) -> Answer:
         """Generate after `ids`; `write` gets the text in whole characters as soon as they are there.

@@ -16,15 +16,16 @@ from qquant.artifact.opening import open_weights
 from qquant.errors import UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
+from qquant.runtime import drawing
 from qquant.runtime.generating import Quick
 from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.parts import Loader
-from qquant.runtime.skeleton import TOKENS, skeleton
+from qquant.runtime.skeleton import skeleton
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.untrusted import read_json
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 READERS = 8
@@ -65,6 +66,7 @@ def load(
 def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: Executor) -> Any:
     """The model, of parts that are read and repacked in `pool` while transformers is imported."""
     config, family = source.config, source.family
+    raw, drawn = _drawn(source, raw)
     outside = pool.submit(loader.embedding_and_head)
     blocks = [pool.submit(_block, source, layer, loader) for layer in range(config.layers)]
     model = skeleton(family, config, raw, loader.dtype, loader.device)
@@ -73,9 +75,17 @@ def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: 
     for name, module in zip((family.embedding, family.head), outside.result(), strict=True):
         _place(model, name.removesuffix(".weight"), module)
     _give(model, family.final_norm, loader.vector(family.final_norm))
-    model.generation_config = _generation(source, raw)
+    model.generation_config = drawn.made()
     model._quick = Quick(family, config, loader.dtype, QUICK)
     return model.eval()
+
+
+def _drawn(source: WeightSource, raw: dict[str, Any]) -> tuple[dict[str, Any], drawing.Drawn]:
+    """(the token ids of config.json, how answers are drawn)."""
+    if isinstance(source, GgufSource):
+        return {}, drawing.of_gguf(source)
+    folder, vocabulary = source.path, source.config.vocab  # type: ignore[attr-defined] # every source of a folder has it
+    return drawing.ids_of(raw, folder, vocabulary), drawing.of_folder(folder, raw, vocabulary)
 
 
 def _readers(device: torch.device) -> int:
@@ -137,37 +147,6 @@ def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype
 
 def _raw_config(source: Any) -> dict[str, Any]:
     return read_json(source.path / "config.json")
-
-
-def _generation(source: WeightSource, raw: dict[str, Any]) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    if isinstance(source, GgufSource):
-        value = source.header.value
-        names = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
-        ids = {key: value(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-        ids["eos_token_id"] = _stop_tokens(source, ids["eos_token_id"])
-        sampling = {key: value(f"general.sampling.{name}") for key, name in SAMPLING.items()}
-        stated = {key: value for key, value in (ids | sampling).items() if value is not None}
-        return GenerationConfig(**stated, do_sample=any(name in stated for name in ("temperature", "top_p", "top_k")))
-    folder = source.path  # type: ignore[attr-defined] # every source of a folder has it
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig(**read_json(folder / "generation_config.json"))
-    return GenerationConfig(**{key: raw[key] for key in TOKENS if key in raw})
-
-
-def _stop_tokens(source: GgufSource, eos: int | None) -> int | list[int] | None:
-    """The token that the file names, and those on which llama.cpp ends an answer whatever the file names, if it has them."""
-    if eos is None:
-        return None
-    tokens = source.header.value("tokenizer.ggml.tokens") or []
-    others = [tokens.index(name) for name in ENDS if name in tokens]
-    ends = list(dict.fromkeys([eos, *others]))
-    return ends if len(ends) > 1 else eos
-
-
-ENDS = ("<|im_end|>", "<|endoftext|>")  # of Qwen's tokens, those that llama.cpp takes for ends of generation
-SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "penalty_repeat"}
 
 
 def paths(model: nn.Module) -> dict[str, str]:
