@@ -10,7 +10,7 @@ A child has no network and no files (`confined_child` says how), and for each re
     wall time        WALL times the processor time and PATIENCE more, which a busy machine may take from it
 
 A child that goes beyond one of them, crashes or hangs is gone, `Refused` says in one line why, and the next request has a new child; but
-a template that took too much time or memory once is not rendered again. A child ends with the process that started it. Nothing here is started before
+what took a template too much time or memory once is not asked again, and nothing more of one that took it for a chat of SMALL bytes. A child ends with the process that started it. Nothing here is started before
 something is asked.
 """
 
@@ -40,6 +40,7 @@ WALL, PATIENCE = 4, 30
 IDLE, LOOK = 5.0, 0.25
 BUSY = "RDIW"  # states of Linux in which a process works, or waits for something that is not its own doing
 ANSWER, ANSWER_PER_BYTE = 32 << 20, 64
+SMALL = 1 << 14  # of a request: what it asks for is not what takes long
 TEXTS = {"template": 64, "tokenizer": 4}  # that one child holds; tokenizers are large
 CHILD = Path(__file__).with_name("confined_child.py")
 
@@ -179,7 +180,7 @@ class _Child:
 
 
 _children: dict[str, _Child] = {}
-_beyond: dict[str, Refused] = {}  # by request
+_beyond: dict[str, Refused] = {}  # by request, or by template
 _lock = threading.Lock()
 
 
@@ -199,8 +200,9 @@ class Confined:
             EnvironmentMissingError: no process can be started.
         """
         with _lock:
-            if _beyond and (before := _beyond.get(self._request(work, content, arguments))):
-                raise Refused(str(before), before.line, before.at)
+            for known in (self.key, self._request(work, content, arguments)) if _beyond else ():
+                if before := _beyond.get(known):
+                    raise Refused(str(before), before.line, before.at)
             child = _children.get(self.job)
             if child is None or not child.alive or (self.key not in child.made and len(child.made) >= TEXTS[self.job]):
                 if child is not None and child.owner == os.getpid():
@@ -213,7 +215,8 @@ class Confined:
                 return child.ask({"do": work, "with": self.key, **arguments}, content)
             except Refused as error:
                 if error.beyond and self.job == "template":
-                    _beyond[self._request(work, content, arguments)] = error
+                    small = len(json.dumps(arguments)) + len(content) < SMALL
+                    _beyond[self.key if small else self._request(work, content, arguments)] = error
                 raise
 
     def _request(self, work: str, content: bytes, arguments: Mapping[str, Any]) -> str:

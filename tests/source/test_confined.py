@@ -206,17 +206,22 @@ def test_more_memory_than_is_promised_is_not_given():
         rendered(held.replace("SIZE", str(2 << 30)))
 
 
-def test_what_went_beyond_its_limits_is_not_tried_again(hurried, monkeypatch):
-    """A plan asks what its build asks again; another request of the same template is answered."""
-    template = Confined("template", "{% if messages %}" + RUNAWAY["loops"] + "{% endif %}fine")
+@pytest.mark.parametrize("size", [100, confined.SMALL])
+def test_what_went_beyond_its_limits_is_not_tried_again(hurried, monkeypatch, size):
+    """A plan asks a template for chats and for Ollama, its build again; where it took a long chat to run away, others are answered."""
+    template = Confined("template", "{% if messages %}" + RUNAWAY["loops"] + f"{{% endif %}}fine {size}")
+    long = {"messages": [{"role": "user", "content": "x" * size}]}
     with pytest.raises(Refused, match="processor time") as first:
-        template.ask("render", many=[CHAT], shared={})
+        template.ask("render", many=[long], shared={})
+    others = [long, {"messages": []}]
     with monkeypatch.context() as patch:
         patch.setattr(confined, "_start", lambda _: pytest.fail("it is tried again"))
-        with pytest.raises(Refused) as second:
-            template.ask("render", many=[CHAT], shared={})
-    assert str(second.value) == str(first.value)
-    assert template.ask("render", many=[{"messages": []}], shared={})[1] == b"fine"
+        for chat in others if size < confined.SMALL else others[:1]:
+            with pytest.raises(Refused) as second:
+                template.ask("render", many=[chat], shared={})
+            assert str(second.value) == str(first.value)
+    if size >= confined.SMALL:
+        assert template.ask("render", many=others[1:], shared={})[1] == f"fine {size}".encode()
 
 
 def test_a_tokenizer_that_was_refused_once_is_asked_again(demo, monkeypatch):
