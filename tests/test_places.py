@@ -14,6 +14,7 @@ from qquant.cli.terminal import Stop
 from qquant.errors import InputError, StoppedError, UsageError
 from qquant.plan.plan import Plan
 from qquant.source.checkpoint import Checkpoint
+from tests.source.test_checkpoint import low_rank, write_adapter
 from tests.worlds.builds import CPU, HEAD, contents, load_recipe, quiet
 
 
@@ -34,6 +35,15 @@ def test_a_build_does_not_write_into_what_it_reads(make_checkpoint, tmp_path, pl
     with pytest.raises(UsageError, match="which is read"):
         pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), folder / place, CPU, quiet)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_build_does_not_write_into_its_adapter(make_checkpoint, tmp_path):
+    adapter = write_adapter(tmp_path / "lora", low_rank())
+    loaded, checkpoint = load_recipe(tmp_path, ["gptq-int4"]), Checkpoint.open(make_checkpoint(), adapter=adapter)
+    before = sorted(adapter.rglob("*"))
+    with pytest.raises(UsageError, match="which is read"):
+        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), adapter / "out", CPU, quiet)
+    assert sorted(adapter.rglob("*")) == before
 
 
 def test_a_folder_that_is_no_utf8_is_one_error(make_checkpoint, tmp_path):

@@ -51,6 +51,7 @@ from qquant.source.untrusted import read_json
 SOURCE, SOURCE_SCHEMA = "source.json", "qquant-source-1"
 CARD_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 PASSED = ("pass", "waived")
+NOT_THERE = f"{REPORT} judged it, and it is in no manifest; run the same `qquant build` again"
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -212,9 +213,7 @@ def read_release(folder: Path, only: Sequence[str] = ()) -> Release:
                 allowed[name] = entry
         if allowed:
             repositories.append(_repository(place, replace(manifest, artifacts=allowed), report, source))
-    for name in rows:
-        if name not in known and not only:
-            refused[name] = f"{REPORT} judged it, and it is in no manifest; run the same `qquant build` again"
+    refused |= {} if only else dict.fromkeys((name for name in rows if name not in known), NOT_THERE)
     if not repositories:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
         raise GateFailedError(f"{folder}: nothing may be published{reasons}")

@@ -105,6 +105,14 @@ def test_a_refusal_says_where_and_what():
         Manifest.from_json({"schema": "qquant-manifest-1", "artifacts": {"a": entry}}, "m")
 
 
+@pytest.mark.parametrize("wrong", ["1", True, 1.5, -1, 1 << 63, None, [1]])
+def test_a_count_is_a_count_and_nothing_is_converted(wrong):
+    files = {"a": {"bytes": wrong, "sha256": "0" * 64}}
+    entry = {"key": "0", "format": "gptq", "files": files}
+    with pytest.raises(InputError, match=r"m: artifacts\.a\.files\.a\.bytes: "):
+        Manifest.from_json({"schema": "qquant-manifest-1", "artifacts": {"a": entry}}, "m")
+
+
 def test_values_are_cut_before_they_are_said():
     facts = evidence.Facts("t", "a", 9, "sliding", "b", "c")
     with pytest.raises(InputError, match=r"measured with tokens_sha256 'xxx.*x, not 'b'") as caught:
