@@ -44,6 +44,13 @@ HARMLESS = (
 )  # keys that tell how it was made, or choose a kernel
 
 
+def _sym(symmetric: bool, version: str) -> Stated:
+    """What `sym` may say: false where there are zero points; GPTQModel loads that of gptq_v2 only, but for what it made itself."""
+    if symmetric and version == "gptq":
+        return Stated((True,), "GPTQModel, and transformers with it, do not load it", True)
+    return Stated((True, False) if symmetric else (False,), "the zero points are not read", True)
+
+
 class GptqLayout(QuantizedLayout):
     """Bits and group size fixed; see the head of the file."""
 
@@ -240,7 +247,7 @@ class Gptq(ModelFolder[GptqArtifact]):
             "desc_act": Stated(
                 (False, True) if ordered else (True,), "the order of columns in g_idx is not read", False
             ),
-            "sym": Stated((True, False) if symmetric else (False,), "the zero points are not read", True),
+            "sym": _sym(symmetric, version),
             "checkpoint_format": Stated((version,), shift, version),
             "format": Stated((version,), shift, version),
             "lm_head": Stated((False, None), quantized),

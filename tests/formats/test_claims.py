@@ -241,7 +241,6 @@ def values(value):
 
 
 HARMLESS_VALUES = {
-    ("quantization_config", "sym", False): "zero points are 2^(b-1), and stored",
     ("quantization_config", "desc_act", True): "g_idx is in its natural order, and stored",
 }
 
