@@ -33,6 +33,7 @@ from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.formats.planned import PlannedFile, safetensors_files
 from qquant.progress import Progress
 from qquant.release.card import yaml
+from qquant.runtime.loading import dtype_of
 from qquant.runtime.skeleton import TOKENS, transformers_config
 from qquant.source.checkpoint import SIDE_FILES
 from qquant.source.hub import card_head
@@ -58,7 +59,7 @@ def dequantize(artifact: Path, out: Path, dtype: str | None, device: torch.devic
 
     Raises:
         UsageError: `out` is there already, or the artifact is no quantized one.
-        InputError: it is damaged.
+        InputError: it is damaged, or its config names no dtype.
         NumericalError: a value does not fit float16.
     """
     kind = detect(artifact)
@@ -68,7 +69,7 @@ def dequantize(artifact: Path, out: Path, dtype: str | None, device: torch.devic
         raise UsageError(f"{out}: exists; give a new folder")
     source = FORMATS[kind].read(artifact).on(device)
     raw, side = _described(artifact, source)
-    name = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    name = dtype or dtype_of(raw, artifact)
     if name not in DTYPES:
         raise UsageError(f"--dtype {name}: allowed: {', '.join(DTYPES)}")
     config = raw | {"torch_dtype" if "torch_dtype" in raw else "dtype": name}

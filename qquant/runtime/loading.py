@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qquant import devices
 from qquant.artifact.opening import open_weights
-from qquant.errors import UsageError
+from qquant.disk.records import shortened
+from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime import drawing
@@ -55,7 +56,7 @@ def load(
     where = devices.named(device, "device")
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
-    number = _dtype(dtype, raw)
+    number = _dtype(dtype or dtype_of(raw, Path(path)))
     with ThreadPoolExecutor(_readers(where)) as pool:
         try:
             return cast("PreTrainedModel", _assembled(source, raw, Loader(source, where, number), pool))
@@ -136,9 +137,20 @@ def _open(path: str | Path) -> WeightSource:
     return open_weights(local) if local.exists() else Checkpoint.open(path)
 
 
-def _dtype(wanted: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
-    if wanted is None:
-        wanted = raw.get("dtype", raw.get("torch_dtype")) or "bfloat16"
+def dtype_of(raw: Mapping[str, Any], folder: Path) -> str:
+    """The name of the dtype that a config.json gives; bfloat16 where it gives none.
+
+    Raises:
+        InputError: it is none that weights are stored in.
+    """
+    stated = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None]
+    name = stated[0] if stated else "bfloat16"
+    if not isinstance(name, str) or getattr(torch, name, None) not in DTYPES:
+        raise InputError(f"{folder / 'config.json'}: dtype: {shortened(name)} is not bfloat16, float16 or float32")
+    return name
+
+
+def _dtype(wanted: torch.dtype | str) -> torch.dtype:
     dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise UsageError(f"dtype {wanted!r}: activations are bfloat16, float16 or float32")

@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import qquant
 from qquant.artifact.opening import open_weights
+from qquant.dequantization import dequantize
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.container import Field, read_header
+from qquant.progress import Quiet
 from qquant.runtime import drawing
 from qquant.runtime.answering import Answerer
 from qquant.source.checkpoint import Checkpoint
@@ -60,6 +63,17 @@ def test_an_id_of_config_json_is_refused_before_transformers_sees_it(tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": wrong}))
         with pytest.raises(InputError, match=r"config\.json: .*pad_token_id"):
             qquant.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("wrong", ["x", [], {"a": 1}, 5, True])
+def test_a_dtype_of_config_json_is_refused_as_the_artifacts(tmp_path, wrong):
+    folder = shutil.copytree(MADE / "autogptq-int4", tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": wrong, "dtype": wrong}))
+    with pytest.raises(InputError, match=r"config\.json: dtype"):
+        qquant.load(folder, "cpu")
+    with pytest.raises(InputError, match=r"config\.json: dtype"):
+        dequantize(folder, tmp_path / "out", None, torch.device("cpu"), Quiet())
 
 
 @pytest.fixture(scope="module")
