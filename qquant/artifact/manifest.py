@@ -308,25 +308,6 @@ def manifest_of(folder: Path) -> Manifest:
     return Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
 
 
-def records(folder: Path) -> dict[str, str]:
-    """A sha256 of all that the manifest of `folder` says of each artifact besides its files: how it was made.
-
-    It is taken of the JSON as it lies there without what is empty, so that other versions of qquant find the same.
-
-    Raises:
-        InputError: there is none, or it is malformed.
-    """
-    content = read_json(folder / MANIFEST)
-    names = Manifest.from_json(content, str(folder / MANIFEST)).artifacts
-    return {name: sha256_of_data(_said(content["artifacts"][name] | {"files": None})) for name in names}
-
-
-def _said(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: said for key, item in value.items() if (said := _said(item)) not in (None, "", [], {})}
-    return [_said(item) for item in value] if isinstance(value, list) else value
-
-
 def artifact_bytes(path: Path) -> int:
     """Bytes of an artifact as a build counts them: all files of a folder, or those that the manifest beside a GGUF file lists with it."""
     folder = path if path.is_dir() else path.parent
@@ -357,6 +338,25 @@ def artifacts_below(folder: Path) -> list[tuple[Path, str, ArtifactEntry]]:
     """(folder, name, entry) of every artifact in `folder`, or in a folder of it."""
     folders = [path.parent for path in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))) if path.is_file()]
     return [(below, name, entry) for below in folders for name, entry in manifest_of(below).artifacts.items()]
+
+
+def records(folder: Path) -> dict[str, str]:
+    """A sha256 of all that the manifest of `folder` says of each artifact besides its files: how it was made.
+
+    It is taken of the JSON as it lies there without what is empty, so that other versions of qquant find the same.
+
+    Raises:
+        InputError: there is none, or it is malformed.
+    """
+    content = read_json(folder / MANIFEST)
+    names = Manifest.from_json(content, str(folder / MANIFEST)).artifacts
+    return {name: sha256_of_data(_said(content["artifacts"][name] | {"files": None})) for name in names}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: said for key, item in value.items() if (said := _said(item)) not in (None, "", [], {})}
+    return [_said(item) for item in value] if isinstance(value, list) else value
 
 
 def require_judged(folder: Path, report: Report) -> None:
