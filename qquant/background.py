@@ -17,7 +17,6 @@ another thread breaks the recording of a CUDA graph. Without threads the same ca
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +29,6 @@ Value = TypeVar("Value")
 Work = Callable[[], None]
 Task = Callable[[], Value]  # gives a value
 Tasks = Callable[[], Iterable[Task[Value]]]  # of a group, listed when its turn comes near
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

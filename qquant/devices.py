@@ -154,9 +154,15 @@ _sharing = 1  # processes of this command on this host
 
 
 def share_host(processes: int) -> None:
-    """Leave so many processes, of which this is one, an equal part of the host's free memory each."""
+    """Leave so many processes, of which this is one, an equal part of the host's free memory and cores each."""
     global _sharing
     _sharing = processes
+
+
+def cores() -> int:
+    """CPU cores that this process may use, at least 1."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // _sharing)
 
 
 def host_memory() -> int:

@@ -1,13 +1,12 @@
 """Threads beside the main one: order, how far they run ahead, whose error is raised when, and that none is left."""
 
-import os
 import threading
 import time
 
 import pytest
 import torch
 
-from qquant.background import cores, in_parallel, prefetch, start_early, write_behind
+from qquant.background import in_parallel, prefetch, start_early, write_behind
 from qquant.devices import threads_help
 
 
@@ -261,17 +260,6 @@ def test_works_that_nobody_waits_for_are_not_begun():
         raise ValueError("mine")
     assert 100 <= len(done) < 120
     assert threads_left() == []
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
-def test_cores_are_those_of_the_process():
-    given = os.sched_getaffinity(0)
-    assert cores() == len(given)
-    try:
-        os.sched_setaffinity(0, {min(given)})
-        assert cores() == 1
-    finally:
-        os.sched_setaffinity(0, given)
 
 
 def test_threads_pay_on_a_gpu():

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from qquant import background, devices, pipeline
+from qquant import devices, pipeline
 from qquant.artifact import draft
 from qquant.artifact.manifest import verify_files
 from qquant.disk.digest import sha256_of
@@ -25,7 +25,7 @@ def test_a_build_with_threads_gives_the_same_bytes(make_checkpoint, build, monke
     folder = make_checkpoint()
     _, plain = build(folder, out="plain")
     monkeypatch.setattr(devices, "threads_help", lambda device: True)
-    monkeypatch.setattr(background, "cores", lambda: 3)
+    monkeypatch.setattr(devices, "cores", lambda: 3)
     _, threaded = build(folder, out="threaded")
     assert contents(threaded) == contents(plain)
 
@@ -157,7 +157,7 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
     monkeypatch.setattr(draft.Draft, "readings", damaged)
     for threaded in (False, True):
         monkeypatch.setattr(devices, "threads_help", lambda device, threaded=threaded: threaded)
-        monkeypatch.setattr(background, "cores", lambda: 3)
+        monkeypatch.setattr(devices, "cores", lambda: 3)
         with pytest.raises(QQuantError, match="read back differs from what was written"):
             build(folder, "gptq-int8", out=str(threaded))
 

@@ -1,11 +1,14 @@
 """The device table: kinds that no size was measured for are refused by name, before any work."""
 
+import os
+
 import pytest
 import torch
 
 from qquant import devices
-from qquant.cli import main
+from qquant.cli import main, together
 from qquant.errors import EnvironmentMissingError, UsageError
+from qquant.ranks import Membership, Ranks
 
 
 @pytest.mark.parametrize("name", ["mps", "mps:0", "xpu", "meta"])
@@ -36,6 +39,37 @@ def test_mps_on_the_command_line_is_one_line(demo, tmp_path, capsys):
     assert ended.value.code == 2
     assert "--device mps: qquant computes on cpu and cuda only; give cpu, cuda, or auto" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_cores_are_those_of_the_process():
+    given = os.sched_getaffinity(0)
+    assert devices.cores() == len(given)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert devices.cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)
+
+
+def test_ranks_of_a_host_share_its_cores_and_those_with_a_gpu_use_them(monkeypatch):
+    """Launchers give each rank one thread, which is right where ranks compute on the CPU: bytes depend on it there."""
+    member = Membership(rank=5, world=8, local=1, beside=4)
+    monkeypatch.setattr(devices, "_sharing", member.beside)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(14), raising=False)
+    assert devices.cores() == 3
+    spread = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert together.device_of("cpu", Ranks(member)) == torch.device("cpu")
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        assert together.device_of("auto", Ranks(member)) == torch.device("cuda:1")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(spread)
 
 
 @pytest.mark.gpu

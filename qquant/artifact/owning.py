@@ -86,7 +86,7 @@ def finish(
 ) -> None:
     """Read this rank's artifacts back, on a GPU build by all cores and one ahead; all ranks' become visible in the order of the plan."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, background.cores() if devices.threads_help(device) else 1) as readings:
+    with background.in_parallel(groups, devices.cores() if devices.threads_help(device) else 1) as readings:
         read = zip(drafts, readings if ranks.world == 1 else list(readings), strict=True)
         mine = {draft.plan.name for draft in drafts}
         for artifact in planned:

@@ -32,7 +32,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
-from qquant import background, devices
+from qquant import devices
 from qquant.errors import InputError
 from qquant.formats.gguf.container import read_header
 
@@ -226,7 +226,7 @@ def _started(words: Sequence[str], threads: int | None, gpu: bool) -> Child:
 
 def _asked(words: Sequence[str], nursery: Nursery) -> Child:
     """A child that loads: one that waits and still lives, or a new one."""
-    threads = max(1, background.cores() // nursery.children) if nursery.children > 1 else None
+    threads = max(1, devices.cores() // nursery.children) if nursery.children > 1 else None
     with contextlib.suppress(IndexError):
         while True:
             child = nursery.idle.pop()

@@ -217,7 +217,7 @@ def review(
     parts: dict[str, list[SliceReading]] = {}
     pairs: dict[str, list[AnswerPairs]] = {}
     paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
-    children = max(1, background.cores() // CORES) if beside else 1
+    children = max(1, devices.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
     tried = telling(partial(loading.examine, paths, spoken), Quiet() if beside else progress, "load")
     with background.start_early(lambda stop: tried(stop, children, means.idle, device), beside) as loaded:

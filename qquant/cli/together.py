@@ -96,6 +96,9 @@ def device_of(name: str, ranks: Ranks) -> torch.device:
         return devices.named(name)
     device = devices.named(f"cuda:{ranks.member.local % torch.cuda.device_count()}")
     torch.cuda.set_device(device)
+    torch.set_num_threads(
+        max(torch.get_num_threads(), devices.cores())
+    )  # launchers ask for one; bytes depend on no host's
     return device
 
 

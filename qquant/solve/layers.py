@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qquant.background import cores, prefetch
-from qquant.devices import free_memory, threads_help
+from qquant.background import prefetch
+from qquant.devices import cores, free_memory, threads_help
 from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:

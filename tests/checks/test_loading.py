@@ -139,7 +139,7 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
         return subprocess.Popen([sys.executable, "-c", script], stdout=options["stdout"], stderr=options["stderr"])
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
-    monkeypatch.setattr(background, "cores", lambda: 6)
+    monkeypatch.setattr(devices, "cores", lambda: 6)
     monkeypatch.setattr(loading, "METADATA", 1)
     assert faults(paths, children=2) == {}
     assert {threads for _, threads in asked} == {"3"}
