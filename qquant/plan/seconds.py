@@ -263,9 +263,13 @@ class _Model:
         specs = [artifact.spec for artifact in hand]
         own, scaled = [spec for spec in specs if spec.own_stream], any(spec.transforms for spec in specs)
         carried = len(own) == len(specs) > 0 and not scaled and not all(spec.eight_bit for spec in own)
+        stays = POLICIES[
+            device.type
+        ].apart  # 16-bit activations are widened on a CPU, as `kernels.gram` and `solve.drift` say
         gram = Work.of(
             Work(exact=2 * stage[0][1] ** 2) * count for block, count in self.blocks.items() for stage, _ in block
         )
+        gram = gram.in_16_bit() if stays else gram
         matrices = gram if scaled or any(not spec.own_stream and spec.feedback for spec in specs) else Work()
         shared = Work() if carried else self.token(length) + matrices
         drift = Work.of(
@@ -277,7 +281,11 @@ class _Model:
             for block, count in self.blocks.items()
             for stage, _ in block
         )
-        streams = Work.of((self.token(length, spec.eight_bit) * 2 + drift) * tokens + targets for spec in own)
+        near = drift.in_16_bit() if stays else drift
+        streams = Work.of(
+            (self.token(length, spec.eight_bit) * 2 + (drift if spec.eight_bit else near)) * tokens + targets
+            for spec in own
+        )
         return shared * tokens + streams + Work.of(self.solved(spec, curved, device) for spec in specs)
 
     def solved(self, spec: ArtifactSpec, curved: bool, device: torch.device) -> Work:
@@ -366,7 +374,7 @@ def shares(checkpoint: Checkpoint, plan: Plan, device: torch.device, world: int)
 
 NOMINAL = {  # rates of no machine in particular: good for comparing artifacts with each other
     "cpu": Rates(4e11, 1e11, 3e10, 2e9, 4e8, 3e4, 2e7, 1e9),
-    "cuda": Rates(4e14, 1e14, 1e13, 4e11, 4e11, 2e6, 2e10, 1e9),
+    "cuda": Rates(4e14, 1e14, 2e13, 2e12, 1e12, 2e6, 2e10, 1e9),
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 CACHED, FRESH = (
     20,
@@ -59,6 +59,10 @@ class Work:
 
     def __mul__(self, times: float) -> Work:
         return Work(*(times * value for value in astuple(self)))
+
+    def in_16_bit(self) -> Work:
+        """The same where products of activations stay in the dtype of the checkpoint."""
+        return replace(self, forward=self.forward + self.exact, exact=0.0)
 
     @staticmethod
     def of(parts: Iterable[Work]) -> Work:

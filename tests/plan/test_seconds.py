@@ -18,8 +18,11 @@ from qquant.plan.asked import Asked
 from qquant.plan.plan import Plan
 from qquant.plan.seconds import Rates, probe
 from qquant.progress import Quiet
+from qquant.recipe import parse
 from qquant.recipe.changes import Flags
 from qquant.solve import outside
+from qquant.source.checkpoint import Checkpoint
+from tests.bench.memory import write_hollow
 
 CPU = torch.device("cpu")
 ONE = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e5, 1e9, 1e9)
@@ -100,6 +103,21 @@ def test_more_ranks_share_the_work(demo):
     assert costs["awq"] > costs["gptq-int4"] > costs["gptq-int8"], "scales are searched; no stream of its own"
     dealt = seconds.shares(checkpoint, plan, CPU, 2)
     assert sorted(artifact.name for hand in dealt for artifact in hand) == sorted(a.name for a in plan.artifacts)
+
+
+def test_artifacts_are_dealt_among_gpus_by_what_they_took_there(tmp_path):
+    """A block of the 7B shape took 1.86 s for GPTQ-Int4 and 5.5 for GPTQ-Int8, whose streams are float32 (tests/bench/README.md)."""
+    checkpoint, gpu = Checkpoint.open(write_hollow(tmp_path / "7B", "7B", 1)), torch.device("cuda")
+    entries = ["gptq-int4, format: gptq, bits: 4", "gptq-int8, format: gptq, bits: 8", "awq, format: awq"]
+    entries += [f"{name}, format: gguf, type: {name}, solver: ggml" for name in ("q4_k_m", "q8_0")]
+    text = (
+        "version: 1\nname: all\ncalibration: {sources: [{bundled: books-en}], samples: 128, length: 2048}\nartifacts:\n"
+    )
+    plan = Plan.of(parse(text + "".join(f"  - {{name: {entry}}}\n" for entry in entries)), checkpoint)
+    costs = {artifact.name: seconds.solving(checkpoint, plan, gpu, artifact) for artifact in plan.artifacts}
+    assert costs["gptq-int8"] / costs["gptq-int4"] == pytest.approx(5.5 / 1.86, rel=0.2)
+    hands = [{artifact.name for artifact in hand} for hand in seconds.shares(checkpoint, plan, gpu, 2)]
+    assert {"gptq-int4", "awq"} in hands, "8 bits take about as long"
 
 
 def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
