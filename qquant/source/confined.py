@@ -35,6 +35,7 @@ from typing import Any
 from qquant.errors import EnvironmentMissingError
 
 SECONDS = 4  # of processor time
+COMPILING = 1  # of it, for a template before it is rendered: what is constant in it is computed then
 BYTES_A_SECOND = 500_000  # of a text to tokenize, or of a tokenizer
 WALL, PATIENCE = 4, 30
 IDLE, LOOK = 5.0, 0.25
@@ -71,7 +72,7 @@ class _Child:
     """One process."""
 
     def __init__(self, job: str) -> None:
-        self.owner = os.getpid()
+        self.job, self.owner = job, os.getpid()
         self.made: set[str] = set()
         self.process = subprocess.Popen(
             command(job),
@@ -93,7 +94,8 @@ class _Child:
     def ask(self, request: Mapping[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
         """The answer. Raises Refused; the process may have ended then."""
         text = json.dumps(request).encode()
-        seconds = SECONDS + (len(text) + len(content)) // BYTES_A_SECOND
+        compiling = self.job == "template" and request["do"] == "make"
+        seconds = (COMPILING if compiling else SECONDS) + (len(text) + len(content)) // BYTES_A_SECOND
         text = text[:-1] + f', "seconds": {seconds}}}'.encode()
         deadline = time.monotonic() + WALL * seconds + PATIENCE
         try:

@@ -187,6 +187,10 @@ def test_the_limits_are_those_that_are_promised():
     for name, content in (
         ("template", DOUBLED + "{{ ns.x == [ns.x, 1] }}{{ ns.x }}"),
         ("template", RUNAWAY["text of shared texts"]),
+        (
+            "template",
+            "{% set l = [1] * 1000000 %}{% for i in range(99999) %}{% set x = l[1:] %}{% endfor %}",
+        ),  # compiled as a list
     ):
         confined._end_all()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
