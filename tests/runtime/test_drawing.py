@@ -11,6 +11,7 @@ from qquant.artifact.opening import open_weights
 from qquant.dequantization import dequantize
 from qquant.errors import InputError, UsageError
 from qquant.formats.gguf.container import Field, read_header
+from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.progress import Quiet
 from qquant.runtime import drawing
 from qquant.runtime.answering import Answerer
@@ -117,3 +118,27 @@ def test_a_template_that_writes_nothing_is_named(file, tmp_path):
     rewrite(path, [*fields, Field("tokenizer.chat_template", "str", "")])
     with pytest.raises((InputError, UsageError), match="template"):
         Answerer.open(path, "cpu").encode_chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("key", ["tokens", "merges", "token_type"])
+@pytest.mark.parametrize(
+    ("kind", "value"), [("u32", 7), ("str", "x"), ("[u32]", [1, 2]), ("[f32]", [1.0]), ("bool", True)]
+)
+def test_arrays_of_a_tokenizer_are_of_their_kinds(file, tmp_path, key, kind, value):
+    path = tmp_path / "a.gguf"
+    shutil.copy(file, path)
+    fields = read_header(path).fields.values()
+    rewrite(
+        path, [Field(field.key, kind, value) if field.key == f"tokenizer.ggml.{key}" else field for field in fields]
+    )
+    with pytest.raises(InputError, match=rf"a\.gguf: tokenizer\.ggml\.{key} is of kind"):
+        gguf_tokenizer(path, read_header(path))
+
+
+def test_a_tokenizer_without_tokens_is_told_as_that(file, tmp_path):
+    path = tmp_path / "a.gguf"
+    shutil.copy(file, path)
+    fields = read_header(path).fields.values()
+    rewrite(path, [field for field in fields if field.key != "tokenizer.ggml.tokens"])
+    with pytest.raises(InputError, match=r"a\.gguf: has no tokens"):
+        gguf_tokenizer(path, read_header(path))

@@ -27,7 +27,9 @@ def gguf_tokenizer(path: Path, header: Header) -> Tokenizer:
     kind = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.pre")
     arrays = {key: _array(path, header, key) for key in KINDS}
     tokens, merges, kinds = arrays.values()
-    if kind != ("gpt2", "qwen2") or not tokens:
+    if not tokens:
+        raise InputError(f"{path}: has no tokens (tokenizer.ggml.tokens). Take a file with a tokenizer")
+    if kind != ("gpt2", "qwen2"):
         raise InputError(f"{path}: its tokenizer is {kind[0]!r}/{kind[1]!r}; qquant runs 'gpt2'/'qwen2', Qwen1.5's")
     if len(kinds) != len(tokens):
         raise InputError(
