@@ -97,7 +97,7 @@ def _foreseen(recipe: Recipe, source: Checkpoint, plan: Plan, device: torch.devi
     measured = machine.measured(device) if ranks.first else None
     if measured is None:
         return {}
-    return measured.foreseen(seconds.seconds(recipe, source, plan, seconds.probe(source, device), device, ranks.world))
+    return measured.foreseen(seconds.seconds(recipe, source, plan, measured.rates_for(source), device, ranks.world))
 
 
 def _next(report: Report, plan: Plan, out: Path) -> Iterator[str]:

@@ -131,12 +131,14 @@ class _Clock:
 
 
 def _clock(source: Checkpoint, device: str, world: int) -> _Clock:
-    """What tells the seconds of a plan, by rates that a probe of a second finds."""
+    """What tells the seconds of a plan, by rates that were measured, or that a probe of a second finds."""
     from qquant import devices
     from qquant.plan import machine, seconds
 
     where = devices.named(device)
-    return _Clock(source, where, seconds.probe(source, where), machine.measured(where), world)
+    measured = machine.measured(where)
+    rates = measured.rates_for(source) if measured else seconds.probe(source, where)
+    return _Clock(source, where, rates, measured, world)
 
 
 def _print_efforts(costs: list[Cost]) -> None:

@@ -54,6 +54,7 @@ INSPECTED = 12  # passes over an artifact's weights: dequantized, looked at; ove
 PLAIN = 4
 LOADER, LOADED = 1.3, 0.2  # starts of a clean process with the libraries that users load with, and of an artifact in it
 OTHER = 0.1  # of a start: texts are tokenized, or a report is drawn
+NAMED = 0.03  # of a start: an artifact's records are written, and it gets its name
 PROMPTS = 2500  # tokens of the bundled prompts, about, that are read in each of two dtypes
 WRITTEN, CONFIRMED = (
     4,
@@ -89,11 +90,21 @@ class Rates:
 
 def probe(checkpoint: Checkpoint, device: torch.device) -> Rates:
     """Rates of products of the checkpoint's own shapes on `device`, and of the other kinds; measured in about a second."""
+    return probe_of(typical(checkpoint), getattr(torch, DTYPES[checkpoint.dtype]), device)
+
+
+def typical(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The [N, K] of the linear whose smaller side is the largest."""
     shapes = checkpoint.family.matrices(checkpoint.config)
     rows, columns = max(
         (shape for name, shape in shapes.items() if name != checkpoint.family.embedding), key=lambda s: min(s)
     )
-    dtype: torch.dtype = getattr(torch, DTYPES[checkpoint.dtype])
+    return rows, columns
+
+
+def probe_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Rates:
+    """Rates of products with weights [N, K] in `dtype` and in float32, and of the other kinds."""
+    rows, columns = shape
 
     def multiplied(kind: torch.dtype) -> float:
         x, weight = (
@@ -177,7 +188,11 @@ def counted(
         * curved,
         "quantize": _largest([model.stream(hand, plan.tokens, length, curved, device) for hand in hands], device)
         * (1 / each),
-        "write": (Work(hashed=sum(sizes)) + kept + work.passes(PLAIN * model.weights * len(sizes), model.largest))
+        "write": (
+            Work(hashed=sum(sizes), starts=NAMED * len(sizes))
+            + kept
+            + work.passes(PLAIN * model.weights * len(sizes), model.largest)
+        )
         * (1 / world),
         "load": Work(starts=LOADER + LOADED * len(sizes)) + kept * PLAIN,
         "check": model.check(checks, plan.looks[0], len(plan.artifacts), world),

@@ -94,12 +94,13 @@ def one(shape, options):
             "threads": found.threads,
             "clock": options.clock,
             "factors": dict(found.factors),
+            "rates": {width: vars(rates) for width, rates in found.rates.items()},
             "whole": clock() - began,
         }
     recipe, checkpoint = asked(shape, options)
     plan = Plan.of(recipe, checkpoint)
     known = machine.measured(device)
-    rates = seconds.probe(checkpoint, device)
+    rates = known.rates_for(checkpoint) if known else seconds.probe(checkpoint, device)
     counted = seconds.seconds(recipe, checkpoint, plan, rates, device)
     out = options.work / f"built-{shape}"
     shutil.rmtree(out, ignore_errors=True)
@@ -126,6 +127,7 @@ def one(shape, options):
         "factors": dict(known.factors) if known else {},
         "rates": vars(rates),
         "probed again": vars(seconds.probe(checkpoint, device)),
+        "work": {phase: vars(todo) for phase, todo in seconds.counted(recipe, checkpoint, plan, device).items()},
         "counted": counted,
         "foreseen": known.foreseen(counted) if known else counted,
         "took": timed.took,

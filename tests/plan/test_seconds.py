@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from qquant import ranks, reference
 from qquant.artifact import timings
 from qquant.checks import sanity
+from qquant.cli import cli
 from qquant.devices import policy
 from qquant.families import decoder
 from qquant.plan import machine, seconds
@@ -123,7 +125,7 @@ def test_artifacts_are_dealt_among_gpus_by_what_they_took_there(tmp_path):
 def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert machine.measured(CPU) is None
-    found = machine.Machine(machine.SCHEMA, "cpu", 1, {"quantize": 0.5, "check": 3.0})
+    found = machine.Machine(machine.SCHEMA, "cpu", 1, {"quantize": 0.5, "check": 3.0}, {"256": ONE})
     path = machine.keep(found, CPU)
     assert path.parent == tmp_path / "qquant"
     assert machine.measured(CPU) == found
@@ -142,6 +144,23 @@ def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
     assert machine.measured(CPU) is None
 
 
+def test_a_measured_machine_is_foreseen_by_the_rates_that_were_measured(demo, monkeypatch):
+    """Not by those of another second, on which it may be half as fast; of products in between by the widths beside them."""
+    _, checkpoint = Asked(str(demo), "demo").open()
+    found = {"64": Rates(1e9, *(8 * [1e9])), "1024": Rates(1.6e10, *(8 * [1e9]))}
+    known = machine.Machine(machine.SCHEMA, "cpu", 1, {}, found)
+    monkeypatch.setattr(machine, "typical", lambda _: (900, 256))
+    assert known.rates_for(checkpoint).forward == pytest.approx(4e9)
+    for width, forward in ((32, 1e9), (64, 1e9), (1024, 1.6e10), (5120, 1.6e10)):
+        monkeypatch.setattr(machine, "typical", lambda _, width=width: (width, 9000))
+        assert known.rates_for(checkpoint).forward == pytest.approx(forward)
+    assert known.rates_for(SimpleNamespace(dtype="F16")).forward == pytest.approx(1e9), "computed in float32"
+    monkeypatch.setattr("qquant.plan.machine.measured", lambda _: known)
+    monkeypatch.setattr(seconds, "probe", lambda *_: pytest.fail("the machine was measured"))
+    result = CliRunner().invoke(cli, ["plan", str(demo), "--recipe", "demo", "--time", "--json"])
+    assert json.loads(result.stdout)["seconds"]
+
+
 def test_the_reference_build_measures_every_phase(monkeypatch):
     """On a fake clock on which every step takes two seconds, and every count is one second."""
     progress, steps = Quiet(), iter(range(0, 10**6, 2))
@@ -155,6 +174,7 @@ def test_the_reference_build_measures_every_phase(monkeypatch):
             clock.advance(phase, done, 1)
 
     monkeypatch.setattr(reference.pipeline, "build", build)
+    monkeypatch.setattr(reference, "_probed", lambda _: {"256": ONE})
     assert reference.measure(CPU, progress).factors == {"curvature": 4.0, "check": 0.5}
 
 
