@@ -19,7 +19,7 @@ A curvature of rows and columns: YAQA (arXiv 2505.22988).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,13 +47,14 @@ def sweep(  # noqa: PLR0913  what `descent.sweep` takes, G, and with whom
     shift: bool,
     rows: Iterable[Tensor],
     exchange: Exchange = ALONE,
+    kept: MutableMapping[bool, list[Tensor]] | None = None,
 ) -> Tensor:
     """Codes uint8 [N, K] after one pass over all rows and columns of weight float32 [N, K].
 
     gram: float32 [K, K], positive definite; levels: steps and offsets [N, K / width]; `rows`: G of consecutive rows in turn,
     float32 [n, n] each, N rows together. Rows whose G is zero keep their codes. All ranks of `exchange` have the same arguments, and get the same.
     """
-    columns = blocks_of(gram, shift, grid)
+    columns = blocks_of(gram, shift, grid, kept)
     if len(gram) > WIDE:
         visited.forget()  # memory is short beside such a matrix
     swept = codes.clone()
@@ -206,7 +207,8 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
     for count in range(problem.settings.sweeps):
         with problem.damped() as gram:
             shift = count % 2 == 1
-            codes = sweep(problem.weight, gram, codes, spacing, problem.grid, shift, problem.rows, problem.exchange)
+            of_ranks = problem.rows, problem.exchange, problem.kept
+            codes = sweep(problem.weight, gram, codes, spacing, problem.grid, shift, *of_ranks)
     return replace(solution, codes=codes)
 
 

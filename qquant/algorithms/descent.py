@@ -16,7 +16,7 @@ closed-form scales: arXiv 2602.02126. Rows that depend on each other: `qquant.al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,14 +58,21 @@ class Columns:
     ]  # upper factor of H_SS^-1, H_SS, H_SS^-1 [B, S, S], or halves of these; then those of a narrower last block
 
 
-def blocks_of(gram: Tensor, shift: bool, grid: Grid) -> Columns:
-    """Blocks of gram float32 [K, K], positive definite, for codes on `grid`; shifted by half a block, or not."""
+def blocks_of(gram: Tensor, shift: bool, grid: Grid, kept: MutableMapping[bool, list[Tensor]] | None = None) -> Columns:
+    """Blocks of gram float32 [K, K], positive definite, for codes on `grid`; shifted by half a block, or not.
+
+    `kept`: factors of earlier blocks of the same matrix and grid by `shift`, and these from now on, if the matrix is not wide.
+    """
     size = BLOCK if grid.levels > FEW else NARROW
     columns = torch.arange(len(gram), device=gram.device).roll(size // 2 if shift else 0)
     parts = columns.split(size)
     order = torch.cat([part[torch.argsort(gram.diagonal()[part], descending=True, stable=True)] for part in parts])
     gram = reordered(gram, order)
-    blocks = list(_factored(gram, size))
+    blocks = kept.get(shift) if kept else None
+    if blocks is None:
+        blocks = list(_factored(gram, size))
+        if kept is not None and len(gram) <= WIDE:
+            kept[shift] = blocks
     return Columns(order, split_in_place(gram), blocks)
 
 
@@ -96,10 +103,16 @@ def _factored(gram: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def sweep(
-    weight: Tensor, gram: Tensor, codes: Tensor, spacing: tuple[Tensor, Tensor], grid: Grid, shift: bool
+    weight: Tensor,
+    gram: Tensor,
+    codes: Tensor,
+    spacing: tuple[Tensor, Tensor],
+    grid: Grid,
+    shift: bool,
+    kept: MutableMapping[bool, list[Tensor]] | None = None,
 ) -> Tensor:
-    """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite."""
-    columns = blocks_of(gram, shift, grid)
+    """Codes uint8 [N, K] after one pass over all blocks; gram: float32 [K, K], positive definite; `kept`: as of `blocks_of`."""
+    columns = blocks_of(gram, shift, grid, kept)
     swept = torch.empty_like(codes)
     rows = in_whole(swept_together(weight) // weight.shape[1])
     for start in range(0, len(weight), rows):
@@ -233,7 +246,8 @@ def step(problem: Problem, solution: Solution | None) -> Solution:
     codes, params = solution.codes, dict(solution.params)
     for count in range(problem.settings.sweeps):
         with problem.damped() as gram:
-            codes = sweep(problem.weight, gram, codes, joined(params), problem.grid, shift=count % 2 == 1)
+            shift = count % 2 == 1
+            codes = sweep(problem.weight, gram, codes, joined(params), problem.grid, shift, problem.kept)
             for linear, part in problem.split(codes).items():
                 params[linear] = _refitted(problem, gram, linear, part, params[linear])
     return replace(solution, codes=codes, params=params)

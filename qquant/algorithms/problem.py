@@ -53,6 +53,12 @@ class Problem:
     alone: bool = False  # nothing else is solved on the same statistics
     exchange: Exchange = ALONE  # ranks that have the same problem, and share it out
     known: dict[str, float] | None = field(default=None, init=False)  # what `energy` found
+    kept: dict[bool, list[Tensor]] | None = field(default=None, init=False)  # of sweeps (`descent.blocks_of`), by ranks
+
+    def __post_init__(self) -> None:
+        """Ranks, of which each would factor all blocks of H for itself in every sweep, keep them."""
+        if self.exchange.world > 1:
+            self.kept = {}
 
     @cached_property
     def mine(self) -> Problem:
@@ -60,7 +66,9 @@ class Problem:
         if self.exchange.world == 1:
             return self
         linears = {linear: self.linears[linear][span] for linear, span in self._parts(self.exchange.rank).items()}
-        return Problem(linears, self.gram, self.grid, self.settings, None, self.alone)
+        mine = Problem(linears, self.gram, self.grid, self.settings, None, self.alone)
+        mine.kept = self.kept
+        return mine
 
     @cached_property
     def _spans(self) -> list[slice]:

@@ -107,6 +107,24 @@ def test_a_linear_that_ends_worse_is_rounded_on_all_ranks_alike(monkeypatch):
         assert equal(alone, theirs)
 
 
+@pytest.mark.parametrize(("world", "times"), [(1, 4), (2, 2)])
+def test_ranks_factor_the_blocks_of_h_once_for_descent_and_coupled_rows(world, times, monkeypatch):
+    """Shifted and not; every rank needs all of them. One rank alone spares the memory."""
+    factored, seen = descent._factored, Counter()
+
+    def counted(gram, size):
+        seen[threading.get_ident()] += 1
+        return factored(gram, size)
+
+    monkeypatch.setattr(descent, "_factored", counted)
+    in_threads(world, lambda exchange: solve(given(GRIDS["symmetric"], exchange), STEPS))
+    assert set(seen.values()) == {times}
+    monkeypatch.setattr(descent, "WIDE", 128)
+    seen.clear()
+    in_threads(world, lambda exchange: solve(given(GRIDS["symmetric"], exchange), STEPS))
+    assert set(seen.values()) == {4}, "wide ones are not kept"
+
+
 def test_each_rank_has_its_part_of_the_work(monkeypatch):
     """Rows that go through the column loop, by rank: of two ranks half, of four a quarter or a little more."""
     most = {}
