@@ -86,9 +86,8 @@ def build(
         inputs = _inputs(recipe, checkpoint, plan, tokens, device)
         threads = meanwhile.enter_context(as_begun(folder, device, ranks))
         ranks.agree(
-            inputs
-            | threads
-            | {"recipe": sha256_of_data(dict(published(recipe))), "plan": sha256_of_data(plan.to_dict())}
+            {"recipe": sha256_of_data(dict(published(recipe))), **inputs, **threads}
+            | {"plan": sha256_of_data(plan.to_dict())}
         )
         progress.advance("read", 2, 3)
         aside = set_aside(out)

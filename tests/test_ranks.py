@@ -156,6 +156,21 @@ def test_one_rank_tells_an_error_for_all(capfd, error, status, line):
     assert line in said[0]
 
 
+def test_an_error_that_names_a_rank_names_it_once(capfd):
+    def disagree(group):
+        facts = {"recipe": "b2", "calibration": "b2"} if group.rank else {"recipe": "a1", "calibration": "a1"}
+        try:
+            group.agree(facts)
+        except InputError as error:
+            if group.first:
+                time.sleep(0.3)  # the other one tells it
+            return together.told(error, str(error), group)
+
+    assert on_ranks(2, disagree) == [InputError.exit_code] * 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: rank 1 (never seen) has another recipe than rank 0")
+
+
 def test_a_verdict_is_told_by_the_first(capfd):
     error = GateFailedError("q4_0: too far")
     assert on_ranks(3, lambda group: together.told(error, str(error), group)) == [None, 3, 3]

@@ -76,7 +76,8 @@ def told(error: BaseException, message: str, ranks: Ranks) -> int | None:
     if isinstance(error, StoppedError | KeyboardInterrupt):
         message = f"{ranks.lost() or message}. {AGAIN}"
     if ranks.ends(message, status):
-        who = "" if ranks.first else f"rank {ranks.rank} ({ranks.where(ranks.rank)}): "
+        named = ranks.first or message.startswith("rank ")
+        who = "" if named else f"rank {ranks.rank} ({ranks.where(ranks.rank)}): "
         os.write(2, f"error: {who}{in_lines(message)}\n".encode())
     return status
 
