@@ -43,4 +43,5 @@ def _cost(effort: str, recipe: Recipe, checkpoint: Checkpoint, plan: Plan, clock
     artifacts = tuple(dataclasses.replace(one, spec=specs[one.spec.name]) for one in plan.artifacts)
     held = plan.texts.of(recipe)
     other = dataclasses.replace(plan, artifacts=artifacts, tokens=held.calibration.tokens)
-    return Cost(effort, True, build_memory(held, checkpoint).device, clock(recipe, other) if clock else None)
+    memory = build_memory(held, checkpoint, specs=[one.spec for one in artifacts]).device
+    return Cost(effort, True, memory, clock(recipe, other) if clock else None)

@@ -7,6 +7,7 @@ from qquant.plan.asked import Asked
 from qquant.plan.beside import beside
 from qquant.plan.plan import Plan
 from qquant.recipe.changes import Flags
+from tests.bench.memory import write_hollow
 
 
 def costs(folder, effort=None, clock=None, recipe="demo"):
@@ -19,6 +20,16 @@ def test_more_effort_costs_more_and_the_chosen_one_is_marked(demo):
     assert [(cost.effort, cost.asked) for cost in found] == [("fast", False), ("default", False), ("best", True)]
     assert found[0].memory < found[1].memory <= found[2].memory
     assert {cost.seconds for cost in found} == {None}
+
+
+def test_the_chosen_one_takes_the_memory_that_the_plan_says(tmp_path):
+    """Of the artifacts that were asked for, not of the whole recipe."""
+    folder = write_hollow(tmp_path / "model", "0.5B-8k", layers=1)
+    known, checkpoint = Asked(str(folder), "demo", flags=Flags(effort="default")).open()
+    plan = Plan.of(known, checkpoint, only=("gguf-q8_0",))
+    (chosen,) = [cost for cost in beside(known, checkpoint, plan, None) if cost.asked]
+    assert chosen.memory == plan.memory
+    assert chosen.memory < Plan.of(known, checkpoint).memory
 
 
 def test_the_clock_is_asked_about_each(demo):
