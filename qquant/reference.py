@@ -17,7 +17,7 @@ from qquant.progress import Progress, Timed
 from qquant.recipe.changes import Flags
 
 ONLY = ("gptq-int4", "awq", "gguf-q4_0")
-CHANGES = ("calibration.samples=32", "checks.windows=8", "checks.max_windows=null", "checks.answer_length=8")
+CHANGES = ("calibration.samples=16", "checks.windows=6", "checks.max_windows=null", "checks.answer_length=8")
 WIDTHS = (256, 1024, 4096)  # of matrices that are multiplied: the smallest, and those of 0.5B and 7B
 LEAST = 0.01  # seconds below which a phase says nothing of the machine
 

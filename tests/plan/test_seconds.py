@@ -169,7 +169,7 @@ def test_the_reference_build_measures_every_phase(monkeypatch):
 
     def build(recipe, checkpoint, plan, out, device, clock):
         assert [artifact.name for artifact in plan.artifacts] == list(reference.ONLY)
-        assert recipe.calibration.samples == 32
+        assert recipe.calibration.samples == 16
         for phase, done in (("curvature", 0), ("curvature", 1), ("quantize", 1), ("check", 1)):
             clock.advance(phase, done, 1)
 
