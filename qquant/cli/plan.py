@@ -90,7 +90,7 @@ def plan(
         echo("time:   --time says how long, after a probe of a second; shown unasked on a terminal")
     _print_needs(planned, phases, calibrated=clock is not None and clock.calibrated)
     if world > 1:
-        _print_ranks(planned, source, device, world)
+        _print_ranks(loaded, planned, source, device, world)
     _print_efforts(costs)
     for warning in planned.warnings:
         echo(f"warning: {warning}")
@@ -252,18 +252,21 @@ def _print_slices(planned: Plan, source: Checkpoint) -> None:
             )
 
 
-def _print_ranks(planned: Plan, source: Checkpoint, device: str, world: int) -> None:
-    """What each rank builds, and what all of them need of one machine."""
+def _print_ranks(loaded: Recipe, planned: Plan, source: Checkpoint, device: str, world: int) -> None:
+    """What each rank builds, and what all of them need of one machine and hand each other."""
     from qquant import devices
     from qquant.plan import seconds
+    from qquant.plan.handed import handed
 
-    hands = seconds.shares(source, planned, devices.named(device), world)
+    where = devices.named(device)
+    hands = seconds.shares(source, planned, where, world)
+    sent = handed(loaded, source, planned, where.type, world, len(hands) < world)
     if len(hands) < world:
         echo(f"ranks 0 to {world - 1}: each artifact together")
     for rank, hand in enumerate(hands if len(hands) == world else ()):
         echo(f"rank {rank}: {', '.join(artifact.name for artifact in hand) or 'no artifact; windows of the check'}")
     echo(
-        f"ranks:  each reads {sum(tensor.nbytes for tensor in source.tensors.values()):,} bytes of the checkpoint, up to three times; {world * planned.memory / 1e9:.1f} GB on one machine"
+        f"ranks:  each reads {sum(tensor.nbytes for tensor in source.tensors.values()):,} bytes of the checkpoint, up to three times; {world * planned.memory / 1e9:.1f} GB on one machine; all hand each other {sent:,} bytes"
     )
 
 
