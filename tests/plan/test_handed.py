@@ -13,6 +13,7 @@ SENT = {
     2: 575_351_296,
     3: 1_070_070_272,
     4: 1_541_402_624,
+    8: 3_334_871_040,
 }  # `python -m tests.bench.ranks --shape 0.5B --layers 1 --samples 8 --length 256`
 
 
