@@ -278,9 +278,7 @@ class _Model:
         specs = [artifact.spec for artifact in hand]
         own, scaled = [spec for spec in specs if spec.own_stream], any(spec.transforms for spec in specs)
         carried = len(own) == len(specs) > 0 and not scaled and not all(spec.eight_bit for spec in own)
-        stays = POLICIES[
-            device.type
-        ].apart  # 16-bit activations are widened on a CPU, as `kernels.gram` and `solve.drift` say
+        stays = POLICIES[device.type].apart  # 16-bit activations are widened on a CPU, see `solve.drift`
         gram = Work.of(
             Work(exact=2 * stage[0][1] ** 2) * count for block, count in self.blocks.items() for stage, _ in block
         )
