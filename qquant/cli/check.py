@@ -26,7 +26,7 @@ from qquant.cli.options import (
     checks_and_gates,
     require_there,
 )
-from qquant.cli.terminal import cells, console, echo, show, tell_watchers
+from qquant.cli.terminal import echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.errors import GateFailedError, UsageError
 
@@ -161,13 +161,19 @@ def bisect(
         content |= {"restored": restored, "kl_restored": bisection.kl_restored, "recipe_entry": fields}
         echo(json.dumps(content, indent=2))
     else:
-        from rich.table import Table
+        from qquant.cli.tables import Column, print_table
 
-        table = Table("in 16 bits", "parameters", "KL divergence less", "of all")
+        columns = [
+            Column("in 16 bits", words=True),
+            Column("parameters", spare=1),
+            Column("KL divergence less"),
+            Column("of all"),
+        ]
+        rows = []
         for restorable, gain in bisection.gains[:12]:
             share = f"{gain / bisection.kl:.1%}" if bisection.kl else ""
-            table.add_row(*cells(restorable.name, f"{restorable.size:,}", f"{gain:+.6f}", share))
-        console().print(table)
+            rows.append((restorable.name, f"{restorable.size:,}", f"{gain:+.6f}", share))
+        print_table(columns, rows)
         if not restored:
             echo(f"mean KL divergence {bisection.kl:.6f} is within {max_kl:g} as it is")
         else:

@@ -13,7 +13,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON, PLANNING, asking, given_imatrix, settle
-from qquant.cli.terminal import console, counted, echo
+from qquant.cli.terminal import counted, echo
 
 if TYPE_CHECKING:
     import torch
@@ -152,13 +152,11 @@ def _print_efforts(costs: list[Cost]) -> None:
 
 def _print_artifacts(planned: Plan) -> None:
     """One row an artifact."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from qquant.cli.tables import Column, print_table
 
-    table = Table(title=Text(planned.model), box=box.SIMPLE_HEAD)
-    for column in ("artifact", "bytes", "bits per weight", "fallbacks", "tensor parallel"):
-        table.add_column(column, justify="left" if column == "artifact" else "right", overflow="fold")
+    columns = [Column("artifact", words=True), Column("bytes"), Column("bits per weight")]
+    columns += [Column("fallbacks", spare=2), Column("tensor parallel", words=True, spare=1)]
+    rows = []
     for artifact in planned.artifacts:
         sizes = planned.parallel.get(artifact.name)
         ranks = ",".join(map(str, sizes["vllm"])) or "none" if sizes else ""
@@ -166,8 +164,8 @@ def _print_artifacts(planned: Plan) -> None:
             ranks += f" (unpadded {','.join(map(str, sizes['without_padding'])) or 'none'})"
         fallbacks = str(len(artifact.fallbacks) or "")
         numbers = f"{artifact.size:,}", f"{artifact.bits_per_weight:.2f}"
-        table.add_row(Text(artifact.name), *numbers, fallbacks, ranks)
-    console().print(table)
+        rows.append((artifact.name, *numbers, fallbacks, ranks))
+    print_table(columns, rows, planned.model)
     for name in planned.unsettled:
         echo(
             f"{name}: which tensor has which type is chosen by the build, in this size, by what each loses; `qquant recipe types` chooses now, and writes it down"

@@ -11,10 +11,13 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, GITHUB, JSON, JUNIT, OutputFile
-from qquant.cli.terminal import cells, console, echo, echo_json, show, tell_watchers
+from qquant.cli.terminal import console, echo, echo_json, show, tell_watchers
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qquant.checks.regression import LossChange
     from qquant.report.record import Report
 
 
@@ -91,14 +94,31 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
         content = {"schema": "qquant-comparison-1", "changes": [vars(change) for change in changes]}
         echo(json.dumps(content, indent=2))
     else:
-        from rich.table import Table
-
-        table = Table("artifact", "loss", "before", "now", "change", "95 % interval", "windows", "")
-        for change in changes:
-            numbers = f"{change.before:.6f}", f"{change.now:.6f}", f"{change.now - change.before:+.6f}"
-            between = f"{change.low:+.6f} to {change.high:+.6f}"
-            table.add_row(*cells(change.artifact, change.loss, *numbers, between, str(change.windows), change.outcome))
-        console().print(table)
+        screen = console()
+        screen.print(changes_table(changes, screen.width))
     worse = [change for change in changes if change.outcome == "worse"]
     if worse:
         raise GateFailedError("\n".join(f"{change.artifact}: {change.loss} is worse" for change in worse))
+
+
+def changes_table(changes: Sequence[LossChange], width: int) -> Table:
+    """One row a loss of an artifact; a narrow one keeps the change and its interval."""
+    from qquant.cli.tables import Column, fitted
+
+    columns = [Column("artifact", words=True), Column("loss", words=True), Column("before", spare=3)]
+    columns += [Column("now", spare=2), Column("change"), Column("95 % interval", words=True, spare=1)]
+    columns += [Column("windows", spare=4), Column("", words=True)]
+    rows = [
+        (
+            change.artifact,
+            change.loss,
+            f"{change.before:.6f}",
+            f"{change.now:.6f}",
+            f"{change.now - change.before:+.6f}",
+            f"{change.low:+.6f} to {change.high:+.6f}",
+            str(change.windows),
+            change.outcome,
+        )
+        for change in changes
+    ]
+    return fitted(columns, rows, width)

@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, require_there
-from qquant.cli.terminal import cells, console, echo
+from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError
 
 if TYPE_CHECKING:
@@ -70,13 +70,18 @@ def speed(
 
 
 def _show(report: SpeedReport) -> None:
-    from rich.table import Table
+    from qquant.cli.tables import Column, print_table
 
-    table = Table(title=cells(f"{report.device} · {report.outcome}")[0])
-    for column in ("", "tokens/s", "16 bit", "ratio", "95 % interval", "noise", "at best", "of it"):
-        table.add_column(column, justify="left" if not column else "right")
-    for pace in report.paces:
-        table.add_row(
+    columns = [
+        Column("", words=True),
+        Column("tokens/s"),
+        Column("16 bit"),
+        Column("ratio"),
+        Column("95 % interval", words=True),
+    ]
+    columns += [Column("noise", spare=3), Column("at best", spare=2), Column("of it", spare=1)]
+    rows = [
+        (
             f"{pace.phase}, {pace.tokens} in the cache" if pace.tokens else pace.phase,
             f"{pace.rate:,.1f}",
             f"{pace.rate_baseline:,.1f}",
@@ -86,7 +91,9 @@ def _show(report: SpeedReport) -> None:
             f"{pace.ceiling:.2f}",
             f"{pace.share:.0%}",
         )
-    console().print(table)
+        for pace in report.paces
+    ]
+    print_table(columns, rows, f"{report.device} · {report.outcome}")
     for what, here, there in (
         ("weights", report.weights, report.weights_baseline),
         ("cache", report.cache, report.cache),

@@ -13,7 +13,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON
-from qquant.cli.terminal import cells, console, echo
+from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
 if TYPE_CHECKING:
@@ -81,16 +81,7 @@ def tasks(
     if as_json:
         echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
     else:
-        from rich.table import Table
-
-        table = Table("artifact", "task, metric", "questions", "checkpoint", "artifact", "95 % of change", "right → wrong",
-                      "wrong → right", "McNemar p", "verdict")  # fmt: skip
-        for one in results:
-            scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
-            flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
-            what = f"{one.task}, {one.metric}"
-            table.add_row(*cells(Path(one.artifact).name, what, str(one.questions), *scores, *flips, one.outcome))
-        console().print(table)
+        _print_scores(results)
     for outcome, error, text in (
         ("fail", GateFailedError, f"loses more than {margin:g}"),
         ("inconclusive", InconclusiveError, f"too few questions to tell a loss from {margin:g}"),
@@ -111,3 +102,20 @@ def _tell(results: Sequence[TaskResult], suite: str, execute_code: bool, out: Pa
     if out is not None:
         for path in checks.keep_scores(out, results):
             echo(f"warning: {path} is no artifact of the report in {out}", err=True)
+
+
+def _print_scores(results: Sequence[TaskResult]) -> None:
+    """One row a task of an artifact; what is narrow keeps both scores and the verdict."""
+    from qquant.cli.tables import Column, print_table
+
+    columns = [Column("artifact", words=True), Column("task, metric", words=True), Column("questions", spare=3)]
+    columns += [Column("checkpoint"), Column("artifact"), Column("95 % of change", words=True, spare=1)]
+    columns += [Column("right → wrong", spare=2), Column("wrong → right", spare=2), Column("McNemar p", spare=4)]
+    columns += [Column("verdict", words=True)]
+    rows = []
+    for one in results:
+        scores = f"{one.score_baseline:.4f}", f"{one.score:.4f}", f"{one.low:+.4f} to {one.high:+.4f}"
+        flips = str(one.to_wrong), str(one.to_right), f"{one.p_worse:.3f}"
+        what = f"{one.task}, {one.metric}"
+        rows.append((Path(one.artifact).name, what, str(one.questions), *scores, *flips, one.outcome))
+    print_table(columns, rows)

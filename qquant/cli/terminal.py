@@ -18,7 +18,6 @@ from qquant.report.escape import in_json, in_line, in_lines, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from qquant.report.record import Report
 
@@ -52,13 +51,6 @@ def echo_json(content: str) -> None:
     """Print JSON, which stays that; strange characters in its texts as JSON spells them."""
     with unheard():
         click.echo(in_json(content), nl=not content.endswith("\n"))
-
-
-def cells(*values: str) -> list[Text]:
-    """Cells of a row that show texts as they are: no markup, one line, nothing that steers a terminal."""
-    from rich.text import Text
-
-    return [Text(in_line(value)) for value in values]
 
 
 def tell_watchers(reports: Sequence[Report], junit: Path | None, github: bool) -> None:

@@ -16,7 +16,9 @@ from rich.console import Console
 from qquant import pipeline, recipe
 from qquant.artifact.manifest import ArtifactEntry, Manifest, ReleaseEntry, artifact_bytes
 from qquant.checks.gate import judge
+from qquant.checks.regression import LossChange
 from qquant.cli import cli, main
+from qquant.cli.reports import changes_table
 from qquant.cli.tables import table_of
 from qquant.errors import EnvironmentMissingError, PublishError, UsageError
 from qquant.plan.plan import Plan
@@ -114,7 +116,7 @@ def test_a_build_says_what_it_begins_before_it_imports_torch(demo, tmp_path):
     assert done.stdout == f"False tiny-qwen1.5: 1 artifact, recipe demo: {tmp_path / 'out'}\n", done.stderr
 
 
-@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
 def test_every_number_is_whole_at_any_width(width):
     names = ("gptq-int4", "a-name-that-is-much-longer", "[bold]x[/]")
     row = ArtifactReport("", "", 14_266_280, 5.1, 102.4, 1.0016, 0.00151, 0.1, 0.972, Verdict("inconclusive"))
@@ -124,11 +126,27 @@ def test_every_number_is_whole_at_any_width(width):
     screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     screen.print(table_of(report, width))
     text = screen.export_text()
-    assert text.count("0.00151") == text.count("1.0016") == text.count("inconclusive") == len(names)
+    assert text.count("0.00151") == text.count("inconclusive") == len(names)
+    assert text.count("1.0016") == (len(names) if width > 60 else 0), "whole, or its column left out"
     assert "…" not in text
     assert "[bold]x[/]" in text
+    assert "gptq-int4" in text, "a name is folded where it is long, and not before"
     assert max(map(len, text.splitlines())) <= width
     assert ("14,266,280" in text) == (width == 140)
+
+
+def test_a_comparison_keeps_what_decides_on_a_narrow_terminal():
+    """At 80 columns each number was cut to two digits, and the verdict to three letters."""
+    change = LossChange("gptq-int4", "mean KL divergence", 0.011917, 0.01829, 0.002216, 0.010531, "inconclusive", 40)
+    for width in range(40, 150):
+        screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        screen.print(changes_table([change], width))
+        text = screen.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        for title, number in (("before", "0.011917"), ("now", "0.018290"), ("change", "+0.006373")):
+            assert (number in text) == (title in text), (width, text)
+        assert width < 60 or all(part in text for part in ("+0.006373", "inconclusive", "gptq-int4")), text
+        assert width < 80 or all(part in text for part in ("+0.002216", "+0.010531", "0.018290")), text
 
 
 def test_float32_is_told_with_its_price(make_checkpoint):

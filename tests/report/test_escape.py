@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qquant.cli import main, terminal
-from qquant.cli.tables import table_of
+from qquant.cli.tables import Column, print_table, table_of
 from qquant.cli.terminal import console
 from qquant.formats.gguf.container import Field, header_bytes
 from qquant.report import ci, escape, html
@@ -71,10 +71,12 @@ def test_neither_terminal_nor_log_is_steered(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_one_sink_prints_everything(text, capsys):
+def test_one_sink_prints_everything(text, capsys, monkeypatch):
     terminal.echo(f"a warning: {text}\n{text}")
     terminal.echo(text, nl=False, err=True)
-    console().print(*terminal.cells(text))
+    for width in ("140", "60", "30"):
+        monkeypatch.setenv("COLUMNS", width)
+        print_table([Column("a title", words=True), Column("b")], [(text, text)], text)
     terminal.echo_json(json.dumps({"a": text}, ensure_ascii=False))
     out, err = capsys.readouterr()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", out + err)
@@ -83,7 +85,7 @@ def test_one_sink_prints_everything(text, capsys):
 
 
 def test_nothing_is_printed_beside_the_sink():
-    """`terminal.echo` and its like are the only ones that print; tables are filled by `cells`, or by what is no text of strangers."""
+    """`terminal.echo` and its like are the only ones that print; tables by `tables.print_table`, whose cells are lines of text."""
     calls = []
     for path in sorted((ROOT / "qquant" / "cli").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
