@@ -84,7 +84,7 @@ def build(
     if not as_json:
         told = f", {span(sum(foreseen.values()))} foreseen" if foreseen else ""
         echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}{told}: {out}", err=True)
-        echo("\n".join(_next(report, plan, out)), err=True)
+        echo("\n".join(_next(report, plan, out, asked)), err=True)
     if ranks.first:
         tell_watchers([report], junit, github)
     show(report, as_json)
@@ -100,17 +100,20 @@ def _foreseen(recipe: Recipe, source: Checkpoint, plan: Plan, device: torch.devi
     return measured.foreseen(seconds.seconds(recipe, source, plan, measured.rates_for(source), device, ranks.world))
 
 
-def _next(report: Report, plan: Plan, out: Path) -> Iterator[str]:
-    """What one does with a build: look at it, ask it something, publish it."""
-    yield f"look:    {out / 'report.html'}"
+def _next(report: Report, plan: Plan, out: Path, asked: Asked) -> Iterator[str]:
+    """What one does with a build: look at it, ask it something, publish it, or find what carries the loss of the first that failed."""
     from qquant.artifact.finishing import installed
 
-    first = shlex.quote(str(installed(out, plan.artifacts[0])))
-    yield f"ask:     qquant run {first} 'Who are you?'"
+    paths = {artifact.name: installed(out, artifact) for artifact in plan.artifacts}
+    yield f"look:    {out / 'report.html'}"
+    yield f"ask:     {shlex.join(['qquant', 'run', str(next(iter(paths.values()))), 'Who are you?'])}"
     if report.passed:
-        yield f"publish: qquant publish {shlex.quote(str(out))} --namespace YOUR_NAME"
-    else:
-        yield f"find:    qquant bisect {first} --against CHECKPOINT --max-kl LIMIT"
+        yield f"publish: {shlex.join(['qquant', 'publish', str(out)])} --namespace YOUR_NAME"
+    for failed in [artifact for artifact in report.artifacts if artifact.verdict.outcome == "fail"][:1]:
+        limits = (f"{gate.limit:g}" for gate in failed.verdict.gates if gate.name == "mean KL divergence")
+        words = ["qquant", "bisect", str(paths[failed.name]), "--against", asked.reference]
+        words += ["--adapter", str(asked.adapter)] if asked.adapter else []
+        yield f"find:    {shlex.join(words)} --max-kl {next(limits, 'LIMIT')}"
     yield f"compare: qquant compare EARLIER {shlex.quote(str(out))}"
 
 

@@ -78,7 +78,9 @@ def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: b
     if problems:
         raise InputError("\n".join(problems))
     if with_card and not as_json:
-        echo(f"{counted(len(folders), 'card')} {'agrees' if len(folders) == 1 else 'agree'} with their reports")
+        echo(
+            f"{counted(len(folders), 'card')} {'agrees with its report' if len(folders) == 1 else 'agree with their reports'}"
+        )
 
 
 def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, object], str, tuple[str, ...]]:

@@ -215,7 +215,7 @@ def _print_checks(planned: Plan, source: Checkpoint, gates: bool) -> None:
         )
         hidden, answers = behaviour.most_tokens(source.config.positions)
         echo(
-            f"behaviour: facts in documents of {hidden:,} tokens, {behaviour.ANSWERS} answers of at most {answers:,} tokens"
+            f"behaviour: facts in documents, {hidden:,} tokens in all; {behaviour.ANSWERS} answers, {answers:,} tokens at most"
         )
     if not gates:
         return

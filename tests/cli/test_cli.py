@@ -83,16 +83,16 @@ def test_build_json_is_one_document(qquant, make_checkpoint, recipe_file, tmp_pa
 
 
 def test_failed_gate_exits_3_with_the_reason(qquant, make_checkpoint, recipe_file, tmp_path):
-    recipe_file.write_text(
-        recipe_file.read_text().replace("defaults: false", "defaults: false, kl_divergence: 0.0000001", 1)
-    )
-    code, out, err = qquant(
-        "build", make_checkpoint(), "--recipe", recipe_file, "--out", tmp_path / "out", "--device", "cpu"
-    )
+    before, last = recipe_file.read_text().rsplit("defaults: false", 1)
+    recipe_file.write_text(f"{before}defaults: false, kl_divergence: 0.0000001{last}")
+    folder, made = make_checkpoint(), tmp_path / "out"
+    code, out, err = qquant("build", folder, "--recipe", recipe_file, "--out", made, "--device", "cpu")
     assert code == 3
     assert "fail" in out
-    assert "gptq-int4: mean KL divergence" in err
-    assert (tmp_path / "out" / "model-GPTQ-Int4").is_dir(), "what failed is kept, to be looked at"
+    assert "gguf-q4_0: mean KL divergence" in err
+    failed = made / "model-GGUF" / "model-q4_0.gguf"
+    assert failed.is_file(), "what failed is kept, to be looked at"
+    assert f"find:    qquant bisect {failed} --against {folder} --max-kl 1e-07\n" in err, "to be copied as it is"
 
 
 def test_plan_is_exact(qquant, make_checkpoint, recipe_file, tmp_path):
