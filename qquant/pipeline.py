@@ -23,7 +23,7 @@ from qquant.artifact.threads import as_begun
 from qquant.calibration import Tokenizer
 from qquant.checks import bisect as bisection
 from qquant.checks import kept, llama_cpp, loading, speed, structure
-from qquant.checks.comparable import require_same_numbers
+from qquant.checks.comparable import merged_otherwise, require_same_numbers
 from qquant.checks.evidence import Evidence
 from qquant.checks.means import Means
 from qquant.checks.review import Candidate, HeldOut, Review, earlier_release, held_out, review, with_speed
@@ -234,17 +234,8 @@ def check(  # noqa: PLR0913  each is the user's
         size = artifact_bytes(path)
         earlier, kind = earlier_release(gates, str(path), text), kind_of_file(path)
         held = resolved(gates, kind, parameters)
-        candidates.append(
-            Candidate(
-                str(path),
-                path,
-                size,
-                8 * _tensor_bytes(path) / parameters,
-                held,
-                eight_bit=eight_bits(kind),
-                earlier=earlier,
-            )
-        )
+        bits = 8 * _tensor_bytes(path) / parameters
+        candidates.append(Candidate(str(path), path, size, bits, held, eight_bit=eight_bits(kind), earlier=earlier))
     ranks.agree(versions(device) | {"checkpoint": checkpoint.fingerprint, "text": text.facts.sha256})
     reviewed, measured = review(checkpoint, candidates, text, Means(device), progress, ranks)
     report = Report(
@@ -256,6 +247,7 @@ def check(  # noqa: PLR0913  each is the user's
         artifacts=reviewed.artifacts,
         warnings=(
             *beyond(checks.length, checkpoint),
+            *merged_otherwise(paths, checkpoint),
             *filter(None, [str(reviewed.tokenizer or "")]),
             *reviewed.warnings,
         ),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qquant.artifact.manifest import manifest_of
+from qquant.artifact.manifest import entry_at
 from qquant.disk.output import MANIFEST
 from qquant.errors import UsageError
 from qquant.formats import format_of
@@ -29,10 +29,10 @@ def again(artifact: Path, fields: Mapping[str, Any]) -> Recipe:
     folder = artifact if artifact.is_dir() else artifact.parent
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder}: has no {MANIFEST}, so the recipe that it was built from is not known")
-    entries = manifest_of(folder).artifacts
-    name = next((name for name, entry in entries.items() if artifact.is_dir() or artifact.name in entry.files), None)
-    if name is None:
+    named = entry_at(artifact)
+    if named is None:
         raise UsageError(f"{artifact}: is not named in {folder / MANIFEST}")
+    name, _ = named
     recipe = read_json(folder / MANIFEST)["artifacts"][name]["recipe"]
     spec = next((spec for spec in recipe.get("artifacts", ()) if spec.get("name") == name), None)
     if spec is None:

@@ -308,13 +308,20 @@ def manifest_of(folder: Path) -> Manifest:
     return Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
 
 
+def entry_at(path: Path) -> tuple[str, ArtifactEntry] | None:
+    """Name and entry of the artifact at `path`, a folder or a GGUF file; None where no manifest names it. Raises InputError if that is malformed."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / MANIFEST).is_file():
+        return None
+    named = manifest_of(folder).artifacts.items()
+    return next(((name, entry) for name, entry in named if path.is_dir() or path.name in entry.files), None)
+
+
 def artifact_bytes(path: Path) -> int:
     """Bytes of an artifact as a build counts them: all files of a folder, or those that the manifest beside a GGUF file lists with it."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / MANIFEST).is_file():
-        for entry in manifest_of(folder).artifacts.values():
-            if path.is_dir() or path.name in entry.files:
-                return sum(facts.bytes for facts in entry.files.values())
+    named = entry_at(path)
+    if named is not None:
+        return sum(facts.bytes for facts in named[1].files.values())
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     return sum(file.stat().st_size for file in weight_files(path))

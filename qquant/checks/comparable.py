@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qquant.artifact.manifest import entry_at
 from qquant.errors import InputError
 from qquant.families.weights import WeightSource
 from qquant.source.checkpoint import Checkpoint
@@ -26,6 +28,23 @@ def require_same_numbers(path: Path, source: WeightSource, checkpoint: Checkpoin
     """Raise InputError unless `source` has the checkpoint's numbers, so that a linear of one is one of the other."""
     if _difference(source, checkpoint):
         raise InputError(f"{path}: is not a quantization of {checkpoint.path}: {_difference(source, checkpoint)}")
+
+
+def merged_otherwise(paths: Sequence[Path], checkpoint: Checkpoint) -> list[str]:
+    """A warning for each artifact whose manifest names another adapter than `checkpoint` has merged: the loss is then not quantization's."""
+    here = checkpoint.adapter.fingerprint if checkpoint.adapter else None
+    warnings = []
+    for path in paths:
+        named = entry_at(path)
+        built = named[1].adapter if named else None
+        if named and (built.sha256 if built else None) != here:
+            what = (
+                f"with {built.name} merged: give it by --adapter"
+                if built
+                else "without an adapter: leave --adapter out"
+            )
+            warnings.append(f"{path.name} was built {what}, or what is measured is another model's distance")
+    return warnings
 
 
 def _difference(source: WeightSource, checkpoint: Checkpoint) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +30,9 @@ from qquant.cli.options import (
 from qquant.cli.terminal import echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.errors import GateFailedError, UsageError
+
+if TYPE_CHECKING:
+    from qquant.source.checkpoint import Checkpoint
 
 
 @command(epilog=EXITS, example="check model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")
@@ -83,7 +87,6 @@ def check(
     for artifact in artifacts:
         require_there(artifact)
     from qquant import pipeline
-    from qquant.source.checkpoint import Checkpoint
 
     numbers = {
         "profile": profile,
@@ -94,7 +97,7 @@ def check(
     }
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
-    source = Checkpoint.open(against, adapter=adapter)
+    source = _opened(against, adapter, artifacts)
     for warning in pipeline.beyond(length, source):
         echo(f"warning: {warning}", err=True)
     ranks = ranks_here()
@@ -135,12 +138,11 @@ def bisect(
     from qquant import pipeline
     from qquant.artifact.again import again, in_16_bits
     from qquant.recipe import dump, lines_of
-    from qquant.source.checkpoint import Checkpoint
 
     if written is not None:
         again(artifact, {})  # there is a recipe, or this is the end
 
-    source = Checkpoint.open(against, adapter=adapter)
+    source = _opened(against, adapter, [artifact])
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
@@ -221,7 +223,6 @@ def perplexity(
     """
     from qquant import pipeline
     from qquant.recipe import Checks
-    from qquant.source.checkpoint import Checkpoint
 
     if (against is None) == (logits is None):
         raise UsageError("give either --against CHECKPOINT or --logits FILE")
@@ -234,10 +235,8 @@ def perplexity(
         if logits is not None:
             by_artifact = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:
-            source, checks = (
-                Checkpoint.open(str(against), adapter=adapter),
-                Checks(text=text, windows=chunks, length=context),
-            )
+            source = _opened(str(against), adapter, artifacts)
+            checks = Checks(text=text, windows=chunks, length=context)
             by_artifact = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
         echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": by_artifact}, indent=2))
@@ -247,6 +246,17 @@ def perplexity(
         for title, key, error, factor in SHOWN:
             more = f" ± {factor * numbers[error]:.6f}" if error else ""
             echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
+
+
+def _opened(against: str, adapter: Path | None, artifacts: Sequence[Path]) -> Checkpoint:
+    """The checkpoint, and a word where an artifact was built with another adapter."""
+    from qquant.checks.comparable import merged_otherwise
+    from qquant.source.checkpoint import Checkpoint
+
+    source = Checkpoint.open(against, adapter=adapter)
+    for warning in merged_otherwise(artifacts, source):
+        echo(f"warning: {warning}", err=True)
+    return source
 
 
 SHOWN = (

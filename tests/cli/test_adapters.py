@@ -1,6 +1,7 @@
 """What was built with an adapter is checked against the merged model, by every command that compares."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,13 +56,17 @@ def merged(make_checkpoint, tmp_path):
     return folder, adapter, artifact
 
 
-def test_check_bisect_and_perplexity_take_the_adapter(merged):
+def test_check_bisect_and_perplexity_take_the_adapter(merged, tmp_path):
     folder, adapter, artifact = merged
     small = ["--against", str(folder), "--length", "32", "--device", "cpu", "--json", "--windows", "2"]
 
+    told = "q8_0.gguf was built with adapter merged"
+
     def kl(*more):
         done = CliRunner().invoke(cli, ["check", str(artifact), *small, "--no-defaults", *more])
-        return json.loads(done.stdout)["artifacts"][0]["kl_divergence"]
+        report = json.loads(done.stdout)
+        assert any(told in warning for warning in report["warnings"]) == (told in done.stderr) == (more == ())
+        return report["artifacts"][0]["kl_divergence"]
 
     near = kl("--adapter", str(adapter))
     assert near < kl() / 5, "without it another model is meant"
@@ -69,9 +74,17 @@ def test_check_bisect_and_perplexity_take_the_adapter(merged):
         cli, ["bisect", str(artifact), *small, "--max-kl", str(2 * near), "--adapter", str(adapter)]
     )
     assert json.loads(done.stdout)["restored"] == []
+    assert told not in done.stderr
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
+    done = CliRunner().invoke(cli, ["bisect", str(artifact), *small, "--max-kl", "9", "--adapter", str(other)])
+    assert told in done.stderr, "another adapter is not that one"
     again = ["--against", str(folder), "--context", "32", "--chunks", "2", "--device", "cpu", "--json"]
     done = CliRunner().invoke(cli, ["perplexity", str(artifact), *again, "--adapter", str(adapter)])
     (numbers,) = json.loads(done.stdout)["artifacts"].values()
+    assert told not in done.stderr
     assert numbers["kld_mean"] < 3 * near
 
 
