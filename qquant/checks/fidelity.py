@@ -1,7 +1,7 @@
 """How close an artifact stays to its 16-bit checkpoint, token by token, on held-out text.
 
 Baseline and artifacts walk the text together, one decoder block at a time, so only one block of each is in memory and no logits
-are stored. Where hidden states of all windows are more than `SHARE` of the free memory, windows go in groups, each through all layers:
+are stored. Where hidden states of all windows are more than `qquant.plan.room.CHECK` of the free memory, windows go in groups, each through all layers:
 weights are read once for each group, and the numbers are the same to the bit. Then the heads are read once, in slices of the vocabulary, and per scored position these sums are kept in float64:
 
     Z_b = sum exp(b),  Z_a = sum exp(a),  T = sum exp(b) (b - a)          b, a: float32 logits of baseline and artifact
@@ -29,12 +29,11 @@ from qquant.devices import free_memory
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
+from qquant.plan.room import CHECK, HELD
 from qquant.progress import Progress, SharedProgress
 
 SLICE = 1024  # rows of the heads at a time, of every source at once
 TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
-SHARE = 0.25  # of the free memory that activations may take
-STATES = 2  # times the hidden states of a group: what they are, and what is made of them
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,8 @@ def measure(
         NumericalError: an activation of the baseline is not finite. An artifact's are measured as they are (infinite KL).
     """
     sources = [baseline, *artifacts.values()]
-    held = STATES * 4 * len(sources) * text.windows.shape[1] * baseline.config.hidden  # bytes of a window
-    room = SHARE * free_memory(device) if memory is None else memory
+    held = HELD * 4 * len(sources) * text.windows.shape[1] * baseline.config.hidden  # bytes of a window
+    room = CHECK * free_memory(device) if memory is None else memory
     together = max(1, TILE // max(1, text.windows.shape[1] - text.first - 1))
     groups = text.windows.split(max(1, int(room / held / together)) * together)
     parts = []

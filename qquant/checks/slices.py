@@ -28,11 +28,12 @@ import torch
 from qquant.calibration import Tokenizer
 from qquant.calibration.slices import FAMILIAR, FIRST, LENGTH, REFERENCE, Group, Sliced, frequencies
 from qquant.checks import statistics
-from qquant.checks.fidelity import SHARE, STATES, Fidelity, Scored, measure
+from qquant.checks.fidelity import Fidelity, Scored, measure
 from qquant.checks.ratios import Ratio, ratio
 from qquant.checks.spreading import windows as spread
 from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
+from qquant.plan.room import CHECK, HELD
 from qquant.progress import Progress
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe.limits import ASKED, POWER, RESOLVED, SLICES, normal_quantile
@@ -102,7 +103,7 @@ def readings(
     by_artifact = {name: list(_short(text, every_token, letters)) for name, every_token in short.items()}
     if len(text.long):
         documents = Scored(torch.as_tensor(text.long, dtype=torch.int64), 0, tokenizer.size)
-        phase, room = NamedPhase(progress, "long documents"), min(ranks.gather(SHARE * free_memory(device)))
+        phase, room = NamedPhase(progress, "long documents"), min(ranks.gather(CHECK * free_memory(device)))
         for group in turns(artifacts, documents.windows.shape[1] * baseline.config.hidden, device, room):
             read = partial(measure, baseline, group, device=device, progress=phase)
             for name, every_token in spread(read, documents, list(group), ranks).items():
@@ -116,8 +117,8 @@ def turns(
     artifacts: Mapping[str, WeightSource], values: int, device: torch.device, memory: float | None = None
 ) -> Iterator[dict[str, WeightSource]]:
     """Artifacts in groups of as many as may hold `values` activations each beside the checkpoint, at least one."""
-    room = SHARE * free_memory(device) if memory is None else memory
-    together = max(1, int(room / (4 * STATES * values)) - 1)
+    room = CHECK * free_memory(device) if memory is None else memory
+    together = max(1, int(room / (4 * HELD * values)) - 1)
     names = list(artifacts)
     for start in range(0, len(names), together):
         yield {name: artifacts[name] for name in names[start : start + together]}

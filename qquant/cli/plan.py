@@ -88,7 +88,7 @@ def plan(
     _print_checks(planned, source, gates)
     if timed is None and not phases:
         echo("time:   --time says how long, after a probe of a second; shown unasked on a terminal")
-    _print_needs(planned, phases, calibrated=clock is not None and clock.calibrated)
+    _print_needs(planned, source, phases, calibrated=clock is not None and clock.calibrated)
     if world > 1:
         _print_ranks(loaded, planned, source, device, world)
     _print_efforts(costs)
@@ -268,10 +268,19 @@ def _print_ranks(loaded: Recipe, planned: Plan, source: Checkpoint, device: str,
     )
 
 
-def _print_needs(planned: Plan, phases: dict[str, float], calibrated: bool) -> None:
+def _tokens_checked(planned: Plan, source: Checkpoint) -> int:
+    """Tokens of the longest text that a check takes through the layers."""
+    from qquant.calibration.slices import most_tokens
+
+    sliced = max(most_tokens(source.config.positions)) if planned.checks.profile == "release" else 0
+    return max(planned.looks[-1] * planned.checks.length, sliced)
+
+
+def _print_needs(planned: Plan, source: Checkpoint, phases: dict[str, float], calibrated: bool) -> None:
     """Time, memory and disk, each beside what is there."""
     from qquant.cli.display import span
     from qquant.devices import host_memory
+    from qquant.plan.room import checked_bytes
 
     if phases:
         within = (
@@ -281,9 +290,12 @@ def _print_needs(planned: Plan, phases: dict[str, float], calibrated: bool) -> N
         )
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
         echo(f"time:   about {span(sum(phases.values()))} here ({each}), {within}")
-    free = f"; {host_memory() / 1e9:.1f} GB are free on the host"
+    models, free = 1 + len(planned.artifacts), host_memory()
+    held = checked_bytes(_tokens_checked(planned, source), models, source.config.hidden, free)
     host, card = planned.needs["cpu"], planned.needs["cuda"]
-    echo(f"memory: about {host.device / 1e9:.1f} GB at the peak on a CPU ({host.step}){free}")
+    echo(
+        f"memory: about {host.device / 1e9:.1f} GB at the peak on a CPU ({host.step}), and {held / 1e9:.1f} GB of windows while it is checked; {free / 1e9:.1f} GB are free on the host"
+    )
     echo(
         f"        with --device cuda {card.device / 1e9:.1f} GB of the GPU, at least {card.least / 1e9:.1f} GB, and {card.host / 1e9:.1f} GB of the host"
     )

@@ -2,6 +2,7 @@
 
 hidden states    of all streams, on the device, or on the host, from where each sample comes and goes
 passages         what a sample holds between two stages of a block on a stream of its own: kept, or made again for every stage
+windows          hidden states of a check, of the checkpoint and all artifacts at once: of all windows of a text, or of as many as have room
 
 A build finds in between that memory is shorter than was thought: then more gives way (`qquant.solve.stream`).
 """
@@ -12,6 +13,8 @@ from qquant.families import Family, ModelConfig
 
 STATES = 0.3  # of the free memory that hidden states may take
 PASSAGES = 0.3  # of what is free beside them
+CHECK = 0.25  # of the free memory that hidden states of a check may take
+HELD = 2  # times the hidden states of windows: what they are, and what is made of them
 
 
 def states_stay(nbytes: int, free: int) -> bool:
@@ -28,3 +31,8 @@ def passages_bytes(family: Family, config: ModelConfig, tokens: int, itemsize: i
 def passages_stay(nbytes: int, free: int) -> bool:
     """Whether every sample keeps what it holds."""
     return nbytes <= PASSAGES * free
+
+
+def checked_bytes(tokens: int, models: int, hidden: int, free: int) -> int:
+    """Bytes of hidden states that a check of `models` on `tokens` holds at once."""
+    return min(HELD * 4 * tokens * models * hidden, int(CHECK * free))

@@ -294,7 +294,7 @@ def test_damage_to_far_positions_is_named(tmp_path, tiny, monkeypatch):
 def test_artifacts_take_turns_where_their_streams_do_not_fit():
     artifacts = {name: None for name in "abcde"}
     values = 1000
-    one = 4 * slices.STATES * values
+    one = 4 * slices.HELD * values
     assert [list(turn) for turn in slices.turns(artifacts, values, CPU, 6 * one)] == [list("abcde")]
     assert [list(turn) for turn in slices.turns(artifacts, values, CPU, 3 * one)] == [["a", "b"], ["c", "d"], ["e"]]
     assert [list(turn) for turn in slices.turns(artifacts, values, CPU, 0)] == [[name] for name in "abcde"]

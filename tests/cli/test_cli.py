@@ -114,11 +114,13 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     code, out, _ = qquant("plan", folder, "--recipe", recipe_file)
     assert code == 0
     assert len(out.splitlines()) <= 24, "a screen"
-    (row,) = [line.split() for line in out.splitlines() if line.strip().startswith("gptq-int4 ")]
+    rows = [line.replace("│", " ").split() for line in out.splitlines()]
+    (row,) = [row for row in rows if row[:1] == ["gptq-int4"]]
     assert row[-1] == "1,2", "tensor-parallel sizes"
     assert "gguf-q4_0: 1 tensor cannot have the type of the mix, e.g. " in out
     assert "check:  bundled:wikitext-2-test, 3 windows of 64 tokens (93 scored)" in out
     assert " GB at the peak on a CPU (" in out
+    assert " GB of windows while it is checked; " in out
     assert "with --device cuda " in out
     for detail in ("model.safetensors", "down_proj", "measured, not gated", "time:   about "):
         assert detail not in out

@@ -12,8 +12,11 @@ from qquant import recipe
 from qquant.algorithms import coupled, descent
 from qquant.algorithms.grid import UniformGrid
 from qquant.algorithms.problem import Problem, solve
+from qquant.checks import fidelity
 from qquant.plan import memory
 from qquant.plan.plan import Plan
+from qquant.plan.room import checked_bytes
+from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
 from tests.algorithms.test_gptq import problem
 from tests.bench import memory as bench
@@ -40,6 +43,8 @@ from qquant.checks import review
 from qquant.checks.loading import Loaded
 from qquant.plan.memory import PROCESS
 from qquant.plan.plan import Plan
+from qquant.plan.room import checked_bytes
+from qquant.progress import Quiet
 from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -129,3 +134,20 @@ def test_the_whole_process_stays_below_what_is_planned(builds, shape):
     """So who has as much memory free as the plan says can build."""
     planned, _, _, peak = builds[shape]
     assert peak < planned
+
+
+def test_windows_of_a_check_are_what_a_plan_says(make_checkpoint, monkeypatch):
+    """A plan said 0.7 GB, and the check of twelve models on the release profile held 5.9."""
+    source = Checkpoint.open(make_checkpoint())
+    seen = []
+    monkeypatch.setattr(fidelity, "_measure", lambda sources, text, *_: seen.append(len(text.windows)) or [])
+    monkeypatch.setattr(fidelity.Fidelity, "joined", lambda parts: parts)
+    windows, free = torch.zeros(4000, 64, dtype=torch.int64), 64 * 10**6
+    monkeypatch.setattr(fidelity, "free_memory", lambda device: free)
+    for count in (4, 4000):
+        seen.clear()
+        fidelity.measure(
+            source, {}, fidelity.Scored(windows[:count], 32, source.config.vocab), torch.device("cpu"), Quiet()
+        )
+        held = 8 * max(seen) * 64 * source.config.hidden
+        assert 0.9 * held <= checked_bytes(64 * count, 1, source.config.hidden, free) <= 1.1 * held
