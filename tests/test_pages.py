@@ -1,4 +1,4 @@
-"""Every `qquant` line on the pages for users parses: the command exists, and so does each of its options."""
+"""Pages for users: each line of a block parses, and is run by a test that is named here or says that it is not; links and numbers lead somewhere."""
 
 import re
 import shlex
@@ -13,39 +13,86 @@ from tests.bench.memory import SHAPES, write_hollow
 from tests.worlds import ROOT
 
 PAGES = ("README.md", "recipes/GUIDE.md", "recipes/README.md", "SECURITY.md", "calibration/README.md")
+NOT_RUN = "# not run"  # on a line, or in the first two of a block: of all its lines
+RUN = {  # what a line of a block begins with, or the block is in -> the test that runs it
+    ("README.md", "make"): "Makefile::demo",
+    ("README.md", "Three ways in"): "tests/test_three_ways.py::test_i_release_models",
+    ("recipes/GUIDE.md", "Benchmarks"): "tests/checks/test_task_suites.py::test_command",
+    ("recipes/GUIDE.md", "Publishing"): "tests/test_three_ways.py::test_i_have_a_laptop",
+    ("recipes/GUIDE.md", "Several GPUs or machines"): "tests/test_three_ways.py::test_i_have_several_gpus",
+    ("recipes/GUIDE.md", "From Python"): "tests/test_three_ways.py::test_i_write_python",
+}
 
 
-def commands(page):
-    """Lines in `sh` blocks, and code spans, that begin with qquant."""
-    text = (ROOT / page).read_text()
-    blocks = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    spans = re.findall(r"`([^`\n]+)`", text)
-    for line in [*blocks, *spans]:
-        line = line.split(" #")[0].removeprefix(".venv/bin/").strip()
-        line = re.sub(r"^(srun )?torchrun .* -m qquant ", "qquant ", line)
-        if line.startswith("qquant ") and "|" not in line and "\\" not in line:
-            yield line
+def blocks(page, languages):
+    """(heading, lines) of every block of code in these languages."""
+    heading = ""
+    parts = re.split(r"^(#+ [^\n]+|```\w*\n(?:.*?\n)?```)$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for part in parts:
+        if part.startswith("#"):
+            heading = part.lstrip("# ")
+        elif part.startswith("```") and part[3 : part.index("\n")] in languages:
+            yield heading, part.splitlines()[1:-1]
+
+
+def ours(line):
+    """The words after `qquant` of a line, whoever launches it; None of other lines."""
+    line = re.sub(r"^(srun )?torchrun .* -m qquant ", "qquant ", line.removeprefix(".venv/bin/"))
+    return shlex.split(line, comments=True)[1:] if line.startswith("qquant ") else None
+
+
+def leaf(words):
+    """(command, its own words)."""
+    command, context = cli, click.Context(cli, info_name="qquant")
+    while words and isinstance(command, click.Group) and not words[0].startswith("-"):
+        name, *words = words
+        command = command.get_command(context, name)
+        assert command is not None, f"no command {name}"
+    return command, words
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_on_the_pages_exist_and_take_these_options(page):
-    lines = list(commands(page))
-    assert lines or page not in ("README.md", "recipes/GUIDE.md", "recipes/README.md")
-    for line in lines:
-        _, *words = shlex.split(line)
-        command, context = cli, click.Context(cli, info_name="qquant")
-        while words and isinstance(command, click.Group):
-            name = words.pop(0)
-            if name.startswith("-"):
-                break
-            found = command.get_command(context, name)
-            assert found is not None, f"{page}: {line}: no command {name}"
-            command = found
+def test_lines_of_blocks_parse_as_they_stand(page, tmp_path, monkeypatch):
+    """Values too: a choice, a number, a missing word."""
+    monkeypatch.chdir(tmp_path)
+    found = 0
+    for _, lines in blocks(page, ("sh",)):
+        for words in filter(None, map(ours, lines)):
+            command, words = leaf([re.sub(r"\$\w+", "x", word) for word in words])
+            for word in words:
+                if (
+                    word.startswith(("path/", "out/", "release", "sets", "rel/", "published/", "/"))
+                    and "." not in word[-6:]
+                ):
+                    (tmp_path / word.lstrip("/")).mkdir(parents=True, exist_ok=True)
+            command.make_context(command.name, list(words), parent=click.Context(cli, info_name="qquant"))
+            found += 1
+    assert found or page not in ("README.md", "recipes/GUIDE.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_sentences_exist_and_take_these_options(page):
+    for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text()):
+        words = ours(span.strip()) if "|" not in span and "\\" not in span else None
+        command, words = leaf(words or [])
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        known |= set(context.help_option_names) | {"--help"}
         for word in words:
             if word.startswith("--"):
-                assert word.split("=")[0] in known, f"{page}: {line}: no option {word}"
+                assert word.split("=")[0] in known | {"--help"}, f"{page}: {span}: no option {word}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_line_of_a_block_is_run_by_a_test_or_says_that_it_is_not(page):
+    for heading, lines in blocks(page, ("sh", "python")):
+        if any(NOT_RUN in line for line in lines[:2] if line.startswith("#")):
+            continue
+        for line in lines:
+            if line.strip() and not line.startswith(("#", "import")) and NOT_RUN not in line:
+                test = RUN.get((page, line.split()[0])) or RUN.get((page, heading))
+                assert test, f"{page}: {heading}: {line}: which test runs it?"
+    for path, _, name in (test.partition("::") for test in RUN.values()):
+        text = (ROOT / path).read_text()
+        assert f"def {name}(" in text or f"\n{name}:" in text, f"{path}: no {name}"
 
 
 def test_links_of_the_readme_lead_somewhere():
