@@ -113,11 +113,21 @@ class FormatParam(click.ParamType[str]):
         return self._words().shell_complete(ctx, param, incomplete)
 
 
-def _recipe_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """Names of published recipes that begin as what was typed, for shell completion."""
+def recipe_words(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Published recipes that begin as what was typed, and where none does, files, for shell completion: bash forgets what precedes a file."""
+    from click.shell_completion import CompletionItem
+
     from qquant import recipe
 
-    return [name for name in recipe.names() if name.startswith(incomplete)]
+    names = [CompletionItem(name) for name in recipe.names() if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *names]
+
+
+def _type_words(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """GGUF types that begin as what was typed, for shell completion."""
+    from qquant.recipe.artifacts import GgufType
+
+    return [name for name in get_args(GgufType) if name.startswith(incomplete.lower())]
 
 
 SOURCE = (
@@ -125,7 +135,7 @@ SOURCE = (
     click.option(
         "--recipe",
         help="A bundled recipe (`qquant recipe list`) or a YAML file; default: the published one that fits CHECKPOINT.",
-        shell_complete=_recipe_names,
+        shell_complete=recipe_words,
     ),
     click.option("--revision", help="Branch, tag or commit of a hub checkpoint; default: the recipe's, else main."),
     click.option(
@@ -148,6 +158,7 @@ CHANGES = (
         "types",
         multiple=True,
         metavar="TYPE",
+        shell_complete=_type_words,
         help="GGUF files of these types, e.g. q4_k_m; default: the recipe's.",
     ),
     click.option(

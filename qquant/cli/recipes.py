@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qquant.cli.command import Group
-from qquant.cli.options import DEVICE, EXITS, JSON, LOG, PLANNING, asking, given_imatrix, settle
+from qquant.cli.options import DEVICE, EXITS, JSON, LOG, PLANNING, asking, given_imatrix, recipe_words, settle
 from qquant.cli.terminal import counted, echo, echo_json
 from qquant.errors import UsageError
 
@@ -122,7 +122,7 @@ def list_recipes(as_json: bool) -> None:
 
 
 @recipes.command("show", example="recipe show qwen1.5-chat")
-@click.argument("name")
+@click.argument("name", shell_complete=recipe_words)
 @JSON
 def show_recipe(name: str, as_json: bool) -> None:
     """A recipe with every default written out, as YAML."""
@@ -135,7 +135,7 @@ def show_recipe(name: str, as_json: bool) -> None:
 
 
 @recipes.command("validate", example="recipe validate mine.yaml")
-@click.argument("files", nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True, shell_complete=recipe_words)
 @JSON
 def validate_recipes(files: tuple[str, ...], as_json: bool) -> None:
     """Check recipes; every problem of every file is reported at once."""

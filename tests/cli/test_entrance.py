@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import click
@@ -14,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from qquant import recipe
-from qquant.cli import cli
+from qquant.cli import cli, main
 from qquant.errors import UsageError
 from qquant.plan.asked import kind_of_text, proposed
 from qquant.recipe.artifacts import FormatName
@@ -55,16 +54,24 @@ def test_runs_as_a_module():
     assert done.stdout.startswith("qquant, version ")
 
 
-def test_completes_commands_in_a_shell():
-    done = subprocess.run(
-        [sys.executable, "-c", "from qquant.cli import main; main()"],
-        env={"_QQUANT_COMPLETE": "bash_complete", "COMP_WORDS": "qquant b", "COMP_CWORD": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == {"build", "bisect"}
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("qquant b", {"plain,build", "plain,bisect"}),
+        ("qquant recipe show q", {"plain,qwen1.5-chat", "plain,qwen1.5-base", "file,q"}),
+        ("qquant plan --recipe mine", {"file,mine"}),
+        ("qquant recipe validate mine", {"file,mine"}),
+        ("qquant build --type q4_k", {"plain,q4_k_m", "plain,q4_k_s"}),
+        ("qquant build --format g", {"plain,gptq", "plain,gguf"}),
+    ],
+)
+def test_completes_in_a_shell_what_was_typed(typed, offered, monkeypatch, capsys):
+    monkeypatch.setenv("_QQUANT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit):
+        main([])
+    assert set(capsys.readouterr().out.splitlines()) == offered
 
 
 @pytest.mark.parametrize("name", LEAVES)
