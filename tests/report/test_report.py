@@ -334,3 +334,15 @@ def test_each_of_the_published_artifacts_has_its_name_in_the_picture(width):
     made = [artifact(name, int(size * 1e6), kl, speed=SPEED) for name, (size, kl) in ELEVEN.items()]
     chart = pictures.pareto([made], {name: name for name in ELEVEN}, width=width)
     assert [point.artifact.name for point in chart.points if not point.name] == []
+
+
+def test_many_reasons_leave_the_first_screen_to_the_picture():
+    """Nine paragraphs of an inconclusive release stood before it."""
+    rows = [artifact(name, verdict=Verdict("inconclusive", (f"{name} is not decided",))) for name in list(ELEVEN)[:-1]]
+    made = report(*rows, artifact("gguf-q8_0", verdict=Verdict("fail", ("gguf-q8_0 has failed",))))
+    text = html.render(made)
+    shown, folded = text[: text.index("<summary>")], text[: text.index("<svg")]
+    assert "gguf-q8_0 has failed" in shown, "the worst first"
+    assert sum(f"{name} is not decided" in shown for name in ELEVEN) == 2
+    assert all(f"{name} is not decided" in folded for name in list(ELEVEN)[:-1])
+    assert "8 more" in folded
