@@ -90,7 +90,7 @@ class QuantizedLayout(ABC):
 class Stated:
     """A key of quantization_config that runtimes read: the values that are true of the weights, and what follows from others."""
 
-    true: tuple[Any, ...]
+    true: Container[Any]
     otherwise: str
     absent: Any = None  # what a runtime takes without the key
 

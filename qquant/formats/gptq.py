@@ -17,7 +17,7 @@ Left out: 2 and 3 bit, and writing asymmetric zeros (a zero of 0 is stored as -1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qquant import __version__
@@ -38,16 +38,23 @@ else:
     torch = lazy("torch")
 
 HARMLESS = (
-    "damp_percent damp_auto_increment static_groups true_sequential model_name_or_path meta quantizer mse dataset tokenizer "
+    "damp_auto_increment static_groups true_sequential model_name_or_path meta quantizer mse dataset tokenizer "
     "block_name_to_quantize cache_block_outputs use_exllama exllama_config use_cuda_fp16 max_input_length "
     "autoround_version provider iters"
 )  # keys that tell how it was made, or choose a kernel
 
 
+class _Share(Container[Any]):
+    """Numbers between 0 and 1, neither of them included."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and 0 < value < 1
+
+
 def _sym(symmetric: bool, version: str) -> Stated:
     """What `sym` may say: false where there are zero points; GPTQModel loads that of gptq_v2 only, but for what it made itself."""
     if symmetric and version == "gptq":
-        return Stated((True,), "GPTQModel, and transformers with it, do not load it", True)
+        return Stated((True,), "GPTQModel does not load it", True)
     return Stated((True, False) if symmetric else (False,), "the zero points are not read", True)
 
 
@@ -248,6 +255,7 @@ class Gptq(ModelFolder[GptqArtifact]):
                 (False, True) if ordered else (True,), "the order of columns in g_idx is not read", False
             ),
             "sym": _sym(symmetric, version),
+            "damp_percent": Stated(_Share(), "transformers and GPTQModel do not load it", 0.1),
             "checkpoint_format": Stated((version,), shift, version),
             "format": Stated((version,), shift, version),
             "lm_head": Stated((False, None), quantized),

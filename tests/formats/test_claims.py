@@ -242,6 +242,7 @@ def values(value):
 
 HARMLESS_VALUES = {
     ("quantization_config", "desc_act", True): "g_idx is in its natural order, and stored",
+    ("quantization_config", "damp_percent"): "left out, it is one that every reader has",
 }
 
 

@@ -59,3 +59,12 @@ def test_a_value_of_a_folder_that_changes_answers_fails(edited, file, key):
     path.write_text(json.dumps(content | {key: ANSWERS_OF_A_FOLDER[file, key]}))
     faults, _ = noticed(found["gptq"], checkpoint)
     assert faults
+
+
+@pytest.mark.parametrize("damping", [1.5, 0, None, "x"])
+def test_a_damping_that_transformers_refuses_fails(edited, damping):
+    checkpoint, found, open_file = edited
+    path, content = open_file("gptq", "config.json")
+    wrong = content["quantization_config"] | {"damp_percent": damping}
+    path.write_text(json.dumps(content | {"quantization_config": wrong}))
+    assert any("damp_percent" in fault for fault in noticed(found["gptq"], checkpoint)[0])
