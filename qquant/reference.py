@@ -35,10 +35,10 @@ def measure(device: torch.device, progress: Progress, changes: tuple[str, ...] =
         pipeline.build(recipe, checkpoint, plan, Path(scratch, "out"), device, clock)
     after = _probed(device)
     rates = {width: between(before[width], after[width], 0.5) for width in before}
-    found = Machine(SCHEMA, device_name(device), torch.get_num_threads(), {}, rates)
-    counted = seconds.seconds(recipe, checkpoint, plan, found.rates_for(checkpoint), device)
+    machine = Machine(SCHEMA, device_name(device), torch.get_num_threads(), {}, rates)
+    counted = seconds.seconds(recipe, checkpoint, plan, machine.rates_for(checkpoint), device)
     factors = {phase: clock.took[phase] / took for phase, took in counted.items() if clock.took.get(phase, 0) > LEAST}
-    return replace(found, factors=factors)
+    return replace(machine, factors=factors)
 
 
 def _probed(device: torch.device) -> dict[str, seconds.Rates]:

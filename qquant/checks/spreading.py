@@ -72,14 +72,14 @@ def mine(sizes: Mapping[str, int], ranks: Ranks) -> list[str]:
     return [name for name in sizes if name in hand]
 
 
-def answers(found: Mapping[str, Answers], asked: bool, ranks: Ranks) -> dict[str, Answers]:
+def answers(mine: Mapping[str, Answers], asked: bool, ranks: Ranks) -> dict[str, Answers]:
     """The answers to all ranks; none if a rank that was to ask could not."""
-    if not all(ranks.gather(bool(found) or not asked)):
+    if not all(ranks.gather(bool(mine) or not asked)):
         return {}
-    said = ranks.gather({name: to_plain(answered) for name, answered in found.items()})
+    said = ranks.gather({name: to_plain(answered) for name, answered in mine.items()})
     return {name: typed(Answers, one, name) for theirs in said for name, one in theirs.items()}
 
 
-def problems(found: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
+def problems(mine: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
     """What any rank found, by name."""
-    return {name: problem for theirs in ranks.gather(dict(found)) for name, problem in theirs.items()}
+    return {name: problem for theirs in ranks.gather(dict(mine)) for name, problem in theirs.items()}

@@ -53,8 +53,8 @@ class Machine:
         lower = max((pair for pair in known if pair[0] <= width), key=lambda pair: pair[0], default=known[0])
         upper = min((pair for pair in known if pair[0] >= width), key=lambda pair: pair[0], default=known[-1])
         apart = math.log(upper[0] / lower[0])
-        found = between(lower[1], upper[1], math.log(width / lower[0]) / apart if apart else 0.0)
-        return found if checkpoint.dtype == "BF16" else replace(found, forward=found.exact)
+        rates = between(lower[1], upper[1], math.log(width / lower[0]) / apart if apart else 0.0)
+        return rates if checkpoint.dtype == "BF16" else replace(rates, forward=rates.exact)
 
     def foreseen(self, counted: Mapping[str, float]) -> dict[str, float]:
         """Seconds by phase, from those that were counted."""
