@@ -8,8 +8,8 @@
     python -m tests.bench.ranks --work W --out OUT --shape toy --layers 2 --samples 12 --length 256 --windows 2 --device cpu --worlds 1 2
 
 `demo`: the bundled checkpoint by its recipe; else random bf16 weights of the shape, and a recipe of the eleven published artifacts with
-random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), else
-one thread; more ranks than GPUs share them. `--only` of one artifact is made by all ranks together, of several each by one. Each world
+random weights' verdicts asked of nobody. Every rank is a process with a GPU of its own where there are some (NVLink multicast off), with
+`--device cpu` one thread; more ranks than GPUs share them. `--only` of one artifact is made by all ranks together, of several each by one. Each world
 builds into the same folder, which is hashed and removed. `--stop S`: S seconds into it the first world above 1 is ended, and the next
 number of ranks continues. Numbers and hashes go to FOLDER/ranks.json after every world, what ranks say to FOLDER/ranks-<world>.log; a
 summary is printed, of a world that fails the last lines of that. "read back": from the last block to the last artifact with its name.
@@ -122,7 +122,8 @@ def rank_main(options):
     from qquant.resources import data_dir
     from qquant.source.checkpoint import Checkpoint
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if options.device == "cpu":
+        torch.set_num_threads(int(options.threads))
     demo = options.shape == "demo"
     folder = data_dir("recipes") / "demo" / "tiny-qwen1.5" if demo else options.work / "model"
     with together.joined(os.environ, ["build"]) as ranks:
@@ -158,7 +159,9 @@ def rank_main(options):
 
 def start(world, options):
     """The process of a group of `world` ranks."""
-    settings = {"NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": options.threads}
+    settings = {"NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if options.device == "cpu":
+        settings["OMP_NUM_THREADS"] = options.threads
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     command = [sys.executable, *launcher, "-m", "tests.bench.ranks", *sys.argv[1:], "--rank"]
     with log_of(world, options).open("wb") as log:
@@ -218,7 +221,7 @@ def main():
     parser.add_argument("--windows", type=int, help="of the check; default: 16, the demo's 40")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--threads", default="1", help="of a rank on the CPU")
+    parser.add_argument("--threads", default="1", help="of a rank with --device cpu")
     parser.add_argument("--stop", type=float, help="end the first group of several after so many seconds")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
