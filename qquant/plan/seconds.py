@@ -65,6 +65,8 @@ DECODE = 16  # a token that is decoded in a batch, over one that is read
 WRITE = 4  # a token that is written with up to 63 others, over one that is read
 ENOUGH = 0.12  # seconds of each probe
 SIDE = 1024  # of matrices that are probed
+# Columns of one that is factored: the rate doubles in between, and a wider one takes a second.
+FACTORED = 256, 2048
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -113,8 +115,10 @@ def probe_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
         )
         return 2 * 512 * rows * columns * _a_second(lambda: x @ weight.T, device)
 
-    one = torch.eye(SIDE, device=device)
-    damped = one * SIDE + torch.ones_like(one)
+    least, most = FACTORED
+    side = min(max(least, min(shape)), most)
+    one = torch.eye(side, device=device)
+    damped = one * side + torch.ones_like(one)
 
     def factored() -> torch.Tensor:
         return torch.linalg.solve_triangular(torch.linalg.cholesky(damped), one, upper=False)
@@ -125,7 +129,7 @@ def probe_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     return Rates(
         multiplied(dtype),
         multiplied(torch.float32),
-        4 / 3 * SIDE**3 * _a_second(factored, device),
+        4 / 3 * side**3 * _a_second(factored, device),
         cached.numel() * _a_second(lambda: cached * 1.0, device),
         fresh.numel() * _a_second(lambda: fresh * 1.0, device),
         1 / few,

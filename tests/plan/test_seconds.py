@@ -88,6 +88,16 @@ def test_the_probe_is_short_and_sees_a_slower_machine(demo, monkeypatch):
     assert slower.exact < 0.7 * rates.exact
 
 
+@pytest.mark.parametrize(("shape", "side"), [((64, 64), 256), ((600, 1100), 600), ((2200, 2100), 2048)])
+def test_what_is_factored_is_as_wide_as_the_checkpoint(shape, side, monkeypatch):
+    """Half as wide takes twice the seconds a multiplication, so that a layer of 7B was foreseen a third too slow."""
+    seen, real = [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: seen.append(len(matrix)) or real(matrix))
+    monkeypatch.setattr(seconds, "_a_second", lambda step, device: step() is not None)
+    seconds.probe_of(shape, torch.float32, CPU)
+    assert seen == [side]
+
+
 def test_more_ranks_share_the_work(demo):
     """What all need stays; what is dealt shrinks; nobody is slower beside others."""
     recipe, checkpoint = Asked(str(demo), "demo").open()
