@@ -3,10 +3,10 @@
     python tests/bench/training_texts.py texts --packages FOLDER --out TEXTS    unpacked packages -> one file of documents for each kind
     python tests/bench/training_texts.py tokens --texts TEXTS --out DATA        texts -> DATA/0/tokenizer.json, tokens.xz, data.json
 
-`FOLDER` has one folder for each package of PACKAGES (Debian 12, main and security; the file tokens.xz was made from versions that data.json
-lists), as `dpkg-deb -x` leaves it. A file's language is the one that its path names. Texts of a language are shared out among the packages that
+`FOLDER` has one folder for each package of training_packages.txt (Debian 12, main and security; data.json lists those that it was made from with
+their sha256), as `dpkg-deb -x` leaves it. A file's language is the one that its path names. Texts of a language are shared out among the packages that
 have any, up to its budget in bytes; a paragraph is kept once, if it is written in its language, and if it shares no run of 8 words or 24 letters
-with a held-out text (`calibration/apart.py`). The packages of held-out documents are not among PACKAGES, their pages in the others are left out.
+with a held-out text (`calibration/apart.py`). The packages of held-out documents are not among them, their pages in the others are left out.
 
 tokens.xz holds uint16 ids, kind after kind; data.json says how many of each, and has the sha256 of everything.
 """
