@@ -1,0 +1,269 @@
+"""Damage of one kind done to a model, and whether `checks.profile: release` calls it by its name.
+
+    python -m tests.bench.damage build CHECKPOINT WORK [--only healthy ...] [--samples 96] [--length 256] [--device cpu]
+    python -m tests.bench.damage check CHECKPOINT WORK [--only healthy ...] [--device cpu]                   the whole profile, as `qquant check` reads it
+    python -m tests.bench.damage slices CHECKPOINT WORK [--only healthy ...] [--windows 6] [--positions N]   few windows a slice, no questions
+
+`build` leaves a GPTQ-Int4 of each of CASES in WORK, all with the calibration of `qwen1.5-chat` and `effort: fast`:
+
+    healthy      as it should be
+    no-LANGUAGE  no sample of the calibration has a letter of that script
+    no-tools     no sample of the calibration is a tool transcript
+    hurt-KIND    weights that are off where texts of KIND drive them and others do not (`directions`), quantized like the healthy one
+    theta        the healthy one with a rope_theta that is 1 % larger
+
+W x of a linear W [N, K] on tokens x of KIND has the mean energy tr(W H W'), H their second moment and B that of all other texts. With H v = l B v,
+the largest l first, B-orthonormal columns V [K, DIRECTIONS] and independent normal numbers R [N, DIRECTIONS],
+
+    W + s R V'        an error of N s^2 sum(l) on texts of KIND and of N s^2 DIRECTIONS on the others; s makes the first `SHARE` of the energy
+"""
+
+import argparse
+import gzip
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from qquant import pipeline, recipe
+from qquant.artifact.opening import open_weights
+from qquant.calibration import Tokenizer
+from qquant.calibration.slices import LENGTH, Sliced, sliced
+from qquant.checks import slices
+from qquant.families.decoder import embed, source_block
+from qquant.plan.plan import Plan
+from qquant.progress import Quiet
+from qquant.recipe import Checks, Gates
+from qquant.recipe.limits import WORST_SLICE
+from qquant.resources import data_dir
+from qquant.source.checkpoint import Checkpoint
+
+SCRIPTS = {"thai": "[\u0e00-\u0e7f]", "arabic": "[\u0600-\u06ff]"}
+CASES = ("healthy", "no-thai", "no-arabic", "no-tools", "hurt-thai", "hurt-arabic", "hurt-tools", "theta")
+OWN = {"thai": ("docs-th",), "arabic": ("docs-ar",), "tools": ("tools",)}  # the corpora of a kind
+DIRECTIONS, SHARE, RIDGE = 8, 0.1, 0.1
+ROWS = 24  # of a corpus of the kind; of each of the others, READ
+READ = 4
+RECIPE = """
+version: 1
+name: damage
+effort: fast
+calibration: {{sources: {sources}, samples: {samples}, length: {length}, default_system_share: 0.25}}
+checks: {{windows: 2, length: 64, answer_length: 0}}
+artifacts: [{{name: gptq-int4, format: gptq, bits: 4, gates: {{defaults: false}}}}]
+"""
+
+
+def corpus(name):
+    """(kind, documents) of a bundled corpus; of a text its paragraphs."""
+    folder = data_dir("calibration") / "corpora"
+    if (folder / f"{name}.jsonl").exists():
+        return "chat", (folder / f"{name}.jsonl").read_text().splitlines()
+    return "text", gzip.decompress((folder / f"{name}.txt.gz").read_bytes()).decode().split("\n\n")
+
+
+def sources(work, case):
+    """The sources of `qwen1.5-chat` for a case: bundled, or what is left of them in files below WORK."""
+    left = []
+    for source in recipe.load("qwen1.5-chat").calibration.sources:
+        entry = {"bundled": source.bundled, "kind": source.kind, "weight": source.weight}
+        if case == "no-tools" and source.bundled in OWN["tools"]:
+            continue
+        if case.removeprefix("no-") in SCRIPTS:
+            kind, documents = corpus(source.bundled)
+            script = re.compile(SCRIPTS[case.removeprefix("no-")])
+            # JSON may spell letters by their numbers
+            kept = [
+                one
+                for one in documents
+                if not script.search(json.dumps(json.loads(one), ensure_ascii=False) if kind == "chat" else one)
+            ]
+            if len(kept) < len(documents) / 2:
+                continue
+            if len(kept) < len(documents):
+                file = work / "texts" / case / f"{source.bundled}.{'jsonl' if kind == 'chat' else 'txt'}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(("\n" if kind == "chat" else "\n\n").join(kept))
+                entry = {"path": str(file), "kind": source.kind, "weight": source.weight}
+        left.append(entry)
+    return left
+
+
+def windows(tokenizer, names, rows, length):
+    """Up to `rows` windows int64 [n, length] of each corpus."""
+    found = []
+    for name in names:
+        kind, documents = corpus(name)
+        if kind == "chat":
+            documents = [tokenizer.render(json.loads(one)["messages"]) for one in documents]
+        ids = np.array(tokenizer.encode("\n\n".join(documents)), np.int64)
+        there = len(ids) // length
+        found += [
+            ids[at * length : (at + 1) * length] for at in np.linspace(0, there - 1, min(rows, there)).astype(int)
+        ]
+    return torch.from_numpy(np.stack(found))
+
+
+def moments(checkpoint, ids, device):
+    """Mean x x' of the input of every stage, float64 [K, K] by (layer, stage)."""
+    states = embed(checkpoint, ids.flatten(), torch.float32).to(device).view(*ids.shape, -1)
+    found = {}
+    for layer in range(checkpoint.config.layers):
+
+        def observe(stage, x, layer=layer):
+            rows = x.flatten(0, -2)
+            found[layer, stage] = (rows.T @ rows).double().cpu() / len(rows)
+
+        states = source_block(checkpoint, layer, torch.float32, device).forward(states, observe)
+    return found
+
+
+def directions(own, others):
+    """(V [K, DIRECTIONS], what each has on the texts of the kind), float64: it has 1 on the others."""
+    ridge = RIDGE * float(others.diagonal().mean()) * torch.eye(len(others), dtype=torch.float64)
+    root = torch.linalg.cholesky(others + ridge)
+    half = torch.linalg.solve_triangular(root, own, upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    return torch.linalg.solve_triangular(root.T, vectors[:, -DIRECTIONS:], upper=True), values[-DIRECTIONS:]
+
+
+def hurt(checkpoint, kind, folder, device):
+    """A copy of the checkpoint in `folder` whose linears are off on texts of `kind`."""
+    tokenizer = Tokenizer.open(checkpoint.path)
+    names = {source.bundled for source in recipe.load("qwen1.5-chat").calibration.sources}
+    apart = sorted(names - set(OWN[kind]) - {"rag", "chat-multi"})
+    own = moments(checkpoint, windows(tokenizer, OWN[kind], ROWS, 256), device)
+    others = moments(checkpoint, windows(tokenizer, apart, READ, 256), device)
+    shutil.copytree(checkpoint.path, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors, draw = load_file(file), torch.Generator().manual_seed(0)
+    shares, sizes = [], []
+    for layer in range(checkpoint.config.layers):
+        for stage in checkpoint.family.stages:
+            v, values = directions(own[layer, stage.name], others[layer, stage.name])
+            for linear in stage.linears:
+                name = f"{checkpoint.family.block.format(layer)}{linear}.weight"
+                weight = tensors[name].double()
+                r = torch.randn(len(weight), DIRECTIONS, dtype=torch.float64, generator=draw)
+                energy = float(((weight @ own[layer, stage.name]) * weight).sum())
+                error = (SHARE * energy / (len(weight) * float(values.sum()))) ** 0.5 * r @ v.T
+                shares.append(
+                    float(((error @ others[layer, stage.name]) * error).sum())
+                    / float(((weight @ others[layer, stage.name]) * weight).sum())
+                )
+                sizes.append(float(error.norm() / weight.norm()))
+                tensors[name] = (weight + error).to(tensors[name].dtype)
+    save_file(tensors, file, {"format": "pt"})
+    print(
+        f"hurt-{kind}: {SHARE:.1%} of the energy of outputs there, {np.mean(shares):.2%} elsewhere; weights are {np.mean(sizes):.1%} off, {max(sizes):.1%} at most"
+    )
+
+
+def build(options):
+    """An artifact of every case that is not there."""
+    device = torch.device(options.device)
+    for case in options.only:
+        out = options.work / case
+        if (out / "report.json").exists() or (out / "model").exists():
+            continue
+        if case == "theta":
+            shutil.copytree(artifact(options.work, "healthy"), out / "model")
+            config = json.loads((out / "model" / "config.json").read_text())
+            for place in (config, config.get("rope_parameters") or {}):
+                if "rope_theta" in place:
+                    place["rope_theta"] *= 1.01
+            (out / "model" / "config.json").write_text(json.dumps(config))
+            continue
+        source = options.checkpoint
+        if case.startswith("hurt-"):
+            source = options.work / "hurt" / case
+            if not source.exists():
+                hurt(Checkpoint.open(options.checkpoint), case.removeprefix("hurt-"), source, device)
+        text = RECIPE.format(
+            sources=json.dumps(sources(options.work, case)), samples=options.samples, length=options.length
+        )
+        (options.work / f"{case}.yaml").write_text(text)
+        loaded, checkpoint = recipe.load(options.work / f"{case}.yaml"), Checkpoint.open(source)
+        pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), out, device, Quiet())
+        print(f"{case}: built", flush=True)
+
+
+def artifact(work, case):
+    """The folder of a case's artifact."""
+    (config,) = (work / case).glob("*/config.json")
+    return config.parent
+
+
+def fewer(text, most, positions):
+    """The first `most` windows of every slice, and `positions` tokens of the long documents."""
+    counts = [one.windows for one in text.slices]
+    starts = np.cumsum([0, *counts])
+    rows = [start + at for start, count in zip(starts, counts, strict=False) for at in range(min(most, count))]
+    short = tuple(replace(one, windows=min(most, one.windows)) for one in text.slices)
+    return Sliced(short, text.short[rows], text.long[:, :positions] if positions > LENGTH else text.long[:0])
+
+
+def read_slices(options):
+    """Few windows of every slice, judged by their gate."""
+    checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
+    tokenizer = Tokenizer.open(checkpoint.path)
+    text = fewer(sliced(tokenizer, checkpoint.config.positions), options.windows, options.positions)
+    weights = {case: open_weights(artifact(options.work, case), device) for case in options.only}
+    found = slices.readings(checkpoint, weights, text, tokenizer, device, Quiet())
+    for case, readings in found.items():
+        rows, verdict = slices.judge(readings, WORST_SLICE)
+        print(f"\n{case}: {verdict.outcome if verdict else 'no gate'} {'; '.join(verdict.reasons) if verdict else ''}")
+        table(rows)
+
+
+def table(rows):
+    """Every slice, one a line."""
+    for row in rows:
+        times = f"{row.relative.value:6.2f} [{row.relative.low:.2f}, {row.relative.high:.2f}]" if row.relative else ""
+        print(
+            f"  {row.name:28} {row.windows:3} {row.kl_divergence.value:9.5f} {row.perplexity_baseline:8.1f} {row.bits / max(row.frequencies, 1e-9):5.2f} {times:24} {row.standing}"
+        )
+
+
+def read_all(options):
+    """The whole profile."""
+    checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
+    paths = {str(artifact(options.work, case)): case for case in options.only}
+    checks = Checks(profile="release", windows=40, answer_length=0)
+    report = pipeline.check(
+        list(map(Path, paths)), checkpoint, checks, Gates(), device, Quiet(), options.work / "report"
+    )
+    for row in report.artifacts:
+        print(f"\n{paths[row.path]}: {row.verdict.outcome}\n" + "\n".join(f"  {line}" for line in row.verdict.reasons))
+        table(row.slices)
+        for one in row.behaviour:
+            kl = f"{one.kl_divergence.value:.4f}" if one.kl_divergence else ""
+            print(
+                f"  {one.name:28} {one.questions:3} right {one.right_baseline:3} -> {one.right:3} {kl:7} {one.standing}"
+            )
+
+
+def main():
+    """Build, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["build", "slices", "check"])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--positions", type=int, default=16_384, help="of a long document; 0: none is read")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    {"build": build, "slices": read_slices, "check": read_all}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
