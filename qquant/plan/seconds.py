@@ -56,10 +56,8 @@ LOADER, LOADED = 1.3, 0.2  # starts of a clean process with the libraries that u
 OTHER = 0.1  # of a start: texts are tokenized, or a report is drawn
 NAMED = 0.03  # of a start: an artifact's records are written, and it gets its name
 PROMPTS = 2500  # tokens of the bundled prompts, about, that are read in each of two dtypes
-WRITTEN, CONFIRMED = (
-    4,
-    16,
-)  # prompts or batches of them that are answered word by word; steps of all others, which confirm a draft
+# Prompts or batches of them that are answered word by word; steps of all others, which confirm a draft.
+WRITTEN, CONFIRMED = 4, 16
 STEP = 25  # steps of a column loop that a block's operators are for a token
 DECODE = 16  # a token that is decoded in a batch, over one that is read
 WRITE = 4  # a token that is written with up to 63 others, over one that is read
@@ -109,10 +107,8 @@ def probe_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     rows, columns = shape
 
     def multiplied(kind: torch.dtype) -> float:
-        x, weight = (
-            torch.randn(512, columns, device=device).to(kind),
-            torch.randn(rows, columns, device=device).to(kind),
-        )
+        x = torch.randn(512, columns, device=device).to(kind)
+        weight = torch.randn(rows, columns, device=device).to(kind)
         return 2 * 512 * rows * columns * _a_second(lambda: x @ weight.T, device)
 
     least, most = FACTORED
