@@ -42,7 +42,7 @@ from qquant.plan.capacity import require_fit
 from qquant.plan.places import require_outside
 from qquant.plan.plan import Plan
 from qquant.plan.texts import shortfall
-from qquant.progress import Progress
+from qquant.progress import Progress, waited_for
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates, Recipe, eight_bits, published
 from qquant.recipe.limits import reach, resolved
@@ -104,12 +104,19 @@ def build(
         blocks, measured = Layers.of(without_padding(checkpoint), device), recipe.calibration.gradient_tokens
         idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0, gpu=True))
         walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, measured, mine.together)
+        progress.advance("write", 0, 1)
         took = owning.seconds(mine.written(drafts, ranks), ranks)
         if ranks.first:
             timings.write(took, out)
             write_synced(out / SOURCE, ReleaseSource.of(checkpoint, sizes_with_earlier(plan.parallel, out)).to_json())
-        origin = Origin(cast(RecipeCopy, published(recipe)), inputs, _adapter(checkpoint))
-        owning.finish(mine.written(drafts, ranks), plan.artifacts, out, origin, device, ranks)
+        owning.finish(
+            mine.written(drafts, ranks),
+            plan.artifacts,
+            out,
+            Origin(cast(RecipeCopy, published(recipe)), inputs, _adapter(checkpoint)),
+            device,
+            ranks,
+        )
         if ranks.first:
             tokens.save(out / "calibration")
             write_imatrix(moments.collect(checkpoint, f"qquant recipe {recipe.name}"), out / "calibration")
@@ -227,7 +234,8 @@ def check(  # noqa: PLR0913  each is the user's
     ranks: Ranks = ALONE,
 ) -> Report:
     """Measure artifacts made by any tool against the checkpoint they came from; the report is kept in `out`, if given."""
-    text = held_out(checks, Tokenizer.open(checkpoint.path), positions=checkpoint.config.positions)
+    tokenizer, positions = Tokenizer.open(checkpoint.path), checkpoint.config.positions
+    text = waited_for(partial(held_out, checks, tokenizer, positions=positions), progress, "read")
     parameters = checkpoint.family.parameters(checkpoint.config)
     candidates = []
     for path in paths:

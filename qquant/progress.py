@@ -18,7 +18,10 @@ class Progress(Protocol):
     """What a build or a check reports to."""
 
     def advance(self, phase: str, done: int, of: int) -> None:
-        """`done` of `of` equal steps of `phase` ("curvature", "quantize", "check", "answer", ...) are done; 0 says that it begins."""
+        """`done` of `of` equal steps of `phase` ("curvature", "quantize", "check", "answer", ...) are done.
+
+        The first call says that it begins: with 0, or with the steps that were done before. A phase of one step may say its end alone.
+        """
         ...
 
     def at(self, what: str) -> None:
@@ -87,12 +90,9 @@ class Timed:
         self.shown.check_stop()
 
 
-def telling(work: Callable[..., Value], shown: Progress, phase: str) -> Callable[..., Value]:
-    """`work`, which tells that `phase` is over when it is done."""
-
-    def done(*given: object) -> Value:
-        value = work(*given)
-        shown.advance(phase, 1, 1)
-        return value
-
-    return done
+def waited_for(work: Callable[[], Value], shown: Progress, phase: str) -> Value:
+    """The value of `work`, with a phase of one step that is seen meanwhile."""
+    shown.advance(phase, 0, 1)
+    value = work()
+    shown.advance(phase, 1, 1)
+    return value

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qquant import pipeline
 from qquant.artifact.opening import open_weights
-from qquant.errors import (
-    InputError,
-)
+from qquant.errors import InputError, StoppedError
 from qquant.families import decoder
 from qquant.plan.plan import Plan
 from qquant.solve import writing
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
-from tests.worlds.builds import HEAD, contents, load_recipe, seconds
+from tests.worlds.builds import CPU, HEAD, contents, load_recipe, seconds
+from tests.worlds.watched import Told
 
 VARIANTS = {
     "bf16": {},
@@ -212,3 +212,24 @@ def test_a_recipe_without_generated_text_is_recorded_as_it_was(make_checkpoint, 
     manifest = json.loads((out / "model-GPTQ-Int4" / "qquant-manifest.json").read_text())
     (asked,) = manifest["artifacts"]["rtn"]["recipe"]["calibration"]["sources"]
     assert not {"generated", "openings"} & asked.keys()
+
+
+def test_a_build_that_goes_on_tells_what_was_solved_before(make_checkpoint, tmp_path):
+    """Streams go through a solved block in a small part of the time: as steps of the rest they told a rate that nobody reached."""
+    checkpoint, loaded = Checkpoint.open(make_checkpoint()), load_recipe(tmp_path, ["gptq-int4", "awq"])
+    plan = Plan.of(loaded, checkpoint)
+
+    class Stopped(Told):
+        def check_stop(self):
+            if self.steps.get("quantize", [])[-1:] == [(1, 2)]:
+                raise StoppedError("stopped")
+
+    first, second = Stopped(), Told()
+    with pytest.raises(StoppedError):
+        pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, first)
+    assert first.steps["quantize"] == [(0, 2), (1, 2)]
+    assert "resume" not in first.steps
+    pipeline.build(loaded, checkpoint, plan, tmp_path / "out", CPU, second)
+    assert second.steps["resume"] == [(0, 1), (1, 1)]
+    assert second.steps["quantize"] == [(1, 2), (2, 2)]
+    assert second.steps["write"] == [(0, 1), (1, 1)]

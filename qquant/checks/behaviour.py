@@ -37,7 +37,7 @@ from qquant.checks.decoding import Chooser, PromptDecoder
 from qquant.checks.fidelity import Fidelity, Scored, measure
 from qquant.checks.slices import NamedPhase, turns
 from qquant.families.weights import WeightSource
-from qquant.progress import Progress
+from qquant.progress import Progress, SharedProgress
 from qquant.ranks import Ranks
 from qquant.recipe.limits import ASKED, BEHAVIOUR
 from qquant.report.behaviour import BehaviourReport, Standing, said, worst
@@ -164,12 +164,12 @@ def _structure(asking: Asking, progress: Progress) -> dict[str, TokenLoss]:
 def _answered(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
     sources: dict[str, WeightSource] = {"": asking.checkpoint, **asking.artifacts}
     marks: dict[str, dict[str, list[bool]]] = {}
-    for done, (name, source) in enumerate(sources.items(), start=1):
-        marks[name] = _marks(
-            PromptDecoder(source, torch.bfloat16, asking.device), asking.text.questions, asking.tokenizer, progress
-        )
-        progress.advance("behaviour", done, len(sources))
-        progress.check_stop()
+    for number, (name, source) in enumerate(sources.items()):
+        share = SharedProgress(progress, number, len(sources))
+        share.advance("behaviour", 0, len(asking.text.questions))
+        share.at(f"model {number + 1} of {len(sources)}")
+        model = PromptDecoder(source, torch.bfloat16, asking.device)
+        marks[name] = _marks(model, asking.text.questions, asking.tokenizer, share)
     theirs = marks.pop("")
     return {name: [AnswerPairs(kind, mine[kind], theirs[kind]) for kind in mine] for name, mine in marks.items()}
 
@@ -211,6 +211,7 @@ def _answers(
         length = max(LENGTHS[questions[row].task] for row in rows)
         answers = model.answer([questions[row].prompt for row in rows], length, chooser)
         ids_of |= {row: answer.ids[: LENGTHS[questions[row].task]] for row, answer in zip(rows, answers, strict=True)}
+        progress.advance("behaviour", len(ids_of), len(order))
         progress.check_stop()
     return [ids_of[index] for index in range(len(questions))]
 

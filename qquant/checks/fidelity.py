@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +34,7 @@ from qquant.plan.room import CHECK, HELD
 from qquant.progress import Progress, SharedProgress
 
 SLICE = 1024  # rows of the heads at a time, of every source at once
+HEAD = 2.0  # times the products of the head that its sums cost
 TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
 
 
@@ -197,9 +199,20 @@ def _measure(
     sources: Sequence[WeightSource], text: Scored, device: torch.device, progress: Progress, peaks: Peaks | None
 ) -> list[Fidelity]:
     """The fidelity of every source but the first, against the first."""
-    finals = final_states(sources, text, device, progress, peaks=peaks)
+    layers, share = sources[0].config.layers, _head_share(sources[0], text)
+    finals = final_states(sources, text, device, progress, peaks=peaks, more=share)
     targets = text.windows[:, text.first + 1 :].to(device)
-    sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary)
+    reached = 0
+
+    def tell(words: int) -> None:
+        """So many words of the vocabulary are read."""
+        nonlocal reached
+        if reached < share * words // text.vocabulary:
+            reached = share * words // text.vocabulary
+            progress.advance("check", layers + reached, layers + share)
+        progress.at(f"the head, word {words:,} of {text.vocabulary:,}")
+
+    sums = _heads(sources, [states.flatten(0, 1) for states in finals], targets, text.vocabulary, tell)
     shape = (len(text.windows), text.windows.shape[1] - text.first - 1)
     return [_fidelity(sums[0], other, targets.flatten(), shape) for other in sums[1:]]
 
@@ -216,24 +229,30 @@ def final_states(
     progress: Progress,
     block_of: Callable[[WeightSource, int, torch.device], Block] = plain_block,
     peaks: Peaks | None = None,
+    more: int = 0,
 ) -> list[Tensor]:
     """Per source the input of its head at the scored positions, float32 [windows, scored, hidden]; the first source must stay finite.
 
-    `peaks` takes in the largest |activation| of each source and block.
+    `peaks` takes in the largest |activation| of each source and block. `more`: steps of `progress` that follow those of the blocks.
     """
-    hidden = [_embedded(source, text.windows, device) for source in sources]
     layers = sources[0].config.layers
-    progress.advance("check", 0, layers)
+    progress.advance("check", 0, layers + more)
+    hidden = [_embedded(source, text.windows, device) for source in sources]
     for layer in range(layers):
         for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
-            progress.at(f"model {index + 1} of {len(sources)}")
+            at = f"block {layer + 1} of {layers}, model {index + 1} of {len(sources)}"
             observe = peaks.observer(index, layer) if peaks else None
-            _through(block_of(source, layer, device), states, observe)
+            _through(block_of(source, layer, device), states, observe, partial(_at_window, progress, at, len(states)))
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
-        progress.advance("check", layer + 1, layers)
+        progress.advance("check", layer + 1, layers + more)
         progress.check_stop()
     return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
+
+
+def _at_window(progress: Progress, at: str, windows: int, index: int) -> None:
+    """Say that a window goes through a block: one of 32,768 tokens takes minutes on a CPU."""
+    progress.at(f"{at}, window {index + 1} of {windows}")
 
 
 def _embedded(source: WeightSource, windows: Tensor, device: torch.device) -> list[Tensor]:
@@ -241,9 +260,12 @@ def _embedded(source: WeightSource, windows: Tensor, device: torch.device) -> li
     return list(embed(source, windows.flatten(), torch.float32).to(device).split(windows.shape[1]))
 
 
-def _through(block: Block, states: list[Tensor], observe: Callable[[str, Tensor], None] | None) -> None:
+def _through(
+    block: Block, states: list[Tensor], observe: Callable[[str, Tensor], None] | None, at: Callable[[int], None]
+) -> None:
     """Take `states` through a block, in place; the block is gone before the next one is read."""
     for index, x in enumerate(states):
+        at(index)
         states[index] = block.forward(x, observe)
         if observe:
             observe("", states[index])
@@ -268,7 +290,22 @@ def _tiles(windows: int, scored: int) -> list[slice]:
     ]
 
 
-def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor, vocabulary: int) -> list[_LogitSums]:
+def _head_share(source: WeightSource, text: Scored) -> int:
+    """What the head costs on a text, in forward passes of all windows through a block; at least 1."""
+    block = (
+        sum(rows * columns for rows, columns in source.family.matrices(source.config).values()) / source.config.layers
+    )
+    scored = (text.windows.shape[1] - text.first - 1) / text.windows.shape[1]
+    return max(1, round(HEAD * scored * text.vocabulary * source.config.hidden / block))
+
+
+def _heads(
+    sources: Sequence[WeightSource],
+    finals: list[Tensor],
+    tokens: Tensor,
+    vocabulary: int,
+    tell: Callable[[int], None],
+) -> list[_LogitSums]:
     tiles, targets = _tiles(*tokens.shape), tokens.flatten()
     positions, device = len(targets), targets.device
     sums = [_LogitSums.start(positions, device) for _ in sources]
@@ -287,6 +324,7 @@ def _heads(sources: Sequence[WeightSource], finals: list[Tensor], tokens: Tensor
                 logits = finals[index][rows] @ heads[index].T
                 sums[index].add(logits, first, rows, targets[rows])
                 cross[index][rows] = cross[index][rows] * shrink + (weight * (base - logits)).double().sum(1)
+        tell(min(first + SLICE, vocabulary))
     for total, value in zip(sums, cross, strict=True):
         total.cross = value
     return sums

@@ -260,6 +260,7 @@ def compare(
         _require_room(target, windows, vocabulary)
     finals = run.finals([baseline, *artifacts.values()])
     by_name = {name: Statistics() for name in artifacts}
+    run.progress.advance("logits", 0, len(windows))
     partial = target.with_name(f"{target.name}.part") if target else None
     with partial.open("wb") if partial else contextlib.nullcontext() as file:
         if file:
@@ -272,6 +273,7 @@ def compare(
             base, next_tokens = decode(coded, vocabulary), windows[chunk, run.first + 1 :]
             for states, (name, source) in zip(finals[1:], artifacts.items(), strict=True):
                 by_name[name].add(base, run.logits(source, states[chunk]), next_tokens)
+            run.progress.advance("logits", chunk + 1, len(windows))
     if partial and target:
         partial.rename(target)
     return {name: statistics.summary() for name, statistics in by_name.items()}
@@ -305,8 +307,10 @@ def compare_with_file(
     run = Run(torch.from_numpy(base.windows.astype(np.int64)), device, progress, rounded)
     finals = run.finals(list(artifacts.values()))
     by_name = {name: Statistics() for name in artifacts}
+    progress.advance("logits", 0, len(run.windows))
     for chunk, rows in enumerate(base.rows()):
         log_p = decode(rows, base.vocabulary)
         for states, (name, source) in zip(finals, artifacts.items(), strict=True):
             by_name[name].add(log_p, run.logits(source, states[chunk]), run.windows[chunk, run.first + 1 :])
+        progress.advance("logits", chunk + 1, len(run.windows))
     return {name: statistics.summary() for name, statistics in by_name.items()}

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qquant import devices
 from qquant.errors import InputError
 from qquant.formats.gguf.container import read_header
+from qquant.progress import Progress, Quiet
 
 if TYPE_CHECKING:
     import torch
@@ -83,13 +84,14 @@ class Nursery(NamedTuple):
     stop: Event
     idle: list[Child]  # that wait already
     device: str = "cpu"  # on which they load weights
+    progress: Progress = Quiet()  # of the thread that calls; several children tell nothing
 
 
 Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
 """What went wrong, and the line that was said, by part."""
 
 
-def examine(
+def examine(  # noqa: PLR0913  each is of another thing
     paths: Sequence[Path],
     texts: Texts | None,
     stop: Event | None = None,
@@ -97,14 +99,15 @@ def examine(
     idle: list[Child] | None = None,
     device: torch.device | None = None,
     seconds: float = SECONDS,
+    progress: Progress | None = None,
 ) -> Loaded:
     """What keeps each of `paths` from loading, and the ids that transformers gives to `texts`.
 
     `stop`: once it is set the children are ended and the rest is not tried; the answer means nothing then. `children`: at a time, of
-    which the first are taken from `idle`. `device`: of the check; see `card_or_cpu`.
+    which the first are taken from `idle`. `device`: of the check; see `card_or_cpu`. `progress`: told of "load", part by part of one child.
     """
     where = card_or_cpu(paths, device, children) if device else "cpu"
-    nursery = Nursery(children, seconds, stop or Event(), [] if idle is None else idle, where)
+    nursery = Nursery(children, seconds, stop or Event(), [] if idle is None else idle, where, progress or Quiet())
     if texts is None:
         return _examine(paths, [], nursery)
     with tempfile.TemporaryDirectory(prefix="qquant-") as place:
@@ -155,7 +158,10 @@ def _examine(paths: Sequence[Path], more: Sequence[LoadTask], nursery: Nursery) 
         for what in ("metadata", "weights")
         if what == "weights" or speaks[path] == path
     ]
-    by_task, said = _shared([*tasks, *more], nursery)
+    asked = [*tasks, *more]
+    nursery.progress.advance("load", 0, max(1, len(asked)))
+    by_task, said = _shared(asked, nursery)
+    nursery.progress.advance("load", max(1, len(asked)), max(1, len(asked)))
     problems = {
         path: by_task.get(LoadTask("metadata", speaks[path])) or by_task.get(LoadTask("weights", path))
         for path in paths
@@ -179,6 +185,7 @@ def _shared(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
     nursery = nursery._replace(children=max(1, len(shares)))
     if len(shares) <= 1:
         return _in_turn(tasks, nursery)
+    nursery = nursery._replace(progress=Quiet())
     with ThreadPoolExecutor(len(shares), "qquant-loading") as pool:
         doing = [pool.submit(_in_turn, share, nursery) for share in shares]
         try:
@@ -203,7 +210,7 @@ def _dealt(tasks: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
 def _in_turn(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
     left, problems, said = list(tasks), dict[LoadTask, str](), dict[LoadTask, bytes]()
     while left and not nursery.stop.is_set():
-        lines, problem = _child(left, nursery)
+        lines, problem = _child(left, nursery, len(tasks))
         said |= zip(left, lines, strict=False)
         left = left[len(lines) :]
         if left:
@@ -241,12 +248,14 @@ def _asked(words: Sequence[str], nursery: Nursery) -> Child:
     return _started(words, threads, nursery.device != "cpu")
 
 
-def _child(tasks: Sequence[LoadTask], nursery: Nursery) -> tuple[list[bytes], str]:
-    """(what it said of each of `tasks` that loaded, what happened to the next)."""
+def _child(tasks: Sequence[LoadTask], nursery: Nursery, of: int) -> tuple[list[bytes], str]:
+    """(what it said of each of `tasks` that loaded, what happened to the next). `tasks`: the last ones of so many."""
     limit = sum((nursery.seconds + task.bytes() / BYTES_A_SECOND for task in tasks), nursery.seconds)
     words = [word for task in tasks for word in (task.what, str(task.path.absolute()))]
     with _asked([str(nursery.children), nursery.device, *words], nursery) as child:
-        in_time = _wait(child, limit, nursery.stop)
+        in_time = _wait(
+            child, limit, nursery.stop, lambda lines: nursery.progress.advance("load", of - len(tasks) + lines, of)
+        )
         output, errors = child.communicate()
     done = output.split(b"\n")[:-1]
     if not in_time:
@@ -257,13 +266,21 @@ def _child(tasks: Sequence[LoadTask], nursery: Nursery) -> tuple[list[bytes], st
     return done, said[-1] if said else f"the process ended with {child.returncode}"
 
 
-def _wait(child: Child, limit: float, stop: Event) -> bool:
-    """Whether a child ends within `limit` seconds by itself; it is ended where it does not, is not wanted, or nobody can wait."""
-    late = time.monotonic() + limit
+def _wait(child: Child, limit: float, stop: Event, tell: Callable[[int], None]) -> bool:
+    """Whether a child ends within `limit` seconds by itself; it is ended where it does not, is not wanted, or nobody can wait.
+
+    `tell`: of every line that it says meanwhile.
+    """
+    late, lines = time.monotonic() + limit, 0
     try:
         while time.monotonic() < late and not stop.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 child.communicate(timeout=LOOK)
+            except subprocess.TimeoutExpired as waited:
+                if (waited.output or b"").count(b"\n") > lines:
+                    lines = waited.output.count(b"\n")
+                    tell(lines)
+            else:
                 return True
     finally:
         child.kill()

@@ -49,7 +49,7 @@ from qquant.checks.structure import CachedWeights, InspectedWeights
 from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats import claims_of
-from qquant.progress import Progress, Quiet, telling
+from qquant.progress import Progress, Quiet, waited_for
 from qquant.ranks import ALONE, Ranks
 from qquant.recipe import Checks, Gates
 from qquant.recipe.limits import LOSSY, SLICES
@@ -219,8 +219,10 @@ def review(
     paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
     children = max(1, devices.cores() // CORES) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
-    tried = telling(partial(loading.examine, paths, spoken), Quiet() if beside else progress, "load")
-    with background.start_early(lambda stop: tried(stop, children, means.idle, device), beside) as loaded:
+    loads, waits = (Quiet(), progress) if beside else (progress, Quiet())
+    with background.start_early(
+        lambda stop: loading.examine(paths, spoken, stop, children, means.idle, device, progress=loads), beside
+    ) as loaded:
         measured = _read(baseline, candidates, sources, text, device, progress, ranks)
         asked = {name: plain[name] for name in mine}
         if text.sliced:
@@ -234,7 +236,7 @@ def review(
         if text.answers:
             answers = sanity.answer(checkpoint, asked, text.tokenizer, text.answers, device, progress) if asked else {}
             answers = spreading.answers(answers, bool(asked), ranks)
-        problems, ids = loaded()
+        problems, ids = waited_for(loaded, waits, "load")
         unloaded = spreading.problems({str(path): problem for path, problem in problems.items()}, ranks)
     for candidate in candidates:
         if str(candidate.path) in unloaded:

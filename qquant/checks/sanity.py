@@ -35,7 +35,7 @@ from qquant.checks.decoding import Chooser, PromptDecoder
 from qquant.checks.statistics import mcnemar
 from qquant.devices import free_memory
 from qquant.families.weights import WeightSource
-from qquant.progress import Progress
+from qquant.progress import Progress, SharedProgress
 from qquant.recipe.limits import ASKED
 from qquant.report import record as report
 from qquant.report.record import AnswerCounts, AnswerRun
@@ -164,11 +164,15 @@ def answer(
         return {}
     by_name: dict[str, list[AnswerRun]] = {name: [] for name in artifacts}
     sources: dict[str, WeightSource] = {"": checkpoint, **artifacts}
-    done = 0
+    models = 0
     for name_of_dtype, dtype in DTYPES.items():
         baseline = AnswerMarks()
         for name, source in sources.items():
-            answers = _run(PromptDecoder(source, dtype, device), tokenizer, length)
+            share = SharedProgress(progress, models, len(DTYPES) * len(sources))
+            share.advance("answer", 0, len(QUESTIONS))
+            share.at(f"model {models % len(sources) + 1} of {len(sources)} in {name_of_dtype}")
+            answers = _run(PromptDecoder(source, dtype, device), tokenizer, length, share)
+            models += 1
             if name:
                 worse = tuple(answers.proven_worse(baseline))
                 by_name[name].append(
@@ -176,9 +180,6 @@ def answer(
                 )
             else:
                 baseline = answers
-            done += 1
-            progress.advance("answer", done, len(DTYPES) * len(sources))
-            progress.check_stop()
     return {name: report.Answers(tuple(runs)) for name, runs in by_name.items()}
 
 
@@ -227,8 +228,8 @@ def fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     return needed < free_memory(device)
 
 
-def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int) -> AnswerMarks:
-    answers, greedy_replies = AnswerMarks(), dict[Prompt, list[int]]()
+def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int, progress: Progress) -> AnswerMarks:
+    answers, greedy_replies, done = AnswerMarks(), dict[Prompt, list[int]](), 0
     for group in GROUPS:
         prompts = [_prompt(tokenizer, system, question) for _, system, question in group.prompts]
         chooser = Chooser(tokenizer.size, tokenizer.eos, SEED if group.sampled else None)
@@ -238,4 +239,7 @@ def _run(model: PromptDecoder, tokenizer: Tokenizer, length: int) -> AnswerMarks
             answers.add(answered.ids, answered.finite, prompt[0], tokenizer)
             if not group.sampled:
                 greedy_replies[prompt] = answered.ids
+        done += len(prompts)
+        progress.advance("answer", done, len(QUESTIONS))
+        progress.check_stop()
     return answers

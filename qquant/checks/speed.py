@@ -407,6 +407,7 @@ def measure_all(
     positions = baseline.config.positions
     settings = SpeedSettings(prompt=min(512, positions // 2), steps=min(16, positions // 4))
     reports = []
+    progress.advance("speed", 0, len(artifacts))
     with torch.inference_mode():
         first = _contender(baseline, None, settings, device, _dtype(baseline))
         for number, path in enumerate(artifacts):

@@ -84,6 +84,7 @@ def run(
     harness = _harness()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     scores: list[Scores] = []
+    progress.advance("ask", 0, 1 + len(paths))
     for index, path in enumerate([checkpoint.path, *paths]):
         model = loading.load(path, device)
         scores.append(_scores(harness, model, tokenizer, questions))
@@ -113,6 +114,7 @@ def run_suite(
         require_data(benchmarks, questions.data)
     models = [_ModelAsked(checkpoint, path, device) for path in (checkpoint.path, *paths)]
     scores: list[list[Mapping[str, float]]] = []
+    progress.advance("ask", 0, len(models) * len(benchmarks))
     for index, model in enumerate(models):
         scores.append([])
         for number, benchmark in enumerate(benchmarks):

@@ -3,11 +3,12 @@
     a terminal               one live line for the phase at hand: done, rate, time left, peak memory, what is worked on; it moves also
                              within a step that takes minutes. A finished phase leaves one line
     a notebook               the same lines in one output of the cell, which is written anew
-    a pipe                   one line when a phase ends, and one a minute while it runs
+    a pipe                   one line when a phase ends, and one a minute while it runs, also within a step
     --log FILE               every step as a line of JSON: phase, done, of, seconds since the start, peak memory in bytes
 
-The rate is that of the phase; where steps differ in kind (curvature), `done` of `of` is a share of the work and no rate is told. A phase
-that runs again (one check after another) begins again.
+The rate is that of the phase; where steps differ in kind (curvature, check), `done` of `of` is a share of the work and no rate is told. A phase
+that runs again (one check after another) begins again; one that begins with steps done, as an interrupted build has them, tells the rate of
+the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import json
 import resource
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +33,17 @@ if TYPE_CHECKING:
     from qquant.cli.terminal import Stop
 
 MINUTE = 60.0  # seconds between two lines of a phase in a pipe
+LOOK = 2.0  # seconds between two looks at whether a line is due
 UNITS = {
+    "resume": "block",
     "quantize": "block",
-    "check": "block",
-    "slices": "block",
-    "long documents": "block",
-    "retrieval": "block",
-    "calls": "block",
-    "behaviour": "model",
+    "behaviour": "question",
     "speed": "artifact",
     "ask": "model",
-    "answer": "run",
+    "answer": "prompt",
+    "load": "part",
     "dequantize": "tensor",
+    "logits": "window",
 }
 
 
@@ -54,6 +55,7 @@ class _Phase:
     began: float
     said: float  # when a line of it was last printed
     stepped: float  # when the last step ended
+    first: int = 0  # steps that were done when it began
     done: int = 0
     of: int = 1
     at: str = ""  # what is worked on within the next step
@@ -64,15 +66,16 @@ class _Phase:
         unit = UNITS.get(self.name)
         done = f"{unit} {self.done} of {self.of}" if unit else f"{self.done / self.of:.0%}"
         over = self.done == self.of
-        rate = f", {self._step:.1f} s a {unit}" if unit and self.done and self.of > 1 and self._step >= 0.05 else ""
-        about = f", about {span(self._left(now))} left" if self.done and not over else ""
+        some = self.done > self.first
+        rate = f", {self._step:.1f} s a {unit}" if unit and some and self.of > 1 and self._step >= 0.05 else ""
+        about = f", about {span(self._left(now))} left" if some and not over else ""
         at = f", at {self.at}" if self.at and not over else ""
         return f"{self.name}: {done}, {span(took)}{rate}{about}, {peak_memory() / 1e9:.1f} GB at most{at}"
 
     @property
     def _step(self) -> float:
-        """Seconds of a step that is done."""
-        return (self.stepped - self.began) / self.done
+        """Seconds of a step that was done in this phase."""
+        return (self.stepped - self.began) / (self.done - self.first)
 
     def _left(self, now: float) -> float:
         """Seconds to the end, where the step at hand takes as long as those before; what it takes longer is no gain."""
@@ -87,10 +90,13 @@ class Display:
         self.started = self.last = time.monotonic()
         self.phase: _Phase | None = None
         self.ended: dict[str, float] = {}  # when a line was last printed of a phase that ended
+        self.said = self.started  # when a line was last printed
         self.log: IO[str] | None = None if log is None else log.open("a", encoding="utf-8")
         self.console = _live_console()
         self.cell = _Cell.here()
         self.live: Live | None = None
+        self.over, self.turn = threading.Event(), threading.RLock()
+        self.watch: threading.Thread | None = None
 
     def check_stop(self) -> None:
         """Raise StoppedError if a signal came."""
@@ -98,13 +104,17 @@ class Display:
             self.stop.check()
 
     def advance(self, phase: str, done: int, of: int) -> None:
-        """`done` of `of` of `phase` are done; 0 says that it begins."""
+        """`done` of `of` of `phase` are done; it begins with 0, or with what was done before."""
+        with self.turn:
+            self._advance(phase, done, of)
+
+    def _advance(self, phase: str, done: int, of: int) -> None:
         now = time.monotonic()
         current = self.phase
         if current is None or current.name != phase or done < current.done or done == 0:
             self._close()
-            began = self.last if done else now
-            current = self.phase = _Phase(phase, began, self.ended.get(phase, began), began)
+            began = self.last if done >= of else now
+            current = self.phase = _Phase(phase, began, self.ended.get(phase, began), began, 0 if done >= of else done)
         current.done, current.of, current.at = done, max(of, 1), ""
         self.last = current.stepped = now
         self._write(current, now)
@@ -114,9 +124,24 @@ class Display:
 
     def at(self, what: str) -> None:
         """Say that `what` is worked on within the step at hand."""
-        if self.phase is not None:
-            self.phase.at = what
-            self._show(self.phase, time.monotonic())
+        with self.turn:
+            if self.phase is not None:
+                self.phase.at = what
+                self._show(self.phase, time.monotonic())
+
+    def look(self) -> None:
+        """Say in a pipe that work goes on, where a line is due: a step may take longer than a minute, and tell nothing meanwhile."""
+        with self.turn:
+            now = time.monotonic()
+            if self.phase is not None:
+                self._show(self.phase, now)
+            elif self.cell is None and now - max(self.said, self.last) >= MINUTE:
+                echo(f"at work for {span(now - self.started)}, {peak_memory() / 1e9:.1f} GB at most", err=True)
+                self.said = now
+
+    def _watch(self) -> None:
+        while not self.over.wait(LOOK):
+            self.look()
 
     def _show(self, phase: _Phase, now: float) -> None:
         if self.cell is not None:
@@ -131,7 +156,7 @@ class Display:
         again = phase.name in self.ended
         if not again or now - phase.said >= MINUTE:
             echo(phase.line(now), err=True)
-            phase.said = self.ended[phase.name] = now
+            phase.said = self.ended[phase.name] = self.said = now
         if phase.done < phase.of:
             self.ended.pop(phase.name, None)
 
@@ -168,9 +193,15 @@ class Display:
             self.log.flush()
 
     def __enter__(self) -> Self:
+        if self.console is None:  # a live line is drawn anew by itself
+            self.watch = threading.Thread(target=self._watch, name="qquant-display", daemon=True)
+            self.watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
+        if self.watch is not None:
+            self.watch.join()
         self._close()
         if self.log is not None:
             self.log.close()

@@ -77,7 +77,8 @@ def tasks(
             kept = KeptScores(None if out is None else out / "tasks")
             questions = checks.SuiteQuestions(suite, data, limit, batch, margin, execute_code, kept)
             results = checks.run_suite(source, artifacts, questions, devices.named(device), progress)
-            _tell(results, suite, execute_code, out)
+    if suite is not None:
+        _tell(results, suite, execute_code, out)
     if as_json:
         echo(json.dumps({"schema": "qquant-tasks-1", "results": [vars(one) for one in results]}, indent=2))
     else:

@@ -153,13 +153,23 @@ def _walk(  # noqa: PLR0913  each is of another thing
     make_room([start, *([start32] if start32 else []), *(one.stream for one in own)])
     streams = _Streams(start, start32, shared, own, moments)
     measured = curvature.blocks(range(layers), device) if curvature else nullcontext(repeat(None))
-    progress.advance("quantize", 0, layers)
+    solved = _solved_before(waiting, layers)
+    progress.advance("resume" if solved else "quantize", 0, solved or layers)
     with blocks.walk(range(layers)) as forth, measured as factors:
         for layer in range(layers):
             streams.move(View(checkpoint, layer, next(forth), dtype, next(factors), progress))
-            progress.advance("quantize", layer + 1, layers)
+            if layer < solved:
+                progress.advance("resume", layer + 1, solved)
+            if layer + 1 >= solved:
+                progress.advance("quantize", layer + 1, layers)
             progress.check_stop()
     coupled.visited.forget()
+
+
+def _solved_before(waiting: Sequence[Draft], layers: int) -> int:
+    """Blocks that an interrupted build solved for every draft: streams go through them, which takes a small part of solving them."""
+    lacking = [layer for layer in range(layers) if any(unit(layer) not in draft.units for draft in waiting)]
+    return min(lacking, default=0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from qquant.checks import decoding, sanity
 from qquant.progress import Quiet
 from qquant.report.record import AnswerRun
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds.watched import Told
 
 quiet = Quiet()
 
@@ -188,7 +189,11 @@ def test_overflow_in_fp16_fails_by_name(built, tmp_path):
         def rows(self, name, start, stop):
             return checkpoint.rows(name, start, stop)
 
-    found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, quiet)["loud"].runs
+    progress = Told()
+    found = sanity.answer(checkpoint, {"loud": Loud()}, Tokenizer.open(built[0]), 2, CPU, progress)["loud"].runs
+    progress.require_whole("answer")
+    assert progress.within["answer"][-1] == "model 2 of 2 in fp16"
+    assert progress.steps["answer"][1] == (8, 4 * 33), "a run of a model is many answers"
     assert [run.dtype for run in found] == ["bf16", "fp16"]
     assert found[0].nan == 0
     assert found[1].nan == found[1].answers == sum(len(group.prompts) for group in sanity.GROUPS) == 33

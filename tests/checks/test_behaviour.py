@@ -23,6 +23,7 @@ from qquant.report import html
 from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import ArtifactReport, Report, Verdict
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds.watched import Told
 
 CPU = torch.device("cpu")
 
@@ -159,7 +160,12 @@ def test_damage_to_one_ability_is_named(kind, demo, tiny, asked, monkeypatch):
     broken = damaged(answers, asked, tiny, task, lambda one, ids: change(one, ids, tiny))
     checkpoint = Checkpoint.open(str(demo))
     artifacts = {"same": Answering(checkpoint, answers), "broken": Answering(checkpoint, broken)}
-    pairs = behaviour.pairs(behaviour.Asking(Answering(checkpoint, answers), artifacts, few, tiny, CPU), Quiet())
+    progress = Told()
+    pairs = behaviour.pairs(behaviour.Asking(Answering(checkpoint, answers), artifacts, few, tiny, CPU), progress)
+    progress.require_whole("behaviour")
+    assert len(progress.steps["behaviour"]) > 3 * len(few.questions) / behaviour.BATCH, (
+        "hundreds of answers are no step"
+    )
     rows, verdict = behaviour.judge(pairs["same"], 0.25)
     assert [row.standing for row in rows] == ["pass"] * 4
     assert all(row.right == row.right_baseline == row.questions for row in rows)

@@ -24,7 +24,7 @@ from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
 from tests.worlds import GOLDEN
-from tests.worlds.watched import Watched
+from tests.worlds.watched import Told, Watched
 
 quiet = Quiet()
 
@@ -355,3 +355,18 @@ def test_finals_are_those_of_the_windows(pair):
     source, _, windows = pair
     (states,) = final_states([source], Scored(windows, 20, 8192), CPU, quiet)
     assert states.shape == (3, 3, 64)
+
+
+def test_a_measurement_tells_of_its_windows_and_of_the_head(pair):
+    """The head of a small model with a large vocabulary takes as long as half its blocks, and a window of 32,768 tokens minutes."""
+    source, other, windows = pair
+    progress = Told()
+    measure(source, {"other": other}, Scored(windows, 10, 8192), CPU, progress)
+    progress.require_whole("check")
+    done = [step for step, _ in progress.steps["check"]]
+    assert done == sorted(set(done))
+    assert len(done) > source.config.layers + 4, "the head has steps of its own"
+    first, *_, last = progress.within["check"]
+    assert first == "block 1 of 2, model 1 of 2, window 1 of 3"
+    assert "block 2 of 2, model 2 of 2, window 3 of 3" in progress.within["check"]
+    assert last == "the head, word 8,192 of 8,192"

@@ -22,6 +22,7 @@ from qquant.formats.gguf.container import header_bytes, read_header
 from qquant.progress import Quiet
 from qquant.recipe import Checks, Gates
 from qquant.source.checkpoint import Checkpoint
+from tests.worlds.watched import Told
 
 quiet = Quiet()
 
@@ -67,6 +68,13 @@ def without_scales(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_parts_that_load_are_told_as_they_do(paths):
+    progress = Told()
+    assert loading.examine(paths[:2], None, progress=progress).faults == {}
+    progress.require_whole("load")
+    assert (2, 4) in progress.steps["load"], "a child says each part when it is loaded"
 
 
 @pytest.mark.parametrize("children", [1, 2])

@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ def clock(monkeypatch):
 
 
 def work(display, clock, phase, steps, seconds):
+    display.advance(phase, 0, steps)
     for step in range(steps):
         clock[0] += seconds
         display.advance(phase, step + 1, steps)
@@ -50,16 +52,16 @@ def test_an_estimate_counts_from_the_start_of_its_phase(capsys, clock):
         display.advance("read", 0, 1)
         clock[0] += 1000
         display.advance("read", 1, 1)
-        work(display, clock, "check", 6, 5)
+        work(display, clock, "ask", 6, 5)
         for _ in range(16):
-            work(display, clock, "check", 6, 1)
+            work(display, clock, "ask", 6, 1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [
         "read: 100%, 17 min, 1.5 GB at most",
-        "check: block 6 of 6, 30 s, 5.0 s a block, 1.5 GB at most",
+        "ask: model 6 of 6, 30 s, 5.0 s a model, 1.5 GB at most",
     ]
     assert len(lines) == 3, "sixteen checks of 6 s are one more line, not ninety-six"
-    assert lines[2] == "check: block 6 of 6, 6 s, 1.0 s a block, 1.5 GB at most"
+    assert lines[2] == "ask: model 6 of 6, 6 s, 1.0 s a model, 1.5 GB at most"
 
 
 def test_a_terminal_has_one_live_line_and_keeps_what_ended(clock, monkeypatch):
@@ -107,15 +109,47 @@ def test_a_pipe_hears_of_a_long_step_every_minute(capsys, clock):
     ]
 
 
+def test_a_pipe_hears_of_a_step_that_tells_nothing(capsys, monkeypatch):
+    """A release check on a starved machine said nothing for 13 minutes: within windows of 32,768 tokens, and within answers."""
+    monkeypatch.setattr("qquant.cli.display.MINUTE", 0.2)
+    monkeypatch.setattr("qquant.cli.display.LOOK", 0.02)
+    with Display() as display:
+        display.advance("long documents", 0, 6)
+        time.sleep(0.7)
+        display.advance("long documents", 6, 6)
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("long documents: 0%, ") for line in lines[:2])
+    assert sum(line.startswith("long documents: 100%") for line in lines) == 1
+    assert lines[-1].startswith("at work for "), "nor is it silent between two phases"
+
+
+def test_the_rate_of_a_build_that_goes_on_is_that_of_its_own_steps(capsys, clock):
+    """20 of 24 blocks were solved by the run that was killed: they told 0.5 s a block, and 2 s left of 40."""
+    with Display() as display:
+        work(display, clock, "resume", 20, 0.1)
+        display.advance("quantize", 20, 24)
+        clock[0] += 61
+        display.at("awq qkv")
+        display.advance("quantize", 21, 24)
+        clock[0] += 60
+        display.at("awq qkv")
+    assert capsys.readouterr().err.splitlines() == [
+        "resume: block 20 of 20, 2 s, 0.1 s a block, 1.5 GB at most",
+        "quantize: block 20 of 24, 61 s, 1.5 GB at most, at awq qkv",
+        "quantize: block 21 of 24, 2 min, 61.0 s a block, about 2 min left, 1.5 GB at most, at awq qkv",
+    ]
+
+
 def test_every_step_is_logged(tmp_path, clock, capsys):
     log = tmp_path / "steps.jsonl"
     for _ in range(2):  # the second run adds
         with Display(log=log) as display:
             work(display, clock, "quantize", 3, 1)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(rows) == 6
-    assert rows[1] == {"phase": "quantize", "done": 2, "of": 3, "seconds": 2.0, "peak_bytes": 1_500_000_000}
-    assert [row["done"] for row in rows] == [1, 2, 3, 1, 2, 3]
+    assert len(rows) == 8
+    assert rows[2] == {"phase": "quantize", "done": 2, "of": 3, "seconds": 2.0, "peak_bytes": 1_500_000_000}
+    assert [row["done"] for row in rows] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_a_signal_ends_at_the_next_step(capfd):
@@ -170,7 +204,7 @@ def test_a_notebook_shows_one_output_that_is_written_anew(monkeypatch):
     assert len(output.texts) < 6, "steps that come at once are not all written"
     first, *rest = output.texts[-1].splitlines()
     assert first.startswith("quantize: block 3 of 3")
-    assert rest == [] or rest[0].startswith("check: block 1 of 2")
+    assert rest == [] or rest[0].startswith("check: 0%")
 
 
 def test_a_terminal_of_ipython_is_no_notebook(monkeypatch):
