@@ -196,7 +196,12 @@ def pareto(
 
 def _short(value: float) -> str:
     """A mark of the vertical axis."""
-    return digits(value, 1) if value < 1e-4 else f"{value:.4g}"
+    if value < 1e-4:
+        return digits(value, 1)
+    if value < 1e6:
+        return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+    mantissa, _, power = f"{value:.4g}".partition("e+")
+    return f"{mantissa}·10{power.lstrip('0').translate(SUPERSCRIPT)}"
 
 
 def _smaller(one: ArtifactReport, other: ArtifactReport, loss: Loss) -> bool:

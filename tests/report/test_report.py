@@ -193,6 +193,15 @@ def test_numbers_for_people(value, text):
     assert pictures.digits(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2e-5, "2·10⁻⁵"), (0.005, "0.005"), (102.5, "102.5"), (16500, "16,500"), (2.5e6, "2.5·10⁶"), (1e30, "1·10³⁰")],
+)
+def test_marks_of_an_axis_are_for_people(value, text):
+    """The perplexity of a small model read 1.65e+04."""
+    assert pictures._short(value) == text
+
+
 def test_axis_ticks_are_round_and_inside():
     axis = pictures.Axis.of([4.2e6, 1.9e7], 0, 100)
     assert axis.ticks() == [5e6, 1e7, 2e7]
