@@ -109,6 +109,7 @@ def check(
     artifacts: Place | Sequence[Place],
     checkpoint: Place,
     *,
+    revision: str | None = None,
     profile: Literal["default", "release"] = "default",
     text: Place = "bundled:wikitext-2-test",
     also: Sequence[Place] = (),
@@ -130,6 +131,7 @@ def check(
     Args:
         artifacts: one, or several: GPTQ or AWQ folders, GGUF files.
         checkpoint: a folder, or a hub id, of the 16-bit model.
+        revision: branch, tag or commit of a hub checkpoint.
         profile: "release" also measures by language, kind of text and position, with a gate on the worst of them.
         text: held-out text: bundled:NAME or a file.
         also: further texts, measured and not gated.
@@ -162,7 +164,7 @@ def check(
     asked = numbers | {"text": str(text), "texts": tuple(map(str, also))}
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(asked, limits | {"defaults": defaults})
-    source = Checkpoint.open(str(checkpoint), adapter=None if adapter is None else Path(adapter))
+    source = Checkpoint.open(str(checkpoint), revision, None if adapter is None else Path(adapter))
     kept = None if out is None else Path(out)
     with _shown(progress) as display:
         return pipeline.check(

@@ -84,7 +84,10 @@ def build(
     if not as_json:
         told = f", {span(sum(foreseen.values()))} foreseen" if foreseen else ""
         echo(f"{counted(len(plan.artifacts), 'artifact')} in {span(time.monotonic() - began)}{told}: {out}", err=True)
-        echo("\n".join(_next(report, plan, out, asked)), err=True)
+        echo(
+            "\n".join(_next(report, plan, out, dataclasses.replace(asked, revision=asked.revision or loaded.revision))),
+            err=True,
+        )
     if ranks.first:
         tell_watchers([report], junit, github)
     show(report, as_json)
@@ -112,6 +115,7 @@ def _next(report: Report, plan: Plan, out: Path, asked: Asked) -> Iterator[str]:
     for failed in [artifact for artifact in report.artifacts if artifact.verdict.outcome == "fail"][:1]:
         limits = (f"{gate.limit:g}" for gate in failed.verdict.gates if gate.name == "mean KL divergence")
         words = ["qquant", "bisect", str(paths[failed.name]), "--against", asked.reference]
+        words += ["--revision", asked.revision] if asked.revision else []
         words += ["--adapter", str(asked.adapter)] if asked.adapter else []
         yield f"find:    {shlex.join(words)} --max-kl {next(limits, 'LIMIT')}"
     yield f"compare: qquant compare EARLIER {shlex.quote(str(out))}"

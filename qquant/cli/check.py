@@ -21,6 +21,7 @@ from qquant.cli.options import (
     JSON,
     JUNIT,
     LOG,
+    REVISION,
     TEXT,
     OutputFile,
     OutputFolder,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @command(epilog=EXITS, example="check model-q4_k_m.gguf --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @AGAINST
+@REVISION
 @TEXT
 @click.option(
     "--also",
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
 @DEVICE
 @JSON
 def check(
-    artifacts: tuple[Path, ...], against: str, text: str, also: tuple[str, ...], profile: Any, windows: int,
+    artifacts: tuple[Path, ...], against: str, revision: str | None, text: str, also: tuple[str, ...], profile: Any, windows: int,
     max_windows: int | None, length: int, protocol: Any, max_perplexity_ratio: float | None, max_kl: float | None,
     min_top1: float | None, no_defaults: bool, adapter: Path | None, out: Path | None, junit: Path | None, github: bool, log: Path | None,
     device: str, as_json: bool,
@@ -97,7 +99,7 @@ def check(
     }
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
-    source = _opened(against, adapter, artifacts)
+    source = _opened(against, revision, adapter, artifacts)
     for warning in pipeline.beyond(length, source):
         echo(f"warning: {warning}", err=True)
     ranks = ranks_here()
@@ -111,6 +113,7 @@ def check(
 @command(epilog=EXITS, example="bisect release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --max-kl 0.02")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @AGAINST
+@REVISION
 @click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
 @TEXT
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
@@ -126,7 +129,7 @@ def check(
 @DEVICE
 @JSON
 def bisect(
-    artifact: Path, against: str, max_kl: float, text: str, windows: int, length: int, written: Path | None,
+    artifact: Path, against: str, revision: str | None, max_kl: float, text: str, windows: int, length: int, written: Path | None,
     adapter: Path | None, log: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Find which tensors carry the loss, and the smallest set that would reach --max-kl if it stayed in 16 bits.
@@ -142,7 +145,7 @@ def bisect(
     if written is not None:
         again(artifact, {})  # there is a recipe, or this is the end
 
-    source = _opened(against, adapter, [artifact])
+    source = _opened(against, revision, adapter, [artifact])
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
@@ -198,6 +201,7 @@ def bisect(
 @click.option(
     "--against", help="The 16-bit checkpoint: a folder, or a hub id. Not needed with --logits; default: none."
 )
+@REVISION
 @click.option(
     "--logits",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -214,8 +218,8 @@ def bisect(
 @DEVICE
 @JSON
 def perplexity(
-    artifacts: tuple[Path, ...], against: str | None, logits: Path | None, save_logits: Path | None, text: str, chunks: int,
-    context: int, exact_inputs: bool, adapter: Path | None, device: str, as_json: bool,
+    artifacts: tuple[Path, ...], against: str | None, revision: str | None, logits: Path | None, save_logits: Path | None, text: str,
+    chunks: int, context: int, exact_inputs: bool, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """The numbers of `llama-perplexity --kl-divergence`, in its arithmetic, to compare with those that people publish.
 
@@ -235,7 +239,7 @@ def perplexity(
         if logits is not None:
             by_artifact = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:
-            source = _opened(str(against), adapter, artifacts)
+            source = _opened(str(against), revision, adapter, artifacts)
             checks = Checks(text=text, windows=chunks, length=context)
             by_artifact = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
@@ -248,12 +252,12 @@ def perplexity(
             echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
 
 
-def _opened(against: str, adapter: Path | None, artifacts: Sequence[Path]) -> Checkpoint:
+def _opened(against: str, revision: str | None, adapter: Path | None, artifacts: Sequence[Path]) -> Checkpoint:
     """The checkpoint, and a word where an artifact was built with another adapter."""
     from qquant.checks.comparable import merged_otherwise
     from qquant.source.checkpoint import Checkpoint
 
-    source = Checkpoint.open(against, adapter=adapter)
+    source = Checkpoint.open(against, revision, adapter)
     for warning in merged_otherwise(artifacts, source):
         echo(f"warning: {warning}", err=True)
     return source

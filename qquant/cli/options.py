@@ -79,6 +79,7 @@ LOG = click.option(
 AGAINST = click.option(
     "--against", required=True, help="The 16-bit checkpoint it was made from: a folder, or a hub id."
 )
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub checkpoint; default: main.")
 TEXT = click.option(
     "--text", default="bundled:wikitext-2-test", show_default=True, help="Held-out text: bundled:NAME or a file."
 )

@@ -12,7 +12,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.options import DEVICE, EXITS, JSON, REVISION
 from qquant.cli.terminal import echo, echo_json
 from qquant.errors import UsageError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--no-system", is_flag=True, help="An empty system turn instead of the template's own.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
 @click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@REVISION
 @click.option("--greedy", is_flag=True, help="Always the likeliest token.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the artifact's own.")
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @DEVICE
 @JSON
 def run(
-    artifact: str, prompt: str | None, system: str | None, no_system: bool, raw: bool, max_new_tokens: int, greedy: bool,
+    artifact: str, prompt: str | None, revision: str | None, system: str | None, no_system: bool, raw: bool, max_new_tokens: int, greedy: bool,
     temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None, seed: int | None,
     dtype: str | None, show_paths: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
@@ -67,7 +68,7 @@ def run(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    answerer = Answerer.open(artifact, devices.named(device), dtype)
+    answerer = Answerer.open(artifact, devices.named(device), dtype, revision)
     if show_paths:
         for name, path in answerer.paths().items():
             echo(f"{name}: {path}", err=True)

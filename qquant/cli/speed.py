@@ -11,7 +11,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, require_there
+from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, REVISION, require_there
 from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @command(epilog=EXITS, example="speed release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint (a folder or a hub id), or its GGUF file.")
+@REVISION
 @click.option("--prompt", default=512, show_default=True, help="Tokens of a prefill, and in the cache when decoding.")
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded in a window.")
 @click.option("--pairs", default=10, show_default=True, help="Pairs of windows.")
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @DEVICE
 @JSON
 def speed(
-    artifact: Path, against: str, prompt: int, steps: int, pairs: int, margin: float, min_decode: float | None,
+    artifact: Path, against: str, revision: str | None, prompt: int, steps: int, pairs: int, margin: float, min_decode: float | None,
     min_prefill: float | None, dtype: str | None, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Time ARTIFACT and its 16-bit model in turns: decode and prefill, memory, and what bytes allow at best.
@@ -57,7 +58,7 @@ def speed(
         prompt=prompt, steps=steps, pairs=pairs, margin=margin, min_decode=min_decode, min_prefill=min_prefill
     )
     path = Path(against) if against.endswith(".gguf") else None
-    baseline = GgufSource.open(path) if path else Checkpoint.open(against, adapter=adapter)
+    baseline = GgufSource.open(path) if path else Checkpoint.open(against, revision, adapter)
     number = getattr(torch, dtype) if dtype else None
     report = check.measure(artifact, baseline, settings, devices.named(device), number, path)
     if as_json:

@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON
+from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON, REVISION
 from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @command(epilog=EXITS, example="tasks release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --task arc_easy")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @AGAINST
+@REVISION
 @click.option("--task", "names", multiple=True, help="A task of lm-eval; may be repeated; default: those of --suite.")
 @click.option("--suite", type=click.Choice(["qwen1.5"]), help="The benchmarks of an announcement; default: none.")
 @click.option(
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 @DEVICE
 @JSON
 def tasks(
-    artifacts: tuple[Path, ...], against: str, names: tuple[str, ...], suite: str | None, data: Path | None, execute_code: bool,
-    out: Path | None, include: Path | None, limit: int | None, batch: int, margin: float, adapter: Path | None, device: str, as_json: bool,
+    artifacts: tuple[Path, ...], against: str, revision: str | None, names: tuple[str, ...], suite: str | None, data: Path | None,
+    execute_code: bool, out: Path | None, include: Path | None, limit: int | None, batch: int, margin: float, adapter: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask artifacts and their checkpoint the questions of lm-eval tasks, or of a suite, and count the answers that changed.
 
@@ -68,7 +69,7 @@ def tasks(
             f"--adapter {adapter}: tasks asks the checkpoint as it is on the disk; merge the adapter into it first "
             "(peft's merge_and_unload), and give that folder as --against"
         )
-    source = Checkpoint.open(against)
+    source = Checkpoint.open(against, revision)
     with Display() as progress:
         if suite is None:
             asked = checks.Questions(names, include, limit, batch, margin)

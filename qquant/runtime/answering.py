@@ -61,11 +61,17 @@ class Answerer:
         self.stops = self._stops()
 
     @classmethod
-    def open(cls, artifact: str | Path, device: str | torch.device = "auto", dtype: str | None = None) -> Answerer:
-        """Load the artifact; see `loading.load` for what it raises."""
+    def open(
+        cls,
+        artifact: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | None = None,
+        revision: str | None = None,
+    ) -> Answerer:
+        """Load the artifact, that of a hub id at `revision`; see `loading.load` for what it raises."""
         path = Path(artifact)
         if not path.exists():
-            path, _ = resolve(str(artifact))
+            path, _ = resolve(str(artifact), revision)
         began = time.perf_counter()
         model = loading.load(path, device, dtype)
         if model.device.type == "cuda":

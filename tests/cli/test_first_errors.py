@@ -276,3 +276,31 @@ def test_a_file_system_without_room_for_anything_is_named(monkeypatch, tmp_path,
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
     with pytest.raises(EnvironmentMissingError, match="is no place for files"):
         plan.require_room(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "ARTIFACT", "--against", "org/model"],
+        ["bisect", "ARTIFACT", "--against", "org/model", "--max-kl", "1"],
+        ["speed", "ARTIFACT", "--against", "org/model"],
+        ["perplexity", "ARTIFACT", "--against", "org/model"],
+        ["tasks", "ARTIFACT", "--against", "org/model", "--task", "arc_easy"],
+        ["run", "org/model", "Hello"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_hub_id_is_pinned_by_every_command_that_takes_one(words, tmp_path, monkeypatch):
+    """`build` took --revision; what was built of it could not be compared with the same commit but by hand."""
+    asked = []
+
+    def download(repo, revision):
+        asked.append((repo, revision))
+        raise EnvironmentMissingError("no network")
+
+    monkeypatch.setattr("qquant.source.hub._download", download)
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    words = [str(artifact) if word == "ARTIFACT" else word for word in words]
+    done = CliRunner().invoke(cli, [*words, "--revision", "v1"])
+    assert asked == [("org/model", "v1")], done.output
