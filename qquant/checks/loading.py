@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
@@ -176,7 +177,7 @@ def _metadata(path: Path) -> object:
         with contextlib.suppress(InputError):  # the child says what is wrong with it
             fields = read_header(path).fields
             said = [fields[key] for key in sorted(fields) if key != "general.file_type"]
-            return hashlib.sha256(json.dumps(said, default=vars).encode()).digest()
+            return hashlib.sha256(json.dumps(said, default=asdict).encode()).digest()
     return path
 
 

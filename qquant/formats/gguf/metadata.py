@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,13 @@ def _numbers(checkpoint: Checkpoint, arch: str) -> Iterator[Field]:
         yield Field(f"{arch}.attention.value_length", "u32", config.head_dim)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Iterator[Field]:
+@lru_cache(maxsize=1)
+def _tokenizer(checkpoint: Checkpoint) -> tuple[Field, ...]:
+    """What every file of a checkpoint has alike; read once for all that are planned of it."""
+    return tuple(_tokenizer_fields(checkpoint))
+
+
+def _tokenizer_fields(checkpoint: Checkpoint) -> Iterator[Field]:
     path = checkpoint.path
     content = read_json(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else {}
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
