@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from qquant.cli.command import Group
-from qquant.cli.options import DEVICE, EXITS, JSON, LOG, PLANNING, asking, given_imatrix, recipe_words, settle
+from qquant.cli.options import (
+    DEVICE,
+    EXITS,
+    JSON,
+    LOG,
+    PLANNING,
+    asking,
+    given_imatrix,
+    recipe_words,
+    settle,
+    somebody_is_there,
+)
 from qquant.cli.terminal import counted, echo, echo_json
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
     from qquant.plan.asked import Asked
+    from qquant.recipe import Recipe
+
+ALL, CHANGED = "all", "-changed"
 
 
 @click.group("recipe", cls=Group, example="recipe show qwen1.5-chat")
@@ -28,10 +43,15 @@ def recipes() -> None:
     "--out", type=click.Path(path_type=Path, dir_okay=False), default="recipe.yaml", help="The new file; - prints it."
 )
 def init_recipe(asked: Asked, out: Path) -> None:
-    """Write a recipe of your own: that of --recipe, or the published one that fits CHECKPOINT, with what the other options say."""
+    """Write a recipe of your own: that of --recipe, or the published one that fits CHECKPOINT, with what the other options say.
+
+    On a terminal, where no option says what to build or on what to calibrate, it asks.
+    """
     from qquant import recipe
 
-    written = settle(asked, question=False).wanted()
+    asked = settle(asked, question=False)
+    silent = asked.flags == type(asked.flags)() and not asked.calibration
+    written = _answered(asked) if silent and somebody_is_there() else asked.wanted()
     text = recipe.dump(written, brief=True)
     if str(out) == "-":
         echo(text, nl=False)
@@ -40,6 +60,33 @@ def init_recipe(asked: Asked, out: Path) -> None:
     echo(
         f"{out}: {counted(len(written.artifacts), 'artifact')}. Next: qquant plan {asked.checkpoint or 'CHECKPOINT'} --recipe {out}"
     )
+
+
+def _answered(asked: Asked) -> Recipe:
+    """The recipe with what somebody answers instead of giving options; an empty answer leaves it as it is."""
+    names = [artifact.name for artifact in asked.wanted().artifacts]
+
+    def chosen(text: str) -> list[str]:
+        words = names if text == ALL else [word.strip() for word in text.split(",")]
+        unknown = [word for word in words if word not in names]
+        if unknown:
+            raise click.UsageError(f"{unknown[0]}: no artifact of the recipe; it has {', '.join(names)}")
+        return words
+
+    wanted = click.prompt(f"artifacts of {', '.join(names)}", default=ALL, value_proc=chosen, err=True)
+    what = "a file of your texts or chats to calibrate on; empty: the recipe's"
+    file = click.prompt(what, default="", show_default=False, value_proc=_file_or_nothing, err=True)
+    recipe = replace(asked, calibration=(Path(file),) if file else ()).wanted()
+    if wanted == names:
+        return recipe
+    kept = tuple(artifact for artifact in recipe.artifacts if artifact.name in wanted)
+    return recipe.model_copy(update={"artifacts": kept, "name": f"{recipe.name[:90].removesuffix(CHANGED)}{CHANGED}"})
+
+
+def _file_or_nothing(text: str) -> str:
+    if text and not Path(text).is_file():
+        raise click.UsageError(f"{text}: there is no such file")
+    return text
 
 
 def _write(out: Path, text: str) -> None:

@@ -188,6 +188,29 @@ def test_recipe_init_writes_what_build_takes(make_checkpoint, tmp_path):
     assert recipe.parse(printed.stdout) == written
 
 
+@pytest.mark.parametrize(
+    ("answers", "names", "path"),
+    [
+        ("awq\nnowhere.txt\nCHATS\n", ["awq"], "CHATS"),
+        ("nonsense\ngguf-q4_0, gptq-int8\n\n", ["gptq-int8", "gguf-q4_0"], None),
+        ("\n\n", ["gptq-int4", "gptq-int8", "awq", "gguf-q8_0", "gguf-q4_0"], None),
+    ],
+)
+def test_recipe_init_asks_where_somebody_is_there(make_checkpoint, tmp_path, monkeypatch, answers, names, path):
+    """It wrote the published recipe as it stands, without a question, for who had given no options."""
+    monkeypatch.setattr(sys.modules["qquant.cli.recipes"], "somebody_is_there", lambda: True)
+    chats, mine = tmp_path / "chats.txt", tmp_path / "mine.yaml"
+    chats.write_text("Plain text of mine.")
+    words = ["recipe", "init", str(make_checkpoint()), "--recipe", "demo", "--out", str(mine)]
+    done = CliRunner().invoke(cli, words, input=answers.replace("CHATS", str(chats)))
+    assert done.exit_code == 0, done.output
+    written = recipe.load(mine)
+    assert [artifact.name for artifact in written.artifacts] == names
+    assert written.name == ("demo" if len(names) == 5 else "demo-changed")
+    assert written.calibration.sources[0].path == (path and str(chats))
+    assert ("there is no such file" in done.output) == ("nowhere" in answers)
+
+
 def test_a_config_that_does_not_fit_is_refused_before_a_recipe_is_proposed(make_checkpoint):
     folder = make_checkpoint()
     edit_config(folder, intermediate_size=160)
