@@ -96,7 +96,7 @@ def start_early(work: Callable[[Event], Value], threaded: bool) -> Iterator[Call
 
 @contextmanager
 def in_parallel(groups: Iterable[Tasks[Value]], threads: int) -> Iterator[Iterator[list[Value]]]:
-    """The values of the works of each group in turn; so many threads do the works of a group and of the next, in any order.
+    """The values of the works of each group in turn; so many threads do the works of as many groups, in any order.
 
     The first error in the order of the works is raised in the turn of its group. With one thread each group is worked on in its turn,
     in place. Torch's calls on the CPU are not spread over threads once more.
@@ -109,18 +109,19 @@ def in_parallel(groups: Iterable[Tasks[Value]], threads: int) -> Iterator[Iterat
     spread = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "qquant-in-parallel", torch.set_num_threads, (1,))
     try:
-        yield _one_group_ahead(pool, groups)
+        yield _ahead(pool, groups, threads)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(spread)
 
 
-def _one_group_ahead(pool: ThreadPoolExecutor, groups: Iterable[Tasks[Value]]) -> Iterator[list[Value]]:
+def _ahead(pool: ThreadPoolExecutor, groups: Iterable[Tasks[Value]], most: int) -> Iterator[list[Value]]:
+    """`most` groups are begun at a time: one long work in each keeps all threads busy."""
     coming: deque[tuple[Future[list[Task[Value]]], Sequence[Future[Value]]]] = deque()
     for group in groups:
         listed = pool.submit(_listed, group)
         coming.append((listed, [] if listed.exception() else [pool.submit(work) for work in listed.result()]))
-        if len(coming) > 1:
+        if len(coming) >= most:
             yield _values(*coming.popleft())
     while coming:
         yield _values(*coming.popleft())
