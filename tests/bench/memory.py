@@ -113,7 +113,8 @@ def described(folder, config):
 
 
 def write_random(folder, shape, layers, device="cpu", shards=1, scale=1):
-    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor into `shards` files."""
+    """A checkpoint of `shape` with random bf16 weights made on `device`, written tensor by tensor into `shards` files; the same ones at every call."""
+    torch.manual_seed(0)
     shapes = described(folder, config_of(shape, layers, scale))
     names = list(shapes)
     step = -(-len(names) // shards)
