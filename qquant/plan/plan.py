@@ -76,7 +76,7 @@ class Plan:
                 f"--only {unknown[0]}: recipe {recipe.name} has no such artifact; it has {', '.join(known)}"
             )
         specs = [spec for spec in recipe.artifacts if not only or spec.name in only]
-        sized = {spec.name: None for spec in specs if spec.sized}.keys()
+        unsettled = tuple(spec.name for spec in specs if spec.sized and spec.name not in losses)
         name = model or checkpoint.name
         require_model_name(name)
         specs = [
@@ -103,7 +103,7 @@ class Plan:
         expected = {one.name: _expected(one, losses[one.name]) for one in planned if one.name in losses}
         return cls(
             name, planned, needs, disk, gates, recipe.checks, held.calibration.tokens, inputs, imatrix, parallel,
-            texts=texts, in_float32=in_float32, unsettled=tuple(sized - losses.keys()), expected=expected,
+            texts=texts, in_float32=in_float32, unsettled=unsettled, expected=expected,
             writing=planned_writing(recipe, checkpoint), background=held.calibration.beside,
         )  # fmt: skip
 

@@ -113,6 +113,13 @@ def test_parts_are_counted_with_their_headers(make_checkpoint):
         asked = sum(parts) - 1
 
 
+def test_artifacts_whose_types_are_to_be_chosen_are_named_in_the_order_of_the_recipe(make_checkpoint):
+    checkpoint = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512))
+    names = ["six", "five", "four", "three", "two", "one"]
+    lines = "".join(f"  - {{name: {name}, format: gguf, size: 4MB}}\n" for name in names)
+    assert Plan.of(recipe.parse(HEAD + lines), checkpoint).unsettled == tuple(names)
+
+
 def test_losses_decide(make_checkpoint):
     checkpoint = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512))
     line = "size: 4MB, types: {output: q8_0, token_embd: [q2_k, q4_k, q6_k]}"
