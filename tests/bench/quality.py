@@ -10,19 +10,21 @@ Builds each format with qquant and with the tools of that format (auto-gptq with
 50 and 200 steps a block, llm-compressor's GPTQ, autoawq, llama-quantize with qquant's importance matrix), each in its pinned
 environment of `make oracles`, all from the calibration tokens of the recipe. Every result is read back and compared with the checkpoint on held-out text in one lockstep pass. The last column but two
 is the mean KL divergence of ours divided by theirs, with a 95 % interval from resampling windows (paired: the same windows for both).
+Seconds are of the processor and peaks of the process, from its start: every artifact, ours too, is built in a process of its own.
 
-What stands under --keep is not built again. --ours takes artifacts that `qquant build` made elsewhere, from every output folder below
+What stands under --keep is not built again, and what it took is kept beside it. --ours takes artifacts that `qquant build` made elsewhere, from every output folder below
 it. --save keeps what was measured, window by window, beside what the file has already; --against compares with the numbers of such a
 file instead of building and measuring the peers again.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ from qquant.source.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / ".oracles"
+FACTS = "facts.json"  # what every build under --keep took
 IMATRIX = "imatrix"  # an artifact that is built for its importance matrix only
 RUNNERS = ROOT / "tests" / "oracles"
 DEQUANTIZED = (
@@ -97,15 +100,14 @@ def theirs(name, source, work, group_size):
 
 
 def run(environment, command):
-    """Run a runner with its environment's python; (seconds, peak megabytes) as it reports them."""
-    began = time.monotonic()
+    """Run a runner with its environment's python; (processor seconds, peak megabytes) as it reports them."""
     words = [str(ORACLES / environment / "bin" / "python"), str(RUNNERS / command[0]), *map(str, command[1:])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\nfailed ({done.returncode}): {done.stderr[-2000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     facts = json.loads(lines[-1]) if lines else {}
-    return facts.get("seconds", round(time.monotonic() - began, 1)), facts.get("peak_mb", "")
+    return facts.get("processor_seconds", ""), facts.get("peak_mb", "")
 
 
 def imatrix_of(keep):
@@ -114,12 +116,11 @@ def imatrix_of(keep):
 
 
 def ready(base, checkpoint, keep):
-    """Leave in `keep` what llama-quantize starts from: the checkpoint as f32 GGUF, and our importance matrix (one forward pass)."""
+    """What llama-quantize starts from, in `keep`: the checkpoint as f32 GGUF, and our importance matrix (one forward pass); `build_ours`'s facts of that."""
     if not (keep / "full.gguf").exists():
         run("llama", ["llama_convert.py", checkpoint.path, keep / "full.gguf"])
-    if not imatrix_of(keep).exists():
-        spec = GgufArtifact(name=IMATRIX, format="gguf", type="q8_0", gates=Gates(defaults=False))
-        build_ours(base, checkpoint, spec, keep / IMATRIX)
+    spec = GgufArtifact(name=IMATRIX, format="gguf", type="q8_0", gates=Gates(defaults=False))
+    return build_ours(base, checkpoint, spec, keep / IMATRIX)[1:]
 
 
 def spec_of(base, name, group_size):
@@ -139,14 +140,20 @@ def kind_of(spec):
 
 
 def build_ours(base, checkpoint, spec, out):
-    """(path, seconds, peak megabytes of this process so far) of our artifact."""
+    """(path, processor seconds, peak megabytes) of our artifact, from a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(build_here, (base, checkpoint.path, spec, out))
+
+
+def build_here(base, path, spec, out):
+    """The same, of this process since it began."""
+    checkpoint = Checkpoint.open(str(path))
     checks = Checks(text="bundled:zh-test", windows=1, length=32)
     loaded = base.model_copy(update={"artifacts": (spec,), "checks": checks})
     plan = Plan.of(loaded, checkpoint)
-    began = time.monotonic()
     pipeline.build(loaded, checkpoint, plan, out, torch.device("cpu"), Quiet())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return installed(out, plan.artifacts[0]), round(time.monotonic() - began, 1), peak
+    return installed(out, plan.artifacts[0]), round(sum(os.times()[:4]), 1), peak
 
 
 def made(folder):
@@ -167,26 +174,40 @@ def made(folder):
     return found
 
 
+def taken(keep):
+    """What the builds under `keep` took, by "format tool"."""
+    path = keep / FACTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def build(base, checkpoint, options):
-    """Paths and (seconds, megabytes) by (format, tool): ours and theirs, built where they are not there yet."""
-    built, facts = {}, {}
+    """Paths and (processor seconds, megabytes) by (format, tool): ours and theirs, built where they are not there yet."""
+    built, facts = {}, taken(options.keep)
     ours = made(options.ours) if options.ours else {}
+
+    def note(name, tool, took):
+        facts.update(taken(options.keep))  # another may have written meanwhile
+        facts[f"{name} {tool}"] = took
+        (options.keep / FACTS).write_text(json.dumps(facts, indent=1))
+
     for name in options.only:
         folder = options.keep / name
         folder.mkdir(exist_ok=True)
         if options.ours and name in ours:
             built[name, "qquant"] = ours[name]
         elif not options.ours and not options.peers_only:
-            spec = spec_of(base, name, options.group_size)
-            built[name, "qquant"], *facts[name, "qquant"] = build_ours(base, checkpoint, spec, folder / "qquant")
+            if f"{name} qquant" not in facts:
+                spec = spec_of(base, name, options.group_size)
+                note(name, "qquant", build_ours(base, checkpoint, spec, folder / "qquant")[1:])
+            built[name, "qquant"] = made(folder / "qquant")[name]
         if not options.against:
-            if name.startswith("gguf") and (not options.tools or "llama-quantize" in options.tools):
-                ready(base, checkpoint, options.keep)
             for tool, environment, command, result in theirs(name, checkpoint.path, folder, options.group_size):
-                if options.tools and tool not in options.tools:
+                if options.tools is not None and tool not in options.tools:
                     continue
+                if tool == "llama-quantize" and not imatrix_of(options.keep).exists():
+                    note(IMATRIX, "qquant", ready(base, checkpoint, options.keep))
                 if not result.exists():
-                    facts[name, tool] = run(environment, command)
+                    note(name, tool, run(environment, command))
                 built[name, tool] = result
         print(f"built {name}", file=sys.stderr)
     return built, facts
@@ -225,13 +246,13 @@ def interval(ours, other, draws=2000):
 
 def show(rows, facts):
     """Print the table."""
-    columns = "format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | seconds | peak MB"
+    columns = "format | tool | bytes | perplexity ratio | mean KL | 99 % KL | top-1 | ours / theirs [95 %] | processor seconds | peak MB"
     print(f"| {columns} |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for key, row in sorted(rows.items(), key=lambda item: list(OURS).index(item[0].split()[0])):
         name, tool = key.split()
         ours = rows.get(f"{name} qquant")
         ratio = "" if tool == "qquant" or not ours else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(ours, row))
-        seconds, peak = facts.get((name, tool), ("", ""))
+        seconds, peak = facts.get(key, ("", ""))
         print(
             f"| {name} | {tool} | {row['bytes']:,} | {row['perplexity_ratio']:.4f} | {np.mean(row['kl']):.7f} "
             f"| {row['kl99']:.5f} | {row['top1']:.4f} | {ratio} | {seconds} | {peak} |"
@@ -256,7 +277,7 @@ def arguments():
     parser.add_argument("--text", default="bundled:wikitext-2-test", help="held out, as in a recipe's checks")
     parser.add_argument("--keep", type=Path, help="keep (and reuse) what was built here")
     parser.add_argument("--only", nargs="*", default=list(OURS), choices=list(OURS))
-    parser.add_argument("--tools", nargs="*", help="of the others, these alone; default: all")
+    parser.add_argument("--tools", nargs="*", help="of the others, these alone, or none; default: all")
     parser.add_argument("--ours", type=Path, help="artifacts of ours that were built elsewhere; none is built")
     parser.add_argument("--peers-only", action="store_true", help="build and measure the other tools' artifacts only")
     parser.add_argument("--save", type=Path, help="keep what was measured, as JSON")
@@ -300,6 +321,8 @@ def main():
         before = stored(options.save, conditions) if options.save.exists() else {}
         options.save.write_text(json.dumps({"conditions": conditions, "rows": before | rows}))
     show(rows, facts)
+    if f"{IMATRIX} qquant" in facts:
+        print("The importance matrix took {} processor seconds and {} MB.".format(*facts[f"{IMATRIX} qquant"]))
 
 
 if __name__ == "__main__":

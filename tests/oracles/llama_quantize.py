@@ -4,19 +4,18 @@ The importance matrix is a GGUF file (`NAME.in_sum2`, `NAME.counts`, three `imat
 as sum of squares / count, and the four `quantize.imatrix.*` keys are written into the target as llama-quantize does.
 With TYPE f32 and --requantize libllama dequantizes a quantized file: its logits then show how llama.cpp reads the blocks,
 without the 8-bit rounding of activations that its quantized multiplications add.
-Prints JSON: bytes, seconds.
+Prints JSON: bytes, seconds and peak memory.
 """
 
 import argparse
 import ctypes
-import json
-import time
 from pathlib import Path
 
 import llama_cpp as c
 import numpy as np
 from gguf import GGUFReader
 from llama_model import start
+from quantizing import Stopwatch
 
 FTYPES = {
     name.removeprefix("LLAMA_FTYPE_MOSTLY_").lower(): value
@@ -71,6 +70,7 @@ def main():
     parser.add_argument("--requantize", action="store_true", help="take a quantized source (with f32: dequantize it)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    watch = Stopwatch()
     start()
     params = c.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.pure = FTYPES[args.type], args.threads, args.pure
@@ -83,12 +83,10 @@ def main():
         pairs |= {"quantize.imatrix.entries_count": len(entries), "quantize.imatrix.chunks_count": int(chunks)}
         imatrix, overrides = imatrix_array(entries), override_array(pairs)
         params.imatrix, params.kv_overrides = imatrix, overrides
-    begin = time.perf_counter()
     status = c.llama_model_quantize(args.source.encode(), str(args.target).encode(), params)
-    seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"llama_model_quantize returned {status}")
-    print(json.dumps({"bytes": args.target.stat().st_size, "seconds": round(seconds, 3)}))
+    watch.report(bytes=args.target.stat().st_size)
 
 
 if __name__ == "__main__":
