@@ -61,7 +61,16 @@ class Verified:
 
 
 def hashes(folder: Path) -> int:
-    """Bytes of the files of `folder`, after each was hashed. Raises InputError if one is missing or differs, or is a link."""
+    """Bytes of the files of `folder`, after each was hashed; needs no torch.
+
+    Raises:
+        UsageError: it has no manifest.
+        InputError: a file is missing or differs, or is a link.
+    """
+    if not (folder / MANIFEST).is_file():
+        inside = sorted(str(file.parent) for file in folder.glob(f"*/{MANIFEST}"))
+        what = f"name the folders in it: qquant verify {' '.join(inside)}" if inside else FOLDERS
+        raise UsageError(f"{folder}: holds no {MANIFEST}; {what}")
     return verify_files(folder)
 
 
@@ -83,10 +92,6 @@ def verify(folder: Path, deep: bool = False) -> Verified:
         UsageError: it has no manifest.
         InputError: a file, a tensor or a value is not what it should be.
     """
-    if not (folder / MANIFEST).is_file():
-        inside = sorted(str(file.parent) for file in folder.glob(f"*/{MANIFEST}"))
-        what = f"name the folders in it: qquant verify {' '.join(inside)}" if inside else FOLDERS
-        raise UsageError(f"{folder}: holds no {MANIFEST}; {what}")
     size = hashes(folder)
     if (folder / REPORT).is_file():
         require_judged(folder, read_report(folder / REPORT))

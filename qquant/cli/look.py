@@ -11,7 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import DEVICE, EXITS, JSON
+from qquant.cli.options import DEVICE, EXITS, JSON, require_there
 from qquant.cli.terminal import counted, echo, echo_json
 from qquant.cli.together import device_of, ranks_here
 
@@ -29,6 +29,7 @@ WIDTH = 200  # characters of a value that are shown
 @JSON
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint, an artifact folder or a GGUF file holds; reads headers only."""
+    require_there(path)
     from qquant.inspection import describe
 
     content = describe(path)
@@ -85,13 +86,11 @@ def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: b
 
 def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, object], str, tuple[str, ...]]:
     """(for --json, for people, files that no manifest lists) of one folder."""
-    from qquant.artifact.manifest import verify_files
-
-    if only_bytes:
-        size = verify_files(folder)
-        return {"folder": str(folder), "bytes": size}, f"{size:,} bytes as the manifest says", ()
     from qquant.artifact import verification
 
+    if only_bytes:
+        size = verification.hashes(folder)
+        return {"folder": str(folder), "bytes": size}, f"{size:,} bytes as the manifest says", ()
     verified = verification.verify(folder, deep)
     row = {"folder": str(folder), "bytes": verified.size, "tensors": verified.tensors, "digests": verified.digests}
     values = f"{verified.tensors} tensors are finite, {verified.digests} dequantize as recorded"

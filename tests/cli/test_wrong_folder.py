@@ -45,11 +45,12 @@ def test_an_importance_matrix_is_no_model(tmp_path):
         detect(tmp_path)
 
 
-def test_verify_of_an_output_folder_names_what_is_in_it(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--bytes"]])
+def test_verify_of_an_output_folder_names_what_is_in_it(tmp_path, more):
     (tmp_path / "m-AWQ").mkdir()
     (tmp_path / "m-AWQ" / "qquant-manifest.json").write_text("{}")
     (tmp_path / "calibration").mkdir()
-    message = str(run("verify", tmp_path).exception)
+    message = str(run("verify", tmp_path, *more).exception)
     assert (
         message == f"{tmp_path}: holds no qquant-manifest.json; name the folders in it: qquant verify {tmp_path}/m-AWQ"
     )
@@ -58,6 +59,7 @@ def test_verify_of_an_output_folder_names_what_is_in_it(tmp_path):
 def test_an_artifact_of_the_hub_is_told_how_it_comes_here(demo):
     result = run("check", "somebody/Model-AWQ", "--against", demo)
     assert "hf download somebody/Model-AWQ --local-dir Model-AWQ" in str(result.exception)
+    assert str(run("inspect", "somebody/Model-AWQ").exception) == str(result.exception)
     assert "hf download" not in str(run("check", "somewhere", "--against", demo).exception)
 
 
