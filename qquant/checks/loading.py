@@ -87,6 +87,11 @@ class Nursery(NamedTuple):
     device: str = "cpu"  # on which they load weights
     progress: Progress = Quiet()  # of the thread that calls; several children tell nothing
 
+    def tell(self, done: int, of: int) -> None:
+        """Tell of parts that are loaded; the end is told when the child has gone."""
+        if done < of:
+            self.progress.advance("load", done, of)
+
 
 Said = tuple[dict[LoadTask, str], dict[LoadTask, bytes]]
 """What went wrong, and the line that was said, by part."""
@@ -254,9 +259,7 @@ def _child(tasks: Sequence[LoadTask], nursery: Nursery, of: int) -> tuple[list[b
     limit = sum((nursery.seconds + task.bytes() / BYTES_A_SECOND for task in tasks), nursery.seconds)
     words = [word for task in tasks for word in (task.what, str(task.path.absolute()))]
     with _asked([str(nursery.children), nursery.device, *words], nursery) as child:
-        in_time = _wait(
-            child, limit, nursery.stop, lambda lines: nursery.progress.advance("load", of - len(tasks) + lines, of)
-        )
+        in_time = _wait(child, limit, nursery.stop, lambda lines: nursery.tell(of - len(tasks) + lines, of))
         output, errors = child.communicate()
     done = output.split(b"\n")[:-1]
     if not in_time:

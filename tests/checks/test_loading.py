@@ -75,6 +75,9 @@ def test_parts_that_load_are_told_as_they_do(paths):
     assert loading.examine(paths[:2], None, progress=progress).faults == {}
     progress.require_whole("load")
     assert (2, 4) in progress.steps["load"], "a child says each part when it is loaded"
+    assert progress.steps["load"].count((4, 4)) == 1, (
+        "the phase ended with the last word of the child, and again with the child"
+    )
 
 
 @pytest.mark.parametrize("children", [1, 2])
