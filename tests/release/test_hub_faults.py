@@ -132,6 +132,9 @@ def test_pauses_follow_the_server():
     assert pause(error(500), 30) == 60
     assert pause(error(404), 0) is None
     assert pause(ConnectionResetError(), 2) == 4
+    said = "Network error: Request error: HTTP status client error ({}), domain: http://hub/api/models/a/b/xet-write-token/x"
+    assert pause(RuntimeError(said.format("404 Not Found")), 0) is None, "two minutes, for an answer that stays"
+    assert pause(RuntimeError(said.format("429 Too Many Requests")), 2) == 4
     assert pause(OSError(28, "No space left"), 0) is None
 
 

@@ -27,6 +27,8 @@ LOGIN = (
 VISIBLE, CHANGED = "Complete and visible", "Changed"
 NOTHING = {VISIBLE: "Nothing of this release is visible on main", CHANGED: "Nothing was changed"}
 HINTS = {401: LOGIN, 403: LOGIN}
+STATED = re.compile(r"HTTP status client error \((\d{3})")  # how the client's upload library tells of an answer
+BUSY = ("408", "429")
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{6,}|ms-[A-Za-z0-9-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+)|(?<=[?&]X-Amz-)\S+")
 
 
@@ -60,6 +62,9 @@ def pause(error: BaseException | None, attempt: int) -> float | None:
         error = error.__cause__
     response = getattr(error, "response", None)
     if response is None:
+        stated = STATED.search(str(error))
+        if stated:
+            return None if stated[1] not in BUSY else min(LONGEST_WAIT, 2.0**attempt)
         local = isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError) and error.errno
         return None if local else min(LONGEST_WAIT, 2.0**attempt)
     if response.status_code != 429 and response.status_code < 500:
