@@ -4,13 +4,14 @@
     python -m tests.bench.damage check CHECKPOINT WORK [--only healthy ...] [--device cpu]                   the whole profile, as `qquant check` reads it
     python -m tests.bench.damage slices CHECKPOINT WORK [--only healthy ...] [--windows 6] [--positions N]   few windows a slice, no questions
 
-`build` leaves a GPTQ-Int4 of each of CASES in WORK, all with the calibration of `qwen1.5-chat` and `effort: fast`:
+`build` leaves a 4-bit GPTQ folder of each of CASES in WORK, all with the calibration of `qwen1.5-chat` and `effort: fast`:
 
     healthy      as it should be
+    theta        that with a rope_theta that is 1 % larger (`--theta 1.01`)
     no-LANGUAGE  no sample of the calibration has a letter of that script
     no-tools     no sample of the calibration is a tool transcript
-    hurt-KIND    weights that are off where texts of KIND drive them and others do not (`directions`), quantized like the healthy one
-    theta        the healthy one with a rope_theta that is 1 % larger
+    rounded      rounded to nearest
+    hurt-KIND    that of weights which are off where texts of KIND drive them and others do not (`hurt`)
 
 W x of a linear W [N, K] on tokens x of KIND has the mean energy tr(W H W'), H their second moment and B that of all other texts. With H v = l B v,
 the largest l first, B-orthonormal columns V [K, DIRECTIONS] and independent normal numbers R [N, DIRECTIONS],
@@ -33,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from qquant import pipeline, recipe
 from qquant.artifact.opening import open_weights
 from qquant.calibration import Tokenizer
-from qquant.calibration.slices import LENGTH, Sliced, sliced
+from qquant.calibration.slices import KINDS, LANGUAGES, LENGTH, Sliced, sliced
 from qquant.checks import slices
 from qquant.families.decoder import embed, source_block
 from qquant.plan.plan import Plan
@@ -44,7 +45,7 @@ from qquant.resources import data_dir
 from qquant.source.checkpoint import Checkpoint
 
 SCRIPTS = {"thai": "[\u0e00-\u0e7f]", "arabic": "[\u0600-\u06ff]"}
-CASES = ("healthy", "no-thai", "no-arabic", "no-tools", "hurt-thai", "hurt-arabic", "hurt-tools", "theta")
+CASES = ("healthy", "theta", "rounded", "hurt-thai", "hurt-arabic", "hurt-tools", "no-thai", "no-arabic", "no-tools")
 OWN = {"thai": ("docs-th",), "arabic": ("docs-ar",), "tools": ("tools",)}  # the corpora of a kind
 DIRECTIONS, SHARE, RIDGE = 8, 0.1, 0.1
 ROWS = 24  # of a corpus of the kind; of each of the others, READ
@@ -55,7 +56,7 @@ name: damage
 effort: fast
 calibration: {{sources: {sources}, samples: {samples}, length: {length}, default_system_share: 0.25}}
 checks: {{windows: 2, length: 64, answer_length: 0}}
-artifacts: [{{name: gptq-int4, format: gptq, bits: 4, gates: {{defaults: false}}}}]
+artifacts: [{{name: gptq-int4, format: gptq, bits: 4, solver: {solver}, gates: {{defaults: false}}}}]
 """
 
 
@@ -176,7 +177,7 @@ def build(options):
             config = json.loads((out / "model" / "config.json").read_text())
             for place in (config, config.get("rope_parameters") or {}):
                 if "rope_theta" in place:
-                    place["rope_theta"] *= 1.01
+                    place["rope_theta"] *= options.theta
             (out / "model" / "config.json").write_text(json.dumps(config))
             continue
         source = options.checkpoint
@@ -185,7 +186,10 @@ def build(options):
             if not source.exists():
                 hurt(Checkpoint.open(options.checkpoint), case.removeprefix("hurt-"), source, device)
         text = RECIPE.format(
-            sources=json.dumps(sources(options.work, case)), samples=options.samples, length=options.length
+            sources=json.dumps(sources(options.work, case)),
+            samples=options.samples,
+            length=options.length,
+            solver="rtn" if case.startswith(("hurt-", "rounded")) else "gptq",
         )
         (options.work / f"{case}.yaml").write_text(text)
         loaded, checkpoint = recipe.load(options.work / f"{case}.yaml"), Checkpoint.open(source)
@@ -199,20 +203,24 @@ def artifact(work, case):
     return config.parent
 
 
-def fewer(text, most, positions):
-    """The first `most` windows of every slice, and `positions` tokens of the long documents."""
-    counts = [one.windows for one in text.slices]
-    starts = np.cumsum([0, *counts])
-    rows = [start + at for start, count in zip(starts, counts, strict=False) for at in range(min(most, count))]
-    short = tuple(replace(one, windows=min(most, one.windows)) for one in text.slices)
-    return Sliced(short, text.short[rows], text.long[:, :positions] if positions > LENGTH else text.long[:0])
+def fewer(text, options):
+    """The first windows of some slices, and the beginnings of the long documents."""
+    starts = np.cumsum([0, *(one.windows for one in text.slices)])
+    wanted = {
+        one: start + np.arange(min(options.windows, one.windows))
+        for one, start in zip(text.slices, starts, strict=False)
+        if one.name in (options.slices or [one.name])
+    }
+    short = tuple(replace(one, windows=len(rows)) for one, rows in wanted.items())
+    documents = options.documents if options.positions > LENGTH else 0
+    return Sliced(short, text.short[np.concatenate(list(wanted.values()))], text.long[:documents, : options.positions])
 
 
 def read_slices(options):
     """Few windows of every slice, judged by their gate."""
     checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
     tokenizer = Tokenizer.open(checkpoint.path)
-    text = fewer(sliced(tokenizer, checkpoint.config.positions), options.windows, options.positions)
+    text = fewer(sliced(tokenizer, checkpoint.config.positions), options)
     weights = {case: open_weights(artifact(options.work, case), device) for case in options.only}
     found = slices.readings(checkpoint, weights, text, tokenizer, device, Quiet())
     for case, readings in found.items():
@@ -258,7 +266,10 @@ def main():
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--slices", nargs="+", choices=[*LANGUAGES, *KINDS], help="English among them; default: all")
     parser.add_argument("--positions", type=int, default=16_384, help="of a long document; 0: none is read")
+    parser.add_argument("--documents", type=int, default=2)
+    parser.add_argument("--theta", type=float, default=1.01, help="what rope_theta is multiplied by")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
