@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qquant.families.decoder import Block, rms_norm, rotary, rotate, source_block
 from qquant.families.forward import through
+from qquant.families.linear import linear
 from qquant.families.weights import WeightSource
 
 FEW = 2  # rows up to which a float16 product on the CPU is torch's
@@ -85,7 +86,7 @@ class PromptDecoder:
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product with W', plus b, of x [B, T, in]."""
         if x.dtype != torch.float16 or x.device.type != "cpu" or x.shape[0] * x.shape[1] <= FEW:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qquant.families import Family, ModelConfig
 from qquant.families.forward import StageInput
+from qquant.families.linear import by_float32, linear
 from qquant.families.weights import WeightSource
 
 Observer = Callable[[str, Tensor], None]
@@ -67,7 +68,7 @@ class Block:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply linear `name` (e.g. "mlp.up_proj") to x [..., in]."""
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def normed(self, stage: str, x: Tensor) -> Tensor:
         """The residual stream x [T, hidden] through the norm before `stage`."""
@@ -96,6 +97,10 @@ class Block:
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention [B, heads, T, head_dim] of as large queries to keys and values."""
+        if by_float32(query):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True).to(
+                query.dtype
+            )
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

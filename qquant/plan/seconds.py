@@ -41,9 +41,10 @@ from qquant.source.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from qquant.families import linear as products
     from qquant.kernels import gptq_block as column_loop
 else:
-    torch, column_loop = lazy("torch"), lazy("qquant.kernels.gptq_block")
+    torch, column_loop, products = lazy("torch"), lazy("qquant.kernels.gptq_block"), lazy("qquant.families.linear")
 
 TABLE_ROWS = 4096  # as in `qquant.solve.outside`
 HEAD_TOKENS = 1024  # that take a slice of the head at a time, as in `qquant.devices`
@@ -63,8 +64,7 @@ DECODE = 16  # a token that is decoded in a batch, over one that is read
 WRITE = 4  # a token that is written with up to 63 others, over one that is read
 ENOUGH = 0.12  # seconds of each probe
 SIDE = 1024  # of matrices that are probed
-# Columns of one that is factored: the rate doubles in between, and a wider one takes a second.
-FACTORED = 256, 2048
+FACTORED = 256, 2048  # columns of one that is factored: the rate doubles in between; a wider one takes a second
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -109,7 +109,7 @@ def probe_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     def multiplied(kind: torch.dtype) -> float:
         x = torch.randn(512, columns, device=device).to(kind)
         weight = torch.randn(rows, columns, device=device).to(kind)
-        return 2 * 512 * rows * columns * _a_second(lambda: x @ weight.T, device)
+        return 2 * 512 * rows * columns * _a_second(lambda: products.linear(x, weight), device)
 
     least, most = FACTORED
     side = min(max(least, min(shape)), most)

@@ -33,6 +33,7 @@ from qquant.disk.writes import make_folder, write_synced
 from qquant.errors import NumericalError
 from qquant.families import Family, ModelConfig
 from qquant.families.decoder import HEAD_ROWS, Block, embed, rms_norm, rotary, rotate, source_block
+from qquant.families.linear import linear
 from qquant.families.weights import WeightSource
 from qquant.progress import Progress
 from qquant.ranks import Ranks
@@ -130,7 +131,7 @@ class Weights:
                 if self.keeps
                 else self.source.rows(family.head, start, stop).to(device=self.device, dtype=self.dtype)
             )
-            parts.append(F.linear(x, part).float())
+            parts.append(linear(x, part).float())
         return torch.cat(parts, 1)
 
     def _table(self, name: str) -> Tensor:
