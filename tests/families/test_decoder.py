@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from qquant.families import decoder
+from qquant.families import decoder, linear
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 
@@ -30,6 +30,13 @@ def theirs(folder, tokens, dtype, mask=None):
     return model(tokens[None] if tokens.dim() == 1 else tokens, attention_mask=mask).logits.float()
 
 
+@pytest.fixture
+def with_instructions(monkeypatch):
+    """A CPU that multiplies bfloat16 as torch does everywhere, however slowly."""
+    monkeypatch.setattr(linear, "bfloat16_is_slow", lambda: False)
+
+
+@pytest.mark.usefixtures("with_instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(make_checkpoint, case, dtype):
@@ -38,9 +45,23 @@ def test_logits_equal_transformers(make_checkpoint, case, dtype):
     assert torch.equal(ours(Checkpoint.open(folder), tokens, dtype), theirs(folder, tokens, dtype)[0])
 
 
+@pytest.mark.usefixtures("with_instructions")
 def test_logits_equal_transformers_on_the_demo(demo):
     tokens = torch.randint(0, 8192, (300,))
     assert torch.equal(ours(Checkpoint.open(demo), tokens, torch.bfloat16), theirs(demo, tokens, torch.bfloat16)[0])
+
+
+def test_without_instructions_logits_are_as_near_to_float32s(demo, monkeypatch):
+    """Products by float32 round once, as torch's of bfloat16 do."""
+    tokens = torch.randint(0, 8192, (300,), generator=torch.Generator().manual_seed(1))
+    checkpoint = Checkpoint.open(demo)
+    exact = ours(checkpoint, tokens, torch.float32)
+    errors = []
+    for slow in (True, False):
+        monkeypatch.setattr(linear, "bfloat16_is_slow", lambda slow=slow: slow)
+        errors.append(float((ours(checkpoint, tokens, torch.bfloat16) - exact).square().mean()))
+    assert errors[0] < 1.05 * errors[1]
+    assert errors[0] != errors[1]
 
 
 def test_one_sequence_at_a_time_equals_a_padded_batch(make_checkpoint):
