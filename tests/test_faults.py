@@ -51,7 +51,7 @@ def load_recipe(place, names, text=HEAD):
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """`build(folder, *artifacts, out="out")` -> (report, out), without the process that imports transformers."""
-    monkeypatch.setattr(loading, "examine", lambda *_: loading.Loaded({}))
+    monkeypatch.setattr(loading, "examine", lambda *_, **__: loading.Loaded({}))
 
     def run(folder, *names, out="out", text=HEAD):
         loaded = load_recipe(tmp_path, names or NAMES, text)
@@ -289,7 +289,7 @@ import sys, time
 from qquant.solve import solver
 from qquant.checks import loading
 from qquant.cli import main
-loading.examine = lambda *_: loading.Loaded({})
+loading.examine = lambda *_, **__: loading.Loaded({})
 finish = solver.Solver.finish
 def slow(self, *rest):
     print("solving", flush=True)

@@ -139,7 +139,9 @@ class Range:
                 "\n\n".join(" ".join(f"{name}{i * j}" for i in range(60)) for j in range(1, 9))
             )
         (place / "torture.yaml").write_text(text.replace("PLACE", str(place)))
-        loading.examine = lambda *_: loading.Loaded({})  # a process that imports transformers is not what is tried here
+        loading.examine = lambda *_, **__: loading.Loaded(
+            {}
+        )  # a process that imports transformers is not what is tried here
         self.recipe = recipe.load(str(place / "torture.yaml"))
         self.checkpoint = Checkpoint.open(self.model)
         self.plan = Plan.of(self.recipe, self.checkpoint)

@@ -349,7 +349,7 @@ from qquant.source.checkpoint import Checkpoint
 from qquant.checks import loading
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
-loading.examine = lambda *_: loading.Loaded({})
+loading.examine = lambda *_, **__: loading.Loaded({})
 loaded, checkpoint = recipe.load(sys.argv[1]), Checkpoint.open(sys.argv[2])
 for only in (["gguf-q4_0"], ["gguf-q4_0", "gguf-q8_0", "gptq-int4"]):
     plan = Plan.of(loaded, checkpoint, only)

@@ -126,8 +126,12 @@ def test_short_memory_changes_no_bit(pair, monkeypatch, first, tile):
         assert torch.equal(column, getattr(found[1][0], name)), name
     assert found[0][1] == found[1][1]
     groups = 1 if tile == 1024 else 3 if first == 0 else 2
-    by_group = [(2 * group + at, 2 * groups) for group in range(groups) for at in range(3)]
-    assert told == [[(0, 2), (1, 2), (2, 2)], by_group], "a group says where it begins, and each of its two blocks"
+    each = told[0][0][1]
+    for seen, of in zip(told, (1, groups), strict=True):
+        done = [at for at, _ in seen]
+        assert {whole for _, whole in seen} == {each * of}, "a group is as much as all windows together"
+        assert done == sorted(done)
+        assert {0, *(each * group for group in range(of + 1))} <= set(done), "a group says where it begins and ends"
 
 
 def test_free_memory_is_what_the_kernel_says_is_available():

@@ -323,7 +323,7 @@ def test_a_check_that_fails_meanwhile_ends_the_child(built, paths, children, mon
 
 def test_loading_beside_the_check_finds_the_same(built, paths, monkeypatch):
     checks, gates, told = Checks(windows=2, length=32), Gates(defaults=False), {paths[1]: "why"}
-    monkeypatch.setattr(review.loading, "examine", lambda *_: loading.Loaded(told))
+    monkeypatch.setattr(review.loading, "examine", lambda *_, **__: loading.Loaded(told))
     reports = []
     for threaded in (False, True):
         monkeypatch.setattr(devices, "threads_help", lambda device, threaded=threaded: threaded)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from qquant.families import decoder, linear
+from qquant.families import decoder
+from qquant.families import linear as products
 from qquant.solve.stream import Stream
 from qquant.source.checkpoint import Checkpoint
 
@@ -33,7 +34,7 @@ def theirs(folder, tokens, dtype, mask=None):
 @pytest.fixture
 def with_instructions(monkeypatch):
     """A CPU that multiplies bfloat16 as torch does everywhere, however slowly."""
-    monkeypatch.setattr(linear, "bfloat16_is_slow", lambda: False)
+    monkeypatch.setattr(products, "bfloat16_is_slow", lambda: False)
 
 
 @pytest.mark.usefixtures("with_instructions")
@@ -58,7 +59,7 @@ def test_without_instructions_logits_are_as_near_to_float32s(demo, monkeypatch):
     exact = ours(checkpoint, tokens, torch.float32)
     errors = []
     for slow in (True, False):
-        monkeypatch.setattr(linear, "bfloat16_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(products, "bfloat16_is_slow", lambda slow=slow: slow)
         errors.append(float((ours(checkpoint, tokens, torch.bfloat16) - exact).square().mean()))
     assert errors[0] < 1.05 * errors[1]
     assert errors[0] != errors[1]

@@ -83,7 +83,7 @@ def test_the_probe_is_short_and_sees_a_slower_machine(demo, monkeypatch):
     assert all(rate > 0 for rate in asdict(rates).values())
     assert rates.large < rates.elements
     real = seconds._a_second
-    monkeypatch.setattr(seconds, "_a_second", lambda step, device: real(lambda: [step() for _ in range(4)], device))
+    monkeypatch.setattr(seconds, "_a_second", lambda step, device: real(lambda: [step() for _ in range(16)], device))
     slower = probe(checkpoint, CPU)
     assert slower.exact < 0.7 * rates.exact
 
