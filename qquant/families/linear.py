@@ -24,7 +24,7 @@ PIECE = 1 << 22  # weights that are float32 at a time
 @cache
 def bfloat16_is_slow() -> bool:
     """Whether this CPU has no instructions for bfloat16."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def by_float32(x: Tensor) -> bool:

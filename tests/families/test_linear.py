@@ -48,6 +48,13 @@ def test_float32_is_chosen_where_it_is_faster(slow):
     assert not products.by_float32(torch.empty(8, 8, dtype=torch.bfloat16, device="meta"))
 
 
+def test_a_torch_without_mkldnn_multiplies_bfloat16_slowly(monkeypatch):
+    """As on macOS, where the question whether it has instructions is no operator."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert products.bfloat16_is_slow.__wrapped__()
+
+
 def test_attention_is_that_of_float32_rounded(slow):
     """Within bfloat16's rounding of what is mixed, in the dtype of its inputs."""
     query, key, value = (drawn(1, 2, 12, 16) * scale for scale in (1, 2, 3))
