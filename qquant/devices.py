@@ -26,7 +26,7 @@ else:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of work on one kind of device. None of them changes a result but `together`, `spread` and `by_blocks`, which depend on nothing else."""
+    """Sizes of work on one kind of device. None of them changes a result but `together`, `spread`, `by_blocks` and `answered`."""
 
     threads: bool  # whether reading, hashing and writing beside the computation gains anything
     apart: bool  # whether it has memory of its own besides the host's
@@ -42,6 +42,7 @@ class Policy:
     energy: int  # values of GGUF rows whose sums of squares are taken at a time
     swept: int  # weights that a sweep visits at a time
     refitted: int  # rows whose scales are solved for at a time, at most
+    answered: int  # questions that are answered at once, at most; it moves the last bits of logits
     head_tokens: int  # tokens that take a slice of the output head at a time
 
 
@@ -61,6 +62,7 @@ POLICIES = {
         energy=1 << 20,
         swept=1 << 22,
         refitted=2048,
+        answered=8,
         head_tokens=1024,
     ),
     "cuda": Policy(
@@ -78,6 +80,7 @@ POLICIES = {
         energy=1 << 24,
         swept=1 << 27,
         refitted=8192,
+        answered=64,
         head_tokens=4096,
     ),
 }

@@ -32,11 +32,13 @@ from numpy.typing import NDArray
 
 from qquant.calibration import Tokenizer
 from qquant.calibration.behaviour import LENGTHS, BehaviourText, OpenQuestion
-from qquant.checks import marking, sanity, statistics
-from qquant.checks.decoding import Chooser, PromptDecoder
+from qquant.checks import captured, marking, sanity, statistics
+from qquant.checks.decoding import Chooser
 from qquant.checks.fidelity import Fidelity, Scored, measure
 from qquant.checks.slices import NamedPhase, turns
+from qquant.devices import free_memory, policy
 from qquant.families.weights import WeightSource
+from qquant.plan.room import answered_together
 from qquant.progress import Progress, SharedProgress
 from qquant.ranks import Ranks
 from qquant.recipe.limits import ASKED, BEHAVIOUR
@@ -48,7 +50,6 @@ from qquant.source.checkpoint import Checkpoint
 GATE = "worst behaviour"
 ABLE = 0.25  # of the questions that the checkpoint must have right
 BROKEN = 0.5
-BATCH = 8
 CALLS, CODE, ENDLESS, SCRIPT = "tool calls", "code that compiles", "no endless repetition", "script of the question"
 
 
@@ -164,21 +165,41 @@ def _structure(asking: Asking, progress: Progress) -> dict[str, TokenLoss]:
 def _answered(asking: Asking, progress: Progress) -> dict[str, list[AnswerPairs]]:
     sources: dict[str, WeightSource] = {"": asking.checkpoint, **asking.artifacts}
     marks: dict[str, dict[str, list[bool]]] = {}
+    groups = together(asking)
     for number, (name, source) in enumerate(sources.items()):
         share = SharedProgress(progress, number, len(sources))
         share.advance("behaviour", 0, len(asking.text.questions))
         share.at(f"model {number + 1} of {len(sources)}")
-        model = PromptDecoder(source, torch.bfloat16, asking.device)
-        marks[name] = _marks(model, asking.text.questions, asking.tokenizer, share)
+        answers = _answers(source, asking, groups, share)
+        marks[name] = _marks(answers, asking.text.questions, asking.tokenizer)
     theirs = marks.pop("")
     return {name: [AnswerPairs(kind, mine[kind], theirs[kind]) for kind in mine] for name, mine in marks.items()}
 
 
+def together(asking: Asking) -> list[list[int]]:
+    """Questions that are answered together, by their indices: of one task, prompts of like lengths, as many as there is room for.
+
+    That changes the last bits of logits on hardware whose products depend on how many rows they have, so an answer may part from itself
+    where two tokens are as good as equal. Checkpoint and artifacts are asked in the same groups.
+    """
+    config, questions = asking.checkpoint.config, asking.text.questions
+    free = free_memory(asking.device) - 2 * asking.checkpoint.family.parameters(config)
+    itemsize = 4 if asking.device.type == "cpu" else 2  # of keys and values, see `decoding`
+    groups = []
+    for task, length in LENGTHS.items():
+        mine = [index for index, one in enumerate(questions) if one.task == task]
+        mine.sort(key=lambda index: len(questions[index].prompt))
+        if mine:
+            longest = len(questions[mine[-1]].prompt) + length
+            most = answered_together(config, longest, itemsize, policy(asking.device).answered, free)
+            groups += [part.tolist() for part in np.array_split(mine, -(-len(mine) // most))]
+    return groups
+
+
 def _marks(
-    model: PromptDecoder, questions: Sequence[OpenQuestion], tokenizer: Tokenizer, progress: Progress
+    answers: Sequence[Sequence[int]], questions: Sequence[OpenQuestion], tokenizer: Tokenizer
 ) -> dict[str, list[bool]]:
     """Kind of question -> whether each answer is right, in the order of the questions."""
-    answers = _answers(model, questions, tokenizer, progress)
     marks: dict[str, list[bool]] = {CALLS: [], CODE: [], ENDLESS: [], SCRIPT: []}
     for question, ids in zip(questions, answers, strict=True):
         ended = bool(ids) and ids[-1] in tokenizer.eos
@@ -200,18 +221,17 @@ def _opened(text: str, question: OpenQuestion) -> str:
 
 
 def _answers(
-    model: PromptDecoder, questions: Sequence[OpenQuestion], tokenizer: Tokenizer, progress: Progress
+    source: WeightSource, asking: Asking, groups: Sequence[Sequence[int]], progress: Progress
 ) -> list[list[int]]:
-    """Ids of the greedy answers, prompts of like lengths together."""
-    order = sorted(range(len(questions)), key=lambda index: (questions[index].task, len(questions[index].prompt)))
-    chooser = Chooser(tokenizer.size, tokenizer.eos)
+    """Ids of the greedy answers of one model, which is in memory until they are given."""
+    model = captured.decoder(source, torch.bfloat16, asking.device)
+    questions, chooser = asking.text.questions, Chooser(asking.tokenizer.size, asking.tokenizer.eos)
     ids_of: dict[int, list[int]] = {}
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        length = max(LENGTHS[questions[row].task] for row in rows)
+    for rows in groups:
+        length = LENGTHS[questions[rows[0]].task]
         answers = model.answer([questions[row].prompt for row in rows], length, chooser)
-        ids_of |= {row: answer.ids[: LENGTHS[questions[row].task]] for row, answer in zip(rows, answers, strict=True)}
-        progress.advance("behaviour", len(ids_of), len(order))
+        ids_of |= {row: answer.ids for row, answer in zip(rows, answers, strict=True)}
+        progress.advance("behaviour", len(ids_of), len(questions))
         progress.check_stop()
     return [ids_of[index] for index in range(len(questions))]
 

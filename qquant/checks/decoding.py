@@ -44,11 +44,12 @@ class PromptDecoder:
     def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
         self.family, self.config, self.dtype, self.device = source.family, source.config, dtype, device
         self.blocks = [source_block(source, layer, dtype, device) for layer in range(source.config.layers)]
-        names = {self.family.embedding, self.family.final_norm, self._head}
+        names = {self.family.embedding, self.family.final_norm, self.head}
         self.weights = {name: source.tensor(name).to(device=device, dtype=dtype) for name in names}
 
     @property
-    def _head(self) -> str:
+    def head(self) -> str:
+        """The name of the output head's weights."""
         return self.family.embedding if self.config.tied else self.family.head
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class PromptDecoder:
         for layer in range(config.layers):
             x = through(family.forward(_AnsweringBlock(self, cache, layer), x))
         h = rms_norm(x[:, -kept:], self.weights[family.final_norm], config.epsilon)
-        return self.product(h, self.weights[self._head]).float()
+        return self.product(h, self.weights[self.head]).float()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product with W', plus b, of x [B, T, in]."""

@@ -12,7 +12,8 @@ from qquant.calibration import behaviour as texts
 from qquant.calibration.behaviour import BehaviourText, HiddenFacts, RightCalls
 from qquant.checks import behaviour, gate
 from qquant.checks.behaviour import AnswerPairs, TokenLoss
-from qquant.checks.decoding import Answered
+from qquant.checks.captured import CapturedDecoder
+from qquant.checks.decoding import Answered, Chooser, PromptDecoder
 from qquant.errors import InputError
 from qquant.plan import seconds
 from qquant.progress import Quiet
@@ -151,7 +152,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_to_one_ability_is_named(kind, demo, tiny, asked, monkeypatch):
-    monkeypatch.setattr(behaviour, "PromptDecoder", Scripted)
+    monkeypatch.setattr(behaviour.captured, "decoder", Scripted)
     monkeypatch.setattr(behaviour.sanity, "fits", lambda *_: True)
     monkeypatch.setattr(behaviour, "LENGTHS", dict.fromkeys(texts.LENGTHS, 400))  # the demo's vocabulary is small
     few = replace(asked, hidden=(), calls=RightCalls(asked.calls.windows[:0], asked.calls.structure[:0]))
@@ -163,9 +164,7 @@ def test_damage_to_one_ability_is_named(kind, demo, tiny, asked, monkeypatch):
     progress = Told()
     pairs = behaviour.pairs(behaviour.Asking(Answering(checkpoint, answers), artifacts, few, tiny, CPU), progress)
     progress.require_whole("behaviour")
-    assert len(progress.steps["behaviour"]) > 3 * len(few.questions) / behaviour.BATCH, (
-        "hundreds of answers are no step"
-    )
+    assert len(progress.steps["behaviour"]) > 3 * len(few.questions) / 8, "hundreds of answers are no step"
     rows, verdict = behaviour.judge(pairs["same"], 0.25)
     assert [row.standing for row in rows] == ["pass"] * 4
     assert all(row.right == row.right_baseline == row.questions for row in rows)
@@ -207,8 +206,8 @@ def test_what_is_read_is_scored_on_the_answers_alone(demo, tiny, monkeypatch):
 def continued(demo, tiny):
     """(a prompt, it and what the checkpoint says next), token ids."""
     prompt = tiny.encode("The history of the city begins")
-    decoder = behaviour.PromptDecoder(Checkpoint.open(str(demo)), torch.float32, CPU)
-    return prompt, prompt + decoder.answer([prompt], 12, behaviour.Chooser(tiny.size, ()))[0].ids
+    decoder = PromptDecoder(Checkpoint.open(str(demo)), torch.float32, CPU)
+    return prompt, prompt + decoder.answer([prompt], 12, Chooser(tiny.size, ()))[0].ids
 
 
 def test_right_means_that_the_next_token_is_ranked_first(demo, tiny, continued):
@@ -252,6 +251,56 @@ def test_the_loss_of_calls_is_that_of_their_structure(demo, tiny):
     )["other"]  # fmt: skip
     loss = behaviour._structure(asking, Quiet())["other"]
     assert loss.kl == pytest.approx([float(whole.kl[0, [39, 40, 49]].mean())])
+
+
+def test_a_gpu_answers_as_many_questions_at_once_as_have_room(demo, tiny, asked, monkeypatch):
+    """Each step of a small model costs what its launches cost: 384 of them instead of 2,624."""
+    asking = behaviour.Asking(Checkpoint.open(str(demo)), {}, asked, tiny, CPU)
+
+    def steps(device, free):
+        monkeypatch.setattr(behaviour, "free_memory", lambda _: free)
+        groups = behaviour.together(replace(asking, device=device))
+        assert sorted(index for rows in groups for index in rows) == list(range(164))
+        assert all(len({asked.questions[index].task for index in rows}) == 1 for rows in groups)
+        return sum(texts.LENGTHS[asked.questions[rows[0]].task] for rows in groups)
+
+    assert steps(torch.device("cuda"), 10**11) == sum(texts.LENGTHS.values()) == 384
+    assert steps(CPU, 10**11) == 2624, "there more rows take as much longer as they are more"
+    assert 384 < steps(torch.device("cuda"), 4 * 10**8) < steps(torch.device("cuda"), 10**8)
+    assert steps(torch.device("cuda"), 0) == 64 * 96 + 48 * 160 + 52 * 128, "one at a time at the least"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_passes_answer_as_the_plain_ones(dtype, demo, tiny, asked):
+    """Prompts of several lengths, each after its own stop; in bfloat16 as far as two tokens are not as good as equal."""
+    model = PromptDecoder(Checkpoint.open(str(demo)), dtype, CPU)
+    prompts = [one.prompt for one in asked.questions if one.task == "talk"][:5]
+    plain = model.answer(prompts, 12, Chooser(tiny.size, ()))
+    stops = (plain[0].ids[4], plain[1].ids[2])
+    chooser = Chooser(tiny.size, stops)
+    plain, recorded = (one.answer(prompts, 12, chooser) for one in (model, CapturedDecoder(model)))
+    assert len(plain[0].ids) <= 5
+    if dtype == torch.float32:
+        assert recorded == plain
+    same = [a.ids[0] == b.ids[0] for a, b in zip(plain, recorded, strict=True)]
+    assert sum(same) >= 4
+
+
+def test_recorded_passes_choose_no_token_that_the_tokenizer_has_not(demo, tiny, asked):
+    model = PromptDecoder(Checkpoint.open(str(demo)), torch.float32, CPU)
+    few = Chooser(300, ())
+    answers = [one.answer([asked.questions[-1].prompt], 6, few) for one in (model, CapturedDecoder(model))]
+    assert answers[0] == answers[1]
+    assert max(answers[0][0].ids) < 300
+
+
+def test_numbers_that_are_not_finite_are_said_of_the_answers_that_have_them(demo, tiny, asked):
+    model = PromptDecoder(Checkpoint.open(str(demo)), torch.float32, CPU)
+    model.weights[model.family.embedding][5] = float("nan")
+    prompts = [[5, 9, 7], [9, 7, 8, 9]]
+    plain, recorded = (one.answer(prompts, 3, Chooser(tiny.size, ())) for one in (model, CapturedDecoder(model)))
+    assert plain == recorded
+    assert not plain[0].finite
 
 
 # ---- the verdict
