@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from qquant.source.checkpoint import Checkpoint
 
 
-@command(epilog=EXITS, example="build Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat --out release")
+@command(
+    epilog=EXITS, surplus="--recipe {}", example="build Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat --out release"
+)
 @asking(*PLANNING)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Output folder; new, empty, or of an earlier run."

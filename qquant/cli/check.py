@@ -110,7 +110,11 @@ def check(
     show(report, as_json)
 
 
-@command(epilog=EXITS, example="bisect release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --max-kl 0.02")
+@command(
+    epilog=EXITS,
+    surplus="--against {}",
+    example="bisect release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat --max-kl 0.02",
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @AGAINST
 @REVISION

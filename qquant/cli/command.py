@@ -2,11 +2,16 @@
 
 qquant --help            every command under its stage (make, judge, use, publish, look), and one example a stage
 qquant COMMAND --help    the example of the command, before the exit codes
+
+What somebody types first, by the habit of another tool, is answered with the word that it has here: a command, an option, an option for what
+was given as one more argument. What is missing is answered with what it is, and the example.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,12 +24,94 @@ Shell completion, to put into your shell's startup file:
 """
 
 
-class Command(click.Command):
-    """A command with an example; its arguments are what a user would type after `qquant`."""
+COMMANDS = {
+    "build": "quantize convert export make merge",
+    "check": "eval evaluate test",
+    "inspect": "info dump",
+    "run": "chat generate ask serve",
+    "publish": "upload push release",
+    "speed": "bench benchmark",
+    "perplexity": "ppl",
+    "compare": "diff",
+    "recipe list": "list recipes",
+    "recipe init": "init new",
+    "recipe validate": "validate",
+}
+OPTIONS = {
+    "--out": "-o --output --output-dir --out-dir --save-path",
+    "--against": "--base --baseline --reference --original",
+    "--calibration": "--dataset --calib --calib-data",
+    "--type": "--qtype --outtype --quant-type",
+    "--max-new-tokens": "-n --max-tokens --n-predict",
+    "--set calibration.samples=N": "--samples --nsamples --num-samples",
+    "--set calibration.length=N": "--seqlen --seq-len",
+}
+ARGUMENTS = {
+    "checkpoint": "-m --model --model-path --hf-path --checkpoint",
+    "artifact": "-m --model --model-path --artifact",
+    "artifacts": "-m --model --model-path --artifact",
+    "prompt": "-p --prompt",
+}  # given by their place
 
-    def __init__(self, *arguments: Any, example: str = "", **settings: Any) -> None:
+
+VERBS = ("build", "plan", "inspect", "check", "run")  # what can be done with a model
+
+
+def _meant(word: str, words: Mapping[str, str]) -> str | None:
+    """What `word` is called here."""
+    return next((name for name, others in words.items() if word in others.split()), None)
+
+
+class Command(click.Command):
+    """A command with an example; its arguments are what a user would type after `qquant`.
+
+    `surplus` is what one argument too many was probably meant for, such as "--recipe {}".
+    """
+
+    def __init__(self, *arguments: Any, example: str = "", surplus: str = "", **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.example = example
+        self.surplus = surplus
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """What click does; a mistake is answered with what was meant."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption as error:
+            meant = self._option(error.option_name)
+            if meant:
+                raise click.UsageError(f"{error.message} {meant}", ctx) from None
+            raise
+        except click.MissingParameter as error:
+            raise click.MissingParameter(self._missing(ctx, args, error.param), ctx, error.param) from None
+        except click.UsageError as error:
+            if type(error) is not click.UsageError:
+                raise
+            raise click.UsageError(f"{error.message}{self._surplus(ctx, args)}", ctx) from None
+
+    def _option(self, typed: str) -> str:
+        """What an option of another tool is here; nothing where none is like it."""
+        known = {option for parameter in self.params for option in parameter.opts}
+        option = _meant(typed, {name: others for name, others in OPTIONS.items() if name.split()[0] in known})
+        argument = _meant(typed, {name: others for name, others in ARGUMENTS.items() if name in known})
+        if option:
+            return f"Did you mean {option}?"
+        return f"{argument.upper()} is given without an option: qquant {self.example}" if argument else ""
+
+    def _surplus(self, ctx: click.Context, args: list[str]) -> str:
+        """What one argument too many was meant for."""
+        _, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        return f". Did you mean {self.surplus.format(shlex.join(rest))}?" if rest and self.surplus else ""
+
+    def _missing(self, ctx: click.Context, args: list[str], missing: click.Parameter | None) -> str:
+        """What a missing parameter is, and where it was probably given as an argument."""
+        given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        several: list[Sequence[str]] = [given.get(one.name) or () for one in self.params if one.nargs == -1]
+        if isinstance(missing, click.Option) and "--against" in missing.opts and several and len(several[0]) > 1:
+            return f"Did you mean --against {shlex.quote(several[0][-1])}?"
+        hint = self._surplus(ctx, args).removeprefix(". ") if rest else ""
+        what = missing.help if isinstance(missing, click.Option) and missing.help else ""
+        return " ".join(filter(None, (hint, what, f"For example: qquant {self.example}")))
 
     @property
     def sentence(self) -> str:
@@ -58,6 +145,19 @@ class Journey(Group):
             for command in commands:
                 self.add_command(command)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """What click does; a word of other tools is answered with the one that it has here, and a model with what can be done with it."""
+        word = args[0]
+        if word not in self.commands and not word.startswith("-"):
+            meant = _meant(word, COMMANDS)
+            if meant:
+                ctx.fail(f"No such command {word!r}. Did you mean {meant!r}?")
+            if "/" in word or Path(word).exists():
+                ctx.fail(f"{word}: give a command before it, such as {', '.join(VERBS)}; `qquant --help` shows all")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """A section per stage."""
         width = max(len(command.name or "") for commands in self.stages.values() for command in commands)
@@ -67,6 +167,8 @@ class Journey(Group):
                 formatter.write_text(f"\b\n$ qquant {commands[0].example}")
 
 
-def command(name: str | None = None, *, example: str, epilog: str = "") -> Callable[[Callable[..., Any]], Command]:
+def command(
+    name: str | None = None, *, example: str, surplus: str = "", epilog: str = ""
+) -> Callable[[Callable[..., Any]], Command]:
     """Decorator: the function as a `Command` with an example."""
-    return click.command(name, cls=Command, example=example, epilog=epilog or None)
+    return click.command(name, cls=Command, example=example, surplus=surplus, epilog=epilog or None)

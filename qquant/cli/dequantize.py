@@ -14,7 +14,7 @@ from qquant.cli.options import DEVICE, EXITS, JSON, require_there
 from qquant.cli.terminal import echo
 
 
-@command(epilog=EXITS, example="dequantize model-q4_k_m.gguf --out model-bf16")
+@command(epilog=EXITS, surplus="--out {}", example="dequantize model-q4_k_m.gguf --out model-bf16")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new checkpoint folder.")
 @click.option(

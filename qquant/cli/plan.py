@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SIGNS = {"top-1 agreement": "at least"}
 
 
-@command(epilog=EXITS, example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
+@command(epilog=EXITS, surplus="--recipe {}", example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
 @asking(*PLANNING)
 @click.option("--files", is_flag=True, help="Also print every file with its size in bytes.")
 @click.option("--tensors", is_flag=True, help="Also print what every tensor is stored as.")

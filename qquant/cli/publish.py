@@ -58,7 +58,7 @@ def matrix(matrix: Path, shard: str | None, github_matrix: bool, as_json: bool) 
         raise UsageError("\n".join(broken))
 
 
-@command(epilog=EXITS, example="publish release --namespace my-organisation")
+@command(epilog=EXITS, surplus="--namespace {}", example="publish release --namespace my-organisation")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["hf", "modelscope", "dir"]), default="hf", show_default=True)
 @click.option(
@@ -148,7 +148,11 @@ def _tell(done: Iterable[Published]) -> None:
         echo(f"{result.state}: {result.repository} {result.revision or ''} ({len(result.uploaded)} files)")
 
 
-@command(epilog=EXITS, example="patch generation_config.json:top_p=0.8 --repos 'my-organisation/Qwen1.5-*' --dry-run")
+@command(
+    epilog=EXITS,
+    surplus="--repos {}",
+    example="patch generation_config.json:top_p=0.8 --repos 'my-organisation/Qwen1.5-*' --dry-run",
+)
 @click.argument("setting")
 @click.option("--repos", multiple=True, required=True, metavar="OWNER/PATTERN", help="Repositories, with * and ?.")
 @click.option("--endpoint", help="Another hub; default: huggingface.co.")

@@ -37,7 +37,11 @@ def recipes() -> None:
     """Write, list, show and validate recipes."""
 
 
-@recipes.command("init", example="recipe init path/to/my-model --format gguf --type q4_k_m --calibration support.jsonl")
+@recipes.command(
+    "init",
+    surplus="--recipe {}",
+    example="recipe init path/to/my-model --format gguf --type q4_k_m --calibration support.jsonl",
+)
 @asking()
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default="recipe.yaml", help="The new file; - prints it."
@@ -98,7 +102,12 @@ def _write(out: Path, text: str) -> None:
         raise UsageError(f"--out {out}: {error.strerror}; give another name") from None
 
 
-@recipes.command("types", epilog=EXITS, example="recipe types path/to/my-model --recipe mine.yaml --out chosen.yaml")
+@recipes.command(
+    "types",
+    epilog=EXITS,
+    surplus="--recipe {}",
+    example="recipe types path/to/my-model --recipe mine.yaml --out chosen.yaml",
+)
 @asking(*PLANNING)
 @click.option(
     "--out",

@@ -77,7 +77,7 @@ def _show_all(reports: Mapping[str, Report], as_json: bool) -> None:
             raise kind("\n".join(problems[kind]))
 
 
-@command(epilog=EXITS, example="compare release-1 release-2")
+@command(epilog=EXITS, surplus="qquant report, which shows several", example="compare release-1 release-2")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("now", type=click.Path(path_type=Path))
 @JSON

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from qquant.runtime.answering import Answerer, AnswerSettings
 
 
-@command(epilog=EXITS, example="run release/Qwen1.5-0.5B-Chat-AWQ 'What is the capital of France?'")
+@command(
+    epilog=EXITS,
+    surplus="one PROMPT in quotes",
+    example="run release/Qwen1.5-0.5B-Chat-AWQ 'What is the capital of France?'",
+)
 @click.argument("artifact")
 @click.argument("prompt", required=False)
 @click.option("--system", help="The system turn; default: the one that the chat template adds, if any.")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from qquant.report.record import SpeedReport
 
 
-@command(epilog=EXITS, example="speed release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat")
+@command(
+    epilog=EXITS, surplus="--against {}", example="speed release/Qwen1.5-0.5B-Chat-AWQ --against Qwen/Qwen1.5-0.5B-Chat"
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint (a folder or a hub id), or its GGUF file.")
 @REVISION
