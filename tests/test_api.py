@@ -74,7 +74,7 @@ def test_what_is_wrong_is_raised_as_the_command_line_says_it(make_checkpoint, tm
         qquant.build(make_checkpoint(), "qwen1.5-chta", tmp_path / "out")
     with pytest.raises(UsageError, match="calibration.sampels: unknown key"):
         qquant.build(make_checkpoint(), "demo", tmp_path / "out", settings={"calibration.sampels": 3})
-    with pytest.raises(UsageError, match="--max-kl: Input should be greater than or equal to 0"):
+    with pytest.raises(UsageError, match="--max-kl: out of range, got -1; allowed: number, 0 or more$"):
         qquant.check("x.gguf", make_checkpoint(), max_kl=-1)
     with pytest.raises(InputError, match="not found"):
         qquant.check(tmp_path / "x.gguf", make_checkpoint(), progress=False)

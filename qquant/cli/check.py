@@ -23,6 +23,7 @@ from qquant.cli.options import (
     LOG,
     REVISION,
     TEXT,
+    Number,
     OutputFile,
     OutputFolder,
     checks_and_gates,
@@ -88,8 +89,6 @@ def check(
     """Compare artifacts made by any tool (GPTQ or AWQ folders, GGUF files) with the checkpoint they came from."""
     for artifact in artifacts:
         require_there(artifact)
-    from qquant import pipeline
-
     numbers = {
         "profile": profile,
         "windows": windows,
@@ -99,6 +98,8 @@ def check(
     }
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
+    from qquant import pipeline
+
     source = _opened(against, revision, adapter, artifacts)
     for warning in pipeline.beyond(length, source):
         echo(f"warning: {warning}", err=True)
@@ -118,7 +119,7 @@ def check(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @AGAINST
 @REVISION
-@click.option("--max-kl", required=True, type=float, help="The mean KL divergence to reach (nats per token).")
+@click.option("--max-kl", required=True, type=Number(min=0), help="The mean KL divergence to reach (nats per token).")
 @TEXT
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
 @click.option("--length", default=256, show_default=True, help="Tokens per window.")
@@ -142,6 +143,7 @@ def bisect(
     head of a GGUF file are searched too. The answer is what a recipe says: `types` of a GGUF file, `keep` of a folder.
     """
     require_there(artifact)
+    checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     from qquant import pipeline
     from qquant.artifact.again import again, in_16_bits
     from qquant.recipe import dump, lines_of
@@ -150,7 +152,6 @@ def bisect(
         again(artifact, {})  # there is a recipe, or this is the end
 
     source = _opened(against, revision, adapter, [artifact])
-    checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
     with Display(log=log) as progress:
         bisection = pipeline.bisect(artifact, source, checks, max_kl, devices.named(device), progress)
     restored = [restorable.name for restorable in bisection.restored]
@@ -213,8 +214,8 @@ def bisect(
 )
 @click.option("--save-logits", type=OutputFile(), help="Keep the base logits in this file; default: nowhere.")
 @click.option("--text", default="bundled:wikitext-2-test", show_default=True, help="bundled:NAME or a file.")
-@click.option("--chunks", default=40, show_default=True, type=click.IntRange(min=1), help="Chunks of text.")
-@click.option("--context", default=512, show_default=True, type=click.IntRange(min=4), help="Tokens per chunk.")
+@click.option("--chunks", default=40, show_default=True, type=click.IntRange(1, 65536), help="Chunks of text.")
+@click.option("--context", default=512, show_default=True, type=click.IntRange(16, 131072), help="Tokens per chunk.")
 @click.option(
     "--exact-inputs", is_flag=True, help="Do not round the inputs of GGUF products to 8 bits as llama.cpp does."
 )
@@ -229,22 +230,23 @@ def perplexity(
 
     Its file of base logits is read (--logits: text and chunks come from it) and written (--save-logits).
     """
-    from qquant import pipeline
-    from qquant.recipe import Checks
-
     if (against is None) == (logits is None):
         raise UsageError("give either --against CHECKPOINT or --logits FILE")
     if save_logits is not None and against is None:
         raise UsageError("--save-logits needs --against CHECKPOINT, whose logits are kept")
     if not artifacts and save_logits is None:
         raise UsageError("give an artifact, or --save-logits FILE")
+    for path in (*artifacts, *([logits] if logits else ())):
+        require_there(path)
+    checks, _ = checks_and_gates({"text": text, "windows": chunks, "length": context}, {}, CHUNKS)
+    from qquant import pipeline
+
     where = devices.named(device)
     with Display() as progress:
         if logits is not None:
             by_artifact = pipeline.perplexity_from(logits, artifacts, where, progress, not exact_inputs)
         else:
             source = _opened(str(against), revision, adapter, artifacts)
-            checks = Checks(text=text, windows=chunks, length=context)
             by_artifact = pipeline.perplexity(artifacts, source, checks, save_logits, where, progress, not exact_inputs)
     if as_json:
         echo(json.dumps({"schema": "qquant-llama-perplexity-1", "artifacts": by_artifact}, indent=2))
@@ -254,6 +256,9 @@ def perplexity(
         for title, key, error, factor in SHOWN:
             more = f" ± {factor * numbers[error]:.6f}" if error else ""
             echo(f"  {title:<32}{factor * numbers[key]:>12.6f}{more}")
+
+
+CHUNKS = {"windows": "chunks", "length": "context"}  # as llama.cpp calls them
 
 
 def _opened(against: str, revision: str | None, adapter: Path | None, artifacts: Sequence[Path]) -> Checkpoint:

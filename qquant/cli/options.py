@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -64,6 +65,16 @@ class OutputFolder(click.Path):
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             self.fail(f"{path}: {nearest} is no folder that can be written to; name another", param, ctx)
         return path
+
+
+class Number(click.FloatRange):
+    """A number that others can be compared with: no NaN, which is in every range, and no infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number to compare with", param, ctx)
+        return number
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
@@ -247,24 +258,24 @@ def require_there(artifact: Path) -> None:
         raise InputError(f"{artifact}: not found{fetch}")
 
 
-def checks_and_gates(checks: Mapping[str, object], gates: Mapping[str, object]) -> tuple[Checks, Gates]:
-    """What `check` measures and holds an artifact to.
+def checks_and_gates(
+    checks: Mapping[str, object], gates: Mapping[str, object], names: Mapping[str, str] | None = None
+) -> tuple[Checks, Gates]:
+    """What `check` measures and holds an artifact to; `names` of options that are called otherwise than with `check`.
 
-    Raises UsageError, which names the option.
+    Raises UsageError, which names the options.
     """
-    from pydantic import ValidationError
+    from qquant.recipe import Checks, Gates, fit
 
-    from qquant.recipe import Checks, Gates
-
-    try:
-        return Checks.model_validate(dict(checks)), Gates.model_validate(dict(gates))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = "-".join(str(step).replace("_", "-") for step in first["loc"])
-        raise UsageError(f"--{OPTIONS.get(key, key)}: {first['msg']}, got {first['input']!r}") from None
+    return fit.part(Checks, checks, names or OPTIONS), fit.part(Gates, gates, names or OPTIONS)
 
 
-OPTIONS = {"kl-divergence": "max-kl", "top1-agreement": "min-top1", "perplexity-ratio": "max-perplexity-ratio"}
+OPTIONS = {
+    "texts": "also",
+    "kl_divergence": "max-kl",
+    "top1_agreement": "min-top1",
+    "perplexity_ratio": "max-perplexity-ratio",
+}
 
 
 def given_imatrix(path: Path | None, checkpoint: Checkpoint) -> Imatrix | None:

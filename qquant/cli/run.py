@@ -12,7 +12,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import DEVICE, EXITS, JSON, REVISION
+from qquant.cli.options import DEVICE, EXITS, JSON, REVISION, Number
 from qquant.cli.terminal import echo, echo_json
 from qquant.errors import UsageError
 
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
 @REVISION
 @click.option("--greedy", is_flag=True, help="Always the likeliest token.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the artifact's own.")
+@click.option("--temperature", type=Number(min=0, min_open=True), help="Default: the artifact's own.")
+@click.option("--top-p", type=Number(0, 1, min_open=True), help="Default: the artifact's own.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: the artifact's own.")
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Default: the artifact's own.")
-@click.option("--seed", type=int, help="Sample the same answer again; default: another one each time.")
+@click.option("--repetition-penalty", type=Number(min=0, min_open=True), help="Default: the artifact's own.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Sample the same answer again; default: another one each time."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -55,14 +57,14 @@ def run(
 
     PROMPT may be - for standard input. Without one, on a terminal, a conversation begins: an empty line ends it, Ctrl-C stops an answer.
     """
-    from qquant.runtime.answering import Answerer, AnswerSettings
-
     if system is not None and no_system:
         raise UsageError("--system and --no-system contradict each other")
     if greedy and (temperature or top_p or top_k):
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-p and --top-k")
     if prompt is None and (as_json or raw or not sys.stdin.isatty()):
         raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
+    from qquant.runtime.answering import Answerer, AnswerSettings
+
     settings = AnswerSettings(
         max_new_tokens=max_new_tokens,
         greedy=greedy,

@@ -11,7 +11,7 @@ import click
 
 from qquant import devices
 from qquant.cli.command import command
-from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, REVISION, require_there
+from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, REVISION, Number, require_there
 from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError
 
@@ -25,16 +25,30 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The 16-bit checkpoint (a folder or a hub id), or its GGUF file.")
 @REVISION
-@click.option("--prompt", default=512, show_default=True, help="Tokens of a prefill, and in the cache when decoding.")
-@click.option("--steps", default=16, show_default=True, help="Tokens decoded in a window.")
-@click.option("--pairs", default=10, show_default=True, help="Pairs of windows.")
 @click.option(
-    "--margin", default=0.05, show_default=True, help="Inconclusive if the baseline differs from itself by more."
+    "--prompt",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1, 131072),
+    help="Tokens of a prefill, and in the cache when decoding.",
 )
 @click.option(
-    "--min-decode", type=float, help="Fail below this ratio to the 16-bit model's tokens per second; default: no gate."
+    "--steps", default=16, show_default=True, type=click.IntRange(1, 65536), help="Tokens decoded in a window."
 )
-@click.option("--min-prefill", type=float, help="The same for reading the prompt; default: no gate.")
+@click.option("--pairs", default=10, show_default=True, type=click.IntRange(3, 10000), help="Pairs of windows.")
+@click.option(
+    "--margin",
+    default=0.05,
+    show_default=True,
+    type=Number(0, 1, min_open=True, max_open=True),
+    help="Inconclusive if the baseline differs from itself by more.",
+)
+@click.option(
+    "--min-decode",
+    type=Number(min=0),
+    help="Fail below this ratio to the 16-bit model's tokens per second; default: no gate.",
+)
+@click.option("--min-prefill", type=Number(min=0), help="The same for reading the prompt; default: no gate.")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16"]), help="Of the activations of both; default: the checkpoint's."
 )

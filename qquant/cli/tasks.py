@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON, REVISION
+from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON, REVISION, Number, require_there
 from qquant.cli.terminal import echo
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per task; default: all.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1), help="Questions at a time.")
-@click.option(
-    "--margin", default=0.02, show_default=True, type=click.FloatRange(0, 1), help="Loss of score that is accepted."
-)
+@click.option("--margin", default=0.02, show_default=True, type=Number(0, 1), help="Loss of score that is accepted.")
 @ADAPTER
 @DEVICE
 @JSON
@@ -58,10 +56,6 @@ def tasks(
 
     Needs the extra: pip install "qquant[tasks]". Exit status 3: a loss beyond --margin is proven, 4: it can be neither proven nor excluded.
     """
-    from qquant.checks import tasks as checks
-    from qquant.checks.task_suites import KeptScores
-    from qquant.source.checkpoint import Checkpoint
-
     if (suite is None) == (not names):
         raise UsageError("give either --task NAME or --suite NAME")
     if adapter is not None:  # the questions go to the folder as transformers loads it, without the adapter
@@ -69,6 +63,12 @@ def tasks(
             f"--adapter {adapter}: tasks asks the checkpoint as it is on the disk; merge the adapter into it first "
             "(peft's merge_and_unload), and give that folder as --against"
         )
+    for artifact in artifacts:
+        require_there(artifact)
+    from qquant.checks import tasks as checks
+    from qquant.checks.task_suites import KeptScores
+    from qquant.source.checkpoint import Checkpoint
+
     source = Checkpoint.open(against, revision)
     with Display() as progress:
         if suite is None:

@@ -43,7 +43,7 @@ class Flags:
     @property
     def chooses(self) -> bool:
         """Whether they say which artifacts to build."""
-        return bool(self.format or self.bits or self.group_size or self.types or self.size)
+        return bool(self.format or self.types) or (self.bits, self.group_size, self.size) != (None, None, None)
 
 
 def changed(recipe: Recipe, flags: Flags) -> Recipe:
@@ -72,14 +72,14 @@ def changed(recipe: Recipe, flags: Flags) -> Recipe:
 def _artifacts(artifacts: list[dict[str, Any]], flags: Flags) -> Iterator[dict[str, Any]]:
     entries = {get_args(entry.model_fields["format"].annotation)[0]: entry.model_fields for entry in ENTRIES}
     typed = next(name for name, fields in entries.items() if "type" in fields)
-    kind = flags.format or (typed if flags.types or flags.size else None)
+    kind = flags.format or (typed if flags.types or flags.size is not None else None)
     if kind is None:
         words = " or ".join(f"--format {name}" for name, fields in entries.items() if "bits" in fields)
         raise UsageError(f"--bits and --group-size need {words}")
     if kind == typed:
         yield from _typed(artifacts, flags, kind)
         return
-    if flags.types or flags.size:
+    if flags.types or flags.size is not None:
         word = "--type" if flags.types else "--size"
         raise UsageError(f"{word} belongs to --format {typed}, got --format {kind}; give --bits")
     several = kind in entries and entries[kind]["bits"].is_required()  # widths of a weight, of which one is to be named
@@ -92,11 +92,11 @@ def _artifacts(artifacts: list[dict[str, Any]], flags: Flags) -> Iterator[dict[s
 
 
 def _typed(artifacts: list[dict[str, Any]], flags: Flags, kind: str) -> Iterator[dict[str, Any]]:
-    if not (flags.types or flags.size) or flags.bits or flags.group_size:
+    if not (flags.types or flags.size is not None) or (flags.bits, flags.group_size) != (None, None):
         raise UsageError(
             f"--format {kind} takes --type (q4_k_m, q8_0, ...) or --size (4.4GB), not --bits or --group-size"
         )
-    if flags.size:
+    if flags.size is not None:
         name = f"{kind}-{flags.size.replace(' ', '').lower()}"
         yield {"name": name, "format": kind, "size": flags.size, "solver": "gptq", "propagate": True}
     for name in flags.types:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from qquant.errors import UsageError
+from qquant.recipe.fields import Conflict, Strict
 from qquant.recipe.model import MODELS, Recipe
 from qquant.recipe.page import Page, plain
 from qquant.recipe.words import Location, Shape, allowed, choices, hint, nearest, options, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+Part = TypeVar("Part", bound=Strict)
 
 FORMER = {"rounding": "solver"}  # words of earlier versions
 
@@ -112,26 +116,50 @@ def explain(page: Page, detail: ErrorDetails) -> None:
 
     Not conflicts, which `mend` reports, nor a list as too short where it is only the valid items that are too few.
     """
-    shape, location = _follow(detail["loc"])
+    shape, location = _follow(detail["loc"], _schema())
     kind, value = detail["type"], detail["input"]
     if kind == "value_error" or (kind == "too_short" and len(value) >= shape["minItems"]):
         return
+    page.report(page.origin(location), _fault(kind, value, shape))
+
+
+def _fault(kind: str, value: object, shape: Shape) -> str:
     if kind == "missing":
-        text = f"missing key; allowed: {allowed(shape)}"
-    else:
-        wrong_type = kind.endswith("_type") or (kind == "literal_error" and _is_other_type(value, choices(shape)))
-        what = "wrong type" if wrong_type else _FAULTS.get(kind, "not allowed")
-        text = f"{what}, got {shown(value)}; allowed: {allowed(shape)}{_meant(value, shape)}"
-    page.report(page.origin(location), text)
+        return f"missing key; allowed: {allowed(shape)}"
+    wrong_type = kind.endswith("_type") or (kind == "literal_error" and _is_other_type(value, choices(shape)))
+    what = "wrong type" if wrong_type else _FAULTS.get(kind, "not allowed")
+    return f"{what}, got {shown(value)}; allowed: {allowed(shape)}{_meant(value, shape)}"
+
+
+def part(kind: type[Part], data: Mapping[str, object], names: Mapping[str, str]) -> Part:
+    """The part of a recipe that options say, each of which sets one key; `names` has those that are called otherwise than their key.
+
+    Raises UsageError with every problem, by the option that said it.
+    """
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    whole = _resolve({"$ref": f"/{kind.__name__}"})
+    problems: list[Conflict] = []
+    for detail in found:
+        shape, _ = _follow(detail["loc"], whole)
+        given = {"anyOf": [option for option in options(shape) if option.get("type") != "null"]}  # null: not given
+        if detail["type"] != "value_error":
+            problems.append((detail["loc"], _fault(detail["type"], detail["input"], given)))
+    problems += kind.conflicts({name: field.default for name, field in kind.model_fields.items()} | dict(data))
+    lines = [
+        f"--{names.get(str(location[0]), str(location[0]).replace('_', '-'))}: {text}" for location, text in problems
+    ]
+    raise UsageError("\n".join(lines))
 
 
 def _is_other_type(value: object, literals: list[Any]) -> bool:
     return type(value) not in map(type, literals)
 
 
-def _follow(steps: Location) -> tuple[Shape, Location]:
-    """The schema at a `loc` of pydantic, and that location without the names of formats that pydantic puts in."""
-    shape = _schema()
+def _follow(steps: Location, shape: Shape) -> tuple[Shape, Location]:
+    """The schema at a `loc` of pydantic below that of `shape`, and that location without the names of formats that pydantic puts in."""
     location: Location = ()
     for step in steps:
         shape = _resolve(shape)
