@@ -14,7 +14,7 @@ import click
 from qquant.cli.command import command
 from qquant.cli.display import peak_memory, span
 from qquant.cli.options import DEVICE, EXITS, GITHUB, JSON, JUNIT, LOG, PLANNING, asking, given_imatrix, settle
-from qquant.cli.terminal import Stop, counted, echo, show, tell_watchers
+from qquant.cli.terminal import Stop, begins, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.progress import Timed
 
@@ -66,8 +66,7 @@ def build(
     plan.texts.require()
     for warning in plan.warnings:
         echo(f"warning: {warning}", err=True)
-    if not as_json and ranks_here().first:  # at once: what comes now imports torch, and reads
-        echo(f"{plan.model}: {counted(len(plan.artifacts), 'artifact')}, recipe {loaded.name}: {out}", err=True)
+    begins(f"{plan.model}: {counted(len(plan.artifacts), 'artifact')}, recipe {loaded.name}: {out}")
     from qquant import pipeline
     from qquant.artifact import timings
 

@@ -29,7 +29,7 @@ from qquant.cli.options import (
     checks_and_gates,
     require_there,
 )
-from qquant.cli.terminal import echo, show, tell_watchers
+from qquant.cli.terminal import begins, counted, echo, show, tell_watchers
 from qquant.cli.together import device_of, ranks_here, working
 from qquant.errors import GateFailedError, UsageError
 
@@ -98,6 +98,7 @@ def check(
     }
     limits = {"perplexity_ratio": max_perplexity_ratio, "kl_divergence": max_kl, "top1_agreement": min_top1}
     checks, gates = checks_and_gates(numbers | {"text": text, "texts": also}, limits | {"defaults": not no_defaults})
+    begins(f"check: {_named(artifacts)} against {against}, {windows} windows of {length} tokens of {text}")
     from qquant import pipeline
 
     source = _opened(against, revision, adapter, artifacts)
@@ -144,6 +145,7 @@ def bisect(
     """
     require_there(artifact)
     checks, _ = checks_and_gates({"text": text, "windows": windows, "length": length}, {})
+    begins(f"bisect: {artifact} against {against}, {windows} windows of {length} tokens of {text}")
     from qquant import pipeline
     from qquant.artifact.again import again, in_16_bits
     from qquant.recipe import dump, lines_of
@@ -239,6 +241,7 @@ def perplexity(
     for path in (*artifacts, *([logits] if logits else ())):
         require_there(path)
     checks, _ = checks_and_gates({"text": text, "windows": chunks, "length": context}, {}, CHUNKS)
+    begins(f"perplexity: {_named(artifacts)} against {against or logits}")
     from qquant import pipeline
 
     where = devices.named(device)
@@ -259,6 +262,11 @@ def perplexity(
 
 
 CHUNKS = {"windows": "chunks", "length": "context"}  # as llama.cpp calls them
+
+
+def _named(artifacts: Sequence[Path]) -> str:
+    """One by its path, several by their number."""
+    return str(artifacts[0]) if len(artifacts) == 1 else counted(len(artifacts), "artifact")
 
 
 def _opened(against: str, revision: str | None, adapter: Path | None, artifacts: Sequence[Path]) -> Checkpoint:

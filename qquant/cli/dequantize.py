@@ -11,7 +11,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import DEVICE, EXITS, JSON, require_there
-from qquant.cli.terminal import echo
+from qquant.cli.terminal import begins, echo
 
 
 @command(epilog=EXITS, surplus="--out {}", example="dequantize model-q4_k_m.gguf --out model-bf16")
@@ -30,6 +30,7 @@ def dequantize(artifact: Path, out: Path, dtype: str | None, device: str, as_jso
     The weights are what the artifact's codes stand for: what quantizing lost is not brought back.
     """
     require_there(artifact)
+    begins(f"dequantize: {artifact} to {out}")
     from qquant.cli.terminal import Stop
     from qquant.dequantization import dequantize as write
 

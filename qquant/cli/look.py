@@ -12,7 +12,7 @@ import click
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import DEVICE, EXITS, JSON, require_there
-from qquant.cli.terminal import counted, echo, echo_json
+from qquant.cli.terminal import begins, counted, echo, echo_json
 from qquant.cli.together import device_of, ranks_here
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def verify(folders: tuple[Path, ...], with_card: bool, deep: bool, only_bytes: b
     problems, rows = [], []
     for path in folders:
         folder = path if path.is_dir() else path.parent  # of a GGUF file, where its manifest is
+        if not only_bytes:
+            begins(f"verify: {folder}")
         row, text, unlisted = _verified(folder, deep, only_bytes)
         rows.append(row)
         if not as_json:
@@ -111,6 +113,7 @@ def doctor(out: Path, calibrate: bool, device: str, as_json: bool) -> None:
 
     Under `torchrun -m` also whether ranks can work together: collectives, and one folder for all of them.
     """
+    begins(f"doctor: trying this machine, and {out}")
     from qquant import doctor as examination
     from qquant.errors import EnvironmentMissingError
 

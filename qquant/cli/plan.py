@@ -13,7 +13,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON, PLANNING, asking, given_imatrix, settle
-from qquant.cli.terminal import counted, echo
+from qquant.cli.terminal import begins, counted, echo
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,7 @@ def plan(
     phases: dict[str, float] = {}
     clock = None
     if sys.stdout.isatty() if timed is None else timed:
+        begins("plan: trying how fast this machine is, about a second (--no-time leaves it out)")
         clock = _clock(source, device, world)
         phases = clock(loaded, planned)
     costs = beside(loaded, source, planned, None if clock is None else lambda *asked: sum(clock(*asked).values()))

@@ -22,7 +22,7 @@ from qquant.cli.options import (
     settle,
     somebody_is_there,
 )
-from qquant.cli.terminal import counted, echo, echo_json
+from qquant.cli.terminal import begins, counted, echo, echo_json
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def choose_types(
     """
     from tempfile import TemporaryDirectory
 
-    from qquant import devices, pipeline, recipe
+    from qquant import devices, recipe
     from qquant.cli.display import Display
     from qquant.plan.plan import Plan
 
@@ -137,6 +137,9 @@ def choose_types(
     plan = Plan.of(loaded, source, only, name, given_imatrix(imatrix, source))
     if not plan.unsettled:
         raise UsageError(f"recipe {loaded.name}: no artifact asks for a size: {', '.join(_NEEDS)}")
+    begins(f"{plan.model}: measuring what each tensor loses as each type")
+    from qquant import pipeline
+
     with TemporaryDirectory(dir=out.absolute().parent, prefix=".qquant-") as scratch, Display(log=log) as progress:
         place = devices.named(device)
         plan = pipeline.choose_types(loaded, source, plan, Path(scratch), place, progress)

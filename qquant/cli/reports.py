@@ -11,7 +11,7 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.options import EXITS, GITHUB, JSON, JUNIT, OutputFile
-from qquant.cli.terminal import console, echo, echo_json, show, tell_watchers
+from qquant.cli.terminal import begins, console, echo, echo_json, show, tell_watchers
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def compare(before: Path, now: Path, as_json: bool) -> None:
     BEFORE and NOW are output folders, or their report.json with the folder evidence/ beside it. Exit status 3: something is
     proven worse.
     """
+    begins(f"compare: {now} with {before}")
     from qquant.checks import regression
 
     changes = regression.compare(before, now)

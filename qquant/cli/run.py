@@ -13,7 +13,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import DEVICE, EXITS, JSON, REVISION, Number
-from qquant.cli.terminal import echo, echo_json
+from qquant.cli.terminal import begins, echo, echo_json
 from qquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run(
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-p and --top-k")
     if prompt is None and (as_json or raw or not sys.stdin.isatty()):
         raise UsageError("give a PROMPT (or - to read it from standard input); a conversation needs a terminal")
+    begins(f"loading {artifact}")
     from qquant.runtime.answering import Answerer, AnswerSettings
 
     settings = AnswerSettings(

@@ -12,7 +12,7 @@ import click
 from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.options import ADAPTER, DEVICE, EXITS, JSON, REVISION, Number, require_there
-from qquant.cli.terminal import echo
+from qquant.cli.terminal import begins, counted, echo
 from qquant.errors import GateFailedError, InconclusiveError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def speed(
     A GGUF file runs in llama.cpp if llama-cpp-python is installed; give the 16-bit GGUF file as --against to compare within it.
     """
     require_there(artifact)
+    begins(f"speed: {artifact} against {against}, {counted(pairs, 'pair')} of windows")
     import torch
 
     from qquant.checks import speed as check

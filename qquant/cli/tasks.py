@@ -13,7 +13,7 @@ from qquant import devices
 from qquant.cli.command import command
 from qquant.cli.display import Display
 from qquant.cli.options import ADAPTER, AGAINST, DEVICE, EXITS, JSON, REVISION, Number, require_there
-from qquant.cli.terminal import echo
+from qquant.cli.terminal import begins, counted, echo
 from qquant.errors import GateFailedError, InconclusiveError, UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def tasks(
         )
     for artifact in artifacts:
         require_there(artifact)
+    begins(f"tasks: {', '.join(names) or suite} of {counted(len(artifacts), 'artifact')} and of {against}")
     from qquant.checks import tasks as checks
     from qquant.checks.task_suites import KeptScores
     from qquant.source.checkpoint import Checkpoint

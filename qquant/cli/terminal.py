@@ -47,6 +47,11 @@ def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
         click.echo((in_lines if nl else visible)(text), nl=nl, err=err)
 
 
+def begins(text: str) -> None:
+    """Say on stderr what begins. Before torch is imported: on a busy machine that takes minutes, and an empty screen is that of a program which hangs."""
+    echo(text, err=True)
+
+
 def echo_json(content: str) -> None:
     """Print JSON, which stays that; strange characters in its texts as JSON spells them."""
     with unheard():

@@ -101,19 +101,49 @@ def test_outputs_are_looked_at_before_the_work(arguments, tmp_path):
 # --- a narrow terminal --------------------------------------------------------------------------------------------------
 
 
-def test_a_build_says_what_it_begins_before_it_imports_torch(demo, tmp_path):
-    """Seconds of an empty screen look like a program that hangs."""
-    code = "import sys, qquant.cli.terminal as t\nfrom qquant.cli import main\nold = t.echo\n" + "\n".join(
-        [
-            "import qquant.cli.build; b = sys.modules['qquant.cli.build']",
-            "def said(text, **more):",
-            "    print('torch' in sys.modules, text); sys.exit(0)",
-            "b.echo = said",
-            f"main(['build', {str(demo)!r}, '--recipe', 'demo', '--only', 'gguf-q4_0', '--out', {str(tmp_path / 'out')!r}])",
-        ]
+WITHOUT_TORCH = """
+import os, sys
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.stderr.flush()
+            os.write(2, b"torch is imported\\n")
+            os._exit(0)
+sys.meta_path.insert(0, Torch())
+from qquant.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "build {checkpoint} --recipe demo --only gguf-q4_0 --out {new}",
+        "plan {checkpoint} --recipe demo --only gguf-q4_0 --time",
+        "recipe types {checkpoint} --recipe demo --size 1MB --out {new}",
+        "dequantize {artifact} --out {new}",
+        "doctor --out {new}",
+        "check {artifact} --against {checkpoint}",
+        "compare {out} {out}",
+        "bisect {artifact} --against {checkpoint} --max-kl 0.1",
+        "speed {artifact} --against {checkpoint}",
+        "perplexity {artifact} --against {checkpoint}",
+        "tasks {artifact} --against {checkpoint} --task arc_easy",
+        "run {artifact} Hello",
+        "verify {artifact}",
+    ],
+    ids=lambda words: words.partition(" {")[0],
+)
+def test_work_says_what_begins_before_it_imports_torch(words, built, tmp_path):
+    """On a busy machine the import takes minutes, and an empty screen is that of a program which hangs: `check` said nothing for three."""
+    checkpoint, out = built
+    typed = words.format(checkpoint=checkpoint, out=out, artifact=out / "model-AWQ", new=tmp_path / "new").split()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *typed], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == f"False tiny-qwen1.5: 1 artifact, recipe demo: {tmp_path / 'out'}\n", done.stderr
+    first, *_, last = done.stderr.splitlines()
+    assert last == "torch is imported", done.stderr
+    assert first != last
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
