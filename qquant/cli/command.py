@@ -54,6 +54,7 @@ ARGUMENTS = {
 }  # given by their place
 
 
+MAY_BE_EMPTY = ("system",)  # options: a system turn without a word
 VERBS = ("build", "plan", "inspect", "check", "run")  # what can be done with a model
 
 
@@ -76,7 +77,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """What click does; a mistake is answered with what was meant."""
         try:
-            return super().parse_args(ctx, list(args))
+            rest = super().parse_args(ctx, list(args))
+            self._require_words(ctx, args)
+            return rest
         except click.NoSuchOption as error:
             meant = self._option(error.option_name)
             if meant:
@@ -88,6 +91,15 @@ class Command(click.Command):
             if type(error) is not click.UsageError:
                 raise
             raise click.UsageError(f"{error.message}{self._surplus(ctx, args)}", ctx) from None
+
+    def _require_words(self, ctx: click.Context, args: list[str]) -> None:
+        """Refuse an option with an empty value, as a variable that is not set gives it: it was as if it had not been given, or the folder one is in."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for option in self.params:
+            value = given.get(option.name)
+            values = value if option.multiple else [value]
+            if isinstance(option, click.Option) and option.name not in MAY_BE_EMPTY and "" in (values or ()):
+                raise click.BadParameter("it is empty; give a value, or leave the option out", ctx, option)
 
     def _option(self, typed: str) -> str:
         """What an option of another tool is here; nothing where none is like it."""

@@ -16,6 +16,7 @@ from qquant.cli.options import (
     JSON,
     LOG,
     PLANNING,
+    OutputFile,
     asking,
     given_imatrix,
     recipe_words,
@@ -43,9 +44,7 @@ def recipes() -> None:
     example="recipe init path/to/my-model --format gguf --type q4_k_m --calibration support.jsonl",
 )
 @asking()
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), default="recipe.yaml", help="The new file; - prints it."
-)
+@click.option("--out", type=OutputFile(), default="recipe.yaml", help="The new file; - prints it.")
 def init_recipe(asked: Asked, out: Path) -> None:
     """Write a recipe of your own: that of --recipe, or the published one that fits CHECKPOINT, with what the other options say.
 
@@ -111,7 +110,7 @@ def _write(out: Path, text: str) -> None:
 @asking(*PLANNING)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     default="chosen.yaml",
     show_default=True,
     help="The new file; - prints it.",

@@ -75,11 +75,27 @@ def test_a_number_out_of_range_is_one_line(answer, typed, answered):
 
 
 @pytest.mark.parametrize(
-    ("typed", "more", "answered"),
+    ("typed", "option"),
     [
-        (CHECK, ("--text", ""), '--text: empty text, got ""; allowed: text of 1 to 1024 characters'),
-        ("build {checkpoint} --recipe demo --out {new}", ("--size", ""), "got"),
+        (CHECK, "--text"),
+        (CHECK, "--revision"),
+        (CHECK, "--log"),
+        ("build {checkpoint} --out {new}", "--recipe"),
+        ("build {checkpoint} --recipe demo --out {new}", "--size"),
+        ("build {checkpoint} --recipe demo", "--out"),
+        ("build {checkpoint} --recipe demo --out {new}", "--only"),
+        ("report {new}", "--html"),
+        ("publish {new} --to dir --out {new}", "--tag"),
     ],
 )
-def test_an_empty_word_is_no_default(answer, typed, more, answered):
-    assert answered in answer(typed, *more)
+def test_an_empty_value_is_no_default(answer, typed, option):
+    """As a script gives it whose variable is not set: with `--recipe ""` the published recipe was built, with `--revision ""` another commit."""
+    assert (
+        answer(typed, option, "") == f"Invalid value for '{option}': it is empty; give a value, or leave the option out"
+    )
+
+
+def test_a_recipe_for_a_folder_that_is_not_there_is_refused_before_the_work(answer, tmp_path):
+    for command in ("init", "types"):
+        typed = f"recipe {command} {{checkpoint}} --recipe demo --size 1MB --out {tmp_path}/none/mine.yaml"
+        assert f"there is no folder {tmp_path}/none; make it first" in answer(typed)
