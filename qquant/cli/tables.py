@@ -131,7 +131,7 @@ def _short(report: Report) -> Sequence[tuple[str, ...]]:
             artifact.name,
             f"{artifact.size / 1e6:,.1f}",
             f"{artifact.bits_per_weight:.2f}",
-            f"{artifact.perplexity_ratio:.4f}",
+            f"{artifact.perplexity_ratio:,.4f}",
             f"{artifact.kl_divergence:.5f}",
             f"{100 * artifact.top1_agreement:.2f} %",
             artifact.verdict.outcome,

@@ -57,8 +57,8 @@ DATASETS = {
 FORMS = {
     "size": "{:,}",
     "bits_per_weight": "{:.2f}",
-    "perplexity": "{:.3f}",
-    "perplexity_ratio": "{:.4f}",
+    "perplexity": "{:,.3f}",
+    "perplexity_ratio": "{:,.4f}",
     "kl_divergence": "{:.5f}",
     "top1_agreement": "{:.2%}",
 }

@@ -104,7 +104,7 @@ def _described(artifact: ArtifactReport, report: Report, names: dict[str, str]) 
     of = f" ({share:.0%} of 16 bits)" if math.isfinite(share) else ""
     return (
         f"{names[artifact.name]}, {size(artifact.size)}{of}: KL divergence {artifact.kl_divergence:.5f}, "
-        f"perplexity × {artifact.perplexity_ratio:.4f}, top-1 {artifact.top1_agreement:.2%}".replace("%", "\u00a0%")
+        f"perplexity × {artifact.perplexity_ratio:,.4f}, top-1 {artifact.top1_agreement:.2%}".replace("%", "\u00a0%")
     )
 
 

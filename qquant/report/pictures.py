@@ -89,10 +89,10 @@ def digits(value: float, count: int = 4) -> str:
         return str(value)
     if value == 0:
         return "0"
-    if abs(value) < 1e-4:
+    if not 1e-4 <= abs(value) < 1e9:
         digits, _, power = f"{value:.{max(0, count - 2)}e}".partition("e")
         return f"{digits}·10{str(int(power)).translate(SUPERSCRIPT)}"
-    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:,.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qquant.errors import InputError
+from qquant.release.card import shown
 from qquant.report import ci, html, pictures
 from qquant.report.conditions import Conditions, TextFacts
 from qquant.report.record import (
@@ -187,7 +188,7 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1234"), (0.0, "0")],
+    [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1,234"), (0.0, "0"), (1.5e30, "1.50·10³⁰")],
 )
 def test_numbers_for_people(value, text):
     assert pictures.digits(value) == text
@@ -200,6 +201,20 @@ def test_numbers_for_people(value, text):
 def test_marks_of_an_axis_are_for_people(value, text):
     """The perplexity of a small model read 1.65e+04."""
     assert pictures._short(value) == text
+
+
+def test_large_numbers_are_grouped_in_every_view():
+    """A broken artifact's perplexity has eight digits before the point, which nobody counts: 12345678.900."""
+    broken = dataclasses.replace(artifact("broken"), perplexity=12345678.9, perplexity_ratio=120718.55171)
+    told = dataclasses.replace(report(broken), baseline_perplexity=1234567.8)
+    texts = (TextReport("zh", 123456, 12345678.9, 2.0, 1.0, 0.1, 0.9),)
+    page = html.render(dataclasses.replace(told, artifacts=(dataclasses.replace(broken, texts=texts),)))
+    for view in (told.to_markdown(), page):
+        assert "1,234,567.800" in view
+        assert "12,345,678.900" in view
+        assert "120,718.5517" in view
+    assert "<td>123,456</td><td>12,345,679</td>" in page
+    assert (shown("perplexity", 12345678.9), shown("perplexity_ratio", 120718.55171)) == ("12,345,678.900", "120,718.5517")
 
 
 def test_axis_ticks_are_round_and_inside():
