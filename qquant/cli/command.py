@@ -131,6 +131,10 @@ class Command(click.Command):
         paragraph = " ".join((self.help or "").split("\n\n")[0].split())
         return paragraph.partition(". ")[0].rstrip(".") + "."
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first sentence of its help, which click would cut: for the list of a group, and beside what a shell completes."""
+        return self.sentence
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, then what every command ends with."""
         if self.example:

@@ -49,6 +49,15 @@ def test_alone_it_shows_every_command_by_stage(arguments):
     assert "_QQUANT_COMPLETE=bash_source" in text
 
 
+@pytest.mark.parametrize("group", ["recipe"])
+def test_commands_of_a_group_are_told_by_whole_sentences(group):
+    """As in the list of all, and beside what zsh and fish complete: they were cut in the middle."""
+    plain = " ".join(CliRunner().invoke(cli, [group, "--help"]).stdout.split())
+    for command in cli.commands[group].commands.values():
+        assert command.sentence in plain
+        assert command.get_short_help_str() == command.sentence
+
+
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "qquant", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("qquant, version ")

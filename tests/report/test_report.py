@@ -188,7 +188,14 @@ def test_line_of_the_best_goes_down_whatever_the_speed():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.01235"), (9.5e-6, "9.50·10⁻⁶"), (-2.1e-12, "-2.10·10⁻¹²"), (1234.5, "1,234"), (0.0, "0"), (1.5e30, "1.50·10³⁰")],
+    [
+        (0.0123456, "0.01235"),
+        (9.5e-6, "9.50·10⁻⁶"),
+        (-2.1e-12, "-2.10·10⁻¹²"),
+        (1234.5, "1,234"),
+        (0.0, "0"),
+        (1.5e30, "1.50·10³⁰"),
+    ],
 )
 def test_numbers_for_people(value, text):
     assert pictures.digits(value) == text
@@ -214,7 +221,10 @@ def test_large_numbers_are_grouped_in_every_view():
         assert "12,345,678.900" in view
         assert "120,718.5517" in view
     assert "<td>123,456</td><td>12,345,679</td>" in page
-    assert (shown("perplexity", 12345678.9), shown("perplexity_ratio", 120718.55171)) == ("12,345,678.900", "120,718.5517")
+    assert (shown("perplexity", 12345678.9), shown("perplexity_ratio", 120718.55171)) == (
+        "12,345,678.900",
+        "120,718.5517",
+    )
 
 
 def test_axis_ticks_are_round_and_inside():
