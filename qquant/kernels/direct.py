@@ -8,20 +8,21 @@ later ones hand addresses to the compiled kernel: one allocation (the result) an
     y, call = Call.first(x, weights)   Triton's own launch, and a call that answers later
     y = call(x)                        None where it is not the same after all: another stream, a capture, an odd address, gradients
 
-`Unpacking` does the same for `dequant`, whose result is multiplied with where there are more rows than `wq_mm` is made for.
+`ManyRows` does the same for `many_rows`, whatever the number of rows while K is cut up the same way, and `Unpacking` for `dequant`,
+whose result is multiplied with where there are still more.
 
 Calls on one stream follow each other, so they share counters (`wq_mm.Counters`) and the memory of partial sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qquant.kernels import dequant, jit, wq_mm
+from qquant.kernels import dequant, jit, many_rows, wq_mm
 from qquant.kernels.jit import blocks, starts_early
 from qquant.kernels.unpack import WORDS, check_group
 
@@ -50,7 +51,7 @@ class PackedWeights:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether `first` may be asked, of `Call` for up to `wq_mm.MAX_ROWS` rows, of `Unpacking` for more."""
+    """Whether `first` may be asked, of `Call` for up to `wq_mm.MAX_ROWS` rows, of the class of `for_many` for more."""
     there = jit.AVAILABLE and not jit.INTERPRETED and x.is_cuda and type(x) is Tensor
     return there and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float16) and _plain(x)
 
@@ -123,6 +124,78 @@ class Call:
         return y
 
 
+class ManyRows:
+    """`many_rows` of the same weights again; `first` and the call as of `Call`."""
+
+    __slots__ = ("_arguments", "_bias", "_config", "_constexprs", "_counters", "_device", "_kernel", "_last", "_stream", "weights")  # fmt: skip
+
+    def __init__(self, weights: PackedWeights, x: Tensor, config: many_rows.Config) -> None:
+        device = x.get_device()
+        self.weights, self._config, self._device, self._stream = weights, config, device, current_stream(device)
+
+    @classmethod
+    def first(cls, x: Tensor, weights: PackedWeights) -> tuple[Tensor, ManyRows]:
+        """(y, the call): x [..., K] that is `usable`, launched the ordinary way."""
+        columns = x.shape[-1]
+        config = many_rows.config_for(x.device, weights.bits, x.numel() // columns, columns, weights.outputs)
+        made = cls(weights, x, config)
+        with torch.cuda.device(x.get_device()):
+            return made._launch(x), made
+
+    def _sized(self, x: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...], Tensor | None]:
+        """(grid, sizes, memory of partial sums) for the rows of x."""
+        rows, outputs, config, weights = x.numel() // x.shape[-1], self.weights.outputs, self._config, self.weights
+        grid = many_rows.grid(rows, outputs, config)
+        sizes = (rows, outputs, weights.qweight.shape[1] // WORDS, weights.params.shape[1], config.splits)
+        needed = config.splits * rows * outputs if config.splits > 1 else 0
+        return grid, sizes, _partial_sums(x.device, self._stream, needed)
+
+    def _launch(self, x: Tensor) -> Tensor:
+        weights, columns, config = self.weights, x.shape[-1], self._config
+        check_group(columns, weights.group_size, weights.bits)
+        most = many_rows.grid(many_rows.MOST_ROWS[weights.bits], weights.outputs, config)
+        self._counters = wq_mm.counters_of(x.device).get(most[0] * most[1])
+        symmetric, biased = weights.params.dtype == torch.float16, weights.bias is not None
+        self._constexprs = many_rows.constants(
+            columns, weights.bits, weights.group_size, config, symmetric, biased, starts_early(x.device)
+        )
+        grid, sizes, sums = self._sized(x)
+        y = torch.empty((*x.shape[:-1], weights.outputs), dtype=x.dtype, device=x.device)
+        kernel, middle = (
+            many_rows._kernel,
+            (weights.qweight, weights.params, y if weights.bias is None else weights.bias),
+        )
+        tiles = many_rows.tiles_of(x, config, self._constexprs)
+        launched = kernel[grid](
+            tiles, *middle, y, y if sums is None else sums, self._counters, *sizes, **self._constexprs
+        )
+        self._kernel = launched.result() if hasattr(launched, "result") else launched
+        self._arguments = weights.qweight.data_ptr(), weights.params.data_ptr()
+        self._bias = None if weights.bias is None else weights.bias.data_ptr()
+        self._last = tuple(self._constexprs[name] for name in kernel.arg_names if name in self._constexprs)
+        return y
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """X [..., K] -> [..., N], or None if the ordinary way must be taken."""
+        device = self._device
+        if (
+            not _plain(x)
+            or x.get_device() != device
+            or current_device() != device
+            or current_stream(device) != self._stream
+        ):
+            return None
+        grid, sizes, sums = self._sized(x)
+        y = x.new_empty((*x.shape[:-1], self.weights.outputs))
+        made, kernel = y.data_ptr(), self._kernel
+        kernel.run(
+            *grid, self._stream, kernel.function, kernel.packed_metadata, None, None, None,
+            many_rows.tiles_of(x, self._config, self._constexprs), *self._arguments, made if self._bias is None else self._bias, made,
+            made if sums is None else sums.data_ptr(), self._counters.data_ptr(), *sizes, *self._last,
+        )  # fmt: skip
+        return y
+
+
 class Unpacking:
     """`dequant` of the same weights again; `first` and the call as of `Call`."""
 
@@ -168,6 +241,15 @@ class Unpacking:
         out = x.new_empty(self._shape)
         self._kernel.run(*self._head, out.data_ptr(), *self._last)
         return out
+
+
+def for_many(x: Tensor, bits: int, outputs: int) -> tuple[type[ManyRows | Unpacking], Hashable]:
+    """Which class answers for more rows than `wq_mm` takes, and what its calls of the same weights have to be told apart by."""
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    if rows <= many_rows.most_rows(x.device, bits, columns):
+        return ManyRows, many_rows.config_for(x.device, bits, rows, columns, outputs)
+    return Unpacking, None
 
 
 def _partial_sums(device: torch.device, stream: int, count: int) -> Tensor | None:

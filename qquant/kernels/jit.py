@@ -24,16 +24,30 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = None
-    tl = gdc = None
+    tl = gdc = TensorDescriptor = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "blocks", "gdc", "jit", "kernel", "path", "starts_early", "tl"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "TensorDescriptor",
+    "blocks",
+    "capability",
+    "gdc",
+    "jit",
+    "kernel",
+    "path",
+    "starts_early",
+    "tl",
+]
 
 AVAILABLE: bool = triton is not None
 INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
 ON_CUDA = {
     "wq_mm": "triton",
+    "many_rows": "triton",
     "dequant": "triton",
     "gptq_block": "triton",
     "group_search": "triton (torch for Gram blocks and groups of more than 256 columns)",
@@ -69,11 +83,12 @@ def starts_early(device: torch.device) -> bool:
     of another.
     """
     wanted = _measured_early() if early is None else early
-    return wanted and device.type == "cuda" and torch.version.hip is None and _capability(device) >= (9, 0)
+    return wanted and device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)
 
 
 @functools.lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 

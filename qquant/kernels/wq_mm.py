@@ -14,7 +14,7 @@ H200 at 4.3 TB/s may spend 3.4 lane-instructions on a 4-bit weight, all included
   who was last. Counters of arrivals are zero before and after every call.
 
 No tuning at run time: `table.json` holds measured choices for its device, and a rule of thumb covers the rest.
-For more rows than MAX_ROWS use `qquant::dequant` and the vendor's matrix product; `quantized_linear` chooses.
+For more rows than MAX_ROWS see `qquant.kernels.many_rows`, whose `quantized_linear` chooses.
 """
 
 from __future__ import annotations
@@ -52,19 +52,6 @@ def wq_mm(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits:
 @wq_mm.register_fake
 def _(x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
     return x.new_empty((x.shape[0], qweight.shape[0]))
-
-
-def quantized_linear(
-    x: Tensor, qweight: Tensor, params: Tensor, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
-    """X [..., K] -> [..., N]: `wq_mm` up to MAX_ROWS rows, weights dequantized to x's dtype and the vendor's product above."""
-    flat = x.reshape(-1, x.shape[-1])
-    if len(flat) <= MAX_ROWS:
-        y = wq_mm(flat, qweight, params, bias, bits, group_size)
-    else:
-        weight = dequant(qweight, params, bits, group_size, x.dtype)
-        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ out what it made. Left out: training, other families, several devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from qquant.algorithms.grid import Integers
 from qquant.kernels import cpu_int4, direct, jit
 from qquant.kernels.dequant import dequant
+from qquant.kernels.many_rows import most_rows, quantized_linear
 from qquant.kernels.unpack import repack
-from qquant.kernels.wq_mm import MAX_ROWS, quantized_linear
+from qquant.kernels.wq_mm import MAX_ROWS
 
 
 class RuntimeLinear(nn.Module):
@@ -86,15 +87,13 @@ class QuantLinear(RuntimeLinear):
         qweight, params = repack(weight.codes, weight.scales, weight.zeros, weight.bits)
         self.qweight, self.params = nn.Buffer(qweight), nn.Buffer(params)
         self.order = None if weight.order is None else nn.Buffer(weight.order)
-        self._calls: dict[
-            tuple[int, torch.dtype], direct.Call | direct.Unpacking
-        ] = {}  # by rows; 0: more than MAX_ROWS
+        self._calls: dict[tuple[Hashable, torch.dtype], direct.Call | direct.ManyRows | direct.Unpacking] = {}
 
     @property
     def path(self) -> str:
         """The operator that runs, in words for people."""
         if jit.path("wq_mm", self.qweight.device) == "triton":
-            way = f"Triton kernel up to {MAX_ROWS} rows, above dequantize and multiply"
+            way = f"Triton kernel up to {most_rows(self.qweight.device, self.bits, self.in_features)} rows, above dequantize and multiply"
         else:
             way = "dequantize and multiply (no kernel for this device and shape)"
         return way + ("" if self.order is None else ", inputs reordered")
@@ -114,17 +113,17 @@ class QuantLinear(RuntimeLinear):
     def _called(self, x: Tensor) -> Tensor | None:
         """The product by a launch that was prepared for these rows and this type, None if it must go the ordinary way."""
         rows = x.numel() // self.in_features
-        few = rows <= MAX_ROWS
-        key = rows if few else 0, x.dtype
-        call = self._calls.get(key)
+        kind: type[direct.Call | direct.ManyRows | direct.Unpacking]
+        kind, place = (direct.Call, rows) if rows <= MAX_ROWS else direct.for_many(x, self.bits, self.out_features)
+        call = self._calls.get((place, x.dtype))
         if call is not None and self._holds(call.weights):
             y = call(x)
         elif direct.usable(x):
             weights = direct.PackedWeights(self.qweight, self.params, self.bias, self.bits, self.group_size)
-            y, self._calls[key] = (direct.Call if few else direct.Unpacking).first(x, weights)
+            y, self._calls[place, x.dtype] = kind.first(x, weights)
         else:
             return None
-        return y if few or y is None else F.linear(x, y, self.bias)
+        return F.linear(x, y, self.bias) if y is not None and kind is direct.Unpacking else y
 
     def _holds(self, weights: direct.PackedWeights) -> bool:
         return weights.qweight is self._buffers["qweight"] and weights.bias is self._parameters.get("bias")

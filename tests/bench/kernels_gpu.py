@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from qquant.kernels import dequant, gptq_block, gram, group_search, jit, wq_mm
+from qquant.kernels import dequant, gptq_block, gram, group_search, jit, many_rows, wq_mm
 from qquant.kernels.unpack import pack_params, pack_runtime
 from tests.bench import tune
 from tests.bench.tune import GROUP, layers, random_layer, timed_graph
@@ -373,7 +373,7 @@ def dequantizations(record, bandwidth):
                 for rows in (65, 512, 2048, 8192):
                     x = torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16)
                     ours, _ = timed_graph(
-                        [partial(wq_mm.quantized_linear, x, *w, None, bits, GROUP) for w in weights[:3]]
+                        [partial(many_rows.quantized_linear, x, *w, None, bits, GROUP) for w in weights[:3]]
                     )
                     plain, _ = timed_graph([partial(torch.nn.functional.linear, x, w) for w in wide])
                     record[f"many rows {name} {rows}"] = {"us": ours, "bf16_us": plain}

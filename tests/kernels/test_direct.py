@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qquant.algorithms.grid import Integers
-from qquant.kernels import direct, wq_mm
+from qquant.kernels import direct, many_rows, wq_mm
 from qquant.kernels.dequant import dequant
 from qquant.runtime.linears import QuantLinear
 
@@ -214,6 +214,68 @@ def test_many_rows_unpack_by_address(kernel, options, monkeypatch):
         x = torch.randn(1, rows, 256).bfloat16()
         assert torch.equal(module(x), torch.nn.functional.linear(x, weight, module.bias))
     assert (unpacks.launches, unpacks.calls, kernel.launches) == (1, 2, 0)
+
+
+class Many(Kernel):
+    """The same of `many_rows`' kernel, which reads x through a descriptor."""
+
+    arg_names = (
+        *("x_tiles", *POINTERS[1:]),
+        *("M", "N", "tiles", "groups", "splits"),
+        *(
+            "BN",
+            "BM",
+            "SPLIT",
+            "STAGES",
+            "BITS",
+            "PARTS",
+            "TILES_PER_GROUP",
+            "SYMMETRIC",
+            "BIAS",
+            "INLINE",
+            "WIDE",
+            "EARLY",
+        ),
+    )
+
+    def __getitem__(self, grid):
+        def launch(x, *given, **chosen):
+            self.launches, self.grid = self.launches + 1, grid
+            self.fixed = [chosen[name] for name in self.arg_names if name in chosen]
+            self._product(x, *[value.data_ptr() for value in given[:6]], *given[6:], *self.fixed)
+            return SimpleNamespace(run=self._run, function=7, packed_metadata=(4, 1, 0))
+
+        return launch
+
+    def _run(self, x, y, z, stream, function, metadata, *rest):
+        assert (stream, function, metadata, rest[:3]) == (0, 7, (4, 1, 0), (None,) * 3)
+        self.calls.append((x, y, z))
+        self._product(*rest[3:])
+
+    def _product(self, x, words, params, bias, y, partial, counters, m, n, tiles, groups, splits, *flags):
+        assert (x.shape[0], x.strides) == (m, [x.shape[1], 1])
+        self.arg_names, names = Kernel.arg_names, self.arg_names
+        named = dict(zip(names[12:], flags, strict=True)) | {"AHEAD": 0, "UNROLL": 1, "RAGGED": False}
+        self.fixed, fixed = [named[name] for name in self.arg_names[13:]], self.fixed
+        super()._product(
+            x.base.data_ptr(), words, params, bias, y, partial, counters, m, n, x.shape[1], tiles, groups, splits, *self.fixed
+        )  # fmt: skip
+        self.arg_names, self.fixed = names, fixed
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bits": 8, "zeros": True}])
+def test_prompts_of_any_length_share_a_launch(kernel, options, monkeypatch):
+    """As long as they are cut up the same way: 65 and 80 rows are, 200 are not."""
+    many, module = Many(), linear(**options)
+    monkeypatch.setattr(many_rows, "_kernel", many)
+    monkeypatch.setattr(many_rows, "most_rows", lambda *_: 256)
+    monkeypatch.setattr(many_rows, "config_for", lambda *given: many_rows.Config(splits=2 if given[2] < 100 else 1))
+    for rows in (65, 80, 200, 70, 256):
+        x = torch.randn(1, rows, 256).bfloat16()
+        assert torch.equal(module(x), expected(module, x))
+    assert many.launches == 2, "one for two splits, one for one"
+    assert many.calls == [(1, 2, 2), (1, 2, 2), (2, 2, 1)]
+    assert kernel.launches == 0
 
 
 @pytest.mark.gpu

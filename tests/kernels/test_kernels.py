@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qquant.errors import InputError, UsageError
-from qquant.kernels import cpu_int4, jit, wq_mm
+from qquant.kernels import cpu_int4, jit, many_rows, wq_mm
 from qquant.kernels.column_sums import column_sums
 from qquant.kernels.dequant import dequant
 from qquant.kernels.gptq_block import gptq_block
@@ -148,13 +149,13 @@ def test_dequantization_rounds_once(bits, groups, width, symmetric, dtype):
 
 
 @pytest.mark.parametrize(("bits", "groups", "width", "symmetric"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 16, 64])
-def test_product_sums_in_float32(bits, groups, width, symmetric, rows):
+@pytest.mark.parametrize(("operator", "rows"), [*[(wq_mm.wq_mm, n) for n in (1, 3, 16, 64)], (many_rows.many_rows, 70)])
+def test_product_sums_in_float32(bits, groups, width, symmetric, operator, rows):
     qweight, params, truth = weights(40, groups, width, bits, symmetric)
     bias = torch.randn(40).half()
     for dtype, limit in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
         x = torch.randn(rows, groups * width).to(dtype)
-        y = wq_mm.wq_mm(x, qweight, params, bias, bits, width)
+        y = operator(x, qweight, params, bias, bits, width)
         assert y.dtype == dtype
         assert relative(y, x.double() @ truth.T + bias.double()) <= limit
 
@@ -164,7 +165,7 @@ def test_linear_takes_any_number_of_rows():
     bias = torch.randn(48).bfloat16()
     for shape in ((1,), (2, 3), (5, 40)):
         x = torch.randn(*shape, 256).bfloat16()
-        y = wq_mm.quantized_linear(x, qweight, params, bias, 4, 128)
+        y = many_rows.quantized_linear(x, qweight, params, bias, 4, 128)
         assert y.shape == (*shape, 48)
         assert relative(y, x.double() @ truth.T + bias.double()) <= 8e-3
 
@@ -273,6 +274,7 @@ def samples():
     x = torch.randn(3, 256).half()
     yield wq_mm.wq_mm, (x, qweight.clone(), params.clone(), None, 4, 128)
     yield wq_mm.wq_mm, (x, qweight.clone(), params.clone(), torch.randn(16).half(), 4, 128)
+    yield many_rows.many_rows, (x, qweight.clone(), params.clone(), torch.randn(16).half(), 4, 128)
     yield dequant, (qweight.clone(), params.clone(), 4, 128, torch.bfloat16)
     yield gptq_block, (*problem, 16)
     yield group_search, (torch.randn(4, 64), torch.rand(64), 32, 16, True)
@@ -281,7 +283,7 @@ def samples():
     yield group_products, (torch.zeros(3, 1, 2, 1, 2), [torch.randn(3, 8)], torch.randn(8, 8), 4)
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_opcheck(index):
     operator, arguments = list(samples())[index]
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -346,12 +348,62 @@ def test_rule_of_thumb_fills_the_device():
     assert [wq_mm.bucket(rows) for rows in (1, 2, 4, 5, 16, 17, 64)] == [1, 4, 4, 16, 16, 64, 64]
 
 
+def test_blocks_of_many_rows_fill_the_device_and_pad_little(monkeypatch):
+    many_rows.config_for.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for bits, most in many_rows.MOST_ROWS.items():
+        for rows in range(wq_mm.MAX_ROWS + 1, most + 1):
+            for columns, outputs in ((1024, 1024), (2816, 1024), (4096, 22016), (11008, 4096)):
+                config = many_rows.config_for(torch.device("cuda"), bits, rows, columns, outputs)
+                across, down, splits = many_rows.grid(rows, outputs, config)
+                assert across * config.rows - rows < 64
+                assert columns // tile(bits) // splits >= 8 or splits == 1
+                assert across * down * splits >= 132 or splits in (4, 8) or columns // tile(bits) < 22 * splits
+    many_rows.config_for.cache_clear()
+
+
+def test_only_hopper_multiplies_many_rows_packed(monkeypatch):
+    def asked(bits=4, columns=4096, device="cuda"):
+        many_rows.most_rows.cache_clear()
+        return many_rows.most_rows(torch.device(device), bits, columns)
+
+    monkeypatch.setattr(many_rows, "AVAILABLE", True)
+    monkeypatch.setattr(many_rows, "capability", lambda _: (9, 0))
+    assert (asked(4), asked(8)) == (many_rows.MOST_ROWS[4], many_rows.MOST_ROWS[8])
+    assert asked(columns=4100) == wq_mm.MAX_ROWS, "rows of x begin at odd addresses"
+    assert asked(device="cpu") == wq_mm.MAX_ROWS
+    monkeypatch.setattr(many_rows, "capability", lambda _: (8, 0))
+    assert asked() == wq_mm.MAX_ROWS
+    many_rows.most_rows.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "width", "outputs"), [(32, 128, 4096), (43, 64, 1000), (8, 128, 11008), (5, 512, 72)]
+)
+def test_many_rows_on_a_gpu(bits, symmetric, groups, width, outputs):
+    qweight, params, truth = weights(outputs, groups, width, bits, symmetric)
+    qweight, params, truth = qweight.clone().cuda(), params.clone().cuda(), truth.cuda()
+    bias = torch.randn(outputs, device="cuda")
+    for dtype, limit in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        whole = torch.randn(513, groups * width, device="cuda").to(dtype)
+        for rows in (65, 96, 128, 129, 192, 256, many_rows.MOST_ROWS[bits]):
+            x = whole[1 : rows + 1]
+            y = many_rows.many_rows(x, qweight, params, bias.to(dtype), bits, width)
+            assert relative(y, x.double() @ truth.T + bias.to(dtype).double()) <= limit
+            assert torch.equal(y, many_rows.many_rows(x, qweight, params, bias.to(dtype), bits, width))
+    with pytest.raises(UsageError, match="at most"):
+        many_rows.many_rows(whole, qweight, params, None, bits, width)
+
+
 def test_kernels_start_early_on_hopper_only(monkeypatch):
     assert not jit.starts_early(torch.device("cpu"))
-    monkeypatch.setattr(jit, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(jit, "capability", lambda _: (9, 0))
     assert jit.starts_early(torch.device("cuda")) == json.loads(jit.TABLE.read_text())["early"]
     monkeypatch.setattr(jit, "early", False)
     assert not jit.starts_early(torch.device("cuda"))
     monkeypatch.setattr(jit, "early", True)
-    monkeypatch.setattr(jit, "_capability", lambda _: (8, 0))
+    monkeypatch.setattr(jit, "capability", lambda _: (8, 0))
     assert not jit.starts_early(torch.device("cuda"))

@@ -26,6 +26,7 @@ from qquant.kernels import (
     gram,
     group_products,
     group_search,
+    many_rows,
     wq_mm,
 )
 from qquant.kernels import product as float32
@@ -186,6 +187,34 @@ def test_matrix_product_for_one_row(case, tmp_path):
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) >= weights / 2 // 16
     assert machine.registers <= 128
     no_more_than(len(loop) / weights, recorded)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "config", [many_rows.Config(), many_rows.Config(128, 64), many_rows.Config(64, 64, 2, stages=4)]
+)
+def test_matrix_product_for_many_rows(config, symmetric, bits, tmp_path):
+    """Two programs fit a multiprocessor, x comes by whole tiles, and nothing spills."""
+    arguments = {
+        "x_tiles": f"tensordesc<bf16[{config.rows}, {512 // bits}]>",
+        "words_at": "*i32",
+        "params_at": "*fp16" if symmetric else "*i32",
+        "bias_at": "*bf16",
+        "y_at": "*bf16",
+        "partial_at": "*fp32",
+        "counters_at": "*i32",
+    } | {"M": "i32", "N": "i32/16", "tiles": "i32", "groups": "i32", "splits": "i32"}
+    constants = many_rows.constants(4096, bits, 128, config, symmetric, bias=True, early=True)
+    options = {name: constants.pop(name) for name in ("launch_pdl", "num_warps", "num_stages", "enable_fp_fusion")}
+    machine = build(tmp_path, many_rows._kernel, arguments, constants, **options)
+    assert machine.stack == 0
+    assert machine.count(r"^(LDL|STL)") == 0
+    assert machine.count("^HGMMA") >= 512 // bits // 16
+    assert machine.count("^UTMALDG") >= 1
+    assert machine.count(r"^LDGSTS.*\.128") >= 1, "weights in 16-byte copies"
+    assert machine.registers * 32 * config.warps * 2 <= 65536
+    assert machine.shared * 2 <= 227 * 1024
 
 
 @pytest.mark.parametrize(("bits", "kind", "recorded"), [(4, "fp16", 4.4), (4, "bf16", 6.7), (8, "bf16", 9.2)])

@@ -26,6 +26,7 @@ from qquant.kernels import (
     gram,
     group_products,
     group_search,
+    many_rows,
     wq_mm,
 )
 from qquant.kernels import product as halves_of
@@ -99,7 +100,25 @@ def product(
     b = guarded(torch.randn(outputs).to(dtype)) if bias else None
     counters = guarded(torch.zeros(blocks(outputs, height), dtype=torch.int32))
     config = wq_mm.Config(height, splits, warps, 3, 0, unroll)
-    y = wq_mm.launch(x, qweight, params, b, bits, width, config, counters)
+    return judged(wq_mm.launch, (x, qweight, params, b, bits, width, config, counters), truth)
+
+
+def product_of_many(
+    rows, outputs, groups, width, bits, symmetric, splits, block=64, height=128, dtype=torch.float16, bias=True
+):
+    qweight, params, truth = weights(outputs, groups, width, bits, symmetric)
+    x = guarded(torch.randn(rows, groups * width).to(dtype))
+    b = guarded(torch.randn(outputs).to(dtype)) if bias else None
+    config = many_rows.Config(block, height, splits)
+    across, down, _ = many_rows.grid(rows, outputs, config)
+    counters = guarded(torch.zeros(across * down, dtype=torch.int32))
+    return judged(many_rows.launch, (x, qweight, params, b, bits, width, config, counters), truth)
+
+
+def judged(launch, arguments, truth):
+    """(error, limit) of a product, its counters looked at."""
+    x, b, counters = arguments[0], arguments[3], arguments[-1]
+    y, dtype = launch(*arguments), x.dtype
     assert int(counters.abs().max()) == 0, "counters are not zero after the call"
     expected = x.double() @ truth.T + (0 if b is None else b.double())
     if dtype == torch.bfloat16:  # the interpreter cuts where the device rounds
@@ -358,6 +377,17 @@ CASES = {
     "wq_mm 8 bit, 3 rows, 43 groups of 64, asymmetric": partial(product, 3, 16, 43, 64, 8, False, 4),
     "wq_mm 8 bit, 64 rows, groups of 128": partial(product, 64, 20, 2, 128, 8, True, 1),
     "wq_mm 8 bit, one group of 352": partial(product, 16, 33, 1, 352, 8, True, 3),
+    "many_rows 4 bit, 65 rows, 5 groups of 128": partial(product_of_many, 65, 70, 5, 128, 4, True, 1),
+    "many_rows 4 bit, 130 rows, 43 groups of 32, asymmetric, 4 splits": partial(
+        product_of_many, 130, 16, 43, 32, 4, False, 4
+    ),
+    "many_rows 4 bit, 128 rows, narrow, groups of 64": partial(
+        product_of_many, 128, 130, 3, 64, 4, False, 2, 128, 64, bias=False
+    ),
+    "many_rows 4 bit, 70 rows, one group of 96": partial(product_of_many, 70, 16, 1, 96, 4, True, 1),
+    "many_rows 4 bit, 65 rows, bfloat16": partial(product_of_many, 65, 70, 2, 256, 4, False, 2, dtype=BRAIN),
+    "many_rows 8 bit, 65 rows, 107 groups of 32, 5 splits": partial(product_of_many, 65, 16, 107, 32, 8, True, 5),
+    "many_rows 8 bit, 129 rows, asymmetric": partial(product_of_many, 129, 70, 3, 128, 8, False, 2, 64, 64),
     "wq_mm 8 bit, bfloat16": partial(product, 3, 70, 3, 128, 8, False, 2, dtype=BRAIN),
     "dequant 4 bit, groups of 128, asymmetric": partial(dequantized, 70, 5, 128, 4, False, HALF),
     "dequant 4 bit, 43 groups of 32, float32": partial(dequantized, 33, 43, 32, 4, True, FULL),
