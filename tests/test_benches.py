@@ -1,5 +1,6 @@
 """That the benches of several ranks can be run anywhere, and say what went wrong."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,8 +9,21 @@ from argparse import Namespace
 
 import pytest
 
-from tests.bench import ranks
+from qquant.formats import FORMATS
+from tests.bench import answers, ranks
 from tests.worlds import ROOT, importing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_every_program_can_be_imported(path):
+    importlib.import_module(f"tests.bench.{path.stem}")
+
+
+def test_random_artifacts_of_the_answers_are_read(tmp_path):
+    answers.write_artifact(tmp_path / "out", "toy", 1, "cpu")
+    source = FORMATS["gptq"].read(tmp_path / "out")
+    assert source.config.layers == 1
+    assert source.tensor("model.layers.0.mlp.down_proj.weight").shape == (256, 768)
 
 
 def test_children_import_this_tree_and_what_their_parent_may(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 
 from qquant.families import family_of
 from qquant.source.safetensors_file import header_bytes
-from tests.bench.memory import COMMON, SHAPES
+from tests.bench.memory import SHAPES, SMALL, config_of
 
 NEW = 128
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
@@ -61,7 +61,7 @@ def value_of(name, dtype, shape, device):
 
 def write_artifact(folder, shape, layers, device):
     """A GPTQ-Int4 folder of random words."""
-    config = COMMON | SHAPES[shape] | {"num_hidden_layers": layers}
+    config = config_of(shape, layers)
     config["quantization_config"] = {
         "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "checkpoint_format": "gptq",
     }  # fmt: skip
@@ -196,7 +196,7 @@ def bf16(options):
     """transformers in bf16."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    raw = COMMON | SHAPES[options.shape] | {"num_hidden_layers": options.layers}
+    raw = config_of(options.shape, options.layers)
     raw.pop("architectures", None)
     raw.pop("torch_dtype", None)
     began = time.perf_counter()
@@ -233,7 +233,7 @@ def main():
     """Both sides, ours first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--shape", default="7B", choices=SHAPES)
+    parser.add_argument("--shape", default="7B", choices=[*SHAPES, *SMALL])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--side", choices=("ours", "bf16"))
