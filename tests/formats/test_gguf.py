@@ -161,8 +161,10 @@ def test_the_gguf_package_reads_the_plan(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["q4_k_m", "f16"])
-def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_path, monkeypatch, kind):
-    """Bytes and values, in whatever pieces they are decoded; of the vocabulary nothing is kept in memory."""
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_path, monkeypatch, kind, ours):
+    """Bytes and values, in whatever pieces they are decoded, all by the package or, as on a GPU, by us; of the vocabulary nothing is kept in memory."""
+    monkeypatch.setattr("qquant.devices.threads_help", lambda _: ours)
     checkpoint = Checkpoint.open(make_checkpoint(hidden_size=256, intermediate_size=512))
     layout = FORMATS["gguf"]
     planned = layout.plan(checkpoint, GgufArtifact(name="x", format="gguf", type=kind), load("demo"), "model")
@@ -190,11 +192,18 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
 
     for size in (256, 1 << 10, 1 << 18):
         monkeypatch.setattr("qquant.formats.gguf.layout.DECODED", size)
+        monkeypatch.setattr("qquant.formats.gguf.layout.READ_BACK", size)
         assert failures(values) == []
     wrong = {"model.layers.1.mlp.up_proj.weight": "0"}
     assert failures(values | wrong) == [
         f"{path}: tensor blk.1.ffn_up.weight decodes to other values than were solved for"
     ]
+    with monkeypatch.context() as patch:
+        decode = gguf_package.quants.dequantize
+        patch.setattr(gguf_package.quants, "dequantize", lambda data, kind: decode(data, kind) * 1.001)
+        told = failures(values)
+        assert len(told) == len(values)
+        assert all("decodes to other values than" in line for line in told)
     written["output_norm.weight"] = "0"
     assert failures(values) == [f"{path}: tensor output_norm.weight read back differs from what was written"]
     ours, theirs = _reader(gguf_package, path), GGUFReader(path)

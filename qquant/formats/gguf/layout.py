@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.algorithms.checksum import checksum_of
+from qquant import devices
+from qquant.algorithms.checksum import Checksum, checksum_of
 from qquant.errors import InputError, QQuantError
 from qquant.families import Family
 from qquant.formats.claims import Claims
@@ -46,6 +47,9 @@ else:
 
 
 DECODED = 1 << 19  # values at a time: threads seldom wait for the interpreter, and it stays in the caches
+READ_BACK = 1 << 24  # values that a thread decodes on a GPU at a time
+READERS = 4  # threads of a file that do so
+DECODES = "{}: tensor {} decodes to other values than were solved for"
 
 
 def stem(model: str, type_name: str) -> str:
@@ -207,17 +211,26 @@ class Gguf:
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
     ) -> Iterator[Callable[[], None]]:
-        """Comparisons to run for each tensor: its bytes, and its values dequantized on the CPU, both read with the `gguf` package."""
+        """Comparisons to run for each tensor: its bytes, and its values, both read with the `gguf` package, which decodes on the CPU.
+
+        On a GPU build, whose artifacts have billions of values, the package decodes the first piece of each tensor alone, which must be
+        what our decoder makes of it; ours decodes all of them on `device`.
+        """
         import gguf  # the independent reader; costs a quarter of a second
 
+        ours = devices.threads_help(device)
         names: dict[str, str] = {}
         for path in files:
             reader = _reader(gguf, path)
             if not names:
                 family = of_architecture(reader.fields["general.architecture"].contents(), path)
-                names = {family.gguf_name(name): value for name, value in values.items()}
+                names = {family.gguf_name(name): name for name in values}
             for tensor in reader.tensors:
-                yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], names.get(tensor.name)))
+                solved = values.get(names.get(tensor.name, ""))
+                yield partial(_compare, gguf, path, reader, tensor, (written[tensor.name], solved), ours)
+        if ours:
+            source, listed = self.read(files[0]).on(device), list(values.items())
+            yield from (partial(_compare_values, source, listed[n::READERS]) for n in range(READERS))
 
 
 def _supported(checkpoint: Checkpoint, spec: GgufArtifact) -> Family:
@@ -268,23 +281,44 @@ def _reader(library: Any, path: Path) -> Any:
     return Reader(path)
 
 
-def _compare(library: Any, path: Path, reader: Any, tensor: Any, expected: tuple[str, str | None]) -> None:
-    """The sha256 of a tensor's bytes and the checksum of its values, if there is one, with those that are expected."""
+def _compare(library: Any, path: Path, reader: Any, tensor: Any, expected: tuple[str, str | None], ours: bool) -> None:
+    """The sha256 of a tensor's bytes and the checksum of its values, if there is one, with those that are expected; `ours`: see `comparisons`."""
     written, values = expected
     if hashlib.sha256(tensor.data.data).hexdigest() != written:
         raise QQuantError(f"{path}: tensor {tensor.name} read back differs from what was written")
-    if values is not None and checksum_of(_decoded(library, tensor)) != values:
-        raise QQuantError(f"{path}: tensor {tensor.name} decodes to other values than were solved for")
+    if values is not None and ours:
+        piece = next(_pieces(library, tensor))
+        decoded = quantize.dequantize(torch.from_numpy(piece.copy()), tensor.tensor_type.name.lower())
+        if checksum_of([decoded]) != checksum_of([_decoded(library, tensor, piece)]):
+            raise QQuantError(f"{path}: tensor {tensor.name} decodes to other values than the gguf package gives")
+    elif values is not None and values != checksum_of(
+        _decoded(library, tensor, piece) for piece in _pieces(library, tensor)
+    ):
+        raise QQuantError(DECODES.format(path, tensor.name))
     # The file is mapped, and what was read would stay in memory. Pages are whole; another thread that needs one reads it again.
     start = tensor.data_offset // mmap.PAGESIZE * mmap.PAGESIZE
     reader.data.base.madvise(mmap.MADV_DONTNEED, start, tensor.data_offset + tensor.n_bytes - start)
 
 
-def _decoded(library: Any, tensor: Any) -> Iterator[Tensor]:
-    """The values in turn, some whole blocks at a time."""
+def _pieces(library: Any, tensor: Any) -> Iterator[Any]:
+    """The tensor's bytes uint8 [1, n] in turn, some whole blocks at a time."""
     block, size = library.GGML_QUANT_SIZES[tensor.tensor_type]
     data = tensor.data.reshape(-1).view("uint8")
     step = max(1, DECODED // block) * size
-    for start in range(0, len(data), step):
-        values = library.quants.dequantize(data[None, start : start + step], tensor.tensor_type)
-        yield torch.from_numpy(values if values.flags.writeable else values.copy())
+    yield from (data[None, start : start + step] for start in range(0, len(data), step))
+
+
+def _decoded(library: Any, tensor: Any, piece: Any) -> Tensor:
+    values = library.quants.dequantize(piece, tensor.tensor_type)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _compare_values(source: GgufSource, values: Sequence[tuple[str, str]]) -> None:
+    """The checksums of all values, decoded where the source decodes."""
+    for name, value in values:
+        rows, columns = source.family.shapes(source.config)[name]
+        step, found = max(1, READ_BACK // columns), Checksum()
+        for start in range(0, rows, step):
+            found.add(source.rows(name, start, min(start + step, rows)))
+        if found.hexdigest() != value:
+            raise QQuantError(DECODES.format(source.path, source.family.gguf_name(name)))
