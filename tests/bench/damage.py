@@ -1,10 +1,11 @@
 """Damage of one kind done to a model, and whether `checks.profile: release` calls it by its name.
 
-    python -m tests.bench.damage build CHECKPOINT WORK [--only healthy ...] [--samples 96] [--length 256] [--device cpu]
-    python -m tests.bench.damage check CHECKPOINT WORK [--only healthy ...] [--device cpu]                   the whole profile, as `qquant check` reads it
+    python -m tests.bench.damage build CHECKPOINT WORK [--only healthy ...] [--samples 96] [--length 256] [--effort fast] [--formats gptq-int4 awq gguf-q4_k_m]
+    python -m tests.bench.damage check CHECKPOINT WORK [--only healthy ...] [--format awq]                   the whole profile, as `qquant check` reads it
     python -m tests.bench.damage slices CHECKPOINT WORK [--only healthy ...] [--windows 6] [--positions N]   few windows a slice, no questions
 
-`build` leaves a 4-bit GPTQ folder of each of CASES in WORK, all with the calibration of `qwen1.5-chat` and `effort: fast`:
+`build` leaves artifacts of 4 bits (one GPTQ folder) of each of CASES in WORK, all with the calibration of `qwen1.5-chat`; `check` also says how long each
+part of the profile took:
 
     healthy      as it should be
     theta        that with a rope_theta that is 1 % larger (`--theta 1.01`)
@@ -24,6 +25,7 @@ import gzip
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,11 +55,17 @@ READ = 4
 RECIPE = """
 version: 1
 name: damage
-effort: fast
+effort: {effort}
 calibration: {{sources: {sources}, samples: {samples}, length: {length}, default_system_share: 0.25}}
 checks: {{windows: 2, length: 64, answer_length: 0}}
-artifacts: [{{name: gptq-int4, format: gptq, bits: 4, solver: {solver}, gates: {{defaults: false}}}}]
+artifacts:
 """
+ARTIFACTS = {
+    "gptq-int4": "format: gptq, bits: 4",
+    "awq": "format: awq, bits: 4",
+    "gguf-q4_k_m": "format: gguf, type: q4_k_m",
+}
+PLACES = {"gptq-int4": "*/config.json", "awq": "*AWQ*/config.json", "gguf-q4_k_m": "*/*.gguf"}  # the first of them
 
 
 def corpus(name):
@@ -189,18 +197,23 @@ def build(options):
             sources=json.dumps(sources(options.work, case)),
             samples=options.samples,
             length=options.length,
-            solver="rtn" if case.startswith(("hurt-", "rounded")) else "gptq",
+            effort=options.effort,
         )
+        for name in options.formats:
+            solver = "rtn" if case.startswith(("hurt-", "rounded")) else "awq" if name == "awq" else "gptq"
+            text += f"  - {{name: {name}, {ARTIFACTS[name]}, solver: {solver}, gates: {{defaults: false}}}}\n"
         (options.work / f"{case}.yaml").write_text(text)
         loaded, checkpoint = recipe.load(options.work / f"{case}.yaml"), Checkpoint.open(source)
         pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), out, device, Quiet())
         print(f"{case}: built", flush=True)
 
 
-def artifact(work, case):
-    """The folder of a case's artifact."""
-    (config,) = (work / case).glob("*/config.json")
-    return config.parent
+def artifact(work, case, name="gptq-int4"):
+    """The folder or file of a case's artifact."""
+    found = sorted((work / case).glob(PLACES[name]))
+    if name == "gptq-int4":
+        found = [one for one in found if "AWQ" not in one.parent.name]
+    return found[0] if name.startswith("gguf") else found[0].parent
 
 
 def fewer(text, options):
@@ -221,7 +234,7 @@ def read_slices(options):
     checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
     tokenizer = Tokenizer.open(checkpoint.path)
     text = fewer(sliced(tokenizer, checkpoint.config.positions), options)
-    weights = {case: open_weights(artifact(options.work, case), device) for case in options.only}
+    weights = {case: open_weights(artifact(options.work, case, options.format), device) for case in options.only}
     found = slices.readings(checkpoint, weights, text, tokenizer, device, Quiet())
     for case, readings in found.items():
         rows, verdict = slices.judge(readings, WORST_SLICE)
@@ -238,13 +251,28 @@ def table(rows):
         )
 
 
+class Clock(Quiet):
+    """When each phase was heard of first and last."""
+
+    def __init__(self):
+        self.start, self.phases = time.monotonic(), {}
+
+    def advance(self, phase, done, of):
+        """Note the time."""
+        now = time.monotonic() - self.start
+        self.phases[phase] = self.phases.get(phase, (now, now))[0], now
+
+
 def read_all(options):
     """The whole profile."""
     checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
-    paths = {str(artifact(options.work, case)): case for case in options.only}
+    paths = {str(artifact(options.work, case, options.format)): f"{case}, {options.format}" for case in options.only}
     checks = Checks(profile="release", windows=40, answer_length=0)
-    report = pipeline.check(
-        list(map(Path, paths)), checkpoint, checks, Gates(), device, Quiet(), options.work / "report"
+    out, clock = options.work / f"report-{'-'.join([*options.only, options.format])}", Clock()
+    report = pipeline.check(list(map(Path, paths)), checkpoint, checks, Gates(), device, clock, out)
+    print(
+        "seconds, from the start to the last step: "
+        + "; ".join(f"{one} {a:.1f} to {b:.1f}" for one, (a, b) in clock.phases.items())
     )
     for row in report.artifacts:
         print(f"\n{paths[row.path]}: {row.verdict.outcome}\n" + "\n".join(f"  {line}" for line in row.verdict.reasons))
@@ -265,6 +293,11 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--effort", default="fast")
+    parser.add_argument(
+        "--formats", nargs="+", choices=ARTIFACTS, default=["gptq-int4"], help="to build; theta has the first"
+    )
+    parser.add_argument("--format", choices=ARTIFACTS, default="gptq-int4", help="to check")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--slices", nargs="+", choices=[*LANGUAGES, *KINDS], help="English among them; default: all")
     parser.add_argument("--positions", type=int, default=16_384, help="of a long document; 0: none is read")
