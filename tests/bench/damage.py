@@ -65,7 +65,7 @@ ARTIFACTS = {
     "awq": "format: awq, bits: 4",
     "gguf-q4_k_m": "format: gguf, type: q4_k_m",
 }
-PLACES = {"gptq-int4": "*/config.json", "awq": "*AWQ*/config.json", "gguf-q4_k_m": "*/*.gguf"}  # the first of them
+PLACES = {"gptq-int4": "*/config.json", "awq": "*AWQ*/config.json", "gguf-q4_k_m": "*GGUF*/*.gguf"}  # the first of them
 
 
 def corpus(name):
@@ -200,8 +200,9 @@ def build(options):
             effort=options.effort,
         )
         for name in options.formats:
-            solver = "rtn" if case.startswith(("hurt-", "rounded")) else "awq" if name == "awq" else "gptq"
-            text += f"  - {{name: {name}, {ARTIFACTS[name]}, solver: {solver}, gates: {{defaults: false}}}}\n"
+            rounded = case.startswith(("hurt-", "rounded"))
+            solver = "solver: rtn, " if rounded else "solver: gptq, " if name.startswith("gguf") else ""
+            text += f"  - {{name: {name}, {ARTIFACTS[name]}, {solver}gates: {{defaults: false}}}}\n"
         (options.work / f"{case}.yaml").write_text(text)
         loaded, checkpoint = recipe.load(options.work / f"{case}.yaml"), Checkpoint.open(source)
         pipeline.build(loaded, checkpoint, Plan.of(loaded, checkpoint), out, device, Quiet())
@@ -267,7 +268,7 @@ def read_all(options):
     """The whole profile."""
     checkpoint, device = Checkpoint.open(options.checkpoint), torch.device(options.device)
     paths = {str(artifact(options.work, case, options.format)): f"{case}, {options.format}" for case in options.only}
-    checks = Checks(profile="release", windows=40, answer_length=0)
+    checks = Checks(profile=options.profile, windows=40, answer_length=0)
     out, clock = options.work / f"report-{'-'.join([*options.only, options.format])}", Clock()
     report = pipeline.check(list(map(Path, paths)), checkpoint, checks, Gates(), device, clock, out)
     print(
@@ -294,6 +295,7 @@ def main():
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--effort", default="fast")
+    parser.add_argument("--profile", choices=["release", "default"], default="release")
     parser.add_argument(
         "--formats", nargs="+", choices=ARTIFACTS, default=["gptq-int4"], help="to build; theta has the first"
     )
