@@ -25,6 +25,7 @@ document.title = JSON.stringify({
   scrolls: page.documentElement.scrollWidth,
   first: Math.max(...sticky.map((cell) => cell.getBoundingClientRect().width / cell.closest(".scroll").clientWidth)),
   picture: shown,
+  lines: sticky.every((cell) => page.defaultView.getComputedStyle(cell).borderTopWidth === "1px"),
 });
 """
 
@@ -54,3 +55,4 @@ def test_nothing_is_cut_off(pages, width, tmp_path):
     assert found["scrolls"] <= width
     assert found["first"] < 0.75, "the first column stays while others scroll past; it must leave them room"
     assert found["picture"] != "none"
+    assert found["lines"], "above a cell, since what stays in place paints over the line below the cell before it"
