@@ -95,7 +95,9 @@ def _report(gate: _Gate, loss: Loss, outcome: Proof) -> GateReport:
 
 def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
     """Why a gate did not pass; empty for one that did."""
-    between = f"95 % interval {report.low:.5g} to {report.high:.5g}, {loss.windows} windows"
+    between = (
+        f"95 % interval {report.low:.5g} to {report.high:.5g}, {loss.windows} window{'' if loss.windows == 1 else 's'}"
+    )
     match report.outcome:
         case "fail":
             return f"{gate.name} {report.value:.5g} is {gate.word} the limit {report.limit:g} ({between})"
@@ -109,6 +111,8 @@ def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
 
 def _enough(report: GateReport) -> str:
     """How much text would decide an inconclusive gate, and what to type: what can be detected shrinks with the root of the windows."""
+    if report.windows == 1:
+        return "One window has no spread to judge by: --windows 8 or more, or checks.windows in a recipe"
     distance = abs(report.value - report.limit)
     need = report.windows * (report.detectable / distance) ** 2 if distance else math.inf
     if not need <= MOST:

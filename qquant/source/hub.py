@@ -36,7 +36,9 @@ def resolve(reference: str, revision: str | None = None) -> tuple[Path, str | No
     if Path(reference).is_file():
         raise UsageError(f"{reference}: is a file; a checkpoint is the folder of the 16-bit model, or a hub id")
     if not HUB_ID.match(reference) or reference.startswith((".", "/")):
-        raise UsageError(f"{reference}: not a folder, and not a hub id of the form ORGANISATION/NAME")
+        raise UsageError(
+            f"{reference}: there is no such file or folder, and it is no hub id of the form ORGANISATION/NAME"
+        )
     return _download(reference, revision)
 
 

@@ -213,6 +213,15 @@ def test_an_undecided_gate_says_what_to_type():
     assert "too near the limit" in far.reasons[0]
 
 
+def test_a_single_window_is_no_reason_to_build_better():
+    """It has no spread: a first look with `--windows 1` said that no text of up to 65,536 windows would do."""
+    verdict = judge(Gates(kl_divergence=0.1), {"nll": np.ones(1), "kl": np.full(1, 0.01), "top1": np.full(1, 0.9)})
+    (reason,) = verdict.reasons
+    assert verdict.outcome == "inconclusive"
+    assert "1 window;" in reason
+    assert reason.endswith("One window has no spread to judge by: --windows 8 or more, or checks.windows in a recipe")
+
+
 def test_folders_of_this_machine_stay_on_it(tmp_path):
     settings = (
         "checkpoint=/home/somebody/model", "calibration.sources=[{path: /home/somebody/chats.jsonl}]",

@@ -231,7 +231,7 @@ def test_references():
     assert resolve("bundled:tiny-qwen1.5")[0].name == "tiny-qwen1.5"
     with pytest.raises(UsageError, match="there is bundled:tiny-qwen1.5"):
         resolve("bundled:nothing")
-    with pytest.raises(UsageError, match="not a folder, and not a hub id"):
+    with pytest.raises(UsageError, match="no such file or folder, and it is no hub id"):
         resolve("no/such/folder")
 
 
