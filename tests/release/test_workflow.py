@@ -159,6 +159,8 @@ def test_the_container_recipe_is_sound():
         words = [(word, rest) for stage in (known[name][0], name) if stage in known for word, rest in known[stage][1]]
         assert [rest for word, rest in words if word == "ENTRYPOINT"][-1] == '["qquant"]'
         assert [rest for word, rest in words if word == "USER"][-1] not in ("root", "0")
+        homes = [rest for word, rest in words if word == "ENV"]
+        assert any("HOME=/home/qquant USER=qquant" in rest for rest in homes), "of whoever `docker run --user` names"
 
 
 def test_the_container_copies_what_the_wheel_is_made_of():
