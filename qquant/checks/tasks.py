@@ -113,15 +113,21 @@ def run_suite(
     if questions.data is not None:
         require_data(benchmarks, questions.data)
     models = [_ModelAsked(checkpoint, path, device) for path in (checkpoint.path, *paths)]
-    scores: list[list[Mapping[str, float]]] = []
-    progress.advance("ask", 0, len(models) * len(benchmarks))
-    for index, model in enumerate(models):
-        scores.append([])
-        for number, benchmark in enumerate(benchmarks):
-            scores[-1].append(_benchmark(harness, model, benchmark, questions))
-            progress.advance("ask", index * len(benchmarks) + number + 1, len(models) * len(benchmarks))
-            progress.check_stop()
-        model.release()
+    rows = [(model, benchmark) for model in models for benchmark in benchmarks]
+    kept = [_kept(harness, model, benchmark, questions) for model, benchmark in rows]
+    done = sum(scores is not None for scores in kept)
+    progress.advance("suite", done, len(rows))
+    scores: list[list[Mapping[str, float]]] = [[] for _ in models]
+    for index, ((model, benchmark), known) in enumerate(zip(rows, kept, strict=True)):
+        if known is None:
+            progress.at(f"{benchmark.name}, {model.path.name}")
+            known = _benchmark(harness, model, benchmark, questions)
+            done += 1
+            progress.advance("suite", done, len(rows))
+        scores[index // len(benchmarks)].append(known)
+        progress.check_stop()
+        if benchmark is benchmarks[-1]:
+            model.release()
     results = []
     for path, mine in zip(paths, scores[1:], strict=True):
         for benchmark, theirs, ours in zip(benchmarks, scores[0], mine, strict=True):
@@ -160,16 +166,22 @@ class _ModelAsked:
         self.loaded = None
 
 
+def _kept(
+    harness: Any, model: _ModelAsked, benchmark: Benchmark, questions: SuiteQuestions
+) -> Mapping[str, float] | None:
+    """Scores by question that an earlier run left."""
+    return questions.kept.read(_place(harness, model, benchmark, questions))
+
+
+def _place(harness: Any, model: _ModelAsked, benchmark: Benchmark, questions: SuiteQuestions) -> Path | None:
+    version = str(getattr(harness, "__version__", "unknown"))
+    return questions.kept.path(model.digest, benchmark, questions.limit, version) if questions.kept.folder else None
+
+
 def _benchmark(
     harness: Any, model: _ModelAsked, benchmark: Benchmark, questions: SuiteQuestions
 ) -> Mapping[str, float]:
-    """Scores by question of all subtasks, kept or asked now."""
-    kept = questions.kept
-    version = str(getattr(harness, "__version__", "unknown"))
-    path = kept.path(model.digest, benchmark, questions.limit, version) if kept.folder else None
-    scores = kept.read(path)
-    if scores is not None:
-        return scores
+    """Scores by question of all subtasks, asked now and kept."""
     with local_copies(questions.data), _data_missing(benchmark):
         every = _scores(
             harness,
@@ -187,7 +199,7 @@ def _benchmark(
     if not scores:
         have = ", ".join(dict.fromkeys(metric for _, metric in every))
         raise UsageError(f"{benchmark.name}: this lm-eval gives {have}, not {benchmark.metric}; take lm-eval 0.4.13")
-    kept.write(path, benchmark, scores)
+    questions.kept.write(_place(harness, model, benchmark, questions), benchmark, scores)
     return scores
 
 

@@ -40,6 +40,7 @@ UNITS = {
     "behaviour": "question",
     "speed": "artifact",
     "ask": "model",
+    "suite": "benchmark",
     "answer": "prompt",
     "load": "part",
     "dequantize": "tensor",

@@ -20,6 +20,7 @@ from qquant.report.views import write
 from qquant.source.checkpoint import Checkpoint
 from tests.checks import test_tasks
 from tests.checks.test_tasks import harness  # noqa: F401  (a fixture)
+from tests.worlds.watched import Told
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -108,6 +109,13 @@ def test_what_is_done_is_not_asked_again(asked, make_checkpoint, tmp_path):
     continued = tasks.run_suite(Checkpoint.open(one), [other], whole, CPU, Quiet())
     assert len(asked.calls) == 4
     assert continued == run(one, [other])
+    for file in sorted((tmp_path / "kept").iterdir())[:1]:
+        file.unlink()
+    told = Told()
+    tasks.run_suite(Checkpoint.open(one), [other], whole, CPU, told)
+    assert told.steps["suite"] == [(3, 4), (4, 4)], "the time left is not that of what is only read"
+    assert len(told.within["suite"]) == 1
+    assert told.within["suite"][0].partition(", ")[0] in ("Sentences", "Others")
     asked.calls.clear()
     assert tasks.run_suite(Checkpoint.open(one), [other], whole, CPU, Quiet()) == continued
     assert asked.calls == []
