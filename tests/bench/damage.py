@@ -2,6 +2,7 @@
 
     python -m tests.bench.damage build CHECKPOINT WORK [--only healthy ...] [--samples 96] [--length 256] [--effort fast] [--formats gptq-int4 awq gguf-q4_k_m]
     python -m tests.bench.damage check CHECKPOINT WORK [--only healthy ...] [--format awq]                   the whole profile, as `qquant check` reads it
+    python -m tests.bench.damage compare CHECKPOINT WORK                                                     slices that `check` read: times English, and of rounding's times English
     python -m tests.bench.damage slices CHECKPOINT WORK [--only healthy ...] [--windows 6] [--positions N]   few windows a slice, no questions
 
 `build` leaves artifacts of 4 bits (one GPTQ folder) of each of CASES in WORK, all with the calibration of `qwen1.5-chat`; `check` also says how long each
@@ -285,10 +286,31 @@ def read_all(options):
             )
 
 
+def compare(options):
+    """Mean KL divergence of every slice over English, and the same over what rounding to nearest has there, of all reports in WORK."""
+    losses = {}
+    for file in sorted(options.work.glob("report-*/report.json")):
+        for row in json.loads(file.read_text())["artifacts"]:
+            kl = {
+                one["name"]: one["kl_divergence"]["value"]
+                for one in row.get("slices", ())
+                if one["group"] != "position"
+            }
+            if kl:
+                losses[file.parent.name.removeprefix("report-")] = kl
+    reference = losses.get("rounded-gptq-int4")
+    for name, kl in losses.items():
+        print(f"\n{name}: English {kl['English']:.5f}")
+        for one, value in kl.items():
+            times = value / kl["English"]
+            of_rounding = f"{times * reference['English'] / reference[one]:6.2f}" if reference else ""
+            print(f"  {one:28} {value:9.5f} {times:6.2f} {of_rounding}")
+
+
 def main():
     """Build, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["build", "slices", "check"])
+    parser.add_argument("command", choices=["build", "slices", "check", "compare"])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
@@ -308,7 +330,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    {"build": build, "slices": read_slices, "check": read_all}[options.command](options)
+    {"build": build, "slices": read_slices, "check": read_all, "compare": compare}[options.command](options)
 
 
 if __name__ == "__main__":
