@@ -35,8 +35,9 @@ from qquant.kernels.jit import (
     starts_early,
     tl,
 )
+from qquant.kernels.tiles import dot, group, last_to_arrive, sum_of_parts, write
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
-from qquant.kernels.wq_mm import MAX_ROWS, _dot, _group, _last_to_arrive, _sum_of_parts, _write, counters_of, wq_mm
+from qquant.kernels.wq_mm import MAX_ROWS, counters_of, wq_mm
 
 MOST_ROWS = {4: 512, 8: 256}  # by bits, as measured: tests/bench/README.md
 MANY_OUTPUTS = 8192
@@ -135,20 +136,20 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     if EARLY:
         gdc.gdc_wait()
     acc = tl.zeros((BN, BM), tl.float32)
-    param = tl.load(params_at + _group(row, first, groups, TILES_PER_GROUP))
+    param = tl.load(params_at + group(row, first, groups, TILES_PER_GROUP))
     for t in tl.range(first, last, num_stages=STAGES):
         words = tl.load(words_row + t * 16)
         for part in tl.static_range(PARTS):
             if PARTS > 1:
                 param = tl.load(params_at + row * groups + tl.minimum(t * PARTS + part, groups - 1))
             elif not SYMMETRIC:
-                param = tl.load(params_at + _group(row, t, groups, TILES_PER_GROUP))
+                param = tl.load(params_at + group(row, t, groups, TILES_PER_GROUP))
             zero = zero_of(param, BITS, SYMMETRIC)
             weights = planes(words, zero, part * (SPAN // 32), SPAN // 32, BITS, FLOAT, INLINE)
             x = x_tiles.load([start, t * TILE + part * SPAN])  # zero past the last column
-            acc += _dot(weights, x, WIDE) * scale_of(param, SYMMETRIC)[:, None]
+            acc += dot(weights, x, WIDE) * scale_of(param, SYMMETRIC)[:, None]
         if PARTS == 1 and SYMMETRIC:  # fetched a step ahead: two bytes are too narrow for the asynchronous pipeline
-            param = tl.load(params_at + _group(row, t + 1, groups, TILES_PER_GROUP))
+            param = tl.load(params_at + group(row, t + 1, groups, TILES_PER_GROUP))
     if EARLY:
         gdc.gdc_launch_dependents()
     m = start + tl.arange(0, BM)
@@ -156,11 +157,11 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT:
         tl.store(partial_at + tl.program_id(2) * M * N + at, acc, mask=inside)
-        if _last_to_arrive(counters_at + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), splits):
-            acc = _sum_of_parts(partial_at + at, inside, M * N, splits, acc)
-            _write(acc, bias_at, row, y_at, at, inside, BIAS)
+        if last_to_arrive(counters_at + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), splits):
+            acc = sum_of_parts(partial_at + at, inside, M * N, splits, acc)
+            write(acc, bias_at, row, y_at, at, inside, BIAS)
     else:
-        _write(acc, bias_at, row, y_at, at, inside, BIAS)
+        write(acc, bias_at, row, y_at, at, inside, BIAS)
 
 
 def constants(

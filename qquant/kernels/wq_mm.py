@@ -31,6 +31,7 @@ from qquant.errors import UsageError
 from qquant.kernels import jit as launching
 from qquant.kernels.dequant import dequant
 from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, gdc, jit, kernel, starts_early, tl
+from qquant.kernels.tiles import dot, group, last_to_arrive, sum_of_parts, write
 from qquant.kernels.unpack import WORDS, check_group, planes, scale_of, tile, zero_of
 
 MAX_ROWS = 64
@@ -72,13 +73,6 @@ class Config:
 
 
 @jit
-def _group(row: tl.tensor, t: tl.tensor, groups: tl.tensor, TILES_PER_GROUP: tl.constexpr) -> tl.tensor:
-    if TILES_PER_GROUP == 0:
-        return row
-    return row * groups + tl.minimum(t // TILES_PER_GROUP, groups - 1)
-
-
-@jit
 def _x_tile(
     x_row: tl.tensor, k: tl.tensor, span: tl.tensor, there: tl.tensor, K: tl.tensor, RAGGED: tl.constexpr
 ) -> tl.tensor:
@@ -87,15 +81,6 @@ def _x_tile(
     else:
         inside = there
     return tl.load(x_row + k, mask=inside, other=0.0)
-
-
-@jit
-def _dot(weights: tl.tensor, x: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
-    if WIDE:
-        product = tl.dot(weights.to(tl.float32), tl.trans(x.to(tl.float32)), input_precision="ieee")
-    else:
-        product = tl.dot(weights, tl.trans(x))
-    return product
 
 
 @jit
@@ -131,40 +116,6 @@ def _begin(row_at: tl.tensor, count: tl.tensor, AHEAD: tl.constexpr, EARLY: tl.c
         _ask_ahead(row_at, count, AHEAD == 1)
     if EARLY:
         gdc.gdc_wait()
-
-
-@jit
-def _write(
-    acc: tl.tensor,
-    bias_at: tl.tensor,
-    row: tl.tensor,
-    y_at: tl.tensor,
-    at: tl.tensor,
-    inside: tl.tensor,
-    BIAS: tl.constexpr,
-) -> None:
-    if BIAS:
-        acc += tl.load(bias_at + row).to(tl.float32)[:, None]
-    tl.store(y_at + at, acc.to(y_at.dtype.element_ty), mask=inside)
-
-
-@jit
-def _last_to_arrive(counter_at: tl.tensor, splits: tl.tensor) -> tl.tensor:
-    """Announce this program's sums; whether all others are there. The counter is zero again after the last."""
-    tl.debug_barrier()  # every thread's sums are written before one thread announces them
-    arrived = tl.atomic_add(counter_at, 1, sem="acq_rel")
-    last = arrived == splits - 1
-    tl.store(counter_at, 0, mask=last)
-    return last
-
-
-@jit
-def _sum_of_parts(at: tl.tensor, inside: tl.tensor, stride: tl.tensor, splits: tl.tensor, like: tl.tensor) -> tl.tensor:
-    """The sums of all programs of a block of rows, in the order of the programs."""
-    acc = tl.zeros_like(like)
-    for s in range(splits):
-        acc += tl.load(at + s * stride, mask=inside, other=0.0, cache_modifier=".cg")
-    return acc
 
 
 @kernel("M", "tiles", "groups", "splits")
@@ -213,32 +164,32 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     last = tl.minimum(first + share, tiles)
     _begin(words_at + row * (tiles * 16) + first * 16, tl.maximum(last - first, 1), AHEAD, EARLY)
     acc = tl.zeros((BN, BM), tl.float32)
-    param = tl.load(params_at + _group(row, first, groups, TILES_PER_GROUP))
+    param = tl.load(params_at + group(row, first, groups, TILES_PER_GROUP))
     for t in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         words = tl.load(words_row + t * 16)
         for part in tl.static_range(PARTS):
             if PARTS > 1:
                 param = tl.load(params_at + row * groups + tl.minimum(t * PARTS + part, groups - 1))
             elif not SYMMETRIC:
-                param = tl.load(params_at + _group(row, t, groups, TILES_PER_GROUP))
+                param = tl.load(params_at + group(row, t, groups, TILES_PER_GROUP))
             zero = zero_of(param, BITS, SYMMETRIC)
             weights = planes(words, zero, part * (SPAN // 32), SPAN // 32, BITS, FLOAT, INLINE)
             x = _x_tile(x_row, t * TILE + part * SPAN, span, there, K, RAGGED)
-            product = _dot(weights, x, WIDE)
+            product = dot(weights, x, WIDE)
             acc += product * scale_of(param, SYMMETRIC)[:, None]
         if PARTS == 1 and SYMMETRIC:  # fetched a step ahead: two bytes are too narrow for the asynchronous pipeline
-            param = tl.load(params_at + _group(row, t + 1, groups, TILES_PER_GROUP))
+            param = tl.load(params_at + group(row, t + 1, groups, TILES_PER_GROUP))
     if EARLY:  # not before: programs of the next kernel that wait take room, and more of it on some multiprocessors than on others
         gdc.gdc_launch_dependents()
     at = m[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT:
         tl.store(partial_at + tl.program_id(1) * M * N + at, acc, mask=inside)
-        if _last_to_arrive(counters_at + tl.program_id(0), splits):
-            acc = _sum_of_parts(partial_at + at, inside, M * N, splits, acc)
-            _write(acc, bias_at, row, y_at, at, inside, BIAS)
+        if last_to_arrive(counters_at + tl.program_id(0), splits):
+            acc = sum_of_parts(partial_at + at, inside, M * N, splits, acc)
+            write(acc, bias_at, row, y_at, at, inside, BIAS)
     else:
-        _write(acc, bias_at, row, y_at, at, inside, BIAS)
+        write(acc, bias_at, row, y_at, at, inside, BIAS)
 
 
 def constants(  # noqa: PLR0913 a kernel has that many

@@ -6,7 +6,7 @@
 A format says what its weights are (`Integers`: codes, scales, zero points), whoever wrote them; they are repacked once, at load,
 and no 16-bit copy is made. q, k, v are one product, gate and up another, where their groups agree. What runs:
 
-    CUDA    up to 64 rows `qquant::wq_mm`, above that `qquant::dequant` and the vendor's product
+    CUDA    up to 64 rows `qquant::wq_mm`, on Hopper up to 512 (8 bits: 256) `qquant::many_rows`, above that `qquant::dequant` and the vendor's product
     CPU     torch's int4 product for few rows (twice, for 8 bits), above that dequantize and multiply (`kernels.cpu_int4`)
 
 What has no operator (K-quants and the affine types of GGUF, groups that no layout has, 16-bit tensors) is dequantized once, at
