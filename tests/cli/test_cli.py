@@ -233,7 +233,11 @@ ERRORS = {
         "it has gptq-int4, gguf-q4_0",
     ),
     "no checkpoint": (2, lambda f, r, o: ["build", "--recipe", r, "--out", o], "names no checkpoint"),
-    "no such folder": (2, lambda f, r, o: ["build", "no/such/folder", "--recipe", r, "--out", o], "not a folder"),
+    "no such folder": (
+        2,
+        lambda f, r, o: ["build", "no/such/folder", "--recipe", r, "--out", o],
+        "no such file or folder",
+    ),
     "no such option": (2, lambda f, r, o: ["build", f, "--recipe", r, "--out", o, "--fast"], "No such option"),
     "no such device": (2, lambda f, r, o: ["build", f, "--recipe", r, "--out", o, "--device", "gpu9"], "not a device"),
     "not an artifact": (5, lambda f, r, o: ["check", r, "--against", f], "is not a GGUF file"),
