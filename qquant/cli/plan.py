@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qquant.source.checkpoint import Checkpoint
 
 SIGNS = {"top-1 agreement": "at least"}
+LONG = 8 * 3600  # seconds that nobody waits for beside their work
+LESS = "for a part of that: --recipe laptop (one GGUF file), or --effort fast --set checks.profile=default"
 
 
 @command(epilog=EXITS, surplus="--recipe {}", example="plan Qwen/Qwen1.5-0.5B-Chat --recipe qwen1.5-chat")
@@ -291,6 +293,8 @@ def _print_needs(planned: Plan, source: Checkpoint, phases: dict[str, float], ca
         )
         each = ", ".join(f"{phase} {span(took)}" for phase, took in phases.items())
         echo(f"time:   about {span(sum(phases.values()))} here ({each}), {within}")
+        if sum(phases.values()) > LONG and planned.checks.profile == "release":
+            echo(f"        {LESS}")
     models, free = 1 + len(planned.artifacts), host_memory()
     held = checked_bytes(_tokens_checked(planned, source), models, source.config.hidden, free)
     host, card = planned.needs["cpu"], planned.needs["cuda"]

@@ -1,5 +1,6 @@
 """The command line as a user meets it: output, exit codes, start-up cost."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -132,9 +133,20 @@ def test_plan_for_people(qquant, make_checkpoint, recipe_file):
     assert "    model.layers.1.mlp.down_proj.weight" in out
     assert "gptq-int4: measured, not gated" in out
     assert "time:   about " in out
+    assert "--recipe laptop" not in out
     recipe_file.write_text(recipe_file.read_text().replace(", gates: {defaults: false}", ""))
     code, out, _ = qquant("plan", make_checkpoint("other"), "--recipe", recipe_file, "--gates")
     assert "gptq-int4: perplexity ratio at most 1.08 (detectable" in out
+
+
+def test_a_plan_of_a_day_names_what_takes_less(qquant, make_checkpoint, recipe_file, monkeypatch):
+    recipe_file.write_text(recipe_file.read_text().replace("checks: {", "checks: {profile: release, "))
+    monkeypatch.setattr(importlib.import_module("qquant.cli.plan"), "LONG", 0)
+    code, out, _ = qquant("plan", make_checkpoint(), "--recipe", recipe_file, "--time", "--device", "cpu")
+    assert code == 0
+    lines = out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("time:   about ")]
+    assert "--recipe laptop" in lines[at + 1]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--recipe", "demo"], ["recipe", "list"]])

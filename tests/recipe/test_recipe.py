@@ -31,7 +31,7 @@ OFFICIAL = ["gptq-int4", "gptq-int8", "awq"] + [
 
 
 def test_bundled_names():
-    assert recipe.names() == ["demo", "qwen1.5-base", "qwen1.5-chat"]
+    assert recipe.names() == ["demo", "laptop", "qwen1.5-base", "qwen1.5-chat"]
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -62,6 +62,18 @@ def test_official_artifacts_and_settings(name):
             case GgufArtifact():
                 assert artifact.name == f"gguf-{artifact.type}"
     assert (loaded.calibration.samples, loaded.calibration.length) == (128, 2048)
+
+
+def test_the_laptop_recipe_is_the_chat_recipe_with_less():
+    small, whole = recipe.load("laptop"), recipe.load("qwen1.5-chat")
+    assert small.calibration.sources == whole.calibration.sources
+    assert (
+        small.calibration.samples * small.calibration.length * 8 == whole.calibration.samples * whole.calibration.length
+    )
+    (artifact,) = small.artifacts
+    assert artifact.name == "gguf-q4_k_m"
+    assert small.checks.profile == "default"
+    assert artifact.sweeps == 0
 
 
 def test_base_and_demo_recipes_are_plain_text_and_the_chat_recipe_is_mostly_chat():
@@ -112,7 +124,7 @@ def test_unknown_name_lists_the_known_ones():
     with pytest.raises(UsageError) as caught:
         recipe.load("qwen15-chat")
     assert str(caught.value) == (
-        'no bundled recipe has this name, got "qwen15-chat"; allowed: demo, qwen1.5-base, qwen1.5-chat,'
+        'no bundled recipe has this name, got "qwen15-chat"; allowed: demo, laptop, qwen1.5-base, qwen1.5-chat,'
         " or the path of a .yaml file; did you mean 'qwen1.5-chat'?"
     )
 
