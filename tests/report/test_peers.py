@@ -30,7 +30,7 @@ def test_peers_of_the_demo_are_drawn_once_in_each_picture():
     assert page.count('class="cross"') == 2 * len(near)
     for point in near:
         assert page.count(f"<title>{point['made'].replace(chr(39), '&#39;')}: ") == 2
-    assert "(60 or 100 windows)" in page
+    assert "(60 windows)" in page
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "calibration", "tokens", "length"])
