@@ -306,7 +306,13 @@ def keep_scores(out: Path, results: Sequence[TaskResult]) -> list[str]:
         by_place.setdefault(Path(one.artifact).resolve(), []).append(score)
     rows = []
     for row in report.artifacts:
-        place = next((place for place in (Path(row.path), out / row.path) if place.resolve() in by_place), None)
-        rows.append(replace(row, tasks=tuple(by_place.pop(place.resolve()))) if place else row)
+        place = next((place for place in _places(out, Path(row.path)) if place in by_place), None)
+        rows.append(replace(row, tasks=tuple(by_place.pop(place))) if place else row)
     views.write(replace(report, artifacts=tuple(rows)), out)
     return [str(place) for place in by_place]
+
+
+def _places(out: Path, path: Path) -> Iterator[Path]:
+    """Where an artifact of a report in `out` may be: where the build said it was, from here, or that below `out`, which may have been moved since."""
+    yield path.resolve()
+    yield from ((out / Path(*path.parts[first:])).resolve() for first in range(len(path.parts)))

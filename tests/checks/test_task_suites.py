@@ -219,6 +219,18 @@ def test_report_and_page_show_the_scores(tmp_path, make_checkpoint):
     assert tasks.keep_scores(out, other) == [str((tmp_path / "strange").resolve())]
 
 
+@pytest.mark.parametrize("said", ["out/demo/model-AWQ", "/away/demo/model-AWQ", "model-AWQ"])
+def test_scores_find_their_artifact_wherever_its_folder_was_built(tmp_path, said):
+    """A report says paths as the build was given them: from another folder, or once it was moved, they lead nowhere."""
+    out = tmp_path / "moved"
+    reported(out, said)
+    (out / "model-AWQ").mkdir()
+    results = [tasks.TaskResult(**vars(score("MMLU", 0.6, 0.58)), artifact=str(out / "model-AWQ"))]
+    assert tasks.keep_scores(out, results) == []
+    report = Report.from_json(json.loads((out / "report.json").read_text()))
+    assert [len(row.tasks) for row in report.artifacts] == [1, 0]
+
+
 def test_command(asked, make_checkpoint, tmp_path):
     from click.testing import CliRunner
 
