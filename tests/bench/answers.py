@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from qquant.families import family_of
 from qquant.source.safetensors_file import header_bytes
 from tests.bench.memory import SHAPES, SMALL, config_of
+from tests.bench.tune import host_us
 
 NEW = 128
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
@@ -120,17 +122,7 @@ def host_cost(name, linear, columns):
     """Microseconds that the host takes for a call."""
     x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
-        for _ in range(30):
-            linear(x)
-        best = 1e9
-        for _ in range(5):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(100):
-                linear(x)
-            best = min(best, (time.perf_counter() - began) / 100)
-        torch.cuda.synchronize()
-    tell(f"host, {name}", best * 1e6, "us a call")
+        tell(f"host, {name}", host_us(partial(linear, x)), "us a call")
 
 
 def prefill(model, rows):

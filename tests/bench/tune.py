@@ -108,6 +108,21 @@ def timed_graph(calls, windows=5, least=1e-3):
     return statistics.median(found), (found[-1] - found[0]) / found[len(found) // 2]
 
 
+def host_us(call, calls=100, windows=5):
+    """Microseconds of the host for one call, not waiting for what it starts: the best of some windows."""
+    for _ in range(30):
+        call()
+    best = float("inf")
+    for _ in range(windows):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - began) / calls * 1e6)
+    torch.cuda.synchronize()
+    return best
+
+
 def shapes_for(rows):
     """(outputs of a program, warps) that may be best for so many rows of x."""
     return (*NARROW, *SHAPES) if rows <= 16 else SHAPES[:3]
