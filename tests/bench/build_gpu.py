@@ -98,9 +98,9 @@ class Progress(Quiet):
 def spoken(child):
     """`loading._child` that shows what a clean process said, and when."""
 
-    def timed(tasks, nursery):
+    def timed(*given):
         began = time.monotonic()
-        lines, problem = child(tasks, nursery)
+        lines, problem = child(*given)
         print(f"clean process, {time.monotonic() - began:.1f} s: {[line.decode()[-200:] for line in lines]} {problem}")
         return lines, problem
 
@@ -154,7 +154,7 @@ def main():
         (solver.Solver, "_store", "GGUF blocks"),
         (draft.Draft, "write", "write"),
         (draft.Draft, "finish", "read back and rename"),
-        (outside, "_unsolved", "other tensors"),
+        (outside, "_write_group", "other tensors"),
         (outside._Table, "solve", "embedding and head"),
         (review, "_read", "check: windows"),
         (review.loading, "examine", "check: clean processes, beside the windows"),
