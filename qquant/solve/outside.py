@@ -16,7 +16,7 @@ ratio lies in the same octave share a matrix. Rows are solved ROWS at a time: me
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
@@ -24,6 +24,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from qquant import background, devices
 from qquant.algorithms.checksum import Checksum
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid
@@ -59,38 +60,68 @@ def write_unsolved(
 ) -> None:
     """Write what no solver takes of every draft that does not have it; with `solved` they are not asked for tables that one does.
 
+    A GPU takes them all along, every slice of a table read once; elsewhere one after another, so that a kill costs one draft's work.
+
     Raises:
         StoppedError: `stop` was set meanwhile.
     """
-    for draft in drafts:
-        if UNSOLVED not in draft.units:
-            writer = UnitWriter(draft, UNSOLVED)
-            for name, offset, piece in _unsolved(checkpoint, draft, solved, device, stop):
-                draft.submit(partial(writer.put, name, offset, piece.cpu()))
-            draft.submit(partial(writer.close, []))
+    todo = [draft for draft in drafts if UNSOLVED not in draft.units]
+    groups = [todo] if devices.threads_help(device) else [[draft] for draft in todo]
+    for group in filter(None, groups):
+        _write_group([_Unsolved(checkpoint, draft, solved) for draft in group], checkpoint, device, stop)
 
 
-def _unsolved(
-    checkpoint: Checkpoint, draft: Draft, solved: bool, device: torch.device, stop: Event
-) -> Iterator[tuple[str, int, Tensor]]:
-    """The tensors outside the blocks that are not solved, in slices of rows."""
-    family, config = checkpoint.family, checkpoint.config
-    solved_names = solved_tables(checkpoint, draft) if solved else {}
-    names = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
-    store = FORMATS[draft.plan.format].store
-    for name in names:
-        if name in solved_names:
-            continue
-        offset = 0
-        rows = checkpoint.tensors[name].shape[0]
-        step = rows if name == family.final_norm else HEAD_ROWS
-        for start in range(0, rows, step):
+def _write_group(group: Sequence[_Unsolved], checkpoint: Checkpoint, device: torch.device, stop: Event) -> None:
+    """Write the unsolved tensors of some drafts side by side, in slices of rows."""
+    family = checkpoint.family
+    slices: list[tuple[str, slice]] = []
+    for name in [family.embedding, family.final_norm, *([] if checkpoint.config.tied else [family.head])]:
+        if any(name in one.names for one in group):
+            rows = checkpoint.tensors[name].shape[0]
+            step = rows if name == family.final_norm else HEAD_ROWS
+            slices += [(name, slice(start, min(start + step, rows))) for start in range(0, rows, step)]
+
+    def read(at: tuple[str, slice]) -> tuple[str, Tensor]:
+        name, rows = at
+        if name == family.final_norm:
+            return name, checkpoint.tensor(name)
+        return name, checkpoint.rows(name, rows.start, rows.stop)
+
+    with background.prefetch(read, slices, devices.threads_help(device)) as values:
+        for name, value in values:
             if stop.is_set():
-                raise StoppedError(f"{draft.plan.name}: {name} is not written to its end")
-            value = checkpoint.tensor(name) if step == rows else checkpoint.rows(name, start, min(start + step, rows))
-            for stored, piece in store(draft.plan, name, value.to(device), None).items():
-                yield stored, offset, piece
-                offset += piece.numel() * piece.element_size()
+                raise StoppedError(f"{group[0].draft.plan.name}: {name} is not written to its end")
+            there = value.to(device)
+            for one in group:
+                one.put(name, there)
+    for one in group:
+        one.draft.submit(partial(one.writer.close, []))
+
+
+class _Unsolved:
+    """What no solver takes of a draft, on its way into it."""
+
+    def __init__(self, checkpoint: Checkpoint, draft: Draft, solved: bool) -> None:
+        family, config = checkpoint.family, checkpoint.config
+        taken = solved_tables(checkpoint, draft) if solved else {}
+        tables = [family.embedding, family.final_norm, *([] if config.tied else [family.head])]
+        self.draft, self.names = draft, [name for name in tables if name not in taken]
+        self.writer, self.written = UnitWriter(draft, UNSOLVED), dict[str, int]()
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Have the next rows of tensor `name` written, if the draft wants it."""
+        if name not in self.names:
+            return
+        pieces = FORMATS[self.draft.plan.format].store(self.draft.plan, name, value, None)
+        arrived = devices.to_host({stored: piece.contiguous() for stored, piece in pieces.items()})
+        offsets = {stored: self.written.get(stored, 0) for stored in pieces}
+        self.written |= {stored: offsets[stored] + piece.nbytes for stored, piece in pieces.items()}
+
+        def write() -> None:
+            for stored, piece in arrived().items():
+                self.writer.put(stored, offsets[stored], piece)
+
+        self.draft.submit(write)
 
 
 def lacking(checkpoint: Checkpoint, draft: Draft) -> list[str]:

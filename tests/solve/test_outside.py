@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,29 @@ def test_ggml_stores_what_llama_quantize_does_and_so_does_the_output_objective(m
         for name in (EMBEDDING, TOP):
             weight, kind = found.checkpoint.tensor(name).float(), found.draft.plan.stored[name].type
             assert torch.equal(found.rows(name), quantize.dequantize(quantize.quantize(weight, kind), kind))
+
+
+def test_a_gpu_reads_tables_once_for_all_drafts(make_checkpoint, drafted, monkeypatch):
+    """The bytes of drafts that are written one after another; slices that differ between them keep their places."""
+    monkeypatch.setattr(outside, "HEAD_ROWS", 40)
+    folder, kinds = make_checkpoint("m", num_hidden_layers=1), ("q4_0", "q8_0", "q6_k")
+    alone = [drafted(folder, f"type: {kind}, solver: ggml", f"alone-{kind}") for kind in kinds]
+    beside = [drafted(folder, f"type: {kind}, solver: ggml", f"beside-{kind}") for kind in kinds]
+    checkpoint, read = alone[0].checkpoint, []
+    rows = checkpoint.rows
+    monkeypatch.setattr(checkpoint, "rows", lambda name, *span: read.append((name, *span)) or rows(name, *span))
+    outside.write_unsolved(checkpoint, [one.draft for one in alone], False, CPU, threading.Event())
+    slices = set(read)
+    assert len(read) == len(kinds) * len(slices)
+    read.clear()
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], threads=True))
+    outside.write_unsolved(checkpoint, [one.draft for one in beside], False, CPU, threading.Event())
+    assert sorted(read) == sorted(slices)
+    for one, other in zip(alone, beside, strict=True):
+        (unit,), (twin,) = one.draft.units.values(), other.draft.units.values()
+        assert unit.checksums == twin.checksums
+        name = one.draft.plan.files[0].name
+        assert (one.draft.folder / name).read_bytes() == (other.draft.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("tied", [True, False])
