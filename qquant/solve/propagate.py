@@ -77,7 +77,7 @@ def carry(view: View, carried: Carried, stream: Stream, draft: Draft) -> bool:
     return True
 
 
-def own_block(
+def own_block(  # noqa: PLR0913  each is of another thing
     view: View,
     grams: Mapping[str, Gram],
     before: Mapping[Piece, Tensor],
@@ -85,15 +85,17 @@ def own_block(
     draft: Draft,
     moments: Moments,
     overflowed: Collection[int],
+    carried: Carried | None = None,
 ) -> None:
     """Solve a block on the artifact's own stream; in float32 where it is not finite in the stream's dtype.
 
-    `overflowed`: samples that went through the 16-bit block in float32.
+    `overflowed`: samples that went through the 16-bit block in float32. `carried`: the stream that `before` is of, which is to go through
+    the block as well; for a draft as for `carry`.
     """
     for attempt in (view, replace(view, dtype=torch.float32)):
         try:
             solver = Solver(view.checkpoint, draft, view.layer, moments, alone=True)
-            _propagated(attempt, grams, before, stream, solver, overflowed)
+            _propagated(attempt, grams, before, stream, solver, overflowed, carried)
         except NotFiniteError as failure:
             if attempt.dtype == torch.float32:
                 raise NumericalError(

@@ -199,16 +199,25 @@ class _Streams:
         grams = {} if carrier else _shared(view, self.start, self.shared, others, self.moments)
         reference = view, before, self.start.overflowed
         reference32 = replace(view, dtype=torch.float32), self.start32.by_piece if self.start32 else {}, ()
+        last32 = self._last_in_float32(view)
         for number, one in enumerate(self.own):
             if not any(after.draft.plan.spec.transforms for after in self.own[number:]):
                 grams.clear()
             if one.draft is carrier:
                 continue
             against, inputs, overflowed = reference32 if one.in_float32 else reference
-            work = partial(own_block, against, grams, inputs, one.stream, one.draft, self.moments, overflowed)
+            carried = Carried(self.start32, {}, self.moments) if self.start32 and one is last32 else None
+            work = partial(own_block, against, grams, inputs, one.stream, one.draft, self.moments, overflowed, carried)
             one.stream.with_less_memory(view.layer, work)
-        if self.start32:
+        if self.start32 and not last32:
             self.start32.advance(view.layer, reference32[0].block(), {})
+
+    def _last_in_float32(self, view: View) -> _Own | None:
+        """The last to be solved in float32, which takes the stream in float32 along; None where it is there, or transformed."""
+        there = [one for one in self.own if one.in_float32]
+        if not there or unit(view.layer) in there[-1].draft.units or there[-1].draft.plan.spec.transforms:
+            return None
+        return there[-1]
 
     def _carried(self, view: View) -> Draft | None:
         """The draft that was solved and took the 16-bit stream along; None where one of all needs its statistics before."""

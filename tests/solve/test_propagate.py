@@ -91,6 +91,19 @@ def test_a_carried_stream_is_the_one_that_is_taken_through_by_itself(make_checkp
     assert kept[0] == kept[1]
 
 
+def test_the_last_of_eight_bits_takes_the_stream_in_float32_along(make_checkpoint, build, monkeypatch):
+    """The bytes of one that is taken through by itself, which runs every block once more."""
+    folder, ran, forward = make_checkpoint(), [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *rest: ran.append(self) or forward(self, *rest))
+    _, carried = build(folder, "gptq-own", "gptq-int8", out="carried")
+    once = len(ran)
+    ran.clear()
+    monkeypatch.setattr(walk._Streams, "_last_in_float32", lambda *_: None)
+    _, apart = build(folder, "gptq-own", "gptq-int8", out="apart")
+    assert contents(carried) == contents(apart)
+    assert len(ran) == once + 2 * 6  # blocks times samples
+
+
 def test_where_a_carried_stream_is_not_finite_the_block_is_taken_in_float32(make_checkpoint, build, monkeypatch):
     """As without it: the samples that overflow are counted, and the same bytes."""
     folder, attend = make_checkpoint(), Block.attend
