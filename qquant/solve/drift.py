@@ -6,7 +6,7 @@ x: the input of the stage, r: the residual stream that its output is added to, s
 added piece by piece of the samples, in order. `cross` is made of products of TILE rows. Of several ranks each runs some of the samples, and owns one
 of the sums, or tiles of one; all of x~ goes to every owner, and of x the columns of its tiles. Sums by column of x itself, where they are wanted, go to the first.
 
-On a GPU the differences x - x~ of bfloat16 activations, and s x~, are rounded to bfloat16 each: 2^-9 of a correction that is damped anyway.
+On a GPU the differences x - x~, and s x~, are rounded to bfloat16 each: 2^-9 of a correction that is damped anyway.
 """
 
 from __future__ import annotations
@@ -183,12 +183,16 @@ def apart(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows of x [T, K] times their weights, in float32; 16 bit stay that on a GPU."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return x if weights is None else x * weights.to(x.dtype).unsqueeze(1)
-    return x.float() if weights is None else x.float() * weights.unsqueeze(1)
+    """Rows of x [T, K] times their weights, in float32; in bfloat16 on a GPU."""
+    if not x.is_cuda:
+        return x.float() if weights is None else x.float() * weights.unsqueeze(1)
+    if weights is None:
+        return x.bfloat16()
+    return torch.mul(x, weights.to(x.dtype).unsqueeze(1), out=torch.empty_like(x, dtype=torch.bfloat16))
 
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:
-    """X - y, in float32; 16 bit stay that on a GPU."""
-    return x - y if x.is_cuda and x.dtype == torch.bfloat16 else x.float() - y.float()
+    """X - y, in float32; in bfloat16 on a GPU."""
+    if not x.is_cuda:
+        return x.float() - y.float()
+    return torch.sub(x, y, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
