@@ -21,8 +21,8 @@ HEADS = 8  # of a program of `rotate`
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels run for x: of 16 bits, on a GPU."""
-    return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernels run for x: on a GPU, in a dtype of activations."""
+    return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

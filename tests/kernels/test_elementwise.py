@@ -5,7 +5,7 @@ import torch
 
 from qquant.families.decoder import Block, rms_norm, rotary, rotate
 from qquant.kernels import elementwise
-from qquant.kernels.product import by_halves
+from qquant.kernels.product import stretched_product
 from qquant.solve.fused import FusedBlock, SplitBlock, block_of
 from qquant.source.checkpoint import Checkpoint
 
@@ -46,12 +46,38 @@ def test_a_block_of_split_products_is_the_block(family, make_checkpoint, monkeyp
     weights = source.block(0)
     plain, split = (kind(source.family, source.config, weights, torch.float32) for kind in (Block, SplitBlock))
     x = states(2, 6, source.config.hidden).float()
-    assert torch.allclose(split.forward(x), plain.forward(x), rtol=1e-5, atol=1e-6)
     calls = []
-    monkeypatch.setattr("qquant.solve.fused.product_transposed", lambda *a: calls.append(a) or by_halves(*a))
-    expected = plain.forward(x)
-    assert float((split.forward(x) - expected).norm() / expected.norm()) < 1e-5
+    monkeypatch.setattr("qquant.solve.fused.stretched_product", lambda *a: calls.append(a) or stretched_product(*a))
+    assert far(split.forward(x), plain.forward(x)) < 1e-5
     assert len(calls) == sum(len(stage.linears) for stage in source.family.stages)
+    calls.clear()
+    name = f"{source.family.stages[-1].linears[-1]}.weight"
+    for block in (plain, split):  # as a solved linear takes the place of what it was
+        block.weights[name] = weights[name].float() * 1.001
+    assert far(split.forward(x), plain.forward(x)) < 1e-5
+    assert [b.shape[-1] / a.shape[-1] for a, b in calls[-1:]] == [1], (
+        "a weight that bfloat16 does not hold has a lower half"
+    )
+    if weights[name].dtype == torch.bfloat16:
+        assert {b.shape[-1] * 3 / a.shape[-1] for a, b in calls[:-1]} == {2}
+
+
+def test_halves_of_a_stage_are_made_once(family, make_checkpoint):
+    source = Checkpoint.open(make_checkpoint(family=family))
+    block = SplitBlock(source.family, source.config, source.block(0), torch.float32)
+    x, (stage, other) = states(3, source.config.hidden).float(), source.family.stages[:2]
+    first, made = block.apply(stage.name, x), dict(block.stretched)
+    assert made.keys() == set(stage.linears)
+    again = block.apply(stage.name, x)
+    assert all(block.stretched[name] is pair for name, pair in made.items())
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    block.apply(other.name, states(3, source.family.inputs(source.config, 0)[other.name]).float())
+    assert block.stretched.keys() == set(other.linears), "halves of one stage are in memory"
+
+
+def far(found, expected):
+    """Relative error of a whole."""
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.gpu
@@ -62,7 +88,7 @@ def test_a_block_in_float32_on_a_gpu(family, make_checkpoint):
     assert isinstance(block, SplitBlock)
     x = states(4, 64, source.config.hidden, device="cuda").float()
     expected = Block(source.family, source.config, weights, torch.float32).forward(x)
-    assert float((block.forward(x) - expected).norm() / expected.norm()) < 1e-5
+    assert far(block.forward(x), expected) < 1e-5
 
 
 def nearly(found, expected, share=1e-3):
@@ -95,6 +121,22 @@ def test_rotary_on_a_gpu(heads, width):
 def test_gate_on_a_gpu(shape):
     pair = states(*shape, device="cuda"), states(*shape, device="cuda") + 1
     nearly(elementwise.gate(*pair), Block.gated(None, pair))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(300, 4096), (7, 352)])
+def test_float32_on_a_gpu(shape):
+    """The same kernels for streams of float32."""
+    x, u = (torch.randn(shape, device="cuda") for _ in range(2))
+    weight, turn = torch.randn(shape[1], device="cuda"), [table.float() for table in tables(shape[0], 32, "cuda")]
+    heads = x.unflatten(-1, (-1, 32)).transpose(0, 1)[None]
+    for found, expected in (
+        (elementwise.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6)),
+        (elementwise.gate(x, u), Block.gated(None, (x, u))),
+        (elementwise.rotate(heads.clone(), *turn), rotate(heads, *turn)),
+    ):
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

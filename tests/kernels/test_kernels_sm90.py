@@ -288,6 +288,15 @@ def test_halves(tmp_path):
     assert machine.count(r"^STG\.E\.128") >= 2
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_halves_side_by_side(second, tmp_path):
+    arguments = {"x_at": "*fp32", "parts_at": "*bf16", "K": "i32/16"}
+    machine = build(tmp_path, float32._stretched_kernel, arguments, {"BLOCK": 1024, "SECOND": second}, num_warps=4)
+    assert machine.stack == 0
+    assert machine.count(r"^LDG\.E\.128") >= 2
+    assert machine.count(r"^STG\.E\.(64|128)") >= 3
+
+
 @pytest.mark.parametrize("width", group_products.WIDTHS)
 def test_group_products(width, tmp_path):
     arguments = dict.fromkeys(("q_at", "r_at", "d_at", "unit_at", "out_at", "mirrored_at"), "*fp32")
@@ -400,10 +409,12 @@ ELEMENTWISE = {
 }
 
 
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_elementwise(name, tmp_path):
+def test_elementwise(name, kind, tmp_path):
     """Nothing spills, and values travel 8 bytes at a time at least."""
     arguments, constants, warps = ELEMENTWISE[name]
+    arguments = {argument: kind if asked == "*bf16" else asked for argument, asked in arguments.items()}
     kernel = getattr(elementwise, f"_{name}_kernel")
     machine = build(tmp_path, kernel, arguments, constants, num_warps=warps, enable_fp_fusion=name != "rotate")
     assert machine.stack == 0

@@ -11,14 +11,14 @@ from qquant.kernels.product import (
     add_product_to,
     add_products,
     add_square,
-    by_halves,
     halves,
     multiplied,
     product,
-    product_transposed,
     product_using_up,
     split_in_place,
     split_matrix,
+    stretched,
+    stretched_product,
     tensor_cores,
 )
 
@@ -63,17 +63,22 @@ def test_stacks_and_parts():
 
 
 @pytest.mark.parametrize("shape", [(24, 70), (2, 12, 70), (1, 70)])
-def test_many_rows_by_a_transposed_factor(shape, monkeypatch):
-    monkeypatch.setattr("qquant.kernels.product.ROWS", 10)
+def test_halves_side_by_side(shape):
     a, b = ill_matched(24, 70, 9)[: len(torch.empty(shape).flatten(0, -2))].view(shape), ill_matched(41, 70, 10)
-    found = by_halves(a, b)
+    parts = stretched(a)
+    assert parts.shape == (*shape[:-1], 210)
+    found = stretched_product(parts, stretched(b, 2))
     assert found.shape == (*shape[:-1], 41)
-    assert error(found.flatten(0, -2), a.flatten(0, -2), b.T) < 2.0**-17
-    assert torch.equal(product_transposed(a, b), a @ b.T)
+    assert error(found.flatten(0, -2), a.flatten(0, -2), b.T) < 2.0**-16
+    held = b.bfloat16()  # a weight that bfloat16 holds needs no lower half
+    assert (
+        error(stretched_product(parts, torch.cat([held, held], 1)).flatten(0, -2), a.flatten(0, -2), held.float().T)
+        < 2.0**-16
+    )
 
 
 def test_squares_are_added_and_stay_symmetric(monkeypatch):
-    monkeypatch.setattr("qquant.kernels.product.ROWS", 40)
+    monkeypatch.setattr("qquant.kernels.product.ROWS", 10)
     monkeypatch.setattr("qquant.kernels.product.STRIP", 16)
     x, total = ill_matched(33, 41, 11), torch.zeros(41, 41)
     add_square(total, x)
@@ -131,10 +136,12 @@ def test_a_gpu_keeps_the_precision_of_float32(columns):
 @pytest.mark.gpu
 def test_long_products_and_squares_on_a_gpu():
     x, weight = ill_matched(10_000, 1000, 12).cuda(), ill_matched(300, 1000, 13).cuda()
-    found, whole = error(product_transposed(x, weight), x, weight.T), error(x @ weight.T, x, weight.T)
+    found, whole = (
+        error(y, x, weight.T) for y in (stretched_product(stretched(x), stretched(weight, 2)), x @ weight.T)
+    )
     total = torch.zeros(1000, 1000, device="cuda")
     add_square(total, x)
-    print(f"transposed: float32 {whole:.2e}, halves {found:.2e}; square {error(total, x.T, x):.2e}")
+    print(f"side by side: float32 {whole:.2e}, halves {found:.2e}; square {error(total, x.T, x):.2e}")
     assert found < 1e-5
     assert error(total, x.T, x) < 2.0**-16  # the lower halves of squares have one sign, and add up
     assert torch.equal(total, total.T)

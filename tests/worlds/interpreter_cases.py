@@ -267,6 +267,17 @@ def split(rows, columns, apart):
     ), 2.0**-7
 
 
+def side_by_side(rows, columns, factor):
+    """The two halves of a number make it up to 2^-14, where the interpreter cuts; 2^-16 where a card rounds."""
+    x = torch.randn(rows, columns) * 10 ** (6 * torch.rand(rows, columns) - 3)
+    parts = _fenced((rows, 3 * columns), BRAIN)
+    halves_of.launch_stretched(guarded(x), parts, factor)
+    high, second, third = parts.float().split(columns, 1)
+    same, low = (third, second) if factor == 1 else (second, third)
+    assert torch.equal(high, same)
+    return float(((high + low - x).abs() / x.abs()).max()), 2.0**-14
+
+
 def normed(rows, width, add):
     x, y, weight = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
     total, norm = between.launch_add_norm(guarded(x), guarded(y) if add else None, guarded(weight), 1e-6)
@@ -406,6 +417,8 @@ CASES = {
     "column_sums float32": partial(summed, 33, 130, FULL),
     "halves": partial(split, 3, 70, 0),
     "halves, rows apart": partial(split, 5, 1100, 9),
+    "halves side by side": partial(side_by_side, 3, 70, 1),
+    "halves side by side, second factor": partial(side_by_side, 5, 1100, 2),
     "group_products": partial(scales_of_groups, 5, 3, 32, 1),
     "group_products, two bases": partial(scales_of_groups, 3, 2, 16, 2),
     "add_norm": partial(normed, 3, 352, True),
