@@ -242,14 +242,14 @@ def review(
         if str(candidate.path) in unloaded:
             faults[candidate.name] += (f"does not load in a clean process: {unloaded[str(candidate.path)]}",)
     for name, watched in sources.items():
-        faults[name] += tuple(f"{tensor} {problem}" for tensor, problem in watched.problems.items())
+        faults[name] += watched.told(watched.problems)
     for name, answer in answers.items():
         faults[name] += sanity.problems(answer.runs)
     unasked = bool(text.answers) and not answers
     rows = []
     for candidate in candidates:
         answered = answers.get(candidate.name, Answers())
-        noticed = tuple(f"{tensor} {remark}" for tensor, remark in sources[candidate.name].remarks.items())
+        noticed = sources[candidate.name].told(sources[candidate.name].remarks)
         warnings = (*said[candidate.name].warnings, *noticed, *_warnings(candidate, measured, answered))
         row = _row(
             candidate,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -52,17 +53,22 @@ class CachedWeights:
         """Take over what the source says about itself."""
         self.family: Family = self.source.family
         self.config: ModelConfig = self.source.config
+        self._lock = Lock()  # several threads read a block
 
     def tensor(self, name: str) -> Tensor:
         """The source's tensor `name`, kept where several ask for it."""
         layer = self.family.layer_of(name)
         if layer is not None and layer in self.blocks:
             return self.blocks[layer][name.removeprefix(self.family.block.format(layer))]
-        if name not in self.kept:
+        with self._lock:
             if self._block(name) != self._block(next(iter(self.kept), name)):
                 self.kept.clear()
-            self.kept[name] = self.source.tensor(name).to(self.device)
-        return self.kept[name]
+            value = self.kept.get(name)
+        if value is None:
+            value = self.source.tensor(name).to(self.device)
+            with self._lock:
+                self.kept[name] = value
+        return value
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The source's rows of tensor `name`."""
@@ -99,6 +105,12 @@ class InspectedWeights:
         value = self.source.rows(name, start, stop)
         self._look(name, value, self.checkpoint.rows(name, start, stop))
         return value
+
+    def told(self, found: Mapping[str, str]) -> tuple[str, ...]:
+        """`problems` or `remarks` as lines in the order of a checkpoint's tensors, whichever thread came first."""
+        places = {name: place for place, name in enumerate(self.family.shapes(self.config))}
+        ordered = sorted(found.items(), key=lambda item: places.get(item[0], len(places)))
+        return tuple(f"{name} {text}" for name, text in ordered)
 
     def _look(self, name: str, value: Tensor, truth: Tensor) -> None:
         if name not in self.problems:

@@ -12,6 +12,7 @@ Left out: KV cache, sliding windows, dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -135,12 +136,20 @@ class Block:
         return value
 
 
-def source_block(source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
-    """Block `layer` of a checkpoint or an artifact, ready to compute in `dtype` on `device`."""
+def source_block(
+    source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu", threads: int = 1
+) -> Block:
+    """Block `layer` of a checkpoint or an artifact, ready to compute in `dtype` on `device`, read by so many threads."""
     prefix = source.family.block.format(layer)
-    names = source.family.block_shapes(source.config, layer)
-    weights = {name.removeprefix(prefix): source.tensor(name).to(device=device, dtype=dtype) for name in names}
-    return Block(source.family, source.config, weights, dtype)
+    names = list(source.family.block_shapes(source.config, layer))
+
+    def tensor(name: str) -> tuple[str, Tensor]:
+        return name.removeprefix(prefix), source.tensor(name).to(device=device, dtype=dtype)
+
+    if threads == 1:
+        return Block(source.family, source.config, dict(map(tensor, names)), dtype)
+    with ThreadPoolExecutor(threads) as pool:
+        return Block(source.family, source.config, dict(pool.map(tensor, names)), dtype)
 
 
 def embed(source: WeightSource, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qquant.checks.structure import CachedWeights
+from qquant.checks.structure import CachedWeights, InspectedWeights
+from qquant.families.decoder import source_block
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -58,3 +59,24 @@ def test_the_block_that_was_asked_for_last_is_kept_and_no_other(counted):
     assert list(cached.kept) == second[:1]
     cached.tensor(first[0])
     assert counted.asked == [*first, second[0], first[0]]
+
+
+def test_threads_read_a_block_once_and_tell_its_faults_in_its_order(counted):
+    """For every block in turn: the checkpoint's tensors are kept for who compares with them, and nothing is lost between threads."""
+
+    class Damaged(Counted):
+        def tensor(self, name):
+            return super().tensor(name) * torch.nan
+
+    cached = CachedWeights(counted)
+    watched = InspectedWeights(Damaged(counted.checkpoint), cached, folds=False)
+    for layer in range(3):
+        alone = source_block(counted.checkpoint, layer, torch.float32)
+        mine = source_block(cached, layer, torch.float32, threads=4)
+        source_block(watched, layer, torch.float32, threads=4)
+        assert alone.weights.keys() == mine.weights.keys()
+        assert all(torch.equal(value, mine.weights[name]) for name, value in alone.weights.items())
+    wanted = [name for layer in range(3) for name in counted.family.block_shapes(counted.config, layer)]
+    assert sorted(counted.asked) == sorted(wanted)
+    assert list(watched.told(watched.problems)) == [f"{name} holds NaN or infinity" for name in wanted]
+    assert watched.told(dict(reversed(watched.problems.items()))) == watched.told(watched.problems)
