@@ -102,7 +102,7 @@ def build(
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
         drafts = owning.drafts(mine, folder, keys, ranks)
         blocks, measured = Layers.of(without_padding(checkpoint), device), recipe.calibration.gradient_tokens
-        idle = meanwhile.enter_context(loading.waiting(loading.EARLY if threads_help(device) else 0, gpu=True))
+        idle = meanwhile.enter_context(loading.waiting(loading.early(len(plan.artifacts), device), gpu=True))
         walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, measured, mine.together)
         progress.advance("write", 0, 1)
         took = owning.seconds(mine.written(drafts, ranks), ranks)

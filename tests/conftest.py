@@ -76,7 +76,9 @@ def _wide(monkeypatch):
 def _no_children():
     """A new process for every check would cost minutes; tests/checks/test_loading.py starts it, and so does the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qquant.checks.review.loading", SimpleNamespace(examine=lambda *_, **__: Loaded({})))
+        patch.setattr(
+            "qquant.checks.review.loading", SimpleNamespace(children=lambda _: 1, examine=lambda *_, **__: Loaded({}))
+        )
         yield
 
 

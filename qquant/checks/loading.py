@@ -48,7 +48,7 @@ METADATA = 300_000_000  # bytes of weights that take as long as reading metadata
 COPIES = 3  # of an artifact's bytes that loading it takes, at most; what is dequantized at load may take more
 BESIDE = 1 / 2  # of what a card has free that loading may take: the check computes on it meanwhile
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
-EARLY = 3  # children that a build starts before it asks: metadata, weights and tokens of one artifact
+CORES = 2  # of a machine with a GPU, to each child that loads beside a check
 Child = subprocess.Popen[bytes]
 
 
@@ -136,6 +136,16 @@ def card_or_cpu(paths: Sequence[Path], device: torch.device, children: int) -> s
     if COPIES * sum(at_a_time) > BESIDE * devices.free_memory(device):
         return "cpu"
     return str(device)
+
+
+def children(artifacts: int) -> int:
+    """Children that load so many artifacts beside a check on a GPU: at most one for each part, metadata and weights of each and the tokens."""
+    return max(1, min(devices.cores() // CORES, 2 * artifacts + 1))
+
+
+def early(artifacts: int, device: torch.device) -> int:
+    """Children that a build of so many artifacts starts before it asks: those that will load them beside its check, none on a CPU."""
+    return children(artifacts) if devices.threads_help(device) else 0
 
 
 @contextmanager

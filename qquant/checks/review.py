@@ -59,7 +59,6 @@ from qquant.report.solved import FLOAT16_MAX, Solved, warnings_of
 from qquant.source.checkpoint import Checkpoint
 
 LOUD = 0.5  # share of it that is worth a warning: sums inside a kernel are larger than what goes in
-CORES = 2  # of a machine with a GPU, to each process that loads artifacts on the CPU meanwhile
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def review(
     parts: dict[str, list[SliceReading]] = {}
     pairs: dict[str, list[AnswerPairs]] = {}
     paths, beside = [candidate.path for candidate in candidates if candidate.name in mine], devices.threads_help(device)
-    children = max(1, devices.cores() // CORES) if beside else 1
+    children = loading.children(len(paths)) if beside else 1
     spoken = reading.asked(checkpoint.path, text.stretches) if ranks.first else None
     loads, waits = (Quiet(), progress) if beside else (progress, Quiet())
     with background.start_early(

@@ -341,3 +341,14 @@ def test_a_check_fails_what_does_not_load(built, paths, tmp_path, monkeypatch):
     first, second = (artifact.verdict for artifact in report.artifacts)
     assert [reason for reason in first.reasons if reason.startswith("does not load in a clean process")]
     assert second.outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    ("cores", "artifacts", "expected"), [(16, 1, 3), (16, 11, 8), (64, 11, 23), (4, 11, 2), (1, 1, 1)]
+)
+def test_a_build_starts_the_children_that_will_load_its_artifacts(monkeypatch, cores, artifacts, expected):
+    """Each imports for 12 seconds before it loads anything: of eleven artifacts three were started, and five imported while a check waited."""
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    assert loading.children(artifacts) == expected
+    assert loading.early(artifacts, torch.device("cuda")) == expected
+    assert loading.early(artifacts, torch.device("cpu")) == 0
