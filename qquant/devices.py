@@ -126,6 +126,11 @@ def free_memory(device: torch.device) -> int:
     return host_memory()
 
 
+def staging(size: int, device: torch.device) -> torch.Tensor:
+    """Host memory uint8 [size] from which a GPU copies by itself, at eight times the pace of other memory."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
 def to_host(values: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
     """A function that waits for contiguous copies of `values` in host memory, which a GPU makes while the caller goes on."""
     if not any(value.is_cuda for value in values.values()):

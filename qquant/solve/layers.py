@@ -1,8 +1,9 @@
 """The decoder blocks of a checkpoint, for passes that each need all of them.
 
 CPU     read again in every pass: memory of one layer
-GPU     read by several threads while the block before is computed with, and kept on the card for the next pass where it can
-spare their bytes; a build reads a checkpoint three times otherwise, and waits for most of it
+GPU     read by several threads while the block before is computed with, into memory that every other block is read into as well (new
+memory is zeroed page by page, while the copy to the card waits for the same lock), and kept on the card for the next pass where it
+can spare their bytes; a build reads a checkpoint three times otherwise, and waits for most of it
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, repeat
 from typing import TYPE_CHECKING
 
 from qquant.background import prefetch
-from qquant.devices import cores, free_memory, threads_help
+from qquant.devices import cores, free_memory, policy, staging, threads_help
 from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:
@@ -49,16 +51,24 @@ class Layers:
         """The tensors of the blocks in this order, by their names inside the block; the next block is read meanwhile."""
         numbers = list(order)
         beside = threads_help(self.device)
-        read = partial(self._read, threads=min(READERS, cores()) if beside else 1)
+        read = partial(self._read, threads=min(READERS, cores()) if beside else 1, rooms=self._rooms(numbers))
         with prefetch(read, numbers, beside) as blocks:
             yield (self._placed(layer, block) for layer, block in zip(numbers, blocks, strict=True))
 
-    def _read(self, layer: int, threads: int) -> dict[str, Tensor]:
-        return {} if layer in self.kept else self.source.block(layer, threads)
+    def _rooms(self, numbers: Iterable[int]) -> Iterator[Tensor | None]:
+        """Memory for the blocks in turn: one is copied to the card while the next is read."""
+        sizes = [self.source.block_bytes(layer) for layer in numbers if layer not in self.kept]
+        if not sizes or not (policy(self.device).apart and threads_help(self.device)):
+            return repeat(None)
+        return cycle([staging(max(sizes), self.device) for _ in range(2)])
+
+    def _read(self, layer: int, threads: int, rooms: Iterator[Tensor | None]) -> dict[str, Tensor]:
+        return {} if layer in self.kept else self.source.block(layer, threads, next(rooms))
 
     def _placed(self, layer: int, block: dict[str, Tensor]) -> dict[str, Tensor]:
         """A dictionary of the caller's own; copies to the card are made here, in the main thread."""
-        weights = self.kept.get(layer) or {name: value.to(self.device) for name, value in block.items()}
+        apart = policy(self.device).apart
+        weights = self.kept.get(layer) or {name: value.to(self.device, copy=apart) for name, value in block.items()}
         if self.keeps:
             self.kept[layer] = weights
         return dict(weights)

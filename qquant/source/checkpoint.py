@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 FLOATS = ("BF16", "F16", "F32")
+ALIGNED = 64  # bytes: where tensors that are read into one memory begin
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -174,27 +175,40 @@ class Checkpoint:
                 f"{self.path}: token {largest} ({tokens[largest][:40]!r}) lies beyond vocab_size {self.config.vocab}; is this its tokenizer?"
             )
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor in its own dtype, adapter merged, checked to be finite.
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The tensor in its own dtype, adapter merged, checked to be finite; what is read goes `into` uint8 [its bytes], if that is given.
 
         Raises:
             InputError: it holds NaN or infinity, or the file ends early.
         """
-        return self._finish(name, safetensors_file.read_tensor(self._info(name)), slice(None))
+        return self._finish(name, safetensors_file.read_tensor(self._info(name), into=into), slice(None))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of matrix `name`; like `tensor`."""
         rows = slice(start, stop)
         return self._finish(name, safetensors_file.read_tensor(self._info(name), rows), rows)
 
-    def block(self, layer: int, threads: int = 1) -> dict[str, Tensor]:
-        """The tensors of decoder block `layer`, by their names inside the block, read by so many threads."""
-        prefix = self.family.block.format(layer)
-        names = list(self.family.block_shapes(self.config, layer))
+    def block_bytes(self, layer: int) -> int:
+        """Memory that `block` takes for what it reads."""
+        names = self.family.block_shapes(self.config, layer)
+        return sum(_aligned(self._info(name).nbytes) for name in names)
+
+    def block(self, layer: int, threads: int = 1, room: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors of decoder block `layer`, by their names inside the block, read by so many threads.
+
+        `room`: uint8 [`block_bytes` or more] that they are read into.
+        """
+        prefix, start = self.family.block.format(layer), 0
+        places: dict[str, Tensor | None] = {}
+        for name in self.family.block_shapes(self.config, layer):
+            size = self._info(name).nbytes
+            places[name] = None if room is None else room[start : start + size]
+            start += _aligned(size)
+        inside = [name.removeprefix(prefix) for name in places]
         if threads == 1:
-            return {name.removeprefix(prefix): self.tensor(name) for name in names}
+            return dict(zip(inside, map(self.tensor, places, places.values()), strict=True))
         with ThreadPoolExecutor(threads) as pool:
-            return dict(zip([name.removeprefix(prefix) for name in names], pool.map(self.tensor, names), strict=True))
+            return dict(zip(inside, pool.map(self.tensor, places, places.values()), strict=True))
 
     def _info(self, name: str) -> TensorInfo:
         return self.tensors[self.family.embedding if name == self.family.head and self.config.tied else name]
@@ -211,6 +225,10 @@ class Checkpoint:
                     f"{self._info(name).file}: tensor {name} does not fit {value.dtype}; use dtype: bfloat16"
                 )
         return value
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:

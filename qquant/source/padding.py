@@ -49,9 +49,9 @@ class PaddedCheckpoint(Checkpoint):
         """The numbers of the model without padding."""
         return replace(self.config, intermediate=self.unpadded)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
         """The tensor with its zero rows or columns."""
-        return zero_padded(super().tensor(name), self._shape(name))
+        return zero_padded(super().tensor(name, into), self._shape(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the padded matrix."""

@@ -125,14 +125,16 @@ def _info(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
 
 
-def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
-    """Bytes start:stop of the tensor's data, uint8 [stop - start].
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+    """Bytes start:stop of the tensor's data, uint8 [stop - start], in memory of their own or `into` such memory.
 
     Raises:
         InputError: the file is shorter than its header said.
     """
     stop = info.nbytes if stop is None else stop
-    buffer = torch.empty(stop - start, dtype=torch.uint8)  # which nothing fills with zeros first
+    buffer = (
+        torch.empty(stop - start, dtype=torch.uint8) if into is None else into
+    )  # which nothing fills with zeros first
     view = memoryview(buffer.numpy().data)
     descriptor = os.open(info.file, os.O_RDONLY)
     try:
@@ -149,11 +151,11 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> Ten
     return buffer
 
 
-def read_tensor(info: TensorInfo, rows: slice | None = None) -> Tensor:
-    """The tensor, or rows start:stop of its first dimension."""
+def read_tensor(info: TensorInfo, rows: slice | None = None, into: Tensor | None = None) -> Tensor:
+    """The tensor, its bytes `into` uint8 [nbytes] if that is given, or rows start:stop of its first dimension."""
     shape = info.shape
     if rows is None:
-        data = read_bytes(info)
+        data = read_bytes(info, into=into)
     else:
         start, stop, _ = rows.indices(shape[0])
         row = info.nbytes // max(1, shape[0])

@@ -33,7 +33,7 @@ def as_on_a_card(monkeypatch):
 def test_kept_blocks_are_read_once(make_checkpoint, as_on_a_card, monkeypatch):
     source, read = Checkpoint.open(make_checkpoint()), []
     block = Checkpoint.block
-    monkeypatch.setattr(Checkpoint, "block", lambda self, layer, threads=1: read.append(layer) or block(self, layer))
+    monkeypatch.setattr(Checkpoint, "block", lambda self, layer, *how: read.append(layer) or block(self, layer, *how))
     blocks = Layers.of(source, CPU)
     assert blocks.keeps
     for order in (range(2), reversed(range(2)), range(2)):
@@ -53,6 +53,26 @@ def test_blocks_that_do_not_fit_are_read_again(make_checkpoint, as_on_a_card, mo
         assert len(list(found)) == 2
     assert not blocks.keeps
     assert not blocks.kept
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_blocks_are_read_into_two_rooms_in_turn(make_checkpoint, monkeypatch, keeps):
+    """What came to the card stays as it was, whatever is read into its room afterwards."""
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], threads=True, apart=True))
+    if not keeps:
+        monkeypatch.setattr(layers, "free_memory", lambda device: 1000)
+    made, staging = [], layers.staging
+    monkeypatch.setattr(layers, "staging", lambda *asked: made.append(asked[0]) or staging(*asked))
+    source = Checkpoint.open(make_checkpoint(num_hidden_layers=5))
+    blocks = Layers.of(source, CPU)
+    for _ in range(2):
+        with blocks.walk(range(5)) as found:
+            there = list(found)
+        for layer, weights in enumerate(there):
+            expected = source.block(layer)
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert made == [source.block_bytes(0)] * (2 if keeps else 4)
 
 
 def test_nothing_is_kept_on_a_cpu(make_checkpoint):

@@ -75,7 +75,7 @@ def test_its_own_dtype_changes_nothing(make_checkpoint):
 
 def test_what_does_not_fit_is_named(make_checkpoint, monkeypatch):
     half = rounded(Checkpoint.open(make_checkpoint("wide", dtype=torch.float32)), "float16")
-    monkeypatch.setattr("qquant.source.safetensors_file.read_tensor", lambda *_: torch.tensor([1e6]))
+    monkeypatch.setattr("qquant.source.safetensors_file.read_tensor", lambda *_, **__: torch.tensor([1e6]))
     with pytest.raises(InputError, match=r"model\.norm\.weight does not fit torch\.float16; use dtype: bfloat16"):
         half.tensor("model.norm.weight")
 
