@@ -43,6 +43,32 @@ def test_the_49_bytes_that_hang_the_reference_reader(tmp_path):
     assert time.process_time() - began < 1
 
 
+@pytest.mark.parametrize("buffer", [1, 9, 30, 1 << 20])
+def test_strings_are_the_same_from_a_buffer_of_any_size(tmp_path, monkeypatch, buffer):
+    """One by one (a buffer of nothing) and buffered: the same texts, and of a file that ends at any byte the same complaint."""
+    texts = ["", "a", "word", "x" * 50, "", "\u6f22\u5b57", "end"]
+    path = gguf_file(tmp_path / "x.gguf", [Field("tokens", "[str]", texts), Field("after", "u32", 7)])
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"word", b"w\xffrd"))
+
+    def said(size, content=None):
+        monkeypatch.setattr(container, "BUFFER", size)
+        if content is not None:
+            path.write_bytes(content)
+        try:
+            return {key: field.value for key, field in read_header(path).fields.items()}
+        except InputError as error:
+            return str(error)
+
+    assert said(buffer) == said(0)
+    assert said(buffer)["tokens"] == [text.replace("word", "w\ufffdrd") for text in texts]
+    for stop in range(len(whole) - 256):
+        assert said(buffer, whole[:stop]) == said(0)
+    at = whole.index(b"word") - 8
+    for length in (2**63, 1000, 45):
+        assert said(buffer, whole[:at] + struct.pack("<Q", length) + whole[at + 8 :]) == said(0)
+
+
 @FAST
 @given(
     st.integers(0, 400),

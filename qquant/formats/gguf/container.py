@@ -36,6 +36,7 @@ TENSOR_LIMIT = 200_000
 FIELD_LIMIT = 100_000
 ELEMENT_LIMIT = 2_000_000  # values of all arrays together; a vocabulary of 152,064 tokens takes half a million
 HEADER_LIMIT = 128_000_000  # bytes before the data
+BUFFER = 1 << 20  # bytes of strings that are read at a time
 TYPE_SIZES = {  # ggml's number of a type -> (values, bytes) of a block
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
     12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),
@@ -196,6 +197,21 @@ class _Reader:
             raise self.fail(f"string of {length:,} bytes")
         return self.read(length)
 
+    def strings(self, count: int) -> list[str]:
+        """So many strings, from a buffer while they lie in it: a vocabulary has 300,000."""
+        texts, buffer, at = [], b"", 0
+        for _ in range(count):
+            end = at + 8 + int.from_bytes(buffer[at : at + 8], "little")
+            if at + 8 <= len(buffer) and end <= len(buffer):
+                texts.append(buffer[at + 8 : end].decode("utf-8", "replace"))
+                at = end
+            else:  # it ends beyond, or nowhere
+                self.file.seek(at - len(buffer), os.SEEK_CUR)
+                texts.append(self.bytes().decode("utf-8", "replace"))
+                buffer, at = self.file.read(max(0, min(BUFFER, self.left()))), 0
+        self.file.seek(at - len(buffer), os.SEEK_CUR)
+        return texts
+
     def name(self) -> str:
         try:
             return self.bytes().decode("utf-8")
@@ -212,7 +228,7 @@ class _Reader:
         if not smallest or count * smallest > self.left() or self.elements > ELEMENT_LIMIT:
             raise self.fail(f"{key[:80]}: array of {count:,} values of kind {kind}")
         if kind == STRING:
-            return Field(key, "[str]", [self.bytes().decode("utf-8", "replace") for _ in range(count)])
+            return Field(key, "[str]", self.strings(count))
         name, layout = SCALARS[kind]
         return Field(key, f"[{name}]", list(struct.unpack(f"<{count}{layout[1]}", self.read(count * smallest))))
 
