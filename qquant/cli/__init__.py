@@ -29,6 +29,7 @@ from qquant.cli.recipes import recipes
 from qquant.cli.reports import compare, show_report
 from qquant.cli.run import run
 from qquant.cli.speed import speed
+from qquant.cli.spinning import give_way
 from qquant.cli.tasks import tasks
 from qquant.cli.terminal import SIGNALS, echo
 from qquant.errors import EnvironmentMissingError, QQuantError, StoppedError, UsageError
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
             signal.signal(number, _terminated)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    give_way(os.environ)
     try:
         with together.joined(os.environ, words) as ranks:
             status = _run(words, ranks)
