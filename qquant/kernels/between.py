@@ -6,7 +6,8 @@
     gate       silu(g) * u of the fused product [g, u]
 
 Each is one Triton kernel on CUDA that starts before the one before it is done (`jit.starts_early`), and plain torch elsewhere. Where
-the products take microseconds, five torch operators each would take as long as the products. Positions are int32 on the device, one
+the products take microseconds, five torch operators each would take as long as the products, and so would Triton's own launcher
+(`qquant.kernels.launcher`). Positions are int32 on the device, one
 for each of B sequences, so that a captured graph serves every step. Keys and values of a layer are [B, kv, capacity, d].
 
 `attend` gives every head SPLITS programs, each a share of the positions with its own running maximum and sum; the last to arrive
@@ -16,24 +17,22 @@ puts the shares together in their order, so results do not depend on who was las
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qquant.kernels.jit import AVAILABLE, gdc, jit, kernel, starts_early, tl
+from qquant.kernels.jit import AVAILABLE, blocks, gdc, jit, kernel, tl
+from qquant.kernels.launcher import Launcher
 
 SPLITS = 16  # programs of a head
 SPAN = 32  # positions at a time
+GATED = 256  # values of `gate` in a program
 
 
 def _on_gpu(x: Tensor) -> bool:
     return AVAILABLE and x.is_cuda
-
-
-def _options(x: Tensor) -> dict[str, bool]:
-    early = starts_early(x.device)
-    return ({"launch_pdl": True} if early else {}) | {"EARLY": early}
 
 
 @jit
@@ -81,24 +80,20 @@ def _add_norm_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to
     tl.store(norm_at + at, norm.to(norm_at.dtype.element_ty), mask=h < H)
 
 
+def _norm_constants(width: int, _: float, add: bool) -> dict[str, Any]:
+    lanes = 1 << (width - 1).bit_length()
+    return {"WIDTH": lanes, "ADD": add, "num_warps": min(16, max(1, lanes // 256))}
+
+
+_launch_norm = Launcher(_add_norm_kernel, _norm_constants)
+
+
 def launch_add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments as of `add_norm`, contiguous."""
     rows, width = x.shape
     total, norm = x if y is None else torch.empty_like(x), torch.empty_like(x)
-    lanes = 1 << (width - 1).bit_length()
-    _add_norm_kernel[(rows,)](
-        x,
-        x if y is None else y,
-        weight,
-        total,
-        norm,
-        width,
-        epsilon,
-        WIDTH=lanes,
-        ADD=y is not None,
-        num_warps=min(16, max(1, lanes // 256)),
-        **_options(x),
-    )
+    tensors = x, x if y is None else y, weight, total, norm
+    _launch_norm((rows, 1), tensors, (width, epsilon), (y is not None,))
     return total, norm
 
 
@@ -165,16 +160,21 @@ def _rotate_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to t
     tl.store(to + HALF, second)
 
 
+def _rotate_constants(_: int, heads: int, kv: int, half: int) -> dict[str, Any]:
+    return {"HEADS": heads, "KV": kv, "HALF": half, "num_warps": 1}
+
+
+_launch_rotate = Launcher(_rotate_kernel, _rotate_constants)
+
+
 def launch_rotate(qkv: Tensor, table: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Run the kernel; arguments as of `rotate`, contiguous."""
     _, kv, capacity, width = keys.shape
-    heads = qkv.shape[1] // width - 2 * kv
-    query = torch.empty((len(qkv), heads * width), dtype=qkv.dtype, device=qkv.device)
-    grid = (len(qkv), heads + 2 * kv)
-    sizes = {"HEADS": heads, "KV": kv, "HALF": width // 2}
-    _rotate_kernel[grid](
-        qkv, table, rows, positions, query, keys, values, capacity, **sizes, num_warps=1, **_options(qkv)
-    )
+    count, outputs = qkv.shape
+    heads = outputs // width - 2 * kv
+    query = torch.empty((count, heads * width), dtype=qkv.dtype, device=qkv.device)
+    tensors = qkv, table, rows, positions, query, keys, values
+    _launch_rotate((count, heads + 2 * kv), tensors, (capacity,), (heads, kv, width // 2))
     return query
 
 
@@ -261,30 +261,21 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(1 << 14, dtype=torch.int32, device=device)
 
 
+def _attend_constants(_: int, __: float, heads: int, group: int, width: int, splits: int) -> dict[str, Any]:
+    return {"HEADS": heads, "GROUP": group, "WIDTH": width, "PARTS": splits, "BLOCK": SPAN, "num_warps": 4}
+
+
+_launch_attend = Launcher(_attend_kernel, _attend_constants)
+
+
 def launch_attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int) -> Tensor:
     """Run the kernel; arguments as of `attend`, contiguous. One stream at a time: its counters are shared."""
     count, kv, capacity, width = keys.shape
     heads = query.shape[1] // width
     out = torch.empty_like(query)
     shares = torch.empty((count * heads, splits, width + 2), dtype=torch.float32, device=query.device)
-    _attend_kernel[(count * heads, splits)](
-        query,
-        keys,
-        values,
-        position,
-        out,
-        shares,
-        _counters(query.device),
-        capacity,
-        width**-0.5,
-        HEADS=heads,
-        GROUP=heads // kv,
-        WIDTH=width,
-        PARTS=splits,
-        BLOCK=SPAN,
-        num_warps=4,
-        **_options(query),
-    )
+    tensors = query, keys, values, position, out, shares, _counters(query.device)
+    _launch_attend((count * heads, splits), tensors, (capacity, width**-0.5), (heads, heads // kv, width, splits))
     return out
 
 
@@ -312,9 +303,12 @@ def _gate_kernel(
     tl.store(to_at + row * size + c, product.to(to_at.dtype.element_ty), mask=c < size)
 
 
+_launch_gate = Launcher(_gate_kernel, lambda _: {"BLOCK": GATED, "num_warps": 2})
+
+
 def launch_gate(gate_up: Tensor) -> Tensor:
     """Run the kernel; argument as of `gate`, contiguous."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
-    _gate_kernel[(rows, -(-size // 256))](gate_up, out, size, BLOCK=256, num_warps=2, **_options(gate_up))
+    _launch_gate((rows, blocks(size, GATED)), (gate_up, out), (size,))
     return out

@@ -16,7 +16,7 @@ Calls on one stream follow each other, so they share counters (`wq_mm.Counters`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,9 @@ from torch import Tensor
 
 from qquant.kernels import dequant, jit, many_rows, wq_mm
 from qquant.kernels.jit import blocks, starts_early
+from qquant.kernels.launcher import ALIGNED, capturing, compiled, current_device, current_stream, in_order
 from qquant.kernels.unpack import WORDS, check_group
 
-ALIGNED = 16  # bytes; Triton compiles for addresses that are multiples of it
-WITH_CUDA = torch.backends.cuda.is_built()
-current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream if WITH_CUDA else lambda _: 0
-current_device: Callable[[], int] = torch._C._cuda_getDevice if WITH_CUDA else lambda: -1
-capturing: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing if WITH_CUDA else lambda: False
 _sums: dict[tuple[int, int], Tensor] = {}  # partial sums, by device and stream
 
 
@@ -92,16 +88,12 @@ class Call:
         middle = (weights.qweight, weights.params, y if weights.bias is None else weights.bias)
         kernel = wq_mm._kernel
         launched = kernel[self._grid](x, *middle, y, sums if sums is not None else y, counters, *sizes, **constexprs)
-        self._kernel = launched.result() if hasattr(launched, "result") else launched
+        self._kernel = compiled(launched)
         self._run = self._kernel.run
         self._keep = counters, sums
         bias = None if weights.bias is None else weights.bias.data_ptr()
         self._arguments = weights.qweight.data_ptr(), weights.params.data_ptr(), bias
-        self._last = (
-            counters.data_ptr(),
-            *sizes,
-            *(constexprs[name] for name in kernel.arg_names if name in constexprs),
-        )
+        self._last = counters.data_ptr(), *sizes, *in_order(kernel, constexprs)
         return y
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -169,10 +161,10 @@ class ManyRows:
         launched = kernel[grid](
             tiles, *middle, y, y if sums is None else sums, self._counters, *sizes, **self._constexprs
         )
-        self._kernel = launched.result() if hasattr(launched, "result") else launched
+        self._kernel = compiled(launched)
         self._arguments = weights.qweight.data_ptr(), weights.params.data_ptr()
         self._bias = None if weights.bias is None else weights.bias.data_ptr()
-        self._last = tuple(self._constexprs[name] for name in kernel.arg_names if name in self._constexprs)
+        self._last = in_order(kernel, self._constexprs)
         return y
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -221,11 +213,11 @@ class Unpacking:
         grid, kernel = dequant.grid(rows, tiles), dequant._kernel
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
         launched = kernel[grid](weights.qweight, weights.params, out, *sizes, **constexprs)
-        self._kernel = launched.result() if hasattr(launched, "result") else launched
+        self._kernel = compiled(launched)
         self._shape = rows, columns
         launch = (*grid, 1, self._stream, self._kernel.function, self._kernel.packed_metadata, None, None, None)
         self._head = (*launch, weights.qweight.data_ptr(), weights.params.data_ptr())
-        self._last = (*sizes, *(constexprs[name] for name in kernel.arg_names if name in constexprs))
+        self._last = *sizes, *in_order(kernel, constexprs)
         return out
 
     def __call__(self, x: Tensor) -> Tensor | None:
