@@ -5,31 +5,39 @@
     gate       silu(g) u
 
 As `qquant.families.decoder` has them: every operator of torch rounds to the dtype of x, and so do the Triton kernels, so that bits differ
-in sums and exponentials alone. For a few rows, and into a cache: `qquant.kernels.between`. Without Triton, and on a CPU, by torch.
+in sums and exponentials alone. For a few rows, and into a cache: `qquant.kernels.between`. By torch without Triton, on a CPU, and where a
+gradient is wanted.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qquant.kernels.jit import AVAILABLE, blocks, kernel, tl
+from qquant.kernels.launcher import Launcher
 
 BLOCK = 1024  # values of `gate` in a program
 HEADS = 8  # of a program of `rotate`
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels run for x: on a GPU, in a dtype of activations."""
-    return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether the kernels run for x: a plain tensor on a GPU, in a dtype of activations, through which no gradient is wanted, outside of torch.compile."""
+    there = AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and type(x) is Tensor
+    return there and not torch.compiler.is_compiling() and not _differentiated(x)
+
+
+def _differentiated(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """The norm of x [..., H] with weight [H], of one dtype."""
-    if serves(x) and weight.dtype == x.dtype:
-        with torch.cuda.device_of(x):
-            return launch_rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+    if serves(x) and weight.dtype == x.dtype and not _differentiated(weight):
+        return launch_rms_norm(x.contiguous(), weight.contiguous(), epsilon)
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
@@ -47,13 +55,18 @@ def _rms_norm_kernel(
     tl.store(out_at + at, (rounded * weight).to(out_at.dtype.element_ty), mask=h < H)
 
 
+def _norm_constants(width: int, _: float) -> dict[str, Any]:
+    lanes = 1 << (width - 1).bit_length()
+    return {"WIDTH": lanes, "num_warps": min(16, max(1, lanes // 512))}
+
+
+_launch_norm = Launcher(_rms_norm_kernel, _norm_constants)
+
+
 def launch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Run the kernel; arguments as of `rms_norm`, contiguous."""
     out, width = torch.empty_like(x), x.shape[-1]
-    lanes = 1 << (width - 1).bit_length()
-    _rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, width, epsilon, WIDTH=lanes, num_warps=min(16, max(1, lanes // 512))
-    )
+    _launch_norm((x.numel() // width, 1), (x, weight, out), (width, epsilon))
     return out
 
 
@@ -109,26 +122,56 @@ def launch_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def gate(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) u of two tensors of one shape and dtype."""
-    if serves(g) and g.is_contiguous() and u.is_contiguous() and g.dtype == u.dtype:
-        with torch.cuda.device_of(g):
-            return launch_gate(g, u)
+    """silu(g) u of two tensors [..., F] of one shape and dtype; rows may lie apart, as those of two slices of one tensor do."""
+    if serves(g) and serves(u) and g.dtype == u.dtype and g.shape == u.shape and g.numel() > 0:
+        apart = _rows_apart(g)
+        if apart and apart == _rows_apart(u):
+            return launch_gate(g, u, apart)
     return F.silu(g) * u
 
 
+def _rows_apart(x: Tensor) -> int:
+    """Values from one row of x [..., F] to the next, 0 where that is not one number or a row has gaps."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return width
+    if x.stride(-1) != 1:
+        return 0
+    apart = inner = 0
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size > 1 and apart and stride != inner:
+            return 0
+        if size > 1:
+            apart, inner = apart or stride, stride * size
+    return apart
+
+
 @kernel()
-def _gate_kernel(g_at: tl.tensor, u_at: tl.tensor, out_at: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(g_at + at, mask=at < size, other=0.0)
-    u = tl.load(u_at + at, mask=at < size, other=0.0)
+def _gate_kernel(
+    g_at: tl.tensor,
+    u_at: tl.tensor,
+    out_at: tl.tensor,
+    size: tl.tensor,
+    apart: tl.tensor,  # values from one row of g or u to the next
+    BLOCK: tl.constexpr,
+) -> None:
+    parts = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    c = (tl.program_id(0) % parts) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(g_at + row * apart + c, mask=c < size, other=0.0)
+    u = tl.load(u_at + row * apart + c, mask=c < size, other=0.0)
     kind = g.dtype
     wide = g.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(kind).to(tl.float32)
-    tl.store(out_at + at, (silu * u.to(tl.float32)).to(kind), mask=at < size)
+    tl.store(out_at + row * size + c, (silu * u.to(tl.float32)).to(kind), mask=c < size)
 
 
-def launch_gate(g: Tensor, u: Tensor) -> Tensor:
-    """Run the kernel; arguments as of `gate`, contiguous."""
-    out = torch.empty_like(g)
-    _gate_kernel[(blocks(g.numel(), BLOCK),)](g, u, out, g.numel(), BLOCK=BLOCK, num_warps=4)
+_launch_gate = Launcher(_gate_kernel, lambda *_: {"BLOCK": BLOCK, "num_warps": 4})
+
+
+def launch_gate(g: Tensor, u: Tensor, apart: int) -> Tensor:
+    """Run the kernel; arguments as of `gate`, `apart` values from one row to the next."""
+    width = g.shape[-1]
+    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    _launch_gate((g.numel() // width * blocks(width, BLOCK), 1), (g, u, out), (width, apart))
     return out

@@ -1,5 +1,7 @@
 """Norm, rotary and gate for many tokens: by torch as the decoder has them, and on a GPU as torch has them, bit for bit but for sums."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,6 +30,35 @@ def test_torch_has_the_decoders_operators():
     turn = tables(5, 16)
     assert torch.equal(elementwise.rotate(heads, *turn), rotate(heads, *turn))
     assert torch.equal(elementwise.gate(*pair), Block.gated(None, pair))
+
+
+def test_rows_lie_apart_by_one_number_or_none():
+    both, apart = torch.zeros(2, 3, 20), elementwise._rows_apart
+    half = both[..., :10]
+    assert (apart(both), apart(half), apart(half[:1]), apart(half[:, :1])) == (20, 20, 20, 60)
+    assert apart(half[:1, :1]) == 10, "one row is as good as a whole matrix"
+    assert apart(both[:, :2]) == 0, "two rows of three"
+    assert apart(both[:, ::2, :10]) == 0
+    assert apart(both[:1, ::2, :10]) == 40
+    assert apart(both.transpose(0, 1)) == 0
+    assert apart(both[..., ::2]) == 0
+    assert apart(both[:1, :1].expand(2, 3, 20)) == 0
+    assert apart(torch.zeros(7)) == 7
+
+
+def test_kernels_serve_no_gradients_and_no_compiler(monkeypatch):
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, requires_grad=True)
+    monkeypatch.setattr(elementwise, "AVAILABLE", True)
+    monkeypatch.setattr(elementwise, "Tensor", SimpleNamespace)
+    assert not elementwise.serves(x)
+    with torch.no_grad():
+        assert elementwise.serves(x)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not elementwise.serves(x)
+    monkeypatch.undo()
+    x = states(2, 48).requires_grad_()
+    elementwise.gate(elementwise.rms_norm(x, states(48), 1e-6), x).sum().backward()
+    assert x.grad is not None
 
 
 def test_a_block_of_fewer_kernels_is_the_block(family, make_checkpoint):

@@ -405,7 +405,11 @@ ELEMENTWISE = {
         {"HALF": 64, "WIDTH": 64, "BH": elementwise.HEADS},
         4,
     ),
-    "gate": (dict.fromkeys(("g_at", "u_at", "out_at"), "*bf16") | {"size": "i32/16"}, {"BLOCK": elementwise.BLOCK}, 4),
+    "gate": (
+        dict.fromkeys(("g_at", "u_at", "out_at"), "*bf16") | dict.fromkeys(("size", "apart"), "i32/16"),
+        {"BLOCK": elementwise.BLOCK},
+        4,
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qquant.kernels import between, jit, launcher
+from qquant.kernels import between, elementwise, jit, launcher
 from qquant.kernels.replay import recorded
 from tests.kernels.test_direct import at
 
@@ -89,11 +89,27 @@ def gates(grid, *, from_at, to_at, size, BLOCK, EARLY):
     at(to_at, (rows, size), BRAIN).copy_(between.gate(at(from_at, (rows, 2 * size), BRAIN)))
 
 
+def plain_norms(grid, *, x_at, weight_at, out_at, H, epsilon, WIDTH):
+    shape = grid[0], H
+    norm = elementwise.rms_norm(at(x_at, shape, BRAIN), at(weight_at, (H,), BRAIN), epsilon)
+    at(out_at, shape, BRAIN).copy_(norm)
+
+
+def gates_of_two(grid, *, g_at, u_at, out_at, size, apart, BLOCK):
+    rows = grid[0] // -(-size // BLOCK)
+    g, u = (
+        torch.stack([at(address + 2 * apart * row, (size,), BRAIN) for row in range(rows)]) for address in (g_at, u_at)
+    )
+    at(out_at, (rows, size), BRAIN).copy_(elementwise.gate(g, u))
+
+
 WORKS = {
     "between norm": (between, "_launch_norm", norms),
     "between rotate": (between, "_launch_rotate", rotates),
     "between attend": (between, "_launch_attend", attends),
     "between gate": (between, "_launch_gate", gates),
+    "norm": (elementwise, "_launch_norm", plain_norms),
+    "gate": (elementwise, "_launch_gate", gates_of_two),
 }
 
 
@@ -144,6 +160,16 @@ def gate(rows=3, size=704):
     return (between.launch_gate(both),), (between.gate(both),)
 
 
+def norm(shape=(2, 3, 352), epsilon=1e-6):
+    x, weight = states(*shape), states(shape[-1])
+    return (elementwise.launch_rms_norm(x, weight, epsilon),), (elementwise.rms_norm(x, weight, epsilon),)
+
+
+def gate_of_two(shape=(2, 3), size=704):
+    g, u = states(*shape, 2 * size).chunk(2, -1)
+    return (elementwise.launch_gate(g, u, elementwise._rows_apart(g)),), (elementwise.gate(g, u),)
+
+
 def same(results):
     found, truth = results
     return all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
@@ -155,6 +181,8 @@ AGAIN = {
     "between rotate": (rotate, [{}, {"count": 1}, {"count": 9}]),
     "between attend": (attend, [{}, {}]),
     "between gate": (gate, [{}, {"rows": 1}, {"rows": 8}]),
+    "norm": (norm, [{}, {"shape": (1, 1, 352)}, {"shape": (9, 352)}]),
+    "gate": (gate_of_two, [{}, {"shape": (1, 5)}, {"shape": (4, 2)}]),
 }
 # each of them asks Triton, since for another number it may have compiled something else; the smallest first, so that a mistake reads no foreign memory
 ANEW = {
@@ -165,6 +193,8 @@ ANEW = {
     "between rotate": (rotate, [{}, {"capacity": 32}, {"capacity": 36}, {"heads": 8}, {"kv": 4}, {"width": 64}]),
     "between attend": (attend, [{}, {"capacity": 32}, {"capacity": 36}, {"heads": 8}, {"kv": 4}, {"width": 64}]),
     "between gate": (gate, [{"size": 8}, {"size": 296}, {}]),
+    "norm": (norm, [{"shape": (2, 3, 1)}, {"shape": (2, 3, 104)}, {}, {"epsilon": 1e-2}]),
+    "gate": (gate_of_two, [{"shape": (1, 1), "size": 8}, {"shape": (1, 1)}, {"size": 712}, {}]),
 }
 
 
@@ -242,21 +272,25 @@ def test_the_interpreter_is_always_asked(stands):
 
 @pytest.mark.parametrize(
     ("name", "most", "made"),
-    [("add_norm", 20, 2), ("rotate", 21, 1), ("gate", 17, 1)],
+    [("add_norm", 20, 2), ("rotate", 21, 1), ("gate", 17, 1), ("rms_norm", 21, 1), ("gate of two", 25, 1)],
 )
 def test_a_call_is_its_allocations_and_a_launch(name, most, made, stands, monkeypatch):
     """What Python does the second time: counted, since seconds depend on the machine."""
     x, y, weight, places = states(4, 352), states(4, 352), states(352), torch.arange(4, dtype=WHOLE)
     qkv, table, keys = states(4, 256), torch.rand(20, 32), torch.zeros(4, 2, 20, 32).to(BRAIN)
+    pair = states(1, 1, 1408).chunk(2, -1)
     calls = {
         "add_norm": lambda: between.add_norm(x, y, weight, 1e-6),
         "rotate": lambda: between.rotate(qkv, table, places, places, keys, keys),
         "gate": lambda: between.gate(x),
+        "rms_norm": lambda: elementwise.rms_norm(x, weight, 1e-6),
+        "gate of two": lambda: elementwise.gate(*pair),
     }
     for stand in stands.values():
         monkeypatch.setattr(stand, "_compute", lambda *_: None)
         monkeypatch.setattr(stand, "_run", lambda *_: None)
     monkeypatch.setattr(between, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(elementwise, "serves", lambda _: True)
     calls[name]()
     seen = []
 
@@ -301,10 +335,13 @@ def on_gpu():
             [between.attend(query, *caches, last)],
         ),
         "gate": (lambda: [between.gate(cboth)], [between.gate(both)]),
+        "rms_norm": (lambda: [elementwise.rms_norm(cx, cw, 1e-6)], [elementwise.rms_norm(x, weight, 1e-6)]),
+        "gate of slices": (lambda: [elementwise.gate(*cboth.chunk(2, -1))], [between.gate(both)]),
+        "gate of one row": (lambda: [elementwise.gate(*cboth[:1].chunk(2, -1))], [between.gate(both[:1])]),
     }
 
 
-ON_GPU = ("add_norm", "norm", "rotate", "attend", "gate")
+ON_GPU = ("add_norm", "norm", "rotate", "attend", "gate", "rms_norm", "gate of slices", "gate of one row")
 
 
 @pytest.mark.gpu
@@ -342,10 +379,9 @@ def test_odd_addresses_on_a_gpu():
     x, weight = states(3 * 4096 + 1)[1:].view(3, 4096), states(4096)
     odd = torch.cat([x.new_zeros(1), x.flatten()]).cuda()[1:].view(3, 4096)
     assert odd.data_ptr() % 16
-    truth = between.add_norm(x, None, weight, 1e-6)[1].float()
+    truth = elementwise.rms_norm(x, weight, 1e-6).float()
     for given in (odd, odd.clone(), odd, odd.clone()):
-        found = between.add_norm(given, None, weight.cuda(), 1e-6)[1]
-        assert torch.allclose(found.cpu().float(), truth, rtol=2e-2)
+        assert torch.allclose(elementwise.rms_norm(given, weight.cuda(), 1e-6).cpu().float(), truth, rtol=2e-2)
 
 
 @pytest.mark.gpu
