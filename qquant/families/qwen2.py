@@ -131,7 +131,7 @@ QWEN2 = Family(
     ),
     ignored=("rotary_emb.inv_freq",),
     padded_by="intermediate_size",
-    transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",)),
+    transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",), gated="mlp"),
     gguf=GgufNames(
         architecture="qwen2",
         pre="qwen2",

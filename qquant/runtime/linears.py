@@ -14,7 +14,7 @@ load. Which way each linear went stands in its `repr` and in `paths(model)`: not
 activations bf16 or fp16 (also fp32, without the int4 product on the CPU, which would be slow).
 
 To fuse without touching transformers' code, q_proj is a `FusedSlice` that makes the product for all three, and k_proj and v_proj hand
-out what it made. Left out: training, other families, several devices.
+out what it made; norms and MLPs are those of `layers`. Left out: training, other families, several devices.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime import drawing
 from qquant.runtime.generating import Quick
+from qquant.runtime.layers import GatedMLP, RMSNorm
 from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.parts import Loader
 from qquant.runtime.skeleton import skeleton
@@ -75,7 +76,7 @@ def _assembled(source: WeightSource, raw: dict[str, Any], loader: Loader, pool: 
         _fill(model, source, layer, *block.result())
     for name, module in zip((family.embedding, family.head), outside.result(), strict=True):
         _place(model, name.removesuffix(".weight"), module)
-    _give(model, family.final_norm, loader.vector(family.final_norm))
+    _norm(model, family.final_norm, loader.vector(family.final_norm), config.epsilon)
     model.generation_config = drawn.made()
     model._quick = Quick(family, config, loader.dtype, QUICK)
     return model.eval()
@@ -104,8 +105,13 @@ def _block(
 
 
 def _give(model: nn.Module, name: str, weight: Tensor) -> None:
-    """The norm of that name its weight."""
+    """The module of that name its weight."""
     model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _norm(model: nn.Module, name: str, weight: Tensor, epsilon: float) -> None:
+    """A norm in the place of the one whose weight has that name."""
+    _place(model, name.removesuffix(".weight"), RMSNorm(weight, epsilon))
 
 
 def _fill(
@@ -117,8 +123,12 @@ def _fill(
 ) -> None:
     family, prefix = source.family, source.family.block.format(layer)
     shapes = family.linear_shapes(source.config, layer)
+    norms = {stage.norm for stage in family.stages}
     for name, vector in vectors.items():
-        _give(model, prefix + name, vector)
+        if name in norms:
+            _norm(model, prefix + name, vector, source.config.epsilon)
+        else:
+            _give(model, prefix + name, vector)
     for stage in family.stages:
         modules = by_stage[stage.name]
         if len(modules) == len(stage.linears):
@@ -130,6 +140,8 @@ def _fill(
         for linear, piece in zip(stage.linears, pieces, strict=True):
             piece.first = [pieces[0]] if piece.index else []
             _place(model, prefix + linear, piece)
+    if family.transformers and (gated := family.transformers.gated):
+        _place(model, prefix + gated, GatedMLP(model.get_submodule(prefix + gated)))
 
 
 def _open(path: str | Path) -> WeightSource:
