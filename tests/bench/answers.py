@@ -1,10 +1,11 @@
 """What a user sees on a GPU: `generate` of a GPTQ-Int4 artifact of a real shape, beside transformers in bf16 on the same card.
 
-    python -m tests.bench.answers --work /dev/shm/answers [--shape 7B] [--layers 32] [--skip compiled]
+    python -m tests.bench.answers --work /dev/shm/answers [--shape 7B] [--layers 32] [--skip compiled] [--host]
 
 Writes a random artifact, loads it in a process of its own, and prints every number as soon as it is there: seconds to load and to the
 first token, tokens a second for one sequence and for eight, greedy and sampled, by our decoder, by transformers' loop over the same
-modules, by transformers in bf16 and by its compiled static cache; host microseconds a linear; prefill. Random weights: no text.
+modules, by transformers in bf16 and by its compiled static cache; host microseconds a linear and a launch between linears, by Triton's
+launcher and by address; prefill. Random weights: no text. `--host`: only what depends on the host, both loops and first tokens of short prompts.
 """
 
 import argparse
@@ -12,12 +13,16 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from qquant.families import family_of
+from qquant.kernels import between, elementwise
+from qquant.kernels.launcher import Launcher
+from qquant.runtime.layers import GatedMLP, RMSNorm
 from qquant.source.safetensors_file import header_bytes
 from tests.bench.memory import SHAPES, SMALL, config_of
 from tests.bench.tune import host_us
@@ -118,11 +123,117 @@ def rates(name, generate, batch, settings, new=NEW, runs=3):
     return max(found)
 
 
-def host_cost(name, linear, columns):
-    """Microseconds that the host takes for a call."""
-    x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
+def host_cost(name, call):
+    """Microseconds that the host takes for a call; 20 at a time, so that no queue is full."""
     with torch.inference_mode():
-        tell(f"host, {name}", host_us(partial(linear, x)), "us a call")
+        tell(f"host, {name}", host_us(call, calls=20, windows=25), "us a call")
+
+
+class Forgetful(dict):
+    """What a `Launcher` knows, if it goes through Triton's launcher each time."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+@contextmanager
+def by_triton():
+    """A context in which nothing is launched by address but products."""
+    launchers = [value for module in (between, elementwise) for value in vars(module).values() if isinstance(value, Launcher)]  # fmt: skip
+    kept = [one._known for one in launchers]
+    for one in launchers:
+        one._known = Forgetful()
+    try:
+        yield
+    finally:
+        for one, known in zip(launchers, kept, strict=True):
+            one._known = known
+
+
+def host_costs(model):
+    """Of the linears, and of what stands between them in one pass of one token and of 128."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    linear = model.model.layers[0].self_attn.o_proj
+    plain = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for name, module, columns in (("our int4 linear", linear, linear.in_features), ("nn.Linear", plain, 4096)):
+        x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
+        host_cost(name, lambda module=module, x=x: module(x))
+    config, layer = model.config, model.model.layers[0]
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    hidden, width, weight = config.hidden_size, config.hidden_size // heads, layer.input_layernorm.weight
+    for rows in (1, 128):
+        x, y = torch.randn(2, rows, hidden, device="cuda").bfloat16()
+        qkv, both = (
+            torch.randn(rows, n, device="cuda").bfloat16() for n in ((heads + 2 * kv) * width, 2 * config.intermediate_size)
+        )  # fmt: skip
+        keys, values = torch.zeros(2, 1, kv, 256, width, device="cuda").bfloat16()
+        table, zeros = torch.rand(256, width, device="cuda"), torch.zeros(rows, dtype=torch.int32, device="cuda")
+        places, pair = torch.arange(rows, dtype=torch.int32, device="cuda"), both.chunk(2, -1)
+        calls = {
+            "add_norm": lambda x=x, y=y: between.add_norm(x, y, weight, 1e-6),
+            "rotate": lambda *a, given=(qkv, table, zeros, places, keys, values): between.rotate(*given),
+            "gate": lambda both=both: between.gate(both),
+            "norm module": lambda x=x: layer.input_layernorm(x),
+            "gate of an MLP": lambda pair=pair: elementwise.gate(*pair),
+        }
+        for name, call in calls.items():
+            with by_triton():
+                host_cost(f"{name} of {rows}, by Triton's launcher", call)
+            host_cost(f"{name} of {rows}, by address", call)
+        norm = Qwen2RMSNorm(hidden).to("cuda", torch.bfloat16)
+        host_cost(f"transformers' norm of {rows}", lambda x=x, norm=norm: norm(x))
+        host_cost(f"transformers' gate of {rows}", lambda pair=pair: F.silu(pair[0]) * pair[1])
+
+
+@contextmanager
+def their_modules(model):
+    """A context in which norms and MLPs of the model are transformers'."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+
+    kept = [(name, module) for name, module in model.named_modules() if isinstance(module, (RMSNorm, GatedMLP))]
+
+    def place(name, module):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, module)
+
+    for name, module in kept:
+        with torch.device("meta"):
+            is_norm = isinstance(module, RMSNorm)
+            twin = Qwen2RMSNorm(model.config.hidden_size, module.variance_epsilon) if is_norm else Qwen2MLP(model.config)  # fmt: skip
+        for leaf, part in (*module.named_parameters(recurse=False), *module.named_children()):
+            setattr(twin, leaf, part)
+        place(name, twin)
+    try:
+        yield
+    finally:
+        for name, module in kept:
+            place(name, module)
+
+
+def their_loop(model):
+    """transformers' loop over our modules, over our linears alone, and over all without launches by address."""
+    ids = torch.randint(1, 30000, (1, 40), device="cuda")
+    made = model.generate(ids, max_new_tokens=64, **GREEDY)
+    quick, model._quick = model._quick, None
+    other = model.generate(ids, max_new_tokens=64, **GREEDY)
+    tell("tokens of 64 before both loops part", int((made == other)[0, 40:].long().cumprod(0).sum()), "")
+    rates("transformers' loop over our linears", model.generate, 1, GREEDY, runs=3)
+    with their_modules(model):
+        rates("transformers' loop over our linears, with its own norms and MLPs", model.generate, 1, GREEDY, runs=2)
+    with by_triton():
+        rates("transformers' loop over our linears, by Triton's launcher", model.generate, 1, GREEDY, runs=2)
+    rates("transformers' loop over our linears, again", model.generate, 1, GREEDY, runs=2)
+    model._quick = quick
+
+
+def first_tokens(model, lengths, name):
+    """Milliseconds to the first token of prompts."""
+    for rows in lengths:
+        ids = torch.randint(1, 30000, (1, rows), device="cuda")
+        run = lambda ids=ids: model.generate(ids, max_new_tokens=1, **GREEDY)
+        run()
+        tell(f"first token of {rows}, {name}", min(timed(run) for _ in range(6)) * 1e3, "ms")
 
 
 def prefill(model, rows):
@@ -154,26 +265,21 @@ def ours(options):
         rates("ours, process with compiled kernels", model.generate, 1, GREEDY, runs=2)
         return
     model.keeps_history = False
+    if options.host:
+        host_costs(model)
+        first_tokens(model, (16, 128, 512), "our generate")
+        with by_triton():
+            first_tokens(model, (16, 128, 512), "our generate by Triton's launcher")
+        their_loop(model)
+        return
     rates("ours", model.generate, 1, GREEDY)
     rates("ours, sampled", model.generate, 1, SAMPLED)
     rates("ours", model.generate, 8, GREEDY)
-    linear = model.model.layers[0].self_attn.o_proj
-    host_cost("our int4 linear", linear, linear.in_features)
-    host_cost("nn.Linear", torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16), 4096)
-    ids = torch.randint(1, 30000, (1, 40), device="cuda")
-    made = model.generate(ids, max_new_tokens=64, **GREEDY)
-    quick, model._quick = model._quick, None
-    other = model.generate(ids, max_new_tokens=64, **GREEDY)
-    tell("tokens of 64 before both loops part", int((made == other)[0, 40:].long().cumprod(0).sum()), "")
-    rates("transformers' loop over our linears", model.generate, 1, GREEDY, runs=2)
+    host_costs(model)
+    their_loop(model)
     for rows in (512, 2048, 4096):
         tell(f"prefill of {rows}, transformers' forward over our linears", prefill(model, rows), "ms")
-    model._quick = quick
-    for rows in (128, 512, 1024, 2048, 4096):
-        ids = torch.randint(1, 30000, (1, rows), device="cuda")
-        run = lambda ids=ids: model.generate(ids, max_new_tokens=1, **GREEDY)
-        run()
-        tell(f"first token of {rows}, our generate", min(timed(run) for _ in range(4)) * 1e3, "ms")
+    first_tokens(model, (128, 512, 1024, 2048, 4096), "our generate")
     long = torch.randint(1, 30000, (1, 8000), device="cuda")
     for run in range(2):
         tell(
@@ -201,13 +307,13 @@ def bf16(options):
     rates("bf16 eager", model.generate, 1, GREEDY, runs=2)
     torch.backends.cuda.enable_cudnn_sdp(False)
     rates("bf16 eager without cuDNN attention", model.generate, 1, GREEDY, runs=3)
+    if options.host:
+        first_tokens(model, (16, 128, 512), "bf16")
+        return
     rates("bf16 eager without cuDNN attention", model.generate, 8, GREEDY, runs=2)
     for rows in (128, 512, 1024, 2048, 4096):
         tell(f"prefill of {rows}, bf16", prefill(model, rows), "ms")
-        ids = torch.randint(1, 30000, (1, rows), device="cuda")
-        run = lambda ids=ids: model.generate(ids, max_new_tokens=1, **GREEDY)
-        run()
-        tell(f"first token of {rows}, bf16", min(timed(run) for _ in range(4)) * 1e3, "ms")
+        first_tokens(model, [rows], "bf16")
     if "compiled" not in options.skip:
         static = GREEDY | {"cache_implementation": "static"}
 
@@ -230,6 +336,7 @@ def main():
     parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--side", choices=("ours", "bf16"))
     parser.add_argument("--only-first", action="store_true")
+    parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
     if options.side:
         {"ours": ours, "bf16": bf16}[options.side](options)
@@ -240,7 +347,8 @@ def main():
     torch.cuda.empty_cache()
     tell("artifact written", time.perf_counter() - began, "s")
     same = [sys.executable, "-m", "tests.bench.answers", *sys.argv[1:]]
-    for more in (["--side", "ours"], ["--side", "ours", "--only-first"], ["--side", "bf16"]):
+    sides = [["--side", "ours"], ["--side", "ours", "--only-first"], ["--side", "bf16"]]
+    for more in sides[::2] if options.host else sides:
         print("--", *more, flush=True)
         began = time.perf_counter()
         status = subprocess.run([*same, *more], check=False).returncode
