@@ -26,6 +26,7 @@ from qquant.runtime.decoding import ATTENTION, AnswerLimits, GraphDecoder
 from qquant.runtime.fused import Layer
 from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
 from qquant.runtime.sampling import Sampling
+from qquant.runtime.snapshot import Snapshot
 from qquant.runtime.stepping import ModelWeights
 
 MOST_ROWS = 16  # sequences of an answer
@@ -80,7 +81,7 @@ class Quick:
     def __init__(self, family: Family, config: ModelConfig, dtype: torch.dtype, devices: Sequence[str]) -> None:
         self.family, self.config, self.dtype, self.devices = family, config, dtype, devices
         self.lock = threading.Lock()
-        self._made: tuple[tuple[int, ...], GraphDecoder] | None = None
+        self._made: tuple[Snapshot, GraphDecoder] | None = None
 
     def __deepcopy__(self, _: dict[int, Any]) -> Quick:
         return Quick(self.family, self.config, self.dtype, self.devices)
@@ -90,16 +91,20 @@ class Quick:
 
     def decoder(self, model: nn.Module) -> GraphDecoder | None:
         """The decoder of these modules, None if they are not what was loaded, or elsewhere."""
+        if model.training:
+            return None
+        if self._made is not None and self._made[0].holds(model):
+            return self._made[1]
         weights = weights_of(model, self.family, self.config)
-        if weights is None or model.training:
+        if weights is None or weights.final_norm.device.type not in self.devices:
             return None
-        device = weights.final_norm.device
-        if device.type not in self.devices:
-            return None
-        pointers = tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()])
-        if self._made is None or self._made[0] != pointers:
-            self._made = pointers, GraphDecoder(self.config, weights, device, self.dtype)
-        return self._made[1]
+        snapshot = Snapshot(model)
+        if self._made is None or self._made[0].pointers != snapshot.pointers:
+            decoder = GraphDecoder(self.config, weights, weights.final_norm.device, self.dtype)
+        else:
+            decoder = self._made[1]
+        self._made = snapshot, decoder
+        return decoder
 
 
 def weights_of(model: nn.Module, family: Family, config: ModelConfig) -> ModelWeights | None:
