@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,20 +44,23 @@ class Layer:
         )
 
 
-class _Outputs(tuple[Tensor, ...]):
-    """What the linears of a stage gave, which were one product."""
+class _Outputs(Sequence[Tensor]):
+    """What the linears of a stage gave, which were one product; it is cut only for who asks for a part."""
 
-    joined: Tensor
+    def __init__(self, joined: Tensor, widths: Sequence[int]) -> None:
+        self.joined, self.widths = joined, widths
 
-    @classmethod
-    def of(cls, joined: Tensor, widths: Sequence[int]) -> _Outputs:
-        outputs = cls(joined.split(list(widths), dim=-1) if len(widths) > 1 else (joined,))
-        outputs.joined = joined
-        return outputs
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.joined.split(list(self.widths), dim=-1)[index]
 
 
 def _joined(outputs: Sequence[Tensor]) -> Tensor:
-    return outputs.joined if isinstance(outputs, _Outputs) else torch.cat(list(outputs), dim=-1)
+    if isinstance(outputs, _Outputs):
+        return outputs.joined
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Fused:
         """What the linears of `stage` make of x [M, in]."""
         linear = self.layer.linears[stage]
         if isinstance(linear, nn.Module):
-            return _Outputs.of(linear(x), self.layer.widths[stage])
+            widths = self.layer.widths[stage]
+            return (linear(x),) if len(widths) == 1 else _Outputs(linear(x), widths)
         return [module(x) for module in linear]
 
     def head_norm(self, name: str, x: Tensor) -> Tensor:
