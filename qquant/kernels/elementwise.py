@@ -2,6 +2,7 @@
 
     rms_norm   x / sqrt(mean(x^2) + epsilon), rounded, times weight             sums in float32, over the last dimension
     rotate     (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), in place                 halves of a head, c and s of a token's position
+    rotated    the same of query and key into new memory
     gate       silu(g) u
 
 As `qquant.families.decoder` has them: every operator of torch rounds to the dtype of x, and so do the Triton kernels, so that bits differ
@@ -119,6 +120,91 @@ def launch_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         x, cosine, sine, heads, length, *x.stride()[:3], HALF=half, WIDTH=1 << (half - 1).bit_length(), BH=HEADS, num_warps=4, enable_fp_fusion=False
     )  # fmt: skip
     return x
+
+
+def rotated(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Query and key [B, heads, T, d] turned to the positions of tables [B or 1, T, d]; None where the kernel does not serve."""
+    if not (serves(query) and serves(key) and query.dtype == key.dtype == cosine.dtype == sine.dtype):
+        return None
+    apart = _tokens_apart(query), _tokens_apart(key)
+    tables = cosine.dim() == 3 and cosine.shape == sine.shape and cosine.is_contiguous() and sine.is_contiguous()
+    if not (tables and all(apart) and query.numel() > 0 and not query.shape[-1] % 2):
+        return None
+    return launch_rotated(query, key, cosine, sine, apart)
+
+
+def _tokens_apart(x: Tensor) -> int:
+    """Values from one token of x [B, heads, T, d] to the next if that is one number and a token's heads lie together, else 0."""
+    if x.dim() != 4 or x.stride(3) != 1 or (x.stride(1) != x.shape[3] and x.shape[1] > 1):
+        return 0
+    count, _, length, _ = x.shape
+    sequence, _, token, _ = x.stride()
+    if length == 1:
+        return sequence if count > 1 else x.shape[1] * x.shape[3]
+    return token if count == 1 or sequence == length * token else 0
+
+
+@kernel()
+def _rotated_kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the launcher
+    query_at: tl.tensor,
+    key_at: tl.tensor,
+    cosine_at: tl.tensor,
+    sine_at: tl.tensor,
+    query_to: tl.tensor,
+    key_to: tl.tensor,
+    query_apart: tl.tensor,  # values from one token to the next, here and below
+    key_apart: tl.tensor,
+    length: tl.tensor,
+    HEADS: tl.constexpr,
+    KV: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,  # HALF, or the next power of two
+    SHARED: tl.constexpr,  # whether sequences of `length` tokens have one table
+) -> None:
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, WIDTH)
+    there = i < HALF
+    if head < HEADS:
+        at = query_at + token * query_apart + head * (2 * HALF) + i
+        to = query_to + (token * HEADS + head) * (2 * HALF) + i
+    else:
+        at = key_at + token * key_apart + (head - HEADS) * (2 * HALF) + i
+        to = key_to + (token * KV + head - HEADS) * (2 * HALF) + i
+    place = token % length if SHARED else token
+    c_at, s_at = cosine_at + place * (2 * HALF) + i, sine_at + place * (2 * HALF) + i
+    first, second = tl.load(at, mask=there, other=0.0), tl.load(at + HALF, mask=there, other=0.0)
+    kind = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    cosine = tl.load(c_at, mask=there, other=0.0).to(tl.float32)
+    sine = tl.load(s_at, mask=there, other=0.0).to(tl.float32)
+    left = (first * cosine).to(kind).to(tl.float32) - (second * sine).to(kind).to(tl.float32)
+    cosine = tl.load(c_at + HALF, mask=there, other=0.0).to(tl.float32)
+    sine = tl.load(s_at + HALF, mask=there, other=0.0).to(tl.float32)
+    right = (second * cosine).to(kind).to(tl.float32) + (first * sine).to(kind).to(tl.float32)
+    tl.store(to, left.to(kind), mask=there)
+    tl.store(to + HALF, right.to(kind), mask=there)
+
+
+def _rotated_constants(_: int, __: int, ___: int, heads: int, kv: int, half: int, shared: bool) -> dict[str, Any]:
+    widths = {"HALF": half, "WIDTH": 1 << (half - 1).bit_length()}
+    return {"HEADS": heads, "KV": kv, **widths, "SHARED": shared, "num_warps": 1, "enable_fp_fusion": False}
+
+
+_launch_rotated = Launcher(_rotated_kernel, _rotated_constants)
+
+
+def launch_rotated(
+    query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, apart: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; arguments as of `rotated`, `apart` values from one token of query and key to the next."""
+    count, heads, length, width = query.shape
+    kv = key.shape[1]
+    turned = torch.empty((count, length, heads, width), dtype=query.dtype, device=query.device)
+    turned_key = torch.empty((count, length, kv, width), dtype=query.dtype, device=query.device)
+    shared = count > 1 and len(cosine) == 1
+    tensors, numbers = (query, key, cosine, sine, turned, turned_key), (*apart, length if shared else 1)
+    _launch_rotated((count * length, heads + kv), tensors, numbers, (heads, kv, width // 2, shared))
+    return turned.transpose(1, 2), turned_key.transpose(1, 2)
 
 
 def gate(g: Tensor, u: Tensor) -> Tensor:

@@ -46,6 +46,19 @@ def test_rows_lie_apart_by_one_number_or_none():
     assert apart(torch.zeros(7)) == 7
 
 
+def test_tokens_lie_apart_by_one_number_or_none():
+    joined, apart = torch.zeros(2, 3, 40), elementwise._tokens_apart
+    heads = joined[..., :24].view(2, 3, 3, 8).transpose(1, 2)
+    assert (apart(heads), apart(heads[:1]), apart(heads[:, :, :1]), apart(heads[:1, :, :1])) == (40, 40, 120, 24)
+    assert apart(heads[:, :, :2]) == 0, "two tokens of three"
+    assert apart(heads[:1, :, ::2]) == 80
+    assert apart(heads[:, ::2]) == 0, "heads apart"
+    assert apart(heads.contiguous()) == 0, "tokens of a head together"
+    assert apart(heads[..., ::2]) == apart(heads[0]) == 0
+    assert apart(heads[:1, :, :1].expand(2, 3, 4, 8)) == 0
+    assert elementwise.rotated(heads, heads, heads[:, 0], heads[:, 0]) is None, "on a CPU"
+
+
 def test_kernels_serve_no_gradients_and_no_compiler(monkeypatch):
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setattr(elementwise, "AVAILABLE", True)

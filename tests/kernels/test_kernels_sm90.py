@@ -405,6 +405,13 @@ ELEMENTWISE = {
         {"HALF": 64, "WIDTH": 64, "BH": elementwise.HEADS},
         4,
     ),
+    "rotated": (
+        dict.fromkeys(("query_at", "key_at", "cosine_at", "sine_at", "query_to", "key_to"), "*bf16")
+        | dict.fromkeys(("query_apart", "key_apart"), "i32/16")
+        | {"length": "i32"},
+        {"HEADS": 32, "KV": 32, "HALF": 64, "WIDTH": 64, "SHARED": False},
+        1,
+    ),
     "gate": (
         dict.fromkeys(("g_at", "u_at", "out_at"), "*bf16") | dict.fromkeys(("size", "apart"), "i32/16"),
         {"BLOCK": elementwise.BLOCK},
@@ -416,14 +423,15 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise(name, kind, tmp_path):
-    """Nothing spills, and values travel 8 bytes at a time at least."""
+    """Nothing spills, and values travel 8 bytes at a time at least; a warp of a head 4 bytes a thread of 16 bits, one line of memory."""
     arguments, constants, warps = ELEMENTWISE[name]
     arguments = {argument: kind if asked == "*bf16" else asked for argument, asked in arguments.items()}
-    kernel = getattr(elementwise, f"_{name}_kernel")
-    machine = build(tmp_path, kernel, arguments, constants, num_warps=warps, enable_fp_fusion=name != "rotate")
+    kernel, fused = getattr(elementwise, f"_{name}_kernel"), not name.startswith("rotate")
+    machine = build(tmp_path, kernel, arguments, constants, num_warps=warps, enable_fp_fusion=fused)
     assert machine.stack == 0
     assert machine.registers <= 64
-    assert machine.count(r"^LDG\.E\.(64|128)") >= 2
+    assert machine.count(r"^LDG\.E(\.64)? " if name == "rotated" else r"^LDG\.E\.(64|128)") >= 2
+    assert machine.count(r"^LDG\.E\.U16") == 0
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -103,6 +103,36 @@ def gates_of_two(grid, *, g_at, u_at, out_at, size, apart, BLOCK):
     at(out_at, (rows, size), BRAIN).copy_(elementwise.gate(g, u))
 
 
+def rotates_pairs(
+    grid,
+    *,
+    query_at,
+    key_at,
+    cosine_at,
+    sine_at,
+    query_to,
+    key_to,
+    query_apart,
+    key_apart,
+    length,
+    HEADS,
+    KV,
+    HALF,
+    WIDTH,
+    SHARED,
+):
+    tokens, heads = grid
+    assert heads == HEADS + KV
+    assert HALF <= WIDTH < 2 * HALF
+    cosine, sine = (at(address, (length if SHARED else tokens, 2 * HALF), BRAIN) for address in (cosine_at, sine_at))
+    for token in range(tokens):
+        place = token % length if SHARED else token
+        for start, to, apart, count in ((query_at, query_to, query_apart, HEADS), (key_at, key_to, key_apart, KV)):
+            x = at(start + 2 * apart * token, (1, count, 1, 2 * HALF), BRAIN)
+            turned = elementwise.rotate(x, cosine[place : place + 1], sine[place : place + 1])
+            at(to + 4 * HALF * count * token, turned.shape, BRAIN).copy_(turned)
+
+
 WORKS = {
     "between norm": (between, "_launch_norm", norms),
     "between rotate": (between, "_launch_rotate", rotates),
@@ -110,6 +140,7 @@ WORKS = {
     "between gate": (between, "_launch_gate", gates),
     "norm": (elementwise, "_launch_norm", plain_norms),
     "gate": (elementwise, "_launch_gate", gates_of_two),
+    "rotated": (elementwise, "_launch_rotated", rotates_pairs),
 }
 
 
@@ -170,6 +201,27 @@ def gate_of_two(shape=(2, 3), size=704):
     return (elementwise.launch_gate(g, u, elementwise._rows_apart(g)),), (elementwise.gate(g, u),)
 
 
+def heads_of(count=2, length=3, heads=4, kv=2, width=24, tables=1):
+    """(query, key, cosine, sine): heads of slices of one product, as transformers has them."""
+    joined = states(count, length, (heads + 2 * kv) * width)
+    parts = joined.split([heads * width, kv * width, kv * width], -1)
+    query, key = (part.view(count, length, -1, width).transpose(1, 2) for part in parts[:2])
+    angle = torch.rand(tables, length, width, generator=torch.Generator().manual_seed(3)) * 6
+    return query, key, angle.cos().to(BRAIN), angle.sin().to(BRAIN)
+
+
+def rotated_by_torch(query, key, cosine, sine):
+    """What `apply_rotary_pos_emb` of transformers gives."""
+    return [x * cosine[:, None] + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1) * sine[:, None] for x in (query, key)]  # fmt: skip
+
+
+def rotated(**sizes):
+    given = heads_of(**sizes)
+    apart = tuple(elementwise._tokens_apart(x) for x in given[:2])
+    assert all(apart)
+    return elementwise.launch_rotated(*given, apart), rotated_by_torch(*given)
+
+
 def same(results):
     found, truth = results
     return all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
@@ -183,6 +235,7 @@ AGAIN = {
     "between gate": (gate, [{}, {"rows": 1}, {"rows": 8}]),
     "norm": (norm, [{}, {"shape": (1, 1, 352)}, {"shape": (9, 352)}]),
     "gate": (gate_of_two, [{}, {"shape": (1, 5)}, {"shape": (4, 2)}]),
+    "rotated": (rotated, [{"count": 1}, {"count": 1, "length": 9}, {"tables": 2}, {"count": 3, "tables": 3}]),
 }
 # each of them asks Triton, since for another number it may have compiled something else; the smallest first, so that a mistake reads no foreign memory
 ANEW = {
@@ -195,6 +248,18 @@ ANEW = {
     "between gate": (gate, [{"size": 8}, {"size": 296}, {}]),
     "norm": (norm, [{"shape": (2, 3, 1)}, {"shape": (2, 3, 104)}, {}, {"epsilon": 1e-2}]),
     "gate": (gate_of_two, [{"shape": (1, 1), "size": 8}, {"shape": (1, 1)}, {"size": 712}, {}]),
+    "rotated": (
+        rotated,
+        [
+            {"count": 1, "length": 1},
+            {"tables": 2},
+            {},
+            {"length": 5},
+            {"width": 32, "tables": 2},
+            {"heads": 8, "tables": 2},
+            {"kv": 4, "tables": 2},
+        ],
+    ),
 }
 
 
@@ -272,19 +337,27 @@ def test_the_interpreter_is_always_asked(stands):
 
 @pytest.mark.parametrize(
     ("name", "most", "made"),
-    [("add_norm", 20, 2), ("rotate", 21, 1), ("gate", 17, 1), ("rms_norm", 21, 1), ("gate of two", 25, 1)],
+    [
+        ("add_norm", 20, 2),
+        ("rotate", 21, 1),
+        ("gate", 17, 1),
+        ("rms_norm", 21, 1),
+        ("gate of two", 25, 1),
+        ("rotated", 39, 2),
+    ],
 )
 def test_a_call_is_its_allocations_and_a_launch(name, most, made, stands, monkeypatch):
     """What Python does the second time: counted, since seconds depend on the machine."""
     x, y, weight, places = states(4, 352), states(4, 352), states(352), torch.arange(4, dtype=WHOLE)
     qkv, table, keys = states(4, 256), torch.rand(20, 32), torch.zeros(4, 2, 20, 32).to(BRAIN)
-    pair = states(1, 1, 1408).chunk(2, -1)
+    pair, heads = states(1, 1, 1408).chunk(2, -1), heads_of(count=1, length=1)
     calls = {
         "add_norm": lambda: between.add_norm(x, y, weight, 1e-6),
         "rotate": lambda: between.rotate(qkv, table, places, places, keys, keys),
         "gate": lambda: between.gate(x),
         "rms_norm": lambda: elementwise.rms_norm(x, weight, 1e-6),
         "gate of two": lambda: elementwise.gate(*pair),
+        "rotated": lambda: elementwise.rotated(*heads),
     }
     for stand in stands.values():
         monkeypatch.setattr(stand, "_compute", lambda *_: None)
@@ -316,6 +389,8 @@ def on_gpu():
     caches = [states(2, 2, 320, 128) for _ in range(2)]
     query, last = states(2, 8 * 128), torch.tensor([301, 5], dtype=WHOLE)
     both = states(5, 2 * 11008)
+    given = heads_of(2, 5, 8, 2, 128)
+    turned = [x.transpose(1, 2).cuda().transpose(1, 2) if x.dim() == 4 else x.cuda() for x in given]
     cuda = [t.cuda() for t in (x, y, weight, qkv, table, rows, places, *caches, query, last, both)]
     cx, cy, cw, cqkv, ctable, crows, cplaces, ckeys, cvalues, cquery, clast, cboth = cuda
 
@@ -337,11 +412,12 @@ def on_gpu():
         "gate": (lambda: [between.gate(cboth)], [between.gate(both)]),
         "rms_norm": (lambda: [elementwise.rms_norm(cx, cw, 1e-6)], [elementwise.rms_norm(x, weight, 1e-6)]),
         "gate of slices": (lambda: [elementwise.gate(*cboth.chunk(2, -1))], [between.gate(both)]),
+        "rotated": (lambda: elementwise.rotated(*turned), rotated_by_torch(*given)),
         "gate of one row": (lambda: [elementwise.gate(*cboth[:1].chunk(2, -1))], [between.gate(both[:1])]),
     }
 
 
-ON_GPU = ("add_norm", "norm", "rotate", "attend", "gate", "rms_norm", "gate of slices", "gate of one row")
+ON_GPU = ("add_norm", "norm", "rotate", "attend", "gate", "rms_norm", "gate of slices", "gate of one row", "rotated")
 
 
 @pytest.mark.gpu

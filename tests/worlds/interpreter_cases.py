@@ -312,6 +312,22 @@ def gated_pair(rows, width, sliced):
     return relative(elementwise.launch_gate(g, u, g.stride(0)), truth), 1e-3
 
 
+def rotated_pair(count, length, heads, kv, width, tables):
+    """The share of values that are not what torch makes of the same heads, of slices of one product."""
+    joined, angle = guarded(torch.randn(count, length, (heads + kv) * width).half()), torch.rand(tables, length, width)
+    parts = joined.split([heads * width, kv * width], -1)
+    query, key = (part.view(count, length, -1, width).transpose(1, 2) for part in parts)
+    cosine, sine = guarded(angle.cos().half()), guarded(angle.sin().half())
+    apart = tuple(elementwise._tokens_apart(x) for x in (query, key))
+    found = elementwise.launch_rotated(query, key, cosine, sine, apart)
+    wrong = 0.0
+    for x, turned in zip((query, key), found, strict=True):
+        first, second = x.chunk(2, -1)
+        wanted = x * cosine[:, None] + torch.cat((-second, first), -1) * sine[:, None]
+        wrong = max(wrong, float((turned != wanted).float().mean()))
+    return wrong, 0.0
+
+
 def roundings(launch, way, *shapes):
     """The share of values that differ from those of torch, which rounds after each operator: few, for sums are in another order."""
     given = [(3 * torch.randn(shape)).half() for shape in shapes]
@@ -433,6 +449,9 @@ CASES = {
     "add_norm, nothing to add": partial(normed, 2, 100, False),
     "rms_norm": partial(normed_rows, 5, 352),
     "rotate in place": partial(rotated_in_place, 2, 10, 3, 24),
+    "rotated, two sequences of one table": partial(rotated_pair, 2, 3, 3, 1, 24, 1),
+    "rotated, a table each": partial(rotated_pair, 2, 3, 2, 2, 32, 2),
+    "rotated, one token": partial(rotated_pair, 1, 1, 2, 2, 16, 1),
     "gate of two": partial(gated_pair, 3, 700, False),
     "gate of two slices": partial(gated_pair, 3, 1100, True),
     "rms_norm, rounded as by torch": partial(
