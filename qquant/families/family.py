@@ -82,6 +82,7 @@ class Transformers:
     config: str
     settings: Callable[[ModelConfig], Mapping[str, Any]]  # without dtype, tokens and tie
     computed: tuple[str, ...] = ()  # modules that hold no weights, made from the config
+    attention: str = ""  # the module of a block that rotates queries and keys, where there is one
     gated: str = ""  # the module of a block that is down_proj(silu(gate_proj(x)) * up_proj(x)), where there is one
 
 

@@ -131,7 +131,14 @@ QWEN2 = Family(
     ),
     ignored=("rotary_emb.inv_freq",),
     padded_by="intermediate_size",
-    transformers=Transformers("Qwen2ForCausalLM", "Qwen2Config", settings, computed=("model.rotary_emb",), gated="mlp"),
+    transformers=Transformers(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        settings,
+        computed=("model.rotary_emb",),
+        attention="self_attn",
+        gated="mlp",
+    ),
     gguf=GgufNames(
         architecture="qwen2",
         pre="qwen2",

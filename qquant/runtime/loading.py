@@ -18,6 +18,7 @@ from qquant.errors import InputError, UsageError
 from qquant.families.weights import WeightSource
 from qquant.formats.gguf.source import GgufSource
 from qquant.runtime import drawing
+from qquant.runtime.attention import with_rotation
 from qquant.runtime.generating import Quick
 from qquant.runtime.layers import GatedMLP, RMSNorm
 from qquant.runtime.linears import FusedSlice, QuantEmbedding, RuntimeLinear
@@ -140,8 +141,11 @@ def _fill(
         for linear, piece in zip(stage.linears, pieces, strict=True):
             piece.first = [pieces[0]] if piece.index else []
             _place(model, prefix + linear, piece)
-    if family.transformers and (gated := family.transformers.gated):
-        _place(model, prefix + gated, GatedMLP(model.get_submodule(prefix + gated)))
+    theirs = family.transformers
+    if theirs and theirs.attention:
+        with_rotation(model.get_submodule(prefix + theirs.attention))
+    if theirs and theirs.gated:
+        _place(model, prefix + theirs.gated, GatedMLP(model.get_submodule(prefix + theirs.gated)))
 
 
 def _open(path: str | Path) -> WeightSource:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from qquant.families import family_of
 from qquant.kernels import between, elementwise
 from qquant.kernels.launcher import Launcher
+from qquant.runtime.attention import Rotating, with_rotation
 from qquant.runtime.layers import GatedMLP, RMSNorm
 from qquant.source.safetensors_file import header_bytes
 from tests.bench.memory import SHAPES, SMALL, config_of
@@ -152,7 +153,7 @@ def by_triton():
 
 def host_costs(model):
     """Of the linears, and of what stands between them in one pass of one token and of 128."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
     linear = model.model.layers[0].self_attn.o_proj
     plain = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -170,12 +171,16 @@ def host_costs(model):
         keys, values = torch.zeros(2, 1, kv, 256, width, device="cuda").bfloat16()
         table, zeros = torch.rand(256, width, device="cuda"), torch.zeros(rows, dtype=torch.int32, device="cuda")
         places, pair = torch.arange(rows, dtype=torch.int32, device="cuda"), both.chunk(2, -1)
+        tables = torch.rand(2, 1, rows, width, device="cuda").bfloat16()
+        parts = qkv[None].split([heads * width, kv * width, kv * width], -1)[:2]
+        turned = (*(part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts), *tables)
         calls = {
             "add_norm": lambda x=x, y=y: between.add_norm(x, y, weight, 1e-6),
             "rotate": lambda *a, given=(qkv, table, zeros, places, keys, values): between.rotate(*given),
             "gate": lambda both=both: between.gate(both),
             "norm module": lambda x=x: layer.input_layernorm(x),
             "gate of an MLP": lambda pair=pair: elementwise.gate(*pair),
+            "rotation": lambda turned=turned: elementwise.rotated(*turned),
         }
         for name, call in calls.items():
             with by_triton():
@@ -183,12 +188,13 @@ def host_costs(model):
             host_cost(f"{name} of {rows}, by address", call)
         norm = Qwen2RMSNorm(hidden).to("cuda", torch.bfloat16)
         host_cost(f"transformers' norm of {rows}", lambda x=x, norm=norm: norm(x))
+        host_cost(f"transformers' rotation of {rows}", lambda turned=turned: apply_rotary_pos_emb(*turned))
         host_cost(f"transformers' gate of {rows}", lambda pair=pair: F.silu(pair[0]) * pair[1])
 
 
 @contextmanager
 def their_modules(model):
-    """A context in which norms and MLPs of the model are transformers'."""
+    """A context in which norms, MLPs and rotations of the model are transformers'."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
     kept = [(name, module) for name, module in model.named_modules() if isinstance(module, (RMSNorm, GatedMLP))]
@@ -204,15 +210,20 @@ def their_modules(model):
         for leaf, part in (*module.named_parameters(recurse=False), *module.named_children()):
             setattr(twin, leaf, part)
         place(name, twin)
+    turning = [module for module in model.modules() if isinstance(module, Rotating)]
+    for module in turning:
+        module.__class__ = module.theirs
     try:
         yield
     finally:
         for name, module in kept:
             place(name, module)
+        for module in turning:
+            with_rotation(module)
 
 
 def their_loop(model):
-    """transformers' loop over our modules, over our linears alone, and over all without launches by address."""
+    """transformers' loop over our modules, over our linears alone, and over ours without launches by address."""
     ids = torch.randint(1, 30000, (1, 40), device="cuda")
     made = model.generate(ids, max_new_tokens=64, **GREEDY)
     quick, model._quick = model._quick, None
@@ -220,7 +231,13 @@ def their_loop(model):
     tell("tokens of 64 before both loops part", int((made == other)[0, 40:].long().cumprod(0).sum()), "")
     rates("transformers' loop over our linears", model.generate, 1, GREEDY, runs=3)
     with their_modules(model):
-        rates("transformers' loop over our linears, with its own norms and MLPs", model.generate, 1, GREEDY, runs=2)
+        rates(
+            "transformers' loop over our linears, with its own norms, MLPs and rotations",
+            model.generate,
+            1,
+            GREEDY,
+            runs=2,
+        )
     with by_triton():
         rates("transformers' loop over our linears, by Triton's launcher", model.generate, 1, GREEDY, runs=2)
     rates("transformers' loop over our linears, again", model.generate, 1, GREEDY, runs=2)

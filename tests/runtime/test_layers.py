@@ -13,6 +13,7 @@ import qquant
 from qquant.kernels import elementwise
 from qquant.runtime import generating, layers
 from tests.conftest import write_checkpoint
+from tests.kernels.test_launcher import rotated_by_torch
 from tests.runtime.test_generating import GREEDY, theirs, tokens
 from tests.worlds import GOLDEN
 
@@ -55,14 +56,14 @@ def as_theirs(model):
 def counted(monkeypatch):
     """Launches by kernel: a CPU passes for a GPU, and torch computes what a kernel would."""
     made = Counter()
-    plain = {name: getattr(elementwise, name) for name in ("rms_norm", "gate")}
+    plain = {name: getattr(elementwise, name) for name in ("rms_norm", "gate")} | {"rotated": rotated_by_torch}
 
     def launch(name):
         def launched(*given):
             made[name] += 1
             with monkeypatch.context() as patch:
                 patch.setattr(elementwise, "serves", lambda _: False)
-                return plain[name](*given[: 3 if name == "rms_norm" else 2])
+                return plain[name](*given[: {"rms_norm": 3, "gate": 2, "rotated": 4}[name]])
 
         return launched
 
@@ -148,7 +149,7 @@ def test_a_token_takes_one_launch_for_each(dense, monkeypatch):
     with torch.no_grad():
         model(ids)
     blocks = model.config.num_hidden_layers
-    assert made == {"rms_norm": 2 * blocks + 1, "gate": blocks}
+    assert made == {"rms_norm": 2 * blocks + 1, "gate": blocks, "rotated": blocks}
 
 
 def test_what_replaces_or_hooks_a_part_is_heard(dense):
