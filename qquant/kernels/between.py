@@ -172,7 +172,7 @@ def launch_rotate(qkv: Tensor, table: Tensor, rows: Tensor, positions: Tensor, k
     _, kv, capacity, width = keys.shape
     count, outputs = qkv.shape
     heads = outputs // width - 2 * kv
-    query = torch.empty((count, heads * width), dtype=qkv.dtype, device=qkv.device)
+    query = qkv.new_empty(count, heads * width)
     tensors = qkv, table, rows, positions, query, keys, values
     _launch_rotate((count, heads + 2 * kv), tensors, (capacity,), (heads, kv, width // 2))
     return query
@@ -309,6 +309,6 @@ _launch_gate = Launcher(_gate_kernel, lambda _: {"BLOCK": GATED, "num_warps": 2}
 def launch_gate(gate_up: Tensor) -> Tensor:
     """Run the kernel; argument as of `gate`, contiguous."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
+    out = gate_up.new_empty(rows, size)
     _launch_gate((rows, blocks(size, GATED)), (gate_up, out), (size,))
     return out

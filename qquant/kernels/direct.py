@@ -107,7 +107,7 @@ class Call:
         ):
             return None
         qweight, params, bias = self._arguments
-        y = x.new_empty((*x.shape[:-1], self._outputs))
+        y = x.new_empty(*x.shape[:-1], self._outputs)
         made, sums, kernel = y.data_ptr(), self._keep[1], self._kernel
         self._run(
             self._grid[0], self._grid[1], 1, self._stream, kernel.function, kernel.packed_metadata, None, None, None,
@@ -178,7 +178,7 @@ class ManyRows:
         ):
             return None
         grid, sizes, sums = self._sized(x)
-        y = x.new_empty((*x.shape[:-1], self.weights.outputs))
+        y = x.new_empty(*x.shape[:-1], self.weights.outputs)
         made, kernel = y.data_ptr(), self._kernel
         kernel.run(
             *grid, self._stream, kernel.function, kernel.packed_metadata, None, None, None,

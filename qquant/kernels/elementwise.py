@@ -12,6 +12,7 @@ gradient is wanted.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -127,20 +128,21 @@ def rotated(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[T
     if not (serves(query) and serves(key) and query.dtype == key.dtype == cosine.dtype == sine.dtype):
         return None
     apart = _tokens_apart(query), _tokens_apart(key)
-    tables = cosine.dim() == 3 and cosine.shape == sine.shape and cosine.is_contiguous() and sine.is_contiguous()
-    if not (tables and all(apart) and query.numel() > 0 and not query.shape[-1] % 2):
+    if not (apart[0] and apart[1] and cosine.shape == sine.shape and cosine.is_contiguous() and sine.is_contiguous()):
         return None
     return launch_rotated(query, key, cosine, sine, apart)
 
 
 def _tokens_apart(x: Tensor) -> int:
     """Values from one token of x [B, heads, T, d] to the next if that is one number and a token's heads lie together, else 0."""
-    if x.dim() != 4 or x.stride(3) != 1 or (x.stride(1) != x.shape[3] and x.shape[1] > 1):
+    if x.dim() != 4:
         return 0
-    count, _, length, _ = x.shape
-    sequence, _, token, _ = x.stride()
+    count, heads, length, width = x.shape
+    sequence, head, token, value = x.stride()
+    if value != 1 or width % 2 or (head != width and heads > 1) or not count * length:
+        return 0
     if length == 1:
-        return sequence if count > 1 else x.shape[1] * x.shape[3]
+        return sequence if count > 1 else heads * width
     return token if count == 1 or sequence == length * token else 0
 
 
@@ -199,8 +201,8 @@ def launch_rotated(
     """Run the kernel; arguments as of `rotated`, `apart` values from one token of query and key to the next."""
     count, heads, length, width = query.shape
     kv = key.shape[1]
-    turned = torch.empty((count, length, heads, width), dtype=query.dtype, device=query.device)
-    turned_key = torch.empty((count, length, kv, width), dtype=query.dtype, device=query.device)
+    turned = query.new_empty(count, length, heads, width)
+    turned_key = query.new_empty(count, length, kv, width)
     shared = count > 1 and len(cosine) == 1
     tensors, numbers = (query, key, cosine, sine, turned, turned_key), (*apart, length if shared else 1)
     _launch_rotated((count * length, heads + kv), tensors, numbers, (heads, kv, width // 2, shared))
@@ -209,7 +211,7 @@ def launch_rotated(
 
 def gate(g: Tensor, u: Tensor) -> Tensor:
     """silu(g) u of two tensors [..., F] of one shape and dtype; rows may lie apart, as those of two slices of one tensor do."""
-    if serves(g) and serves(u) and g.dtype == u.dtype and g.shape == u.shape and g.numel() > 0:
+    if serves(g) and serves(u) and g.dtype == u.dtype and g.shape == u.shape:
         apart = _rows_apart(g)
         if apart and apart == _rows_apart(u):
             return launch_gate(g, u, apart)
@@ -217,10 +219,9 @@ def gate(g: Tensor, u: Tensor) -> Tensor:
 
 
 def _rows_apart(x: Tensor) -> int:
-    """Values from one row of x [..., F] to the next, 0 where that is not one number or a row has gaps."""
-    width = x.shape[-1]
+    """Values from one row of x [..., F] to the next, 0 where that is not one number, a row has gaps, or there are no values."""
     if x.is_contiguous():
-        return width
+        return x.shape[-1] if x.numel() else 0
     if x.stride(-1) != 1:
         return 0
     apart = inner = 0
@@ -257,7 +258,7 @@ _launch_gate = Launcher(_gate_kernel, lambda *_: {"BLOCK": BLOCK, "num_warps": 4
 
 def launch_gate(g: Tensor, u: Tensor, apart: int) -> Tensor:
     """Run the kernel; arguments as of `gate`, `apart` values from one row to the next."""
-    width = g.shape[-1]
-    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    _launch_gate((g.numel() // width * blocks(width, BLOCK), 1), (g, u, out), (width, apart))
+    *rows, width = g.shape
+    out = g.new_empty(*rows, width)
+    _launch_gate((math.prod(rows) * -(-width // BLOCK), 1), (g, u, out), (width, apart))
     return out

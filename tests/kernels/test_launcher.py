@@ -343,7 +343,7 @@ def test_the_interpreter_is_always_asked(stands):
         ("gate", 17, 1),
         ("rms_norm", 21, 1),
         ("gate of two", 25, 1),
-        ("rotated", 39, 2),
+        ("rotated", 32, 2),
     ],
 )
 def test_a_call_is_its_allocations_and_a_launch(name, most, made, stands, monkeypatch):

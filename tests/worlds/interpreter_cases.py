@@ -42,7 +42,7 @@ POISON = {
     torch.int32: 0x7ABCDEF7,
     torch.uint8: 0xE7,
 }
-_plain_empty = torch.empty
+_plain_empty, _plain_new_empty = torch.empty, torch.Tensor.new_empty
 _guarded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
@@ -74,6 +74,10 @@ def broken_guards():
 
 def _empty(*shape, dtype=torch.float32, device=None):
     return _fenced(tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, dtype)
+
+
+def _new_empty(like, *shape, **more):
+    return _plain_new_empty(like, *shape, **more) if more or like.dtype not in POISON else _empty(*shape, dtype=like.dtype)  # fmt: skip
 
 
 def relative(value, truth):
@@ -481,6 +485,7 @@ CASES |= {f"ggml_search {case}": partial(ggmls, *case.split()) for case in SEARC
 def run(case):
     torch.manual_seed(0)
     torch.empty = _empty
+    torch.Tensor.new_empty = _new_empty
     try:
         error, limit = case()
         guards = broken_guards()
@@ -489,6 +494,7 @@ def run(case):
         return {"failed": traceback.format_exc()}
     finally:
         torch.empty = _plain_empty
+        torch.Tensor.new_empty = _plain_new_empty
 
 
 if __name__ == "__main__":
