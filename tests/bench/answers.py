@@ -23,6 +23,7 @@ from qquant.families import family_of
 from qquant.kernels import between, elementwise
 from qquant.kernels.launcher import Launcher
 from qquant.runtime.attention import Rotating, with_rotation
+from qquant.runtime.generating import weights_of
 from qquant.runtime.layers import GatedMLP, RMSNorm
 from qquant.source.safetensors_file import header_bytes
 from tests.bench.memory import SHAPES, SMALL, config_of
@@ -155,6 +156,12 @@ def host_costs(model):
     """Of the linears, and of what stands between them in one pass of one token and of 128."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
+    quick = model._quick
+    for name, call in (
+        ("by a list", lambda: quick.decoder(model)),
+        ("by names", lambda: weights_of(model, quick.family, quick.config)),
+    ):
+        tell(f"host, whether a model is what was loaded, {name}", min(timed(call) for _ in range(5)) * 1e3, "ms")
     linear = model.model.layers[0].self_attn.o_proj
     plain = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for name, module, columns in (("our int4 linear", linear, linear.in_features), ("nn.Linear", plain, 4096)):
@@ -321,7 +328,8 @@ def bf16(options):
     torch.set_default_dtype(torch.float32)
     torch.cuda.synchronize()
     tell("bf16 made", time.perf_counter() - began, "s")
-    rates("bf16 eager", model.generate, 1, GREEDY, runs=2)
+    if not options.host:
+        rates("bf16 eager", model.generate, 1, GREEDY, runs=2)
     torch.backends.cuda.enable_cudnn_sdp(False)
     rates("bf16 eager without cuDNN attention", model.generate, 1, GREEDY, runs=3)
     if options.host:
