@@ -200,11 +200,12 @@ def host_costs(model):
 
 
 @contextmanager
-def their_modules(model):
-    """A context in which norms, MLPs and rotations of the model are transformers'."""
+def their_modules(model, rotations_alone=False):
+    """A context in which norms, MLPs and rotations of the model are transformers', or its rotations alone."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-    kept = [(name, module) for name, module in model.named_modules() if isinstance(module, (RMSNorm, GatedMLP))]
+    ours = () if rotations_alone else (RMSNorm, GatedMLP)
+    kept = [(name, module) for name, module in model.named_modules() if isinstance(module, ours)]
 
     def place(name, module):
         owner, _, leaf = name.rpartition(".")
@@ -245,6 +246,8 @@ def their_loop(model):
             GREEDY,
             runs=2,
         )
+    with their_modules(model, rotations_alone=True):
+        rates("transformers' loop over our linears, with its own rotations", model.generate, 1, GREEDY, runs=2)
     with by_triton():
         rates("transformers' loop over our linears, by Triton's launcher", model.generate, 1, GREEDY, runs=2)
     rates("transformers' loop over our linears, again", model.generate, 1, GREEDY, runs=2)
