@@ -114,7 +114,7 @@ class _Needs:
             return 0
         alone = not any(spec.transforms or not spec.own_stream for spec in self.specs)
         narrow = passages_bytes(self.checkpoint.family, self.config, self.tokens, self.item, 1 + alone)
-        wide = passages_bytes(self.checkpoint.family, self.config, self.tokens, 4, 1)
+        wide = passages_bytes(self.checkpoint.family, self.config, self.tokens, 4, 2)
         return max(narrow if len(self.in_float32) < len(self.own) else 0, wide if self.in_float32 else 0)
 
     @cached_property

@@ -25,9 +25,9 @@ def states_stay(nbytes: int, free: int) -> bool:
 
 
 def passages_bytes(family: Family, config: ModelConfig, tokens: int, itemsize: int, onward: int) -> int:
-    """Bytes that passages hold between two stages: three hidden states, and the widest input of the `onward` ones, which go on after it."""
+    """Bytes that passages hold between two stages: two hidden states, the widest input, and an output for each of the `onward` ones, which go to the end."""
     widest = max(columns for layer in range(config.layers) for columns in family.inputs(config, layer).values())
-    return tokens * itemsize * (onward * widest + 3 * config.hidden)
+    return tokens * itemsize * (widest + (2 + onward) * config.hidden)
 
 
 def passages_stay(nbytes: int, free: int) -> bool:

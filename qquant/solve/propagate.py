@@ -200,7 +200,7 @@ class _Ways:
         else:
             self.passes = self.passes or dict(self._begun(self.exact, self.own))
             last = number == len(self.own.family.stages) - 1
-            yield from _inputs(self.passes, last=last and not self.onward)
+            yield from _inputs(self.passes, last, self.onward)
 
     def outputs(self, block: Block, dtype: torch.dtype) -> Iterator[Tensor]:
         """What a block makes of every piece, where the stream has its states."""
@@ -213,12 +213,23 @@ class _Ways:
                 yield next(both[0 if block is self.exact else -1]).x.to(place, dtype)
 
 
-def _inputs(passes: Mapping[Piece, list[Passage]], last: bool) -> Iterator[Inputs]:
-    """The next stage's inputs of every piece in turn; nothing is asked of the first passage after the `last` stage, and it is dropped."""
+def _inputs(passes: Mapping[Piece, list[Passage]], last: bool, onward: bool) -> Iterator[Inputs]:
+    """The next stage's inputs of every piece in turn.
+
+    After the `last` stage the first passage goes to its end at once where it goes `onward`, since an output is smaller than what it is made
+    of; else nothing is asked of it any more, and it is dropped.
+    """
     for piece, both in passes.items():
         own = both[-1]
         # Closing is not enough: Python up to 3.12.3 keeps what a closed generator held.
-        yield Inputs(piece, next(both.pop(0) if last else both[0]), next(own))
+        yield Inputs(piece, next(both.pop(0) if last and not onward else both[0]), next(own))
+        if last and onward:
+            both[0] = _passed(next(both[0]))
+
+
+def _passed(output: StageInput[Tensor]) -> Passage:
+    """A passage of which the output is left."""
+    yield output
 
 
 def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift, exchange: Exchange) -> dict[str, Tensor]:

@@ -266,10 +266,10 @@ def test_a_block_that_cannot_be_read_ahead_is_told_in_its_turn(source, tmp_path,
     monkeypatch.setattr(devices, "threads_help", lambda device: True)
     read, told = source.block, []
 
-    def block(layer, threads):
+    def block(layer, *how):
         if layer == 1:
             raise InputError("damaged")
-        return read(layer)
+        return read(layer, *how)
 
     monkeypatch.setattr(source, "block", block)
     with pytest.raises(InputError, match="damaged"):

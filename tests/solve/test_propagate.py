@@ -26,10 +26,25 @@ def test_inputs_of_the_last_stage_let_go_of_the_passage_without_quantization():
     known = weakref.ref(held)
     passes = {(7,): [held, _passage(ways[1])]}
     del held
-    found = list(propagate._inputs(passes, last=True))
+    found = list(propagate._inputs(passes, last=True, onward=False))
     assert [place for place, _, _ in found] == [(7,)]
     assert known() is None
     assert [next(way)[0] for way in passes[7,]] == [""]
+
+
+def test_after_the_last_stage_a_passage_that_goes_on_holds_its_output_alone():
+    """Its input is 2.7 times as wide: those of all samples of a 7B in float32 had no room beside 32 blocks, and were made anew for every stage."""
+    outputs = torch.zeros(1), torch.ones(2)
+    ways = [iter([StageInput("down", torch.ones(1)), StageInput("", output)]) for output in outputs]
+    held = _passage(ways[0])
+    known = weakref.ref(held)
+    passes = {(7,): [held, _passage(ways[1])]}
+    del held
+    inputs = propagate._inputs(passes, last=True, onward=True)
+    assert next(inputs).exact.stage == "down"
+    assert next(inputs, None) is None
+    assert known() is None
+    assert [next(way).x for way in passes[7,]] == [*outputs]
 
 
 def _passage(way):
