@@ -16,7 +16,7 @@ ratio lies in the same octave share a matrix. Rows are solved ROWS at a time: me
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
@@ -56,44 +56,54 @@ def solved_tables(checkpoint: Checkpoint, draft: Draft) -> dict[str, Grid]:
 
 
 def write_unsolved(
-    checkpoint: Checkpoint, drafts: Sequence[Draft], solved: bool, device: torch.device, stop: Event
+    checkpoint: Checkpoint, drafts: Sequence[Draft], solved: bool, device: torch.device, together: bool, stop: Event
 ) -> None:
     """Write what no solver takes of every draft that does not have it; with `solved` they are not asked for tables that one does.
 
-    A GPU takes them all along, every slice of a table read once; elsewhere one after another, so that a kill costs one draft's work.
+    `together`: all along, every slice of a table read once, ahead; else one after another, so that a kill costs one draft's work.
 
     Raises:
         StoppedError: `stop` was set meanwhile.
     """
     todo = [draft for draft in drafts if UNSOLVED not in draft.units]
-    groups = [todo] if devices.threads_help(device) else [[draft] for draft in todo]
+    groups = [todo] if together else [[draft] for draft in todo]
     for group in filter(None, groups):
-        _write_group([_Unsolved(checkpoint, draft, solved) for draft in group], checkpoint, device, stop)
+        unsolved = [_Unsolved(checkpoint, draft, solved) for draft in group]
+        with background.prefetch(partial(_read, checkpoint), _slices(unsolved, checkpoint), together) as values:
+            _write_group(unsolved, values, device, stop)
 
 
-def _write_group(group: Sequence[_Unsolved], checkpoint: Checkpoint, device: torch.device, stop: Event) -> None:
-    """Write the unsolved tensors of some drafts side by side, in slices of rows."""
-    family = checkpoint.family
-    slices: list[tuple[str, slice]] = []
+Slice = tuple[str, slice]  # rows of a tensor
+
+
+def _slices(group: Sequence[_Unsolved], checkpoint: Checkpoint) -> list[Slice]:
+    """The tensors that some of a group want, in slices of rows."""
+    family, slices = checkpoint.family, list[Slice]()
     for name in [family.embedding, family.final_norm, *([] if checkpoint.config.tied else [family.head])]:
         if any(name in one.names for one in group):
             rows = checkpoint.tensors[name].shape[0]
             step = rows if name == family.final_norm else HEAD_ROWS
             slices += [(name, slice(start, min(start + step, rows))) for start in range(0, rows, step)]
+    return slices
 
-    def read(at: tuple[str, slice]) -> tuple[str, Tensor]:
-        name, rows = at
-        if name == family.final_norm:
-            return name, checkpoint.tensor(name)
-        return name, checkpoint.rows(name, rows.start, rows.stop)
 
-    with background.prefetch(read, slices, devices.threads_help(device)) as values:
-        for name, value in values:
-            if stop.is_set():
-                raise StoppedError(f"{group[0].draft.plan.name}: {name} is not written to its end")
-            there = value.to(device)
-            for one in group:
-                one.put(name, there)
+def _read(checkpoint: Checkpoint, at: Slice) -> tuple[str, Tensor]:
+    name, rows = at
+    if name == checkpoint.family.final_norm:
+        return name, checkpoint.tensor(name)
+    return name, checkpoint.rows(name, rows.start, rows.stop)
+
+
+def _write_group(
+    group: Sequence[_Unsolved], values: Iterator[tuple[str, Tensor]], device: torch.device, stop: Event
+) -> None:
+    """Write the unsolved tensors of some drafts side by side."""
+    for name, value in values:
+        if stop.is_set():
+            raise StoppedError(f"{group[0].draft.plan.name}: {name} is not written to its end")
+        there = value.to(device)
+        for one in group:
+            one.put(name, there)
     for one in group:
         one.draft.submit(partial(one.writer.close, []))
 

@@ -77,12 +77,17 @@ def quantize(  # noqa: PLR0913  each is of another thing
     mine = [draft for draft in drafts if ranks.first or not together]  # that this rank writes
     copied = [draft for draft in mine if copies(draft, checkpoint)]
     solved = curvature_tokens > 0
-    write = partial(write_unsolved, checkpoint, copied, solved, torch.device("cpu"))
+    beside = devices.threads_help(device)
     layers = checkpoint.config.layers
     waiting = [draft for draft in drafts if any(unit(layer) not in draft.units for layer in range(layers))]
     unmeasured = any(moments.lacks(layer) for layer in range(layers))
     curvature = None
-    with opened(ranks, device) as exchange, background.start_early(write, devices.threads_help(device)) as written:
+
+    def write(stop: Event) -> None:
+        with _writing(copied, device):
+            write_unsolved(checkpoint, copied, solved, torch.device("cpu"), beside, stop)
+
+    with opened(ranks, device) as exchange, background.start_early(write, beside) as written:
         asked = [
             draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))
         ]
@@ -95,7 +100,8 @@ def quantize(  # noqa: PLR0913  each is of another thing
             curvature = measure(source, measured, scratch, dtype, device, progress, blocks, exchange)
         written()  # two units of a draft are not journalled at once
         with _writing(mine, device):
-            write_unsolved(checkpoint, [draft for draft in mine if draft not in copied], solved, device, Event())
+            found = [draft for draft in mine if draft not in copied]
+            write_unsolved(checkpoint, found, solved, device, beside, Event())
             if curvature is not None:
                 solve_tables(checkpoint, mine, curvature.tables(device), device, progress)
         if together:

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +132,7 @@ def test_words_are_drawn_as_often_as_they_are_predicted(make_checkpoint, monkeyp
 
 def written(found, tables):
     """The tables of a draft after they were written, by its solver if it has one."""
-    outside.write_unsolved(found.checkpoint, [found.draft], True, CPU, threading.Event())
+    outside.write_unsolved(found.checkpoint, [found.draft], True, CPU, False, threading.Event())
     outside.solve_tables(found.checkpoint, [found.draft], tables, CPU, quiet)
     return found
 
@@ -182,7 +181,7 @@ def test_ggml_stores_what_llama_quantize_does_and_so_does_the_output_objective(m
     folder = make_checkpoint("m", num_hidden_layers=1)
     for fields, solved in (("solver: ggml", True), ("solver: gptq", False)):
         found = drafted(folder, f"type: q4_0, {fields}", fields[-4:])
-        outside.write_unsolved(found.checkpoint, [found.draft], solved, CPU, threading.Event())
+        outside.write_unsolved(found.checkpoint, [found.draft], solved, CPU, False, threading.Event())
         assert list(found.draft.units) == [outside.UNSOLVED]
         for name in (EMBEDDING, TOP):
             weight, kind = found.checkpoint.tensor(name).float(), found.draft.plan.stored[name].type
@@ -198,12 +197,11 @@ def test_a_gpu_reads_tables_once_for_all_drafts(make_checkpoint, drafted, monkey
     checkpoint, read = alone[0].checkpoint, []
     rows = checkpoint.rows
     monkeypatch.setattr(checkpoint, "rows", lambda name, *span: read.append((name, *span)) or rows(name, *span))
-    outside.write_unsolved(checkpoint, [one.draft for one in alone], False, CPU, threading.Event())
+    outside.write_unsolved(checkpoint, [one.draft for one in alone], False, CPU, False, threading.Event())
     slices = set(read)
     assert len(read) == len(kinds) * len(slices)
     read.clear()
-    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], threads=True))
-    outside.write_unsolved(checkpoint, [one.draft for one in beside], False, CPU, threading.Event())
+    outside.write_unsolved(checkpoint, [one.draft for one in beside], False, CPU, True, threading.Event())
     assert sorted(read) == sorted(slices)
     for one, other in zip(alone, beside, strict=True):
         (unit,), (twin,) = one.draft.units.values(), other.draft.units.values()
