@@ -24,6 +24,9 @@ else:
     torch = lazy("torch")
 
 
+READERS = 8
+
+
 @dataclass(frozen=True)
 class Policy:
     """Sizes of work on one kind of device. None of them changes a result but `together`, `spread`, `by_blocks` and `answered`."""
@@ -94,6 +97,11 @@ def policy(device: torch.device) -> Policy:
 def threads_help(device: torch.device) -> bool:
     """Whether threads beside the computation gain anything."""
     return policy(device).threads
+
+
+def readers(device: torch.device) -> int:
+    """Threads that read files for a device: one of them fills 1.2 GB of new memory a second. On a CPU they would only share its cores."""
+    return min(READERS, cores()) if threads_help(device) else 1
 
 
 def named(name: str | torch.device, option: str = "--device") -> torch.device:

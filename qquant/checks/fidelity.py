@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.devices import cores, free_memory, threads_help
+from qquant.devices import free_memory, readers
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
@@ -35,7 +35,6 @@ from qquant.progress import Progress, SharedProgress
 
 SLICE = 1024  # rows of the heads at a time, of every source at once
 HEAD = 2.0  # times the products of the head that its sums cost
-READERS = 8  # threads that read a block for a GPU, which waits for it
 TILE = 1024  # positions at a time, in whole windows or parts of one, so that how windows are grouped changes no product
 
 
@@ -220,8 +219,7 @@ def _measure(
 
 def plain_block(source: WeightSource, layer: int, device: torch.device) -> Block:
     """A block that computes in float32; several threads read it where that gains anything."""
-    threads = min(READERS, cores()) if threads_help(device) else 1
-    return source_block(source, layer, torch.float32, device, threads)
+    return source_block(source, layer, torch.float32, device, readers(device))
 
 
 def final_states(

@@ -5,7 +5,7 @@ Linears that share an input are one product, whose slices are never cut apart wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,9 @@ class _Outputs(Sequence[Tensor]):
 
     def __len__(self) -> int:
         return len(self.widths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.joined.split(list(self.widths), dim=-1))
 
     def __getitem__(self, index: Any) -> Any:
         return self.joined.split(list(self.widths), dim=-1)[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-READERS = 8
 QUICK = ("cuda", "cpu")  # devices where `generate` takes the quick way
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,7 +57,7 @@ def load(
     source = _open(path)
     raw = {} if isinstance(source, GgufSource) else _raw_config(source)
     number = _dtype(dtype or dtype_of(raw, Path(path)))
-    with ThreadPoolExecutor(_readers(where)) as pool:
+    with ThreadPoolExecutor(devices.readers(where)) as pool:
         try:
             return cast("PreTrainedModel", _assembled(source, raw, Loader(source, where, number), pool))
         finally:
@@ -89,11 +87,6 @@ def _drawn(source: WeightSource, raw: dict[str, Any]) -> tuple[dict[str, Any], d
         return {}, drawing.of_gguf(source)
     folder, vocabulary = source.path, source.config.vocab  # type: ignore[attr-defined] # every source of a folder has it
     return drawing.ids_of(raw, folder, vocabulary), drawing.of_folder(folder, raw, vocabulary)
-
-
-def _readers(device: torch.device) -> int:
-    """Threads that read: one of them fills 1.2 GB of new memory a second. On a CPU they would only share its cores."""
-    return min(READERS, os.cpu_count() or 1) if devices.threads_help(device) else 1
 
 
 def _block(

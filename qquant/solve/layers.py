@@ -16,7 +16,7 @@ from itertools import cycle, repeat
 from typing import TYPE_CHECKING
 
 from qquant.background import prefetch
-from qquant.devices import cores, free_memory, policy, staging, threads_help
+from qquant.devices import free_memory, policy, readers, staging, threads_help
 from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from qquant.source.checkpoint import Checkpoint
 
 KEEP = 0.3  # of the memory that is free on a card
-READERS = 8
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Layers:
         """The tensors of the blocks in this order, by their names inside the block; the next block is read meanwhile."""
         numbers = list(order)
         beside = threads_help(self.device)
-        read = partial(self._read, threads=min(READERS, cores()) if beside else 1, rooms=self._rooms(numbers))
+        read = partial(self._read, threads=readers(self.device), rooms=self._rooms(numbers))
         with prefetch(read, numbers, beside) as blocks:
             yield (self._placed(layer, block) for layer, block in zip(numbers, blocks, strict=True))
 
