@@ -115,6 +115,12 @@ def test_halves_of_a_stage_are_made_once(family, make_checkpoint):
     again = block.apply(stage.name, x)
     assert all(block.stretched[name] is pair for name, pair in made.items())
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    name = f"{stage.linears[0]}.weight"
+    block.weights[name] = (
+        block.weights[name] * 2
+    )  # as a solved linear takes its place between two pieces of the samples
+    bias = block.weights.get(f"{stage.linears[0]}.bias", 0.0)
+    assert torch.allclose(block.apply(stage.name, x)[0] - bias, 2 * (first[0] - bias), rtol=1e-5, atol=1e-6)
     block.apply(other.name, states(3, source.family.inputs(source.config, 0)[other.name]).float())
     assert block.stretched.keys() == set(other.linears), "halves of one stage are in memory"
 
