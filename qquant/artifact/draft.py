@@ -37,7 +37,7 @@ from qquant import background
 from qquant.algorithms.checksum import as_bytes
 from qquant.artifact.journal import Journal, JournalHead, JournalUnit
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
-from qquant.disk.digest import PIECE, sha256_of
+from qquant.disk.digest import piece_of, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
 from qquant.errors import QQuantError
@@ -58,7 +58,7 @@ class Beginning:
 
     def read(self, path: Path, stop: int) -> None:
         """Go on to byte `stop`, or the end of the file."""
-        buffer = memoryview(bytearray(PIECE))
+        buffer = piece_of(stop - self.bytes)
         with path.open("rb", buffering=0) as source:
             source.seek(self.bytes)
             while count := source.readinto(buffer[: max(0, stop - self.bytes)]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from threading import Event
 
@@ -15,10 +16,16 @@ def sha256_of(path: Path) -> str:
     return digest_of(path).hexdigest()
 
 
+def piece_of(size: int) -> memoryview:
+    """Room for a piece of `size` bytes: no more than these, so that small files take little memory, and never none."""
+    return memoryview(bytearray(max(1, min(PIECE, size))))
+
+
 def digest_of(path: Path, stop: Event | None = None) -> hashlib._Hash:
     """The sha256 of a file, to which more may be added; of its beginning where `stop` is set meanwhile."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
+        buffer = piece_of(os.fstat(file.fileno()).st_size)
         while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
     return digest
