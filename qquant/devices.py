@@ -9,6 +9,8 @@ another order would give artifacts whose bytes nobody can repeat.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,6 +134,22 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return _free_on_card(device)
     return host_memory()
+
+
+def return_freed(device: torch.device) -> None:
+    """Give the system back what was freed on a device that computes in the host's memory; for between two pieces of work.
+
+    GNU's allocator keeps freed pieces below 32 MB, scattered among those in use. Returning them takes 5 ms and saves 0.1 to 0.2 GB of what
+    a layer of 0.5B takes; having none (M_MMAP_THRESHOLD of 1 MB) saves as much again, and the build takes 13 % longer.
+    """
+    if not policy(device).apart and (trim := _malloc_trim()):
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The function of GNU's allocator; None where there is another."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def staging(size: int, device: torch.device) -> torch.Tensor:

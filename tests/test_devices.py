@@ -1,6 +1,8 @@
 """The device table: kinds that no size was measured for are refused by name, before any work."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +110,24 @@ def test_copies_from_a_card_are_made_while_the_caller_goes_on():
         assert copied.device == torch.device("cpu")
         assert copied.is_contiguous()
         assert torch.equal(copied, wanted[name])
+
+
+@pytest.mark.skipif(not devices._malloc_trim(), reason="GNU's allocator alone keeps what was freed")
+def test_what_was_freed_goes_back_to_the_system():
+    """64 MB in pieces of 1 MB, with one in use behind them: the allocator kept them all."""
+    large = torch.ones(1 << 22)
+    del large  # 16 MB: pieces of as much come from an arena from now on
+    devices.return_freed(torch.device("cpu"))
+    pieces = [torch.ones(1 << 18) for _ in range(64)]
+    behind = torch.ones(1 << 16)
+    del pieces
+    kept = _resident()
+    devices.return_freed(torch.device("meta"))  # which has memory of its own
+    assert kept - _resident() < 10 << 20
+    devices.return_freed(torch.device("cpu"))
+    assert kept - _resident() > 50 << 20
+    assert len(behind) == 1 << 16
+
+
+def _resident():
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10

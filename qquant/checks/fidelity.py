@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.devices import free_memory, readers
+from qquant.devices import free_memory, readers, return_freed
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
@@ -243,6 +243,7 @@ def final_states(
             at = f"block {layer + 1} of {layers}, model {index + 1} of {len(sources)}"
             observe = peaks.observer(index, layer) if peaks else None
             _through(block_of(source, layer, device), states, observe, partial(_at_window, progress, at, len(states)))
+            return_freed(device)
         if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
             raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
         progress.advance("check", layer + 1, layers + more)

@@ -3,7 +3,8 @@
 Memory where it computes is what every step holds, and the most that one of them adds:
 
     all        the process, a block as it is read, hidden states of every stream, one of them twice
-    curvature  a block forth and back for a piece of the samples, the curvature G of its rows; a piece of the head's scores
+    curvature  a block forth and back for a piece of the samples, what the allocator keeps of it, the curvature G of its rows; a piece of
+               the head's scores
     shared     Gram matrices of all stages, where an artifact is solved on them
     solve      of the worst stage, weights [N, K]: matrices [K, K], the weights several times, rows that are swept together; on a stream
                of its own also the block as it is solved, and what the samples hold between two stages (`qquant.plan.room`)
@@ -39,6 +40,7 @@ HEAD_ROWS = 16384  # as in `qquant.families.decoder`
 WIDE = 16384  # as in `qquant.algorithms.descent`
 SYSTEM = 1 << 26  # as there
 SWEPT = 28  # bytes of a GPU for a weight that is swept: steps, offsets, halves of the error, its product, codes
+ARENAS = 320 << 20  # bytes that GNU's allocator keeps of what was freed in pieces below 32 MB, at most
 CODES = 4.2  # bits that a weight takes in a stored tensor, scales included, where it is not 8
 
 
@@ -137,7 +139,8 @@ class _Needs:
         held = min(self.tokens, self.asked.gradient_tokens) * config.hidden * self.item
         block = self.block * (self.item if self.item != self.stored else 0)
         rows = 6 * self.curved + (4 * self.curved if self.policy.apart else 0)
-        return 3 * held + max(graph + attention + rows + block, self._head())
+        kept = 0 if self.policy.apart else min(ARENAS, (graph + attention) // 4)
+        return 3 * held + max(graph + attention + kept + rows + block, self._head())
 
     def _head(self) -> int:
         tokens = min(self.tokens, self.policy.head_tokens)

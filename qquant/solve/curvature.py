@@ -224,6 +224,7 @@ def measure(  # noqa: PLR0913  each is of another thing
         for layer in range(layers):
             inputs.keep(layer, stream.hidden)
             stream.advance(layer, block_of(source.family, source.config, next(forth), dtype), {})
+            devices.return_freed(device)
             tell(layer + 1)
     pieces = len(stream.every)
     hidden = exchange.in_order([x.to(device) for x in stream.hidden], pieces)
@@ -240,6 +241,7 @@ def measure(  # noqa: PLR0913  each is of another thing
             if exchange.first:
                 submit(partial(_write, folder, str(layer), to_host(factors), digests))
             del factors
+            devices.return_freed(device)
             tell(layers + head + BACKWARD * (layers - layer))
         gradients = exchange.in_order(gradients, pieces)
         if exchange.first:

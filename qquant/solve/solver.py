@@ -22,7 +22,7 @@ from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, value_of
 from qquant.algorithms.problem import Problem, solve, unstacked
 from qquant.artifact.draft import Draft
-from qquant.devices import to_host
+from qquant.devices import return_freed, to_host
 from qquant.errors import QQuantError
 from qquant.exchange import ALONE, Exchange
 from qquant.families import Stage
@@ -149,6 +149,7 @@ class Solver:
         for grid in dict.fromkeys(grids.values()):
             same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
             values |= self._store(same, gram) if grid is None else self._round(same, gram, grid, rows, exchange)
+        return_freed(gram.absolute.device)
         self.seconds[self.prefix + stage.name] = round(time.perf_counter() - began, 4)
         return {linear: _inside(value, weights[f"{linear}.weight"].shape) for linear, value in values.items()}
 

@@ -164,6 +164,7 @@ def _walk(  # noqa: PLR0913  each is of another thing
     with blocks.walk(range(layers)) as forth, measured as factors:
         for layer in range(layers):
             streams.move(View(checkpoint, layer, next(forth), dtype, next(factors), progress))
+            devices.return_freed(device)
             if layer < solved:
                 progress.advance("resume", layer + 1, solved)
             if layer + 1 >= solved:

@@ -1,6 +1,7 @@
 """What a plan says of memory, against the memory that a build takes."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -32,7 +33,11 @@ ON_A_CARD = {
     "72B": {"device": 16.532, "host": 7.737},
     "110B": {"host": 7.9},
 }  # GB on an H200; of 110B the card took more then
-ARENAS = 40 << 20  # the smaller build took 76 to 115 MB in twelve runs
+LIBRARIES = 40 << 20  # bytes that tokenizer and recipe take, and are not planned; the same to a megabyte at every run
+LIVE = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 18),
+}  # freed memory is returned: it takes 117 to 145 MB otherwise
 CHILD = r"""
 import ctypes, json, re, sys
 from pathlib import Path
@@ -44,7 +49,6 @@ from qquant.checks.loading import Loaded
 from qquant.plan.memory import PROCESS
 from qquant.plan.plan import Plan
 from qquant.plan.room import checked_bytes
-from qquant.progress import Quiet
 from qquant.progress import Quiet
 from qquant.source.checkpoint import Checkpoint
 from tests.conftest import write_checkpoint
@@ -81,22 +85,20 @@ print(json.dumps({name: planned_and_taken(name, *shape) for name, shape in json.
 """
 
 
-@pytest.fixture(scope="module")
-def builds(tmp_path_factory):
+def builds_in_a_process(folder, environment):
     """By shape: bytes planned, of them for the process itself, bytes that the build took, and the peak of the whole process."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the peak is read from /proc")
-    command = [sys.executable, "-c", CHILD, str(tmp_path_factory.mktemp("memory")), json.dumps(SHAPES)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", CHILD, str(folder), json.dumps(SHAPES)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_build_takes_the_memory_that_its_plan_says(builds, shape):
-    """Beside the process itself, within 15 % and what malloc's arenas and libraries take."""
-    planned, process, taken, _ = builds[shape]
-    assert abs(taken - (planned - process)) < 0.15 * taken + ARENAS
+def test_a_build_takes_the_memory_that_its_plan_says(tmp_path):
+    """Beside the process itself, within 15 % and what libraries take; without what the allocator keeps."""
+    for shape, (planned, process, taken, _) in builds_in_a_process(tmp_path, LIVE).items():
+        assert abs(taken - (planned - process)) < 0.15 * taken + LIBRARIES, shape
 
 
 def test_sweeps_take_the_tensors_that_their_plan_says(tmp_path):
@@ -129,11 +131,10 @@ def test_one_layer_takes_of_a_card_and_its_host_what_its_plan_says(tmp_path, sha
         assert abs(planned[what] / 1e9 - taken) < 0.15 * taken, what
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_whole_process_stays_below_what_is_planned(builds, shape):
-    """So who has as much memory free as the plan says can build."""
-    planned, _, _, peak = builds[shape]
-    assert peak < planned
+def test_the_whole_process_stays_below_what_is_planned(tmp_path):
+    """So who has as much memory free as the plan says can build, whatever the allocator keeps."""
+    for shape, (planned, _, _, peak) in builds_in_a_process(tmp_path, {}).items():
+        assert peak < planned, shape
 
 
 def test_windows_of_a_check_are_what_a_plan_says(make_checkpoint, monkeypatch):
