@@ -80,7 +80,7 @@ def judge(
     losses = {gate.name: statistics.measure_loss(gate.windows, gate.limit) for gate in asked}
     outcome, each = statistics.decide(losses, looks)
     reports = tuple(_report(gate, losses[gate.name], each[gate.name]) for gate in asked)
-    reasons = tuple(_reason(gate, report, losses[gate.name]) for gate, report in zip(asked, reports, strict=True))
+    reasons = tuple(_reason(gate, report) for gate, report in zip(asked, reports, strict=True))
     return Verdict(outcome, tuple(reason for reason in reasons if reason), reports)
 
 
@@ -93,11 +93,9 @@ def _report(gate: _Gate, loss: Loss, outcome: Proof) -> GateReport:
     return GateReport(gate.name, outcome, value, limit, low, high, loss.p_within, loss.p_beyond, reach, loss.windows)
 
 
-def _reason(gate: _Gate, report: GateReport, loss: Loss) -> str:
+def _reason(gate: _Gate, report: GateReport) -> str:
     """Why a gate did not pass; empty for one that did."""
-    between = (
-        f"95 % interval {report.low:.5g} to {report.high:.5g}, {loss.windows} window{'' if loss.windows == 1 else 's'}"
-    )
+    between = report.between(digits=5)
     match report.outcome:
         case "fail":
             return f"{gate.name} {report.value:.5g} is {gate.word} the limit {report.limit:g} ({between})"

@@ -103,7 +103,6 @@ def _reasons(shown: SliceChange, gate: GateReport) -> tuple[str, ...]:
     if gate.outcome == "pass":
         return ()
     word = "above" if gate.outcome == "fail" else "which cannot be told from"
-    between = f"95 % interval {gate.low:.3g} to {gate.high:.3g}, {shown.windows} windows"
     return (
-        f"{GATE}: {shown.name} has {gate.value:.3g} times its KL divergence, {word} the limit {gate.limit:.3g} ({between})",
+        f"{GATE}: {shown.name} has {gate.value:.3g} times its KL divergence, {word} the limit {gate.limit:.3g} ({gate.between()})",
     )

@@ -251,15 +251,15 @@ def _verdict(rows: Sequence[SliceReport], asked: Mapping[int, tuple[Ratio, float
         GATE, outcome, estimate.value, limit, estimate.low, estimate.high, multiple.p_within(limit), multiple.p_beyond(limit),
         shown.detectable or 0.0, shown.windows,
     )  # fmt: skip
-    return Verdict(outcome, _reasons(shown, rows, outcome), (report,))
+    return Verdict(outcome, _reasons(shown, rows, report), (report,))
 
 
-def _reasons(shown: SliceReport, rows: Sequence[SliceReport], outcome: str) -> tuple[str, ...]:
-    estimate = shown.relative
-    if outcome == "pass" or estimate is None:
+def _reasons(shown: SliceReport, rows: Sequence[SliceReport], report: GateReport) -> tuple[str, ...]:
+    if report.outcome == "pass":
         return ()
-    others = [row.name for row in rows if row.standing == outcome and row is not shown]
+    others = [row.name for row in rows if row.standing == report.outcome and row is not shown]
     also = f"; so {'do' if len(others) > 1 else 'does'} {', '.join(others)}" if others else ""
-    between = f"95 % interval {estimate.low:.3g} to {estimate.high:.3g}, {shown.windows} windows"
-    word = "above" if outcome == "fail" else "which cannot be told from"
-    return (f"{GATE}: {shown.name} has {comparison(shown)}, {word} the limit {shown.limit:.3g} ({between}){also}",)
+    word = "above" if report.outcome == "fail" else "which cannot be told from"
+    return (
+        f"{GATE}: {shown.name} has {comparison(shown)}, {word} the limit {shown.limit:.3g} ({report.between()}){also}",
+    )

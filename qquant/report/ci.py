@@ -23,7 +23,7 @@ def junit(*reports: Report) -> str:
         _findings(suite, artifact)
         for gate in artifact.verdict.gates:
             case = ElementTree.SubElement(suite, "testcase", classname=artifact.name, name=gate.name)
-            numbers = f"{gate.value:.6g}, limit {gate.limit:g}, 95 % interval {gate.low:.6g} to {gate.high:.6g}, {gate.windows} windows"
+            numbers = f"{gate.value:.6g}, limit {gate.limit:g}, {gate.between(digits=6)}"
             _result(case, gate.outcome, numbers, artifact.verdict.waiver)
         _count(suite)
     _count(suites)

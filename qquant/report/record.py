@@ -48,6 +48,11 @@ class GateReport:
     detectable: Number  # distance from the limit that is proven in 80 % of runs with this much text
     windows: Count
 
+    def between(self, digits: int = 3) -> str:
+        """Where the value lies, and how much text says so."""
+        counted = f"{self.windows} window{'' if self.windows == 1 else 's'}"
+        return f"95 % interval {self.low:.{digits}g} to {self.high:.{digits}g}, {counted}"
+
 
 @dataclass(frozen=True)
 class Verdict:

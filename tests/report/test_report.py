@@ -380,3 +380,15 @@ def test_many_reasons_leave_the_first_screen_to_the_picture():
     assert sum(f"{name} is not decided" in shown for name in ELEVEN) == 2
     assert all(f"{name} is not decided" in folded for name in list(ELEVEN)[:-1])
     assert "8 more" in folded
+
+
+@pytest.mark.parametrize(
+    ("windows", "digits", "said"),
+    [
+        (40, 3, "0.055 to 0.0662, 40 windows"),
+        (1, 3, "0.055 to 0.0662, 1 window"),
+        (2, 5, "0.055 to 0.066161, 2 windows"),
+    ],
+)
+def test_an_interval_says_of_how_much_text_it_is(windows, digits, said):
+    assert dataclasses.replace(GATE, high=0.066161, windows=windows).between(digits) == f"95 % interval {said}"
