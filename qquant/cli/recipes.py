@@ -51,7 +51,11 @@ def init_recipe(asked: Asked, out: Path) -> None:
     On a terminal, where no option says what to build or on what to calibrate, it asks.
     """
     from qquant import recipe
+    from qquant.plan.asked import GENERATED
 
+    for path in asked.calibration:
+        if str(path) != GENERATED:
+            _require_there(path)
     asked = settle(asked, question=False)
     silent = asked.flags == type(asked.flags)() and not asked.calibration
     written = _answered(asked) if silent and somebody_is_there() else asked.wanted()
@@ -87,9 +91,14 @@ def _answered(asked: Asked) -> Recipe:
 
 
 def _file_or_nothing(text: str) -> str:
-    if text and not Path(text).is_file():
-        raise click.UsageError(f"{text}: there is no such file")
+    if text:
+        _require_there(Path(text))
     return text
+
+
+def _require_there(path: Path) -> None:
+    if not path.is_file():
+        raise click.UsageError(f"{path}: there is no such file")
 
 
 def _write(out: Path, text: str) -> None:

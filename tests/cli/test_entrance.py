@@ -220,6 +220,19 @@ def test_recipe_init_asks_where_somebody_is_there(make_checkpoint, tmp_path, mon
     assert ("there is no such file" in done.output) == ("nowhere" in answers)
 
 
+def test_recipe_init_names_a_calibration_file_that_is_not_there(make_checkpoint, tmp_path):
+    """The recipe was written, and a build on another day stopped over it."""
+    mine, texts = tmp_path / "mine.yaml", tmp_path / "texts.txt"
+    texts.write_text("Plain text of mine.")
+    words = ["recipe", "init", str(make_checkpoint()), "--out", str(mine)]
+    missing = CliRunner().invoke(cli, [*words, "--calibration", str(texts), "--calibration", "nowhere.jsonl"])
+    assert missing.exit_code == 2
+    assert "nowhere.jsonl: there is no such file" in missing.output
+    assert not mine.exists()
+    done = CliRunner().invoke(cli, [*words, "--calibration", str(texts), "--calibration", "generated"])
+    assert done.exit_code == 0, done.output
+
+
 def test_a_config_that_does_not_fit_is_refused_before_a_recipe_is_proposed(make_checkpoint):
     folder = make_checkpoint()
     edit_config(folder, intermediate_size=160)
