@@ -11,9 +11,10 @@ import click
 
 from qquant.cli.command import command
 from qquant.cli.display import Display
-from qquant.cli.options import DEVICE, EXITS, JSON, require_there
+from qquant.cli.options import DEVICE, EXITS, JSON, recipe_words, require_there
 from qquant.cli.terminal import begins, counted, echo, echo_json
 from qquant.cli.together import device_of, ranks_here
+from qquant.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -106,13 +107,25 @@ def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, obj
     is_flag=True,
     help="Also build something small, in a minute, and keep what it took: `plan` and `build` then foresee better.",
 )
+@click.option(
+    "--warm",
+    metavar="CHECKPOINT",
+    help="Also compile the kernels that builds of this checkpoint on a GPU call, and answers of what they make: on one block of it, in a minute. Triton keeps them.",
+)
+@click.option(
+    "--recipe",
+    help="What the builds make that --warm compiles for: a bundled recipe or a YAML file; default: the published one that fits.",
+    shell_complete=recipe_words,
+)
 @DEVICE
 @JSON
-def doctor(out: Path, calibrate: bool, device: str, as_json: bool) -> None:
+def doctor(out: Path, calibrate: bool, warm: str | None, recipe: str | None, device: str, as_json: bool) -> None:
     """Find out whether this machine can build: versions, memory, the file system of --out, kernels, hub login.
 
     Under `torchrun -m` also whether ranks can work together: collectives, and one folder for all of them.
     """
+    if recipe and not warm:
+        raise UsageError("--recipe goes with --warm CHECKPOINT")
     begins(f"doctor: trying this machine, and {out}")
     from qquant import doctor as examination
     from qquant.errors import EnvironmentMissingError
@@ -124,6 +137,8 @@ def doctor(out: Path, calibrate: bool, device: str, as_json: bool) -> None:
         findings += examination.group(out, here, ranks, findings)
     if calibrate and ranks.first:
         findings.append(_calibrated(here))
+    if warm and ranks.first:
+        findings.append(_warmed(warm, recipe, here))
     if as_json:
         content = {"schema": "qquant-doctor-1", "findings": [vars(finding) for finding in findings]}
         echo(json.dumps(content, indent=2))
@@ -146,3 +161,16 @@ def _calibrated(device: torch.device) -> Finding:
     path = machine.keep(measured, device)
     factors = ", ".join(f"{phase} {factor:.2f}" for phase, factor in measured.factors.items())
     return Finding("calibrated", OK, f"times what is counted: {factors}; kept in {path}")
+
+
+def _warmed(checkpoint: str, recipe: str | None, device: torch.device) -> Finding:
+    """How many kernels were compiled, and where they are kept."""
+    from qquant import warming
+    from qquant.doctor import OK, Finding
+    from qquant.plan.asked import Asked
+
+    with Display() as progress:
+        warmed = warming.warm(Asked(checkpoint, recipe), device, progress)
+    return Finding(
+        "warmed", OK, f"{counted(warmed.kernels, 'kernel')} compiled in {warmed.seconds:.0f} s; kept in {warmed.folder}"
+    )

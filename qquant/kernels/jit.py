@@ -97,6 +97,16 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def kept_in(device: torch.device) -> Path | None:
+    """The folder where compiled kernels of a device are kept for later processes; None where none are compiled."""
+    return Path(triton.knobs.cache.dir) if AVAILABLE and device.type == "cuda" else None
+
+
+def kept(folder: Path) -> frozenset[str]:
+    """The names of the compiled kernels in such a folder."""
+    return frozenset(path.parent.name for path in folder.glob("*/*.cubin"))
+
+
 def path(op: str, device: torch.device | str) -> str:
     """The name of the implementation of operator `op` that runs for tensors on `device`.
 
