@@ -152,6 +152,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a dtype; torch multiplies one by one without."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
+
+
 def staging(size: int, device: torch.device) -> torch.Tensor:
     """Host memory uint8 [size] from which a GPU copies by itself, at eight times the pace of other memory."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")

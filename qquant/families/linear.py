@@ -9,22 +9,21 @@ the weights takes longest; gradients of weights.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from qquant.devices import multiplies
+
 FEW = 4  # rows of x that torch multiplies as they are
 PIECE = 1 << 22  # weights that are float32 at a time
 
 
-@cache
 def bfloat16_is_slow() -> bool:
     """Whether this CPU has no instructions for bfloat16."""
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not multiplies(torch.bfloat16)
 
 
 def by_float32(x: Tensor) -> bool:

@@ -7,7 +7,8 @@ A format says what its weights are (`Integers`: codes, scales, zero points), who
 and no 16-bit copy is made. q, k, v are one product, gate and up another, where their groups agree. What runs:
 
     CUDA    up to 64 rows `qquant::wq_mm`, on Hopper up to 512 (8 bits: 256) `qquant::many_rows`, above that `qquant::dequant` and the vendor's product
-    CPU     torch's int4 product for few rows (twice, for 8 bits), above that dequantize and multiply (`kernels.cpu_int4`)
+    CPU     torch's int4 product for few rows (twice, for 8 bits), above that dequantize and multiply (`kernels.cpu_int4`); by float32, also of
+            16-bit weights, where the CPU has no instructions for bfloat16
 
 What has no operator (K-quants and the affine types of GGUF, groups that no layout has, 16-bit tensors) is dequantized once, at
 load. Which way each linear went stands in its `repr` and in `paths(model)`: nothing falls back in silence. Sums are float32,
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qquant.algorithms.grid import Integers
+from qquant.families.linear import FEW, by_float32, linear
 from qquant.kernels import cpu_int4, direct, jit
 from qquant.kernels.dequant import dequant
 from qquant.kernels.many_rows import most_rows, quantized_linear
@@ -70,11 +72,12 @@ class DenseLinear(RuntimeLinear):
     def path(self) -> str:
         """The operator that runs, in words for people."""
         name = str(self.weight.dtype).removeprefix("torch.")
+        name += f", by float32 above {FEW} rows" if by_float32(self.weight) else ""
         return f"torch linear in {name}" + ("" if self.stored in ("bf16", "f16", "f32") else ", dequantized at load")
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., K] -> [..., N]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class QuantLinear(RuntimeLinear):

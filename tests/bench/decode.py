@@ -1,6 +1,7 @@
 """Decoding on the CPU: whole models of a real shape on random weights, int4 and int8 against bf16, and against llama.cpp.
 
     python -m tests.bench.decode [--models 0.5B 1.8B] [--kinds int4 int8] [--threads 1] [--pairs 7]
+    python -m tests.bench.decode --rows 8 48 128 512            the products of one matrix of 2816 x 1024 instead, by rows of x
 
 The speed check's own protocol (`qquant.checks.speed`): A B B A in one process, medians and 95 % intervals over pairs, the baseline
 against itself first. Where llama-cpp-python is importable, a q4_k_m file of the same shape (made here, of repeated random blocks)
@@ -11,16 +12,20 @@ import argparse
 import importlib.util
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from qquant import recipe
 from qquant.checks import speed
+from qquant.families.linear import linear
 from qquant.formats.gguf.layout import Gguf
 from qquant.formats.gguf.quantize import quantize
 from qquant.formats.gguf.source import GgufSource
 from qquant.formats.gguf.types import TYPES
+from qquant.kernels import cpu_int4
 from qquant.source.checkpoint import Checkpoint
 from tests.bench.gpu import random_weights, shape_of
 from tests.bench.memory import write_random
@@ -62,6 +67,38 @@ def write_gguf(folder, model):
     return path
 
 
+def products(rows):
+    """Milliseconds of one matrix by every way to multiply, each the least of some calls."""
+    outputs, columns = 2816, 1024
+    weight = (torch.randn(outputs, columns) * columns**-0.5).bfloat16()
+    print(
+        "| bits | rows | torch's int4 product | unpack and multiply | shifts and masks instead | bf16 as qquant multiplies it | F.linear |\n|---:|"
+        + "---:|" * 6
+    )
+    unpacks = cpu_int4.unpacks
+    for bits in (4, 8):
+        codes = torch.randint(0, 1 << bits, (outputs, columns), dtype=torch.uint8)
+        packed = cpu_int4.pack_cpu(codes, torch.rand(outputs, columns // 128).half(), None, bits)
+        for count in rows:
+            x = torch.randn(count, columns).bfloat16()
+            took = [least(cpu_int4.few_rows, x, packed), least(cpu_int4.many_rows, x, packed)]
+            cpu_int4.unpacks = lambda: False
+            took.append(least(cpu_int4.many_rows, x, packed))
+            cpu_int4.unpacks = unpacks
+            took += [least(linear, x, weight), least(functional.linear, x, weight)]
+            print(f"| {bits} | {count} | " + " | ".join(f"{1e3 * one:.2f}" for one in took) + " |", flush=True)
+
+
+def least(call, *arguments, calls=5):
+    """Seconds of the processor that the quickest of some calls took."""
+    found = []
+    for _ in range(calls + 1):
+        began = time.process_time()
+        call(*arguments)
+        found.append(time.process_time() - began)
+    return min(found[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["0.5B", "1.8B"])
@@ -70,9 +107,13 @@ def main():
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.rows:
+        products(options.rows)
+        return
     settings = speed.SpeedSettings(prompt=options.prompt, steps=options.steps, pairs=options.pairs)
     cpu, results = torch.device("cpu"), {}
     for model in options.models:

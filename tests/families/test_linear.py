@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qquant import devices
 from qquant.families import linear as products
 from qquant.families.decoder import Block
 
@@ -52,7 +53,8 @@ def test_a_torch_without_mkldnn_multiplies_bfloat16_slowly(monkeypatch):
     """As on macOS, where the question whether it has instructions is no operator."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
-    assert products.bfloat16_is_slow.__wrapped__()
+    assert not devices.multiplies.__wrapped__(torch.bfloat16)
+    assert devices.multiplies.__wrapped__(torch.float32)
 
 
 def test_attention_is_that_of_float32_rounded(slow):

@@ -206,6 +206,31 @@ def test_cpu_products_are_close_and_the_codes_stay(bits, symmetric, width):
 
 
 @needs_int4
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("width", "groups"), [(32, 5), (128, 9), (512, 3)])
+@pytest.mark.parametrize("unpacks", [True, False])
+def test_weights_of_many_rows_are_the_dequantized_ones(bits, symmetric, width, groups, unpacks, monkeypatch):
+    """To the bit, whatever is unpacked at a time; of a product by float32 too, which is rounded once."""
+    assert cpu_int4.unpacks()
+    monkeypatch.setattr(cpu_int4, "unpacks", lambda: unpacks)
+    monkeypatch.setattr(cpu_int4, "CHUNK", 192)
+    codes, scales, zeros, truth = cpu_weights(bits, width, symmetric, 256, groups)
+    packed = cpu_int4.pack_cpu(codes, scales, zeros, bits)
+    order = cpu_int4._unpacked_order(128, cpu_int4.block_rows())
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = cpu_int4.transposed_cpu(packed, dtype, slice(64, 192))
+        assert torch.equal(weight, truth[64:192][order].T.to(dtype))
+    x = torch.randn(7, width * groups).bfloat16()
+    for quick in (True, False):
+        monkeypatch.setattr(cpu_int4, "multiplies", lambda dtype, quick=quick: quick)
+        y = cpu_int4.many_rows(x, packed)
+        assert y.dtype == torch.bfloat16
+        wanted = x.double() @ truth.T
+        assert relative(y, wanted) <= (4e-3 if quick else 1.7e-3)
+
+
+@needs_int4
 def test_cpu_int4_refuses_what_the_operator_cannot_do():
     codes, scales, zeros, _ = cpu_weights(4, 128, True, rows=70)
     assert not cpu_int4.available(70, 512, 128)
