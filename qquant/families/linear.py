@@ -2,7 +2,7 @@
 
     y = round(float(x) float(W)' + float(b))        the gradient of x: round(float(g) float(W))
 
-Sums are float32 either way, and rounded once; their order differs. Without AVX-512 or AMX torch multiplies bfloat16 one by one, 7 to 20 times
+Sums are float32 either way, and rounded once; their order differs. Without AVX-512 or AMX torch multiplies bfloat16 and float16 one by one, 4 to 20 times
 as slowly as float32 (tests/bench/LOG.md), so rows of W are made float32 a piece at a time. Left out: a few rows of x, for which reading
 the weights takes longest; gradients of weights.
 """
@@ -21,14 +21,9 @@ FEW = 4  # rows of x that torch multiplies as they are
 PIECE = 1 << 22  # weights that are float32 at a time
 
 
-def bfloat16_is_slow() -> bool:
-    """Whether this CPU has no instructions for bfloat16."""
-    return not multiplies(torch.bfloat16)
-
-
 def by_float32(x: Tensor) -> bool:
     """Whether products of x are faster in float32."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and bfloat16_is_slow()
+    return x.device.type == "cpu" and not multiplies(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ def theirs(folder, tokens, dtype, mask=None):
 @pytest.fixture
 def with_instructions(monkeypatch):
     """A CPU that multiplies bfloat16 as torch does everywhere, however slowly."""
-    monkeypatch.setattr(products, "bfloat16_is_slow", lambda: False)
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
 
 
 @pytest.mark.usefixtures("with_instructions")
@@ -59,7 +59,7 @@ def test_without_instructions_logits_are_as_near_to_float32s(demo, monkeypatch):
     exact = ours(checkpoint, tokens, torch.float32)
     errors = []
     for slow in (True, False):
-        monkeypatch.setattr(products, "bfloat16_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(products, "multiplies", lambda dtype, slow=slow: dtype == torch.float32 or not slow)
         errors.append(float((ours(checkpoint, tokens, torch.bfloat16) - exact).square().mean()))
     assert errors[0] < 1.05 * errors[1]
     assert errors[0] != errors[1]
