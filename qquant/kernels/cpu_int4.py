@@ -231,9 +231,8 @@ def many_rows(x: Tensor, packed: Packed) -> Tensor:
     for start in range(0, outputs, CHUNK):
         rows = slice(start, min(start + CHUNK, outputs))
         part = factor @ transposed_cpu(packed, dtype, rows)
-        y[:, rows] = part.float().index_select(
-            1, _places(part.shape[1], block)
-        )  # float32's is seven times as fast as bfloat16's
+        # in float32, whose index_select is seven times as fast as bfloat16's
+        y[:, rows] = part.float().index_select(1, _places(part.shape[1], block))
     return y
 
 
