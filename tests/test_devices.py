@@ -131,3 +131,12 @@ def test_what_was_freed_goes_back_to_the_system():
 
 def _resident():
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+
+def test_a_build_returns_what_was_freed_between_its_stages(make_checkpoint, build, monkeypatch):
+    """After every block forth and back, stage, block that was solved, and block of a model that is checked."""
+    times = []
+    monkeypatch.setattr(devices, "_malloc_trim", lambda: times.append)
+    build(make_checkpoint(), "gptq-int4")
+    layers, stages, models = 2, 4, 2
+    assert len(times) == layers * (2 + stages + 1 + models)
