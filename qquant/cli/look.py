@@ -110,7 +110,7 @@ def _verified(folder: Path, deep: bool, only_bytes: bool) -> tuple[dict[str, obj
 @click.option(
     "--warm",
     metavar="CHECKPOINT",
-    help="Also compile the kernels that builds of this checkpoint on a GPU call, and answers of what they make: on one block of it, in a minute. Triton keeps them.",
+    help="Also compile the kernels that builds of this checkpoint on a GPU call, and answers of what they make: on one block of it. Triton keeps them.",
 )
 @click.option(
     "--recipe",
