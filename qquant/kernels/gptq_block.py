@@ -13,14 +13,16 @@ Reference: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; rows are indepe
 the same input is one call.
 
 On the CPU (and wherever Triton is missing) the columns are rows of a transposed copy, so that a step works on contiguous memory,
-and the updates beyond the next 16 columns wait until one BLAS call makes them all. The Triton kernel keeps 16 rows of the block in
-registers; a step extracts a column by a masked sum, and the error takes the column's place. Both carry w + offset instead of w,
-so that a step is code = round(v / step), error = (v - step * code) / U_jj. It takes
-MAX_COLUMNS at a time; what they leave for the columns after them is one product.
+and the updates beyond the next 16 columns wait until one BLAS call makes them all. The Triton kernel keeps a few rows of the block in the
+registers of one warp, and the next columns (a strip of 4 or 8) once more by themselves: a column is found there by a sum over the strip, and only
+what the strip needs of an error stands in the chain from one column to the next, with U's row fetched a column ahead. Every value has the
+updates of one column after the other, in their order. Both carry w + offset instead of w, so that a step is
+code = round(v / step), error = (v - step * code) / U_jj. It takes MAX_COLUMNS at a time; what they leave for the columns after them is one product.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 
@@ -30,8 +32,10 @@ from torch import Tensor
 from qquant.kernels.jit import AVAILABLE, blocks, jit, kernel, tl
 
 MAX_COLUMNS = 128  # of a launch
-ROWS = 16
-STRIP = 16  # columns updated one by one before BLAS updates the rest
+STRIP = 16  # columns updated one by one before BLAS updates the rest, on the CPU
+FEW = (8, 4)  # rows of a program and columns of its strip, where all programs run at once
+MANY = (16, 8)  # the same, where there are more rows than that
+CROWD = 6144  # rows from which on there are
 
 
 @torch.library.custom_op("qquant::gptq_block", mutates_args=())
@@ -97,31 +101,46 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     B: tl.constexpr,
     WIDTH: tl.constexpr,  # B, or the next power of two
     BR: tl.constexpr,
+    STRIP: tl.constexpr,  # of B
 ) -> None:
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     row = tl.minimum(n, N - 1).to(tl.int64)
     c = tl.arange(0, WIDTH)
-    inside = (n < N)[:, None] & (c < B)[None, :]
+    s = tl.arange(0, STRIP)
     v = tl.load(w_at + (row * w_row)[:, None] + c[None, :], mask=(c < B)[None, :], other=0.0)
     v += tl.load(offset_at + (row * offset_row)[:, None] + c[None, :], mask=(c < B)[None, :], other=0.0)
     step_at += row * step_row
-    codes = tl.zeros((BR, WIDTH), tl.float32)
+    strips = tl.arange(0, WIDTH // STRIP)[None, :, None]
     u_row = tl.load(u_at + c, mask=c < B, other=0.0)
+    u_strip = tl.load(u_at + s)
     pivot = tl.load(u_at)
-    step = tl.load(step_at)
-    for j in range(B):
-        here = (c == j)[None, :]
-        column = tl.sum(tl.where(here, v, 0.0), 1)
-        code = _quantize(column, step, TOP)
-        error = (column - step * code) / pivot
-        v = tl.where(here, error[:, None], v - error[:, None] * tl.where(c > j, u_row, 0.0)[None, :])
-        codes = tl.where(here, code[:, None], codes)
-        after = tl.minimum(j + 1, B - 1)  # fetched a step ahead
-        u_row = tl.load(u_at + after * u_row_length + c, mask=c < B, other=0.0)
-        pivot = tl.load(u_at + after * (u_row_length + 1))
-        step = tl.load(step_at + after)
-    tl.store(errors_at + (row * errors_row)[:, None] + c[None, :], v, mask=inside)
-    tl.store(codes_at + (row * codes_row)[:, None] + c[None, :], codes.to(tl.uint8), mask=inside)
+    steps = tl.load(step_at[:, None] + s[None, :])
+    for start in range(0, B, STRIP):
+        after = tl.minimum(
+            start + STRIP, B - STRIP
+        )  # of the next strip, whose values are fetched before they are needed
+        strip = tl.sum(tl.where(strips == start // STRIP, tl.reshape(v, (BR, WIDTH // STRIP, STRIP)), 0.0), 1)
+        codes = tl.zeros((BR, STRIP), tl.float32)
+        next_steps = tl.load(step_at[:, None] + (after + s)[None, :])
+        for k in tl.static_range(STRIP):
+            j = tl.minimum(start + k + 1, B - 1)
+            next_row = tl.load(u_at + j * u_row_length + c, mask=c < B, other=0.0)
+            next_strip = tl.load(u_at + j * u_row_length + (start if k + 1 < STRIP else after) + s)
+            next_pivot = tl.load(u_at + j * (u_row_length + 1))
+            here = (s == k)[None, :]
+            column = tl.sum(tl.where(here, strip, 0.0), 1)
+            step = tl.sum(tl.where(here, steps, 0.0), 1)
+            code = _quantize(column, step, TOP)
+            error = (column - step * code) / pivot
+            left = strip - error[:, None] * tl.where(s > k, u_strip, 0.0)[None, :]
+            strip = tl.where(here, error[:, None], left)
+            codes = tl.where(here, code[:, None], codes)
+            v = v - error[:, None] * u_row[None, :]
+            u_row, u_strip, pivot = next_row, next_strip, next_pivot
+        inside = (n < N)[:, None]
+        tl.store(errors_at + (row * errors_row)[:, None] + (start + s)[None, :], strip, mask=inside)
+        tl.store(codes_at + (row * codes_row)[:, None] + (start + s)[None, :], codes.to(tl.uint8), mask=inside)
+        steps = next_steps
 
 
 def launch(
@@ -131,7 +150,8 @@ def launch(
     rows, columns = w.shape
     codes, errors = out or (w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape))
     width = max(16, 1 << (columns - 1).bit_length())
-    _kernel[(blocks(rows, ROWS),)](
+    together, strip = FEW if rows < CROWD else MANY
+    _kernel[(blocks(rows, together),)](
         w,
         u,
         step,
@@ -148,8 +168,9 @@ def launch(
         TOP=levels - 1,
         B=columns,
         WIDTH=width,
-        BR=ROWS,
-        num_warps=4,
+        BR=together,
+        STRIP=math.gcd(strip, columns),
+        num_warps=1,
         enable_fp_fusion=True,
     )
     return codes, errors

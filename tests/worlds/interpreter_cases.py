@@ -165,8 +165,9 @@ def gptq_definition(w, u, step, offset, levels):
     return codes, errors
 
 
-def block_of_columns(rows, columns, levels, per_column, apart=0):
-    """`apart`: values between the end of a row and the next, of every argument another number."""
+def block_of_columns(rows, columns, levels, per_column, apart=0, crowd=gptq_block.CROWD):
+    """`apart`: values between the end of a row and the next, of every argument another number; `crowd`: rows that count as many."""
+    gptq_block.CROWD = crowd
     problem = gptq_problem(rows, columns, levels, per_column)
     if apart:
         wide = [torch.full((len(t), columns + apart * place), torch.nan) for place, t in enumerate(problem, start=1)]
@@ -435,6 +436,8 @@ CASES = {
     "gptq_block 128 columns": partial(block_of_columns, 20, 128, 16, False),
     "gptq_block 96 columns, a step per column": partial(block_of_columns, 17, 96, 16, True),
     "gptq_block 200 columns in strips, rows apart": partial(block_of_columns, 18, 200, 16, True, 3),
+    "gptq_block 7 columns": partial(block_of_columns, 9, 7, 16, True),
+    "gptq_block 12 columns, many rows": partial(block_of_columns, 20, 12, 16, True, crowd=20),
     "gptq_block 32 columns, 256 levels": partial(block_of_columns, 16, 32, 256, False),
     "group_search 16 levels, symmetric": partial(searched, 33, 2, 128, 16, True),
     "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
