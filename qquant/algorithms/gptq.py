@@ -28,7 +28,7 @@ from qquant.algorithms.problem import Problem, Solution, joined, stacked
 from qquant.devices import policy
 from qquant.kernels.gptq_block import gptq_block
 from qquant.kernels.product import add_product_to, split_matrix
-from qquant.kernels.triangular import solve_upper
+from qquant.kernels.triangular import Upper
 
 PIECE = 1 << 22  # values that are turned round at a time
 LADDER = (1, 2, 5, 10, 100)  # times the damping asked for
@@ -80,7 +80,7 @@ def _inverse(upper: Tensor) -> Tensor:
     """R^-1 of R upper, which has the layout of `_root`; one more matrix in memory."""
     one = torch.eye(len(upper), device=upper.device)
     if policy(upper.device).by_blocks:
-        return solve_upper(one, upper, triangular=True)
+        return Upper(upper).solve(one, triangular=True)
     inverse = one.mT  # in the layout that is solved in place
     torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
     return inverse

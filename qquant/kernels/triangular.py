@@ -8,6 +8,8 @@ The inverses of the blocks on the diagonal are explicit. Libraries multiply such
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -16,39 +18,49 @@ from qquant.kernels.product import add_product_to, product, split_matrix
 BLOCK = 1024
 
 
-def solve_upper(right: Tensor, upper: Tensor, triangular: bool = False) -> Tensor:
-    """X of X R = B for B float32 [N, K], which X takes the place of, and R float32 [K, K].
+@dataclass(frozen=True)
+class Upper:
+    """R float32 [K, K], upper triangular, and what systems with it have in common: several may be solved."""
 
-    `triangular`: B is upper triangular, as X is then, and [K, K].
-    """
-    for block in _blocks(len(upper)):
-        rows, later = slice(0, block.stop if triangular else None), slice(block.stop, None)
-        solved = product(right[rows, block], split_matrix(_inverse(upper[block, block])))
-        right[rows, block] = solved
-        if block.stop < len(upper):
-            add_product_to(right[rows, later], solved, split_matrix(_by_rows(upper[block, later])), alpha=-1)
-    return right
+    matrix: Tensor
+    inverses: dict[int, Tensor] = field(default_factory=dict)  # of blocks on the diagonal, by their first row
 
+    def solve(self, right: Tensor, triangular: bool = False) -> Tensor:
+        """X of X R = B for B float32 [N, K], which X takes the place of.
 
-def solve_upper_transposed(right: Tensor, upper: Tensor) -> Tensor:
-    """X of X R' = B; arguments as of `solve_upper`."""
-    for block in reversed(_blocks(len(upper))):
-        earlier = slice(0, block.start)
-        solved = product(right[:, block], split_matrix(_inverse(upper[block, block]).mT.contiguous()))
-        right[:, block] = solved
-        if block.start:
-            add_product_to(right[:, earlier], solved, split_matrix(_by_rows(upper[earlier, block].mT)), alpha=-1)
-    return right
+        `triangular`: B is upper triangular, as X is then, and [K, K].
+        """
+        for block in self._blocks():
+            rows, later = slice(0, block.stop if triangular else None), slice(block.stop, None)
+            solved = product(right[rows, block], split_matrix(self._inverse(block)))
+            right[rows, block] = solved
+            if block.stop < len(self.matrix):
+                behind = split_matrix(_by_rows(self.matrix[block, later]))
+                add_product_to(right[rows, later], solved, behind, alpha=-1)
+        return right
 
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """X of X R' = B; arguments as of `solve`."""
+        for block in reversed(self._blocks()):
+            earlier = slice(0, block.start)
+            solved = product(right[:, block], split_matrix(self._inverse(block).mT.contiguous()))
+            right[:, block] = solved
+            if block.start:
+                before = split_matrix(_by_rows(self.matrix[earlier, block].mT))
+                add_product_to(right[:, earlier], solved, before, alpha=-1)
+        return right
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    def _blocks(self) -> list[slice]:
+        count = len(self.matrix)
+        return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+
+    def _inverse(self, block: slice) -> Tensor:
+        if block.start not in self.inverses:
+            upper = self.matrix[block, block]
+            one = torch.eye(len(upper), device=upper.device)
+            self.inverses[block.start] = torch.linalg.solve_triangular(upper, one, upper=True).contiguous()
+        return self.inverses[block.start]
 
 
 def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    one = torch.eye(len(upper), device=upper.device)
-    return torch.linalg.solve_triangular(upper, one, upper=True).contiguous()

@@ -19,7 +19,7 @@ all, who solve its linears together, or to the first, which solves them (`sharin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -38,7 +38,7 @@ from qquant.families import Stage
 from qquant.families.decoder import Block
 from qquant.families.forward import StageInput
 from qquant.kernels.product import tensor_cores
-from qquant.kernels.triangular import solve_upper, solve_upper_transposed
+from qquant.kernels.triangular import Upper
 from qquant.plan.room import passages_bytes, passages_stay
 from qquant.solve.block import View, transform
 from qquant.solve.drift import Drift, Inputs, drift
@@ -246,9 +246,9 @@ def _targets(stage: Stage, weights: Mapping[str, Tensor], sums: Drift, exchange:
             if sums.residuals is not None:
                 lacking[name] = lacking[name] + sums.residuals[mine]
     del sums.cross, sums.residuals
-    factor = _ridge(sums.gram)
+    against = _against(_ridge(sums.gram))
     for name, weight in targets.items():
-        for span, (correction,) in zip(spans[name], exchange.share([_against(lacking.pop(name), factor)]), strict=True):
+        for span, (correction,) in zip(spans[name], exchange.share([against(lacking.pop(name))]), strict=True):
             weight[span] += SHARE * correction
     return targets
 
@@ -261,8 +261,9 @@ def _ridge(gram: Gram) -> Tensor:
     return torch.linalg.cholesky(damped, out=damped)
 
 
-def _against(correction: Tensor, factor: Tensor) -> Tensor:
-    """`correction` (L L')^-1; it may be used up."""
+def _against(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies a correction, which it may use up, by (L L')^-1."""
     if policy(factor.device).by_blocks:
-        return solve_upper_transposed(solve_upper(correction, factor.mT), factor.mT)
-    return torch.cholesky_solve(correction.T, factor).T
+        upper = Upper(factor.mT)
+        return lambda correction: upper.solve_transposed(upper.solve(correction))
+    return lambda correction: torch.cholesky_solve(correction.T, factor).T

@@ -9,7 +9,7 @@ from qquant.algorithms import coupled, gptq
 from qquant.algorithms.gram import Gram
 from qquant.devices import POLICIES
 from qquant.kernels import triangular
-from qquant.kernels.triangular import solve_upper, solve_upper_transposed
+from qquant.kernels.triangular import Upper
 from qquant.solve import propagate
 from tests.algorithms.test_gptq import problem
 
@@ -40,15 +40,28 @@ def test_both_systems(columns, by_columns):
     upper = upper.mT.contiguous().mT if by_columns else upper.contiguous()
     right = torch.randn(9, columns)
     expected = torch.linalg.solve_triangular(exact, right.double(), upper=True, left=False)
-    assert far(solve_upper(right.clone(), upper), expected) < 1e-5
+    assert far(Upper(upper).solve(right.clone()), expected) < 1e-5
     expected = torch.linalg.solve_triangular(exact.mT, right.double(), upper=False, left=False)
-    assert far(solve_upper_transposed(right.clone(), upper), expected) < 1e-5
+    assert far(Upper(upper).solve_transposed(right.clone()), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_blocks_are_inverted_once_for_all_systems(monkeypatch):
+    inverted, solve = [], torch.linalg.solve_triangular
+    monkeypatch.setattr(
+        torch.linalg, "solve_triangular", lambda a, *rest, **how: inverted.append(len(a)) or solve(a, *rest, **how)
+    )
+    upper = Upper(factor(40)[1])
+    first = [upper.solve_transposed(upper.solve(torch.ones(rows, 40))) for rows in (2, 5)]
+    assert inverted == [16, 16, 8]
+    assert torch.equal(first[0][0], first[0][1])
+    assert far(first[1], first[0][:1].double().expand(5, -1)) < 1e-5
 
 
 @pytest.mark.usefixtures("on_a_card")
 def test_an_inverse_stays_triangular():
     exact, upper = factor(40)
-    found = solve_upper(torch.eye(40), upper, triangular=True)
+    found = Upper(upper).solve(torch.eye(40), triangular=True)
     assert far(found, torch.linalg.inv(exact)) < 1e-5
     assert not bool(found.tril(-1).any())
 
@@ -64,7 +77,7 @@ def test_solvers_give_what_they_give_on_a_cpu(request):
         ridge = propagate._ridge(again)
         return (
             gptq.factorize(again, 0.01).upper,
-            propagate._against(correction.clone(), ridge),
+            propagate._against(ridge)(correction.clone()),
             coupled._pull(small, mix, slope),
         )
 
@@ -81,6 +94,7 @@ def test_a_gpu_is_about_as_precise_as_float32(columns):
     right = torch.randn(500, columns)
     expected = torch.cholesky_solve(right.double().T, exact.mT).T
     plain = torch.cholesky_solve(right.cuda().T, upper.mT).T
-    found = solve_upper_transposed(solve_upper(right.cuda(), upper), upper)
+    again = Upper(upper)
+    found = again.solve_transposed(again.solve(right.cuda()))
     print(f"{columns} columns: float32 {far(plain, expected):.1e}, by blocks {far(found, expected):.1e}")
     assert far(found, expected) < 10 * far(plain, expected) + 1e-5
