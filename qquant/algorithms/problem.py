@@ -23,8 +23,14 @@ from torch import Tensor
 from qquant.algorithms.gram import Gram, NotPositiveDefiniteError, with_damping
 from qquant.algorithms.grid import Grid, Params, QuantizedTensor
 from qquant.algorithms.sharing import rows_of
+from qquant.devices import free_memory, policy
 from qquant.exchange import ALONE, Exchange
 from qquant.recipe.solvers import STEPS
+
+FACTORS = (
+    20 * 1024
+)  # bytes of a column's factors: 4 of the upper one, 8 of the halves of each matrix, in blocks of 1,024
+KEPT = 1 / 32  # of what is free on a card
 
 
 class SolverSettings(Protocol):
@@ -56,8 +62,8 @@ class Problem:
     kept: dict[bool, list[Tensor]] | None = field(default=None, init=False)  # of sweeps (`descent.blocks_of`), by ranks
 
     def __post_init__(self) -> None:
-        """Ranks, of which each would factor all blocks of H for itself in every sweep, keep them."""
-        if self.exchange.world > 1:
+        """Ranks, of which each would factor all blocks of H for itself in every sweep, keep them, and so does a card that has room."""
+        if self.exchange.world > 1 or keeps_blocks(self.gram.absolute):
             self.kept = {}
 
     @cached_property
@@ -172,6 +178,15 @@ class Solution:
         fallback = self.fallbacks.get(linear)
         error = errors[0] if fallback else errors[-1]
         return {"error": error, "steps": steps, "damping": self.damping, "fallback": fallback}
+
+
+def keeps_blocks(channels: Tensor) -> bool:
+    """Whether the factors of sweeps over so many channels [K] take a small part of what their device has free.
+
+    Upper factor, H_SS and its inverse, or halves of them, [K, BLOCK] each, of both ways to cut the columns.
+    """
+    device = channels.device
+    return policy(device).apart and 2 * FACTORS * len(channels) <= KEPT * free_memory(device)
 
 
 StepFunction = Callable[[Problem, Solution | None], Solution]  # the same solution where there is nothing to do

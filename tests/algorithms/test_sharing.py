@@ -2,11 +2,13 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qquant import devices
 from qquant.algorithms import descent, gptq, sharing
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import UniformGrid
@@ -123,6 +125,16 @@ def test_ranks_factor_the_blocks_of_h_once_for_descent_and_coupled_rows(world, t
     seen.clear()
     in_threads(world, lambda exchange: solve(given(GRIDS["symmetric"], exchange), STEPS))
     assert set(seen.values()) == {4}, "wide ones are not kept"
+
+
+@pytest.mark.parametrize(("free", "times"), [(1 << 40, 2), (1 << 20, 4)])
+def test_a_card_that_has_room_keeps_them_too(free, times, monkeypatch):
+    alone, factored, seen = told(solve(given(GRIDS["symmetric"]), STEPS)), descent._factored, []
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], apart=True))
+    monkeypatch.setattr("qquant.algorithms.problem.free_memory", lambda device: free)
+    monkeypatch.setattr(descent, "_factored", lambda gram, size: seen.append(size) or factored(gram, size))
+    assert equal(alone, told(solve(given(GRIDS["symmetric"]), STEPS)))
+    assert len(seen) == times
 
 
 def test_each_rank_has_its_part_of_the_work(monkeypatch):
