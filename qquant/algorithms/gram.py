@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qquant.devices import policy
 from qquant.kernels.column_sums import column_sums
 from qquant.kernels.gram import gram
-from qquant.kernels.product import tensor_cores
+from qquant.kernels.product import add_lower_square, mirror, tensor_cores
 
 PIECE = 1 << 22  # values that are put in another order at a time
 
@@ -76,6 +77,7 @@ class Gram:
     tokens: int = 0
     largest: float = 0.0  # largest |x|
     cholesky: dict[float, object] = field(default_factory=dict)  # solver factorisations by damping, shared by artifacts
+    lower: bool = False  # whether the upper half of the matrix waits for `settle`
     unseen: list[Tensor] | None = None  # largest |x| of inputs that `settle` will look at; None: `add` looks at once
 
     @classmethod
@@ -97,8 +99,13 @@ class Gram:
         self._count(sums, len(x))
 
     def add_products(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """`add` in the matrix alone."""
-        gram(self.matrix, x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1))
+        """`add` in the matrix alone; of float32 on a card in its lower half, while `settle` is still to come."""
+        rows = x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1)
+        if self.unseen is not None and policy(rows.device).apart and rows.dtype == torch.float32:
+            add_lower_square(self.matrix, rows)
+            self.lower = True
+        else:
+            gram(self.matrix, rows)
 
     def add_sums(self, sums: tuple[Tensor, Tensor, Tensor], tokens: int) -> None:
         """`add` in everything but the matrix: the `column_sums` of the rows, and how many they were."""
@@ -129,6 +136,9 @@ class Gram:
             NotFiniteError: something of it held NaN or infinity; the sums are worthless, see `clear`.
         """
         unseen, self.unseen = self.unseen, None
+        if self.lower:
+            mirror(self.matrix)
+            self.lower = False
         if unseen:
             self._look(torch.stack(unseen).max())
 
@@ -136,7 +146,7 @@ class Gram:
         """Forget everything that was added, and look at what is added at once."""
         for sums in (self.matrix, self.absolute, self.squares):
             sums.zero_()
-        self.tokens, self.largest, self.unseen = 0, 0.0, None
+        self.tokens, self.largest, self.lower, self.unseen = 0, 0.0, False, None
 
     def move(self, device: torch.device | str) -> None:
         """Keep the matrix on `device` from now on."""

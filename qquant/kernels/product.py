@@ -137,10 +137,13 @@ def stretched_product(x: Tensor, b: Tensor) -> Tensor:
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
-    """Total [K, K] += x' x of x [T, K], float32, as precise; `total` is symmetric before and after.
+    """Total [K, K] += x' x of x [T, K], float32, as precise; `total` is symmetric before and after."""
+    add_lower_square(total, x)
+    mirror(total)
 
-    Only strips on and below the diagonal are multiplied, and mirrored.
-    """
+
+def add_lower_square(total: Tensor, x: Tensor) -> None:
+    """`add_square` in strips on and below the diagonal alone; what is above is worth nothing until it is `mirror`ed."""
     for rows in x.split(ROWS):
         split = halves(rows)
         for span in _strips(len(total)):
@@ -150,6 +153,10 @@ def add_square(total: Tensor, x: Tensor) -> None:
             with tensor_cores():
                 strip.addmm_(left.upper, right.upper)
             _add_lower(strip, left, right, 1)
+
+
+def mirror(total: Tensor) -> None:
+    """Put what is below the diagonal of [K, K] above it, too."""
     for span in _strips(len(total)):
         square = total[span, span]
         square.copy_(square.tril() + square.tril(-1).T)

@@ -1,17 +1,19 @@
 """How many matrices [K, K] the solvers hold: of a wide linear each takes gigabytes. The bits are those of plain formulas."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qquant import devices
 from qquant.algorithms import coupled, descent, gptq
 from qquant.algorithms import gram as algorithms_gram
 from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid
 from qquant.algorithms.problem import Problem, solve, stacked
 from qquant.kernels import product
-from qquant.kernels.product import SplitMatrix, halves
+from qquant.kernels.product import SplitMatrix, add_square, halves
 from tests.algorithms.test_gptq import problem
 from tests.worlds.allocations import Allocations
 
@@ -147,3 +149,32 @@ def test_halves_give_nearly_the_codes_of_whole_matrices(asked):
         patch.setattr(descent, "split_in_place", SplitMatrix)
         whole = solve(asked, ["rtn", "gptq", "sweeps", "coupled"])
     assert float((by_halves.codes != whole.codes).float().mean()) < 0.01
+
+
+def test_a_card_mirrors_sums_of_float32_once_for_all_pieces(monkeypatch):
+    """The bits of a matrix that is whole after every piece."""
+    monkeypatch.setattr("qquant.kernels.product.STRIP", 16)
+    monkeypatch.setattr("qquant.algorithms.gram.gram", add_square)
+    whole, late, again = (algorithms_gram.Gram.zeros(40) for _ in range(3))
+    pieces, weights = torch.randn(3, 30, 40), torch.rand(3, 30)
+    for x, s in zip(pieces, weights, strict=True):
+        whole.add(x, s)
+    monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], apart=True))
+    mirrored, mirror = [], algorithms_gram.mirror
+    monkeypatch.setattr(algorithms_gram, "mirror", lambda total: mirrored.append(len(total)) or mirror(total))
+    late.unseen = []
+    for x, s in zip(pieces, weights, strict=True):
+        late.add(x, s)
+    assert not mirrored
+    assert not torch.equal(late.matrix, late.matrix.T)
+    late.settle()
+    assert mirrored == [40]
+    assert torch.equal(late.matrix, whole.matrix)
+    assert torch.equal(late.matrix, late.matrix.T)
+    late.settle()
+    assert mirrored == [40]
+    again.unseen = []
+    again.add(pieces[0])
+    assert again.lower
+    again.clear()
+    assert not again.lower
