@@ -256,10 +256,10 @@ class ModelFolder(ABC, Generic[Spec]):
     def comparisons(
         self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
     ) -> Iterator[Callable[[], None]]:
-        """The bytes of each tensor, read with the `safetensors` package; then all values, dequantized on `device`, on a GPU a few at a time."""
+        """The bytes of each tensor, large ones first, read with the `safetensors` package; then all values, dequantized on `device`, on a GPU a few at a time."""
         import safetensors  # the independent reader
 
-        names = ((path, name) for path in files for name in _names(safetensors, path))
+        names = ((path, name) for path in files for name in _largest_first(safetensors, path))
         yield from (partial(_compare_bytes, safetensors, path, name, written[name]) for path, name in names)
         parts, listed = COMPARED if devices.threads_help(device) else 1, list(values.items())
         yield from (partial(self._compare_values, files[0].parent, listed[n::parts], device) for n in range(parts))
@@ -289,9 +289,9 @@ class ModelFolder(ABC, Generic[Spec]):
         return self.read_layout(quantization, where)
 
 
-def _names(library: ModuleType, path: Path) -> list[str]:
+def _largest_first(library: ModuleType, path: Path) -> list[str]:
     with library.safe_open(path, framework="pt") as file:
-        return list(file.keys())
+        return sorted(file.keys(), key=lambda name: -torch.Size(file.get_slice(name).get_shape()).numel())
 
 
 def _compare_bytes(library: ModuleType, path: Path, name: str, written: str) -> None:
