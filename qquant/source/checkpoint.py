@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qquant.algorithms.grid import finite
 from qquant.background import start_early
-from qquant.disk.digest import digest_of
+from qquant.disk.digest import sha256_apart, sha256_until
 from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.source import safetensors_file, vocabulary
@@ -143,7 +143,7 @@ class Checkpoint:
 
     def hash_weights(self, stop: Event) -> None:
         """Hash the weights now, for `content_hash` and `base_hash`; not to the end where `stop` is set meanwhile."""
-        digests = self._digests(stop)
+        digests = self._digests(stop, sha256_apart)
         if not stop.is_set():
             vars(self)["_weights"] = digests  # where the property keeps what it was once
 
@@ -155,10 +155,10 @@ class Checkpoint:
     def _weights(self) -> tuple[bytes, ...]:
         return self._digests(Event())
 
-    def _digests(self, stop: Event) -> tuple[bytes, ...]:
+    def _digests(self, stop: Event, of: Callable[[Path, Event], str] = sha256_until) -> tuple[bytes, ...]:
         files = sorted({info.file for info in self.tensors.values()})
         with ThreadPoolExecutor(min(8, len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-            return tuple(pool.map(partial(_sha256, stop=stop), files))
+            return tuple(pool.map(partial(_sha256, stop=stop, of=of), files))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -260,15 +260,15 @@ def read_tensors(path: Path) -> tuple[dict[str, TensorInfo], Any]:
     return tensors, digest
 
 
-def _sha256(path: Path, stop: Event) -> bytes:
-    """The sha256 of a file, or nothing where `stop` is set meanwhile; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
-    content = digest_of(path, stop)
+def _sha256(path: Path, stop: Event, of: Callable[[Path, Event], str]) -> bytes:
+    """The sha256 `of` a file, or nothing where `stop` is set meanwhile; raises InputError where a hub cache, which keeps large files under their sha256, has another one."""
+    found = of(path, stop)
     if stop.is_set():
         return b""
     named = path.resolve().name
-    if path.is_symlink() and SHA256.fullmatch(named) and named != content.hexdigest():
-        raise InputError(f"{path}: its sha256 is {content.hexdigest()}, the hub's is {named}. Download it again")
-    return content.digest()
+    if path.is_symlink() and SHA256.fullmatch(named) and named != found:
+        raise InputError(f"{path}: its sha256 is {found}, the hub's is {named}. Download it again")
+    return bytes.fromhex(found)
 
 
 def _indexed(path: Path, index: Mapping[str, Any]) -> dict[Path, set[str]]:
