@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
 
 Key = TypeVar("Key")
@@ -53,7 +53,7 @@ def _one_ahead(pool: ThreadPoolExecutor, read: Callable[[Key], Value], keys: Ite
 
 @contextmanager
 def write_behind(threaded: bool, hands: int = 1) -> Iterator[Callable[[Work], None]]:
-    """A function that takes work; with `threaded` it leaves it to a thread, and waits first while `hands` works are not done.
+    """A function that takes work from any thread; with `threaded` it leaves it to one, and waits first while `hands` works are not done.
 
     With more hands than one works end in any order. The error of a piece of work is raised whenever another is handed over, which is not done then, and at the end of the `with`; one of
     the `with` itself goes first.
@@ -63,12 +63,14 @@ def write_behind(threaded: bool, hands: int = 1) -> Iterator[Callable[[Work], No
         return
     with ThreadPoolExecutor(hands, "qquant-write-behind") as pool:
         doing: deque[Future[None]] = deque()
+        turn = Lock()
 
         def do(work: Work) -> None:
-            while len(doing) >= hands:
-                doing[0].result()  # stays where it is if it failed: nothing is done after it
-                doing.popleft()
-            doing.append(pool.submit(work))
+            with turn:
+                while len(doing) >= hands:
+                    doing[0].result()  # stays where it is if it failed: nothing is done after it
+                    doing.popleft()
+                doing.append(pool.submit(work))
 
         yield do
         while doing:

@@ -75,7 +75,10 @@ def quantize(  # noqa: PLR0913  each is of another thing
     dtype = STREAM_DTYPES[checkpoint.dtype]
     ranks = moments.ranks
     mine = [draft for draft in drafts if ranks.first or not together]  # that this rank writes
-    copied = [draft for draft in mine if copies(draft, checkpoint)]
+    copied = [
+        draft for draft in mine if copies(draft, checkpoint)
+    ]  # what no stream begins with is written beside all else
+    found = [draft for draft in mine if draft not in copied]
     solved = curvature_tokens > 0
     beside = devices.threads_help(device)
     layers = checkpoint.config.layers
@@ -84,10 +87,13 @@ def quantize(  # noqa: PLR0913  each is of another thing
     curvature = None
 
     def write(stop: Event) -> None:
-        with _writing(copied, device):
-            write_unsolved(checkpoint, copied, solved, torch.device("cpu"), beside, stop)
+        write_unsolved(checkpoint, copied, solved, torch.device("cpu"), beside, stop)
 
-    with opened(ranks, device) as exchange, background.start_early(write, beside) as written:
+    with (
+        opened(ranks, device) as exchange,
+        _writing(copied, device),
+        background.start_early(write, beside) as written,
+    ):
         asked = [
             draft for draft in drafts if draft.plan.spec.feedback and (draft in waiting or lacking(checkpoint, draft))
         ]
@@ -98,19 +104,18 @@ def quantize(  # noqa: PLR0913  each is of another thing
             }
             scratch = moments.folder / "curvature"
             curvature = measure(source, measured, scratch, dtype, device, progress, blocks, exchange)
-        written()  # two units of a draft are not journalled at once
-        with _writing(mine, device):
-            found = [draft for draft in mine if draft not in copied]
+        with _writing(found, device):
             write_unsolved(checkpoint, found, solved, device, beside, Event())
             if curvature is not None:
                 solve_tables(checkpoint, mine, curvature.tables(device), device, progress)
         if together:
             ranks.meet()  # an embedding that is codes begins a stream
             unmeasured = ranks.once(lambda: unmeasured)
-        with _writing(mine, device):
+        with _writing(found, device):
             if waiting or (unmeasured and any(owns for _, owns in work)):
                 group = exchange if together else ALONE
                 _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature, group)
+        written()
 
 
 @contextmanager
