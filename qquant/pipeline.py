@@ -28,7 +28,6 @@ from qquant.checks.evidence import Evidence
 from qquant.checks.means import Means
 from qquant.checks.review import Candidate, HeldOut, Review, earlier_release, held_out, review, with_speed
 from qquant.checks.structure import CachedWeights
-from qquant.devices import threads_help
 from qquant.disk.digest import sha256_of_data
 from qquant.disk.output import LOSSES, claim
 from qquant.disk.writes import told, write_synced
@@ -51,11 +50,10 @@ from qquant.report import views
 from qquant.report.conditions import CalibrationFacts, Conditions
 from qquant.report.record import Report
 from qquant.solve import sensitivity, walk
-from qquant.solve.layers import Layers
+from qquant.solve.layers import hashed_and_read
 from qquant.solve.moments import Moments, write_imatrix
 from qquant.solve.writing import Author
 from qquant.source.checkpoint import Checkpoint
-from qquant.source.padding import without_padding
 from qquant.source.safetensors_file import SIZES
 
 
@@ -78,7 +76,8 @@ def build(
     with claim(out, ranks, orphaned(out, plan.artifacts)) as folder, first_uses(device), ExitStack() as meanwhile:
         ranks.once(partial(restore, out, folder))
         progress.advance("read", 0, 3)
-        hashed = meanwhile.enter_context(checkpoint.hashed_beside(threads_help(device)))
+        measures = recipe.calibration.objective == "kl"
+        blocks, hashed = meanwhile.enter_context(hashed_and_read(checkpoint, device, measures))
         tokens, tokenizer = _calibration(recipe, checkpoint, out / "calibration", device, progress, ranks)
         text = held_out(recipe.checks, tokenizer, tokens, checkpoint.config.positions)
         progress.advance("read", 1, 3)
@@ -101,9 +100,10 @@ def build(
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
         drafts = owning.drafts(mine, folder, keys, ranks)
-        blocks, measured = Layers.of(without_padding(checkpoint), device), recipe.calibration.gradient_tokens
         idle = meanwhile.enter_context(loading.waiting(loading.early(len(plan.artifacts), device), gpu=True))
-        walk.quantize(checkpoint, samples, drafts, moments, blocks, progress, measured, mine.together)
+        walk.quantize(
+            checkpoint, samples, drafts, moments, blocks, progress, recipe.calibration.gradient_tokens, mine.together
+        )
         progress.advance("write", 0, 1)
         took = owning.seconds(mine.written(drafts, ranks), ranks)
         if ranks.first:

@@ -7,13 +7,13 @@ import time
 import pytest
 import torch
 
-from qquant import devices, pipeline
+from qquant import devices
 from qquant.artifact import draft
 from qquant.artifact.manifest import verify_files
 from qquant.disk.digest import sha256_of
 from qquant.errors import QQuantError, StoppedError
 from qquant.plan.plan import Plan
-from qquant.solve import outside, solver, walk
+from qquant.solve import layers, outside, solver, walk
 from qquant.source.checkpoint import Checkpoint
 from tests.test_faults import NAMES, build, make_checkpoint
 from tests.worlds.builds import contents, load_recipe
@@ -202,7 +202,7 @@ def test_a_build_beside_a_gpu_hashes_its_checkpoint_once_while_it_reads(build, m
     for name in ("hash_weights", "_digests"):
         inner = getattr(Checkpoint, name)
         monkeypatch.setattr(Checkpoint, name, lambda self, *how, n=name, f=inner: calls.append(n) or f(self, *how))
-    monkeypatch.setattr(pipeline, "threads_help", lambda device: gpu)
+    monkeypatch.setattr(layers, "threads_help", lambda device: gpu)
     build(folder, "gguf-q4_0")
     assert calls == (["hash_weights", "_digests"] if gpu else ["_digests"])
 

@@ -11,13 +11,16 @@ Left out: KV cache, sliding windows, dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qquant import background, devices
 from qquant.families import Family, ModelConfig
 from qquant.families.forward import StageInput
 from qquant.families.linear import by_float32, linear
@@ -25,6 +28,7 @@ from qquant.families.weights import WeightSource
 
 Observer = Callable[[str, Tensor], None]
 HEAD_ROWS = 16384  # rows of the head that are float32 at a time
+AHEAD = 4  # slices of so many rows that are read at a time
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -154,14 +158,42 @@ def source_block(
 
 def embed(source: WeightSource, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Embeddings [T, hidden] of int token ids [T]; only slices of the table that hold a token are read."""
-    ids, inverse = torch.unique(tokens.long(), return_inverse=True)
-    out = torch.empty(len(ids), source.config.hidden, dtype=dtype)
-    for start in range(0, source.config.vocab, HEAD_ROWS):
-        stop = min(start + HEAD_ROWS, source.config.vocab)
-        inside = (ids >= start) & (ids < stop)
-        if bool(inside.any()):
-            out[inside] = source.rows(source.family.embedding, start, stop)[ids[inside] - start].to(out)
-    return out[inverse]
+    return embed_each(source, [tokens], dtype, torch.device("cpu"))[0]
+
+
+def embed_each(source: WeightSource, texts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Embeddings [T, hidden] on `device` of the int token ids [T] of each text, for which the table is read once."""
+    ids, places = torch.unique(torch.cat(list(texts)).long(), return_inverse=True)
+    out = torch.empty(len(ids), source.config.hidden, dtype=dtype, device=device)
+    wanted = [span for span in slices(source.config.vocab) if bool(((ids >= span.start) & (ids < span.stop)).any())]
+    with read_slices(source, source.family.embedding, wanted, device) as read:
+        for span, rows in zip(wanted, read, strict=True):
+            inside = (ids >= span.start) & (ids < span.stop)
+            out[inside.to(device)] = rows[ids[inside] - span.start].to(out)
+    return [out[part] for part in places.to(device).split([len(text) for text in texts])]
+
+
+def slices(vocabulary: int) -> list[slice]:
+    """The rows of a table of words, HEAD_ROWS at a time."""
+    return [slice(start, min(start + HEAD_ROWS, vocabulary)) for start in range(0, vocabulary, HEAD_ROWS)]
+
+
+@contextmanager
+def read_slices(
+    source: WeightSource, name: str, spans: Sequence[slice], device: torch.device
+) -> Iterator[Iterator[Tensor]]:
+    """Rows of tensor `name` on the CPU, slice after slice; some are read ahead where that helps a computation on `device`."""
+
+    def read(span: slice) -> Tensor:
+        return source.rows(name, span.start, span.stop)
+
+    groups = (partial(_alone, partial(read, span)) for span in spans)
+    with background.in_parallel(groups, min(AHEAD, devices.readers(device))) as found:
+        yield (rows for (rows,) in found)
+
+
+def _alone(work: background.Task[Tensor]) -> list[background.Task[Tensor]]:
+    return [work]
 
 
 def logits(source: WeightSource, hidden: Tensor) -> Tensor:

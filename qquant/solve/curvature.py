@@ -69,7 +69,7 @@ HEAD = (
 FILED = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
 WRITERS = 4  # files that are hashed and written at a time beside a GPU: one takes longer than a block's way back
 
-ON_DEVICE, ON_HOST = 1 / 8, 1 / 4  # of a GPU's free memory, and of the host's, that inputs of blocks may take
+ON_DEVICE, ON_HOST = 1 / 3, 1 / 4  # of a GPU's free memory, and of the host's, that inputs of blocks may take
 
 Place = Literal["device", "host", "files"]
 
@@ -229,7 +229,9 @@ def measure(  # noqa: PLR0913  each is of another thing
     pieces = len(stream.every)
     hidden = exchange.in_order([x.to(device) for x in stream.hidden], pieces)
     seen = HeadInput.zeros(source, device)
-    gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of), exchange)
+    kept = blocks.take_head()
+    gradients = head_gradients(source, hidden, seen, lambda done, of: tell(layers + head * done // of), exchange, kept)
+    del kept
     gradients = [gradients[index] for index in exchange.mine(pieces)]
     del stream, hidden
     digests: dict[str, str] = {}

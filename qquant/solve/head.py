@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qquant import devices
-from qquant.background import prefetch
 from qquant.exchange import ALONE, Exchange, Parcels
-from qquant.families.decoder import HEAD_ROWS, rms_norm
+from qquant.families.decoder import read_slices, rms_norm, slices
 from qquant.kernels.gram import gram
 from qquant.source.checkpoint import Checkpoint
 
@@ -67,14 +66,15 @@ def head_gradients(
     seen: HeadInput,
     tell: Callable[[int, int], None],
     exchange: Exchange = ALONE,
+    kept: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Gradients of log p(v) - log p(w), over sqrt 2, for drawn v and w by the output of the last block, in the shapes of `hidden` [..., hidden].
 
     `hidden`: of all samples; slices of their tokens are shared out among ranks, of which the first fills `seen` with what the head sees.
-    `tell`: (tokens done, of all), after every slice of the tokens.
+    `tell`: (tokens done, of all), after every slice of the tokens. `kept`: slices of the head that are on the device already.
     """
     generator = torch.Generator().manual_seed(SEED)
-    head = Head(source, hidden[0].device)
+    head = Head(source, hidden[0].device, kept)
     norm = source.tensor(source.family.final_norm).to(hidden[0])
     pieces: list[Tensor] = []
     rows = [x.flatten(0, -2) for x in hidden]
@@ -102,18 +102,20 @@ def head_gradients(
 class Head:
     """The output head, in slices of rows; they stay on a GPU, and are read again for every call elsewhere."""
 
-    def __init__(self, source: Checkpoint, device: torch.device) -> None:
+    def __init__(self, source: Checkpoint, device: torch.device, kept: Sequence[Tensor] = ()) -> None:
         self.source = source
-        vocab = source.config.vocab
-        self.slices = [(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-        self.kept = self._to(device) if device.type == "cuda" else {}
+        self.slices = slices(source.config.vocab)
+        self.kept = kept or (self._to(device) if device.type == "cuda" else [])
 
-    def _to(self, device: torch.device) -> dict[tuple[int, int], Tensor]:
-        with prefetch(lambda span: self._read(*span), self.slices, devices.threads_help(device)) as read:
-            return {span: rows.to(device) for span, rows in zip(self.slices, read, strict=True)}
+    def _to(self, device: torch.device) -> list[Tensor]:
+        with read_slices(self.source, self.source.family.head, self.slices, device) as read:
+            return [rows.to(device) for rows in read]
 
-    def _read(self, start: int, stop: int) -> Tensor:
-        return self.source.rows(self.source.family.head, start, stop)
+    def _rows(self, number: int) -> Tensor:
+        if self.kept:
+            return self.kept[number]
+        span = self.slices[number]
+        return self.source.rows(self.source.family.head, span.start, span.stop)
 
     def chances(self, count: int, generator: torch.Generator) -> Tensor:
         """The numbers by which `count` tokens draw, float64 [count, slices, 2], on the CPU."""
@@ -132,7 +134,7 @@ class Head:
         drawn = [torch.zeros_like(normed), torch.zeros_like(normed)]
         words = torch.zeros(len(normed), 2, dtype=torch.int64, device=normed.device)
         for index, span in enumerate(self.slices):
-            rows = (self.kept[span] if self.kept else self._read(*span)).to(normed)
+            rows = self._rows(index).to(normed)
             scores = normed @ rows.T
             before, top = top, torch.maximum(top, scores.amax(1, keepdim=True).float())
             strips, sums = _mass(scores, top)
@@ -143,7 +145,7 @@ class Head:
                 drawn_rows = _drawn(strips, sums, chance * total).clamp(max=len(rows) - 1)
                 here = chance * total < sums[:, -1:]
                 drawn[number] = torch.where(here, rows[drawn_rows], drawn[number])
-                words[:, number] = torch.where(here[:, 0], span[0] + drawn_rows, words[:, number])
+                words[:, number] = torch.where(here[:, 0], span.start + drawn_rows, words[:, number])
         spread = (1 - squares / total.square()).clamp_(min=0).float()[:, 0]
         return Drawn((drawn[0] - drawn[1]) * 0.5**0.5, words, spread)
 

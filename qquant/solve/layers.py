@@ -8,15 +8,18 @@ can spare their bytes; a build reads a checkpoint three times otherwise, and wai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, repeat
+from threading import Event
 from typing import TYPE_CHECKING
 
-from qquant.background import prefetch
+from qquant.background import prefetch, start_early
 from qquant.devices import free_memory, policy, readers, staging, threads_help
+from qquant.families.decoder import read_slices, slices
+from qquant.source.padding import without_padding
 from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class Layers:
     device: torch.device
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     keeps: bool = False
+    head: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, source: Checkpoint, device: torch.device) -> Layers:
@@ -44,6 +48,24 @@ class Layers:
         blocks = SIZES[source.dtype] * sum(rows * columns for rows, columns in matrices)
         keeps = threads_help(device) and blocks <= KEEP * free_memory(device)
         return cls(source, device, keeps=keeps)
+
+    def fill(self, until: Callable[[], bool], head: bool) -> None:
+        """Bring the blocks to a device that keeps them, in their order, and then the `head`, `until` nobody has time for it any more."""
+        if not self.keeps or until():
+            return
+        with self.walk(range(self.source.config.layers)) as blocks:
+            for _ in blocks:
+                if until():
+                    return
+        spans = slices(self.source.config.vocab) if head else []
+        with read_slices(self.source, self.source.family.head, spans, self.device) as read:
+            rows = [part.to(self.device) for part in read if not until()]
+        self.head = rows if len(rows) == len(spans) else []
+
+    def take_head(self) -> list[Tensor]:
+        """The output head in `slices`, where it came to the device; it is the caller's from now on."""
+        head, self.head = self.head, []
+        return head
 
     @contextmanager
     def walk(self, order: Iterable[int]) -> Iterator[Iterator[dict[str, Tensor]]]:
@@ -71,3 +93,25 @@ class Layers:
         if self.keeps:
             self.kept[layer] = weights
         return dict(weights)
+
+
+@contextmanager
+def hashed_and_read(
+    checkpoint: Checkpoint, device: torch.device, head: bool
+) -> Iterator[tuple[Layers, Callable[[], None]]]:
+    """The blocks of a checkpoint without its padding, and a function that waits until the checkpoint was hashed.
+
+    Beside a GPU threads do that, while others bring to the card what it will keep: the blocks, and the `head` of who will ask for it.
+    """
+    blocks, beside = Layers.of(without_padding(checkpoint), device), threads_help(device)
+
+    def fill(stop: Event) -> None:
+        blocks.fill(lambda: stop.is_set() or checkpoint.is_hashed(), head)
+
+    with checkpoint.hashed_beside(beside) as hashed, start_early(fill, beside) as filled:
+
+        def wait() -> None:
+            hashed()
+            filled()
+
+        yield blocks, wait

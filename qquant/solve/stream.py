@@ -30,7 +30,7 @@ from qquant.algorithms.grid import finite
 from qquant.devices import free_memory, policy
 from qquant.errors import NumericalError, ShortMemoryError
 from qquant.exchange import ALONE, Exchange
-from qquant.families.decoder import Block, Observer, embed
+from qquant.families.decoder import Block, Observer, embed_each
 from qquant.families.weights import WeightSource
 from qquant.plan.room import states_stay
 
@@ -121,10 +121,9 @@ class Stream:
         cut = [every[index] for index in exchange.mine(len(every))]
         if not cut:  # there are more ranks than pieces
             return cls([], device, exchange=exchange, every=every, lengths=lengths)
-        samples = [samples[index] for piece in cut for index in piece]
         shapes = [(len(piece), lengths[piece[0]], -1) if len(piece) > 1 else (lengths[piece[0]], -1) for piece in cut]
-        rows = embed(source, torch.cat(list(samples)), dtype).split([sum(lengths[i] for i in piece) for piece in cut])
-        hidden = [own.clone().to(device).view(shape) for own, shape in zip(rows, shapes, strict=True)]
+        rows = embed_each(source, [torch.cat([samples[index] for index in piece]) for piece in cut], dtype, device)
+        hidden = [own.view(shape) for own, shape in zip(rows, shapes, strict=True)]
         return cls(hidden, device, pieces=cut, exchange=exchange, every=every, lengths=lengths)
 
     def branch(self) -> Stream:

@@ -104,6 +104,7 @@ def quantize(  # noqa: PLR0913  each is of another thing
             }
             scratch = moments.folder / "curvature"
             curvature = measure(source, measured, scratch, dtype, device, progress, blocks, exchange)
+        blocks.take_head()  # of a curvature that was there already
         with _writing(found, device):
             write_unsolved(checkpoint, found, solved, device, beside, Event())
             if curvature is not None:

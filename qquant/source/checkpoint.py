@@ -151,6 +151,10 @@ class Checkpoint:
         """A function that waits until a thread has hashed the weights; not `threaded`, they are when their hash is asked for."""
         return start_early(self.hash_weights, True) if threaded else nullcontext(lambda: None)
 
+    def is_hashed(self) -> bool:
+        """Whether its weights were hashed already."""
+        return "_weights" in vars(self)
+
     @cached_property
     def _weights(self) -> tuple[bytes, ...]:
         return self._digests(Event())

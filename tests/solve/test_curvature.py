@@ -108,12 +108,12 @@ def test_draws_do_not_depend_on_how_many_tokens_are_taken_together(source):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_head_that_is_kept_has_every_slice_in_its_place(source, monkeypatch, ahead):
     """As a GPU keeps it, with a slice read ahead of the one that goes there."""
-    monkeypatch.setattr("qquant.solve.head.HEAD_ROWS", 3000)
-    monkeypatch.setattr("qquant.devices.threads_help", lambda device: ahead)
+    monkeypatch.setattr("qquant.families.decoder.HEAD_ROWS", 3000)
+    monkeypatch.setattr("qquant.devices.readers", lambda device: 3 if ahead else 1)
     head = Head(source, CPU)
     kept = head._to(CPU)
-    assert list(kept) == head.slices
-    assert torch.equal(torch.cat(list(kept.values())), source.rows(source.family.head, 0, source.config.vocab))
+    assert len(kept) == len(head.slices) == 3
+    assert torch.equal(torch.cat(kept), source.rows(source.family.head, 0, source.config.vocab))
     chances, normed = head.chances(50, torch.Generator().manual_seed(1)), torch.randn(50, source.config.hidden)
     read = head.draw(normed, chances).gradient
     head.kept = kept
@@ -122,7 +122,7 @@ def test_a_head_that_is_kept_has_every_slice_in_its_place(source, monkeypatch, a
 
 def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     """Slices of unequal size and mass, none a multiple of a strip: how often each token is drawn against its probability."""
-    monkeypatch.setattr("qquant.solve.head.HEAD_ROWS", 3000)
+    monkeypatch.setattr("qquant.families.decoder.HEAD_ROWS", 3000)
     vocab, hidden = source.config.vocab, source.config.hidden
     normed = 3 * torch.randn(1, hidden, generator=torch.Generator().manual_seed(4))
     head = (
@@ -130,7 +130,7 @@ def test_a_draw_from_many_slices_follows_the_prediction(source, monkeypatch):
     )  # later slices score higher
     p = (normed @ head.T).softmax(1)[0].double()
     draw = Head(source, CPU)
-    monkeypatch.setattr(draw, "_read", lambda start, stop: head[start:stop])
+    monkeypatch.setattr(draw, "_rows", lambda number: head[draw.slices[number]])
     assert len(draw.slices) == 3
     count = 20000
     chances = draw.chances(count, torch.Generator().manual_seed(5))
@@ -237,7 +237,7 @@ def test_threads_and_where_inputs_stay_change_no_byte(source, tmp_path, monkeypa
 
 
 def test_inputs_stay_where_there_is_room(monkeypatch):
-    free = {"cuda": 800, "cpu": 1000}
+    free = {"cuda": 300, "cpu": 1000}
     monkeypatch.setattr(curvature, "free_memory", lambda device: free[device.type])
     places = {size: curvature._place(torch.device("cuda"), size) for size in (100, 101, 250, 251)}
     assert places == {100: "device", 101: "host", 250: "host", 251: "files"}

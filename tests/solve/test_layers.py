@@ -8,14 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qquant import devices, pipeline
 from qquant.algorithms.gram import Gram, NotFiniteError
-from qquant.families.decoder import Block
+from qquant.errors import InputError
+from qquant.families.decoder import Block, slices
 from qquant.formats.gguf import imatrix
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
 from qquant.solve import backward, layers, stream
 from qquant.solve.block import View
 from qquant.solve.curvature import BlockCurvature, measure
-from qquant.solve.layers import Layers
+from qquant.solve.layers import Layers, hashed_and_read
 from qquant.solve.solver import Solver
 from qquant.source.checkpoint import Checkpoint
 from qquant.source.safetensors_file import read_tensor
@@ -44,6 +45,46 @@ def test_kept_blocks_are_read_once(make_checkpoint, as_on_a_card, monkeypatch):
                 assert all(torch.equal(weights[name], value) for name, value in expected.items())
                 weights.clear()  # the caller's own dictionary
     assert read == [0, 1]
+
+
+def test_blocks_and_head_come_to_a_card_while_there_is_time(make_checkpoint, as_on_a_card, monkeypatch):
+    source = Checkpoint.open(make_checkpoint(tie_word_embeddings=False))
+    monkeypatch.setattr("qquant.families.decoder.HEAD_ROWS", 200)
+    count = len(slices(source.config.vocab))
+    assert count > 2
+    for looks, there, rows in (
+        (0, [], 0),
+        (1, [0], 0),
+        (2, [0, 1], 0),
+        (3 + count - 2, [0, 1], 0),
+        (99, [0, 1], count),
+    ):
+        blocks, left = Layers.of(source, CPU), iter(range(looks))
+        blocks.fill(lambda left=left: next(left, None) is None, head=True)
+        assert (list(blocks.kept), len(blocks.head)) == (there, rows)
+    assert torch.equal(torch.cat(blocks.take_head()), source.tensor(source.family.head))
+    assert not blocks.head
+    blocks.fill(lambda: False, head=False)
+    assert not blocks.head
+    monkeypatch.setattr(layers, "free_memory", lambda device: 1000)
+    few = Layers.of(source, CPU)
+    few.fill(lambda: False, head=True)
+    assert not few.kept
+    assert not few.head
+
+
+def test_a_checkpoint_is_hashed_and_read_at_once(make_checkpoint, as_on_a_card):
+    plain, source = Checkpoint.open(make_checkpoint("m")), Checkpoint.open(make_checkpoint("m"))
+    with hashed_and_read(source, CPU, head=True) as (blocks, wait):
+        wait()
+        assert source.is_hashed()
+        assert source.content_hash() == plain.content_hash()
+        assert blocks.keeps
+    (next(source.path.glob("*.safetensors"))).unlink()
+    damaged = Checkpoint.open(make_checkpoint("n"))
+    (next(damaged.path.glob("*.safetensors"))).unlink()
+    with pytest.raises((InputError, OSError)), hashed_and_read(damaged, CPU, head=True) as (_, wait):
+        wait()
 
 
 def test_blocks_that_do_not_fit_are_read_again(make_checkpoint, as_on_a_card, monkeypatch):

@@ -116,7 +116,8 @@ def test_the_statistics_are_those_of_their_definitions(make_checkpoint, tmp_path
 def test_words_are_drawn_as_often_as_they_are_predicted(make_checkpoint, monkeypatch):
     """The sum of p (1 - p), which the draws estimate; of a head that is sure of some words."""
     source = Checkpoint.open(make_checkpoint(dtype=torch.float32))
-    monkeypatch.setattr(Head, "_read", lambda self, start, stop: 4 * source.rows(TOP, start, stop))
+    rows = Head._rows
+    monkeypatch.setattr(Head, "_rows", lambda self, number: 4 * rows(self, number))
     x = torch.randn(1, source.config.hidden).expand(6000, -1)
     seen = HeadInput.zeros(source, CPU)
     head_gradients(source, [x.contiguous()], seen, silent)
