@@ -73,9 +73,9 @@ def test_no_thread_is_left_when_the_caller_fails(error):
     assert threads_left() == []
 
 
-@pytest.mark.parametrize("threaded", [True, False])
-def test_work_is_done_in_order_one_at_a_time(threaded):
-    done, running = [], []
+def one_at_a_time():
+    """Work that must not be done beside other such work, and what was done."""
+    running, done = [], []
 
     def work(number):
         running.append(number)
@@ -83,11 +83,36 @@ def test_work_is_done_in_order_one_at_a_time(threaded):
         time.sleep(0.002)
         done.append(running.pop())
 
+    return work, done
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_work_is_done_in_order_one_at_a_time(threaded):
+    work, done = one_at_a_time()
+
     with write_behind(threaded) as later:
         for number in range(5):
             later(lambda number=number: work(number))
             assert len(done) >= (number if threaded else number + 1)
     assert done == [0, 1, 2, 3, 4]
+    assert threads_left() == []
+
+
+def test_work_comes_from_several_threads_and_is_done_one_after_another():
+    work, done = one_at_a_time()
+
+    with write_behind(threaded=True) as later:
+
+        def give(first):
+            for number in range(first, first + 20):
+                later(lambda number=number: work(number))
+
+        givers = [threading.Thread(target=give, args=(first,)) for first in (0, 100, 200)]
+        for giver in givers:
+            giver.start()
+        for giver in givers:
+            giver.join()
+    assert sorted(done) == [*range(20), *range(100, 120), *range(200, 220)]
     assert threads_left() == []
 
 

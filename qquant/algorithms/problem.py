@@ -27,9 +27,7 @@ from qquant.devices import free_memory, policy
 from qquant.exchange import ALONE, Exchange
 from qquant.recipe.solvers import STEPS
 
-FACTORS = (
-    20 * 1024
-)  # bytes of a column's factors: 4 of the upper one, 8 of the halves of each matrix, in blocks of 1,024
+FACTORS = 20 * 1024  # bytes of a column's, in blocks of 1,024: 4 of the upper factor, 8 of the halves of each matrix
 KEPT = 1 / 32  # of what is free on a card
 
 

@@ -116,9 +116,7 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     pivot = tl.load(u_at)
     steps = tl.load(step_at[:, None] + s[None, :])
     for start in range(0, B, STRIP):
-        after = tl.minimum(
-            start + STRIP, B - STRIP
-        )  # of the next strip, whose values are fetched before they are needed
+        after = tl.minimum(start + STRIP, B - STRIP)  # the next strip, whose values are fetched before they are needed
         strip = tl.sum(tl.where(strips == start // STRIP, tl.reshape(v, (BR, WIDTH // STRIP, STRIP)), 0.0), 1)
         codes = tl.zeros((BR, STRIP), tl.float32)
         next_steps = tl.load(step_at[:, None] + (after + s)[None, :])

@@ -117,6 +117,9 @@ def main():
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sets", nargs="*", default=["gptq-int4"], help="comma-separated artifacts, or all")
     parser.add_argument("--plain", action="store_true", help="objective: output, propagate: false, sweeps: 0")
+    parser.add_argument(
+        "--whole", action="store_true", help="time phases alone: a clock in every step waits for the GPU"
+    )
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     options = parser.parse_args()
     began = time.monotonic()
@@ -164,7 +167,8 @@ def main():
         (pipeline, "write_imatrix", "end: importance matrix"),
         (pipeline, "_judge", "end: judged, with the check"),
     ):
-        clock.watch(owner, name, label)
+        if not options.whole or label.startswith(("calibration", "hash", "check", "end")):
+            clock.watch(owner, name, label)
     loading._child = spoken(loading._child)
     for chosen in options.sets:
         only = () if chosen == "all" else chosen.split(",")

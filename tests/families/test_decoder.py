@@ -121,3 +121,19 @@ def test_embedding_reads_only_what_it_needs(make_checkpoint, monkeypatch):
     values = decoder.embed(checkpoint, tokens, torch.float32)
     assert torch.equal(values, checkpoint.tensor("model.embed_tokens.weight")[tokens].float())
     assert read == [(0, 16384), (32768, 40000)]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_table_is_read_once_for_the_words_of_several_texts(make_checkpoint, monkeypatch, ahead):
+    """Only slices that hold one of them; every text has memory of its own."""
+    source, read = Checkpoint.open(make_checkpoint()), []
+    table, rows = source.tensor(source.family.embedding), source.rows
+    monkeypatch.setattr(decoder, "HEAD_ROWS", 100)
+    monkeypatch.setattr("qquant.devices.readers", lambda device: ahead)
+    monkeypatch.setattr(source, "rows", lambda name, start, stop: read.append((start, stop)) or rows(name, start, stop))
+    texts = [torch.tensor([3, 250, 3]), torch.tensor([299]), torch.tensor([0, 99, 200, 7])]
+    found = decoder.embed_each(source, texts, torch.float32, torch.device("cpu"))
+    for text, x in zip(texts, found, strict=True):
+        assert torch.equal(x, table[text].float())
+    assert sorted(read) == [(0, 100), (200, 300)]
+    assert len({x.untyped_storage().data_ptr() for x in found}) == 3
