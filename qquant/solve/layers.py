@@ -3,18 +3,22 @@
 CPU     read again in every pass: memory of one layer
 GPU     read by several threads while the block before is computed with, into memory that every other block is read into as well (new
 memory is zeroed page by page, while the copy to the card waits for the same lock), and kept on the card for the next pass where it
-can spare their bytes; a build reads a checkpoint three times otherwise, and waits for most of it
+can spare their bytes; a build reads a checkpoint three times otherwise, and waits for most of it. They come there while processes hash
+the checkpoint, which takes longer (`hashed_and_read`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, repeat
 from threading import Event
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from qquant.background import prefetch, start_early
 from qquant.devices import free_memory, policy, readers, staging, threads_help
@@ -23,9 +27,6 @@ from qquant.source.padding import without_padding
 from qquant.source.safetensors_file import SIZES
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from qquant.source.checkpoint import Checkpoint
 
 KEEP = 0.3  # of the memory that is free on a card
@@ -106,7 +107,8 @@ def hashed_and_read(
     blocks, beside = Layers.of(without_padding(checkpoint), device), threads_help(device)
 
     def fill(stop: Event) -> None:
-        blocks.fill(lambda: stop.is_set() or checkpoint.is_hashed(), head)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first card
+            blocks.fill(lambda: stop.is_set() or checkpoint.is_hashed(), head)
 
     with checkpoint.hashed_beside(beside) as hashed, start_early(fill, beside) as filled:
 

@@ -1,5 +1,6 @@
 """Blocks that are read once and kept, and passes that look at no number before the block's end: the same bytes, and the same errors."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,24 @@ def test_a_checkpoint_is_hashed_and_read_at_once(make_checkpoint, as_on_a_card):
     (next(damaged.path.glob("*.safetensors"))).unlink()
     with pytest.raises((InputError, OSError)), hashed_and_read(damaged, CPU, head=True) as (_, wait):
         wait()
+
+
+def test_who_brings_blocks_to_a_second_card_works_on_it(make_checkpoint, monkeypatch):
+    """A new thread is on the first card, whatever its parent is on, and pins memory there."""
+    on, seen, second = [], [], torch.device("cuda:1")
+
+    @contextmanager
+    def device(card):
+        on.append(card)
+        yield
+        on.remove(card)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(Layers, "of", lambda source, device: Layers(source, device, keeps=True))
+    monkeypatch.setattr(Layers, "fill", lambda self, until, head: seen.append((*on, head)))
+    with hashed_and_read(Checkpoint.open(make_checkpoint()), second, head=True) as (_, wait):
+        wait()
+    assert seen == [(second, True)]
 
 
 def test_blocks_that_do_not_fit_are_read_again(make_checkpoint, as_on_a_card, monkeypatch):
