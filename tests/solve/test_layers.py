@@ -88,6 +88,21 @@ def test_a_checkpoint_is_hashed_and_read_at_once(make_checkpoint, as_on_a_card):
         wait()
 
 
+def test_a_head_that_came_with_the_blocks_is_not_read_again(make_checkpoint, as_on_a_card, monkeypatch, tmp_path):
+    source, read = Checkpoint.open(make_checkpoint(tie_word_embeddings=False)), []
+    rows, samples = source.rows, {0: torch.arange(40)}
+    blocks = Layers.of(source, CPU)
+    blocks.fill(lambda: False, head=True)
+    monkeypatch.setattr(source, "rows", lambda name, *span: read.append(name) or rows(name, *span))
+    for given, folder in ((blocks, "kept"), (None, "read")):
+        read.clear()
+        measure(source, samples, tmp_path / folder, torch.float32, CPU, Quiet(), given)
+        assert (source.family.head in read) == (given is None)
+    assert not blocks.head
+    kept, plain = (sorted((tmp_path / folder).iterdir()) for folder in ("kept", "read"))
+    assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in plain]
+
+
 def test_who_brings_blocks_to_a_second_card_works_on_it(make_checkpoint, monkeypatch):
     """A new thread is on the first card, whatever its parent is on, and pins memory there."""
     on, seen, second = [], [], torch.device("cuda:1")
