@@ -99,7 +99,7 @@ def build(
         )
         keys = {artifact.name: _key_of(artifact, plan, inputs) for artifact in plan.artifacts}
         mine = owning.share(plan.artifacts, keys, out, partial(seconds.solving, checkpoint, plan, device), ranks)
-        drafts = owning.drafts(mine, folder, keys, ranks)
+        drafts = owning.drafts(mine, folder, keys, device, ranks)
         idle = meanwhile.enter_context(loading.waiting(loading.early(len(plan.artifacts), device), gpu=True))
         walk.quantize(
             checkpoint, samples, drafts, moments, blocks, progress, recipe.calibration.gradient_tokens, mine.together

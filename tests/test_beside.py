@@ -3,8 +3,11 @@
 import errno
 import threading
 import time
+from collections import Counter
+from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 
 from qquant import devices
@@ -12,6 +15,7 @@ from qquant.artifact import draft
 from qquant.artifact.manifest import verify_files
 from qquant.disk.digest import sha256_of
 from qquant.errors import QQuantError, StoppedError
+from qquant.formats import folder_read_back
 from qquant.plan.plan import Plan
 from qquant.solve import layers, outside, solver, walk
 from qquant.source.checkpoint import Checkpoint
@@ -186,8 +190,15 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
 
 
 def test_files_are_read_back_from_their_beginning_while_the_rest_is_written(make_checkpoint, build, monkeypatch):
-    """So that their end alone is left to be hashed; what is written twice is hashed again."""
+    """So that their end alone is left to be hashed and compared, and every tensor is compared once."""
     folder, read, ends = make_checkpoint(), draft.Beginning.read, []
+    compare, compared = folder_read_back._compare_bytes, Counter()
+
+    def counted(library, path, name, written):
+        compared[name, threading.current_thread().name.rstrip("_0123456789")] += 1
+        compare(library, path, name, written)
+
+    monkeypatch.setattr(folder_read_back, "_compare_bytes", counted)
 
     def watched(beginning, path, stop):
         before = beginning.bytes
@@ -205,18 +216,51 @@ def test_files_are_read_back_from_their_beginning_while_the_rest_is_written(make
     )
     assert [place[2] for place in writing[1:]] == [place[3] for place in writing[:-1]]
     assert 0 < left == writing[-1][3] < size == (made / "model.safetensors").stat().st_size
+    early = {name for name, thread in compared if thread == "qquant-write-behind"}
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.qweight"} <= early
+    assert "model.layers.1.mlp.up_proj.qweight" not in early
+    assert set(compared.values()) == {1}
+    assert {name for name, _ in compared} == set(safetensors.torch.load_file(made / "model.safetensors"))
 
 
-def test_what_is_written_again_is_hashed_again(tmp_path, make_checkpoint):
+def test_a_tensor_that_is_not_what_was_written_ends_a_build_before_the_last_block(make_checkpoint, build, monkeypatch):
+    """The thread that reads back says so while others are solved."""
+    folder, close, solved = make_checkpoint(layers=4), draft.UnitWriter.close, []
+
+    def damaged(writer, record, seconds=None):
+        if writer.unit == "block 0":
+            file, tensor = writer.places["model.layers.0.mlp.up_proj.qweight"]
+            with (writer.draft.folder / file.name).open("r+b") as content:
+                content.seek(tensor.offset)
+                content.write(b"not this")
+        solved.append(writer.unit)
+        close(writer, record, seconds)
+
+    monkeypatch.setattr(draft.UnitWriter, "close", damaged)
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
+    with pytest.raises(QQuantError, match=r"tensor model.layers.0.mlp.up_proj.qweight read back differs"):
+        build(folder, "gptq-int8")
+    assert "block 3" not in solved
+
+
+def test_what_is_written_again_is_hashed_again(tmp_path, make_checkpoint, monkeypatch):
     recipe, checkpoint = load_recipe(tmp_path, ["gptq-int8"]), Checkpoint.open(make_checkpoint())
     one = draft.Draft(Plan.of(recipe, checkpoint).artifacts[0], tmp_path / "partial", "key")
     one.open()
     name, other, *_ = one.places
     file, first = one.places[name]
-    one.submit = lambda work: work()  # as a thread would
-    for value in (1, 2):
-        one.write("rest", [(name, 0, torch.full((first.nbytes,), value, dtype=torch.uint8))], ())
+    monkeypatch.setattr(devices, "threads_help", lambda device: True)
+    with one.write_behind(torch.device("cpu")):
+        for value in (1, 2):
+            one.submit(
+                partial(one.write, "rest", [(name, 0, torch.full((first.nbytes,), value, dtype=torch.uint8))], ())
+            )
+            one.submit(lambda: None)  # the first is done
+            while one.ahead.get(file.name, draft.Beginning()).compared != {name}:
+                time.sleep(0.01)
     assert one.ahead[file.name].bytes == one.places[other][1].offset
+    with pytest.raises(QQuantError, match="were never written"):
+        list(one.readings(torch.device("cpu")))
     assert one._hashed(file.name) == (file.name, sha256_of(one.folder / file.name))
 
 

@@ -11,8 +11,8 @@ joins a folder of earlier ones does so in a copy of that folder (hard links), wh
     DIR/.partial/joined/<folder>    the copy, with the new files and the new manifest
     DIR/.partial/replaced/<folder>  the folder as it was, until the copy has its name; a build that finds it puts it back
 
-Where a thread writes, it also reads each file back and hashes it, as far as it is journalled from its beginning on; its end is hashed with
-the comparisons, which read all tensors once more.
+Where a thread writes, another reads each file back as far as it is journalled from its beginning on: it hashes the file, and compares its tensors
+with what was written. The end of a file, and all values that are decoded on a GPU, are compared when everything is written.
 
 After a kill the journal says which units are done; their bytes, and those of every head and small file, are checked before they are
 trusted. The key binds a draft to its inputs (recipe entry, checkpoint bytes, calibration tokens, versions): another key starts over.
@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qquant import background
+from qquant import background, devices
 from qquant.algorithms.checksum import as_bytes
 from qquant.artifact.journal import Journal, JournalHead, JournalUnit
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
@@ -41,7 +42,7 @@ from qquant.disk.digest import piece_of, sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
 from qquant.errors import QQuantError
-from qquant.formats import FORMATS
+from qquant.formats import FORMATS, ReadBack
 from qquant.formats.planned import PlannedArtifact, PlannedFile, PlannedTensor
 from qquant.report.solved import Solved, checksums
 
@@ -51,10 +52,11 @@ REPLACED = "replaced"
 
 @dataclass
 class Beginning:
-    """The first bytes of a file that was read back."""
+    """The first bytes of a file that was read back, and the tensors in them that are as they were written."""
 
     digest: Any = field(default_factory=hashlib.sha256)
     bytes: int = 0
+    compared: set[str] = field(default_factory=set)
 
     def read(self, path: Path, stop: int) -> None:
         """Go on to byte `stop`, or the end of the file."""
@@ -80,9 +82,12 @@ class Draft:
     key: str
     units: dict[str, JournalUnit] = field(default_factory=dict)  # journalled; not one that `submit` has
     submit: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
-    ahead: dict[str, Beginning] = field(
-        default_factory=dict
-    )  # of files whose beginning was hashed while the rest is written
+    behind: Callable[[Callable[[], None]], None] | None = None  # and that read back, while others write
+    back: ReadBack | None = None
+    ahead: dict[str, Beginning] = field(default_factory=dict)  # of files whose beginning was read back so
+    again: set[str] = field(
+        default_factory=set
+    )  # files of which something was written once more after it was journalled
 
     @property
     def folder(self) -> Path:
@@ -163,14 +168,20 @@ class Draft:
         return digest.hexdigest()
 
     @contextmanager
-    def write_behind(self, threaded: bool) -> Iterator[None]:
-        """Have a thread do what `submit` is given meanwhile, where `threaded`: one piece of work in flight; all of it at the end."""
-        with background.write_behind(threaded) as submit:
-            self.submit = submit
+    def write_behind(self, device: torch.device) -> Iterator[None]:
+        """Have a thread do what `submit` is given meanwhile, one piece of work in flight, and another read it back, if threads help a build on `device`; all of it at the end."""
+        threaded = devices.threads_help(device)
+        with background.write_behind(threaded) as look, background.write_behind(threaded) as submit:
+            self.submit, self.behind = submit, look if threaded else None
+            self.back = self._read_back(device)
             try:
                 yield
             finally:
-                self.submit = in_place
+                self.submit, self.behind = in_place, None
+
+    def _read_back(self, device: torch.device) -> ReadBack:
+        paths = [self.folder / file.name for file in self.plan.files if file.tensors]
+        return self.back or FORMATS[self.plan.format].read_back(paths, device)
 
     def write(
         self,
@@ -195,18 +206,35 @@ class Draft:
         Journal(self.journal).add(unit)
         self.units[unit.unit] = unit
         crash_point("after a unit is journalled")
-        if self.submit is not in_place:
-            self._hash_ahead()
+        if self.behind and self.back:
+            self._look_behind(self.behind, self.back)
 
-    def _hash_ahead(self) -> None:
-        """Hash every file up to its first tensor that is not journalled; nothing more where all are, which threads hash side by side."""
+    def _look_behind(self, submit: Callable[[Callable[[], None]], None], back: ReadBack) -> None:
+        """Have every file read back up to its first tensor that is not journalled; nothing more where all are, which threads read side by side."""
         journalled = {name for unit in self.units.values() for name in unit.checksums}
-        if not self.places.keys() <= journalled:
-            for file in self.plan.files:
-                starts = [tensor.offset for tensor in file.tensors if tensor.name not in journalled]
-                if file.tensors:
-                    beginning = self.ahead.setdefault(file.name, Beginning())
-                    beginning.read(self.folder / file.name, min(starts, default=file.size))
+        if self.places.keys() <= journalled:
+            return
+        stops = [
+            (file, min((tensor.offset for tensor in file.tensors if tensor.name not in journalled), default=file.size))
+            for file in self.plan.files
+            if file.tensors and file.name not in self.again
+        ]
+        submit(partial(self._read_up_to, stops, list(self.units.values()), back))
+
+    def _read_up_to(
+        self, stops: Sequence[tuple[PlannedFile, int]], units: Sequence[JournalUnit], back: ReadBack
+    ) -> None:
+        """Hash each file up to a byte, and compare the tensors of `units` before it that were not compared yet."""
+        written = {name: value for unit in units for name, value in unit.checksums.items()}
+        values = checksums(entry for unit in units for entry in unit.record)
+        for file, stop in stops:
+            beginning = self.ahead.setdefault(file.name, Beginning())
+            beginning.read(self.folder / file.name, stop)
+            passed = {tensor.name for tensor in file.tensors if tensor.offset + tensor.nbytes <= stop}
+            fresh = {name: written[name] for name in passed - beginning.compared}
+            for compare in back.tensors(fresh, values):
+                compare()
+            beginning.compared |= passed
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
         """Read back what was written and compare it: pieces of work for `finish`, which threads may do; (file, sha256 or "") each.
@@ -216,6 +244,9 @@ class Draft:
         Raises:
             QQuantError: a tensor is missing.
         """
+        for name in self.again:
+            self.ahead.pop(name, None)
+        compared = {name for beginning in self.ahead.values() for name in beginning.compared}
         written = {name: value for unit in self.units.values() for name, value in unit.checksums.items()}
         unwritten = self.places.keys() - written.keys()
         if unwritten:
@@ -223,8 +254,8 @@ class Draft:
         values = checksums(entry for unit in self.units.values() for entry in unit.record)
         for file in self.plan.files:
             yield partial(self._hashed, file.name)
-        paths = [self.folder / file.name for file in self.plan.files if file.tensors]
-        for compare in FORMATS[self.plan.format].comparisons(paths, written, values, device):
+        back, left = self._read_back(device), {name: written[name] for name in written.keys() - compared}
+        for compare in chain(back.tensors(left, values), back.values(values)):
             yield partial(_nameless, compare)
         for file in self.plan.files:
             yield partial(_nameless, partial(self._settle, file))
@@ -275,6 +306,7 @@ class Draft:
         crash_point("after a folder got its name")
         self.journal.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.back = None
         return final
 
     def _joined(self, final: Path) -> Path:
@@ -320,8 +352,8 @@ class UnitWriter:
         self.digests.setdefault(name, hashlib.sha256()).update(data)
         path = self.draft.folder / file.name
         self.touched.add(path)
-        if file.name in self.draft.ahead and tensor.offset + offset < self.draft.ahead[file.name].bytes:
-            del self.draft.ahead[file.name]
+        if any(name in unit.checksums for unit in self.draft.units.values()):
+            self.draft.again.add(file.name)
         put(path, tensor.offset + offset, data)
 
     def close(self, record: Sequence[Solved], seconds: Mapping[str, float] | None = None) -> None:

@@ -9,10 +9,12 @@ artifact after another gets its name, in the order of the plan, since several ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +26,8 @@ from qquant.artifact.manifest import Origin
 from qquant.disk.records import to_plain, typed
 from qquant.formats.planned import PlannedArtifact
 from qquant.ranks import Ranks, dealt, helps
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,30 @@ def share(
     return OwnedArtifacts([artifact for artifact in planned if artifact.name in mine], together)
 
 
-def drafts(mine: OwnedArtifacts, folder: Path, keys: Mapping[str, str], ranks: Ranks) -> list[Draft]:
-    """A draft in `folder` of each artifact, new or continued, whoever began it; where all work together, the first opens and writes them."""
+def drafts(
+    mine: OwnedArtifacts, folder: Path, keys: Mapping[str, str], device: torch.device, ranks: Ranks
+) -> list[Draft]:
+    """A draft in `folder` of each artifact, new or continued, whoever began it; where all work together, the first opens and writes them.
+
+    A GPU build opens them side by side: to be given the room of eleven artifacts of 7B takes a memory disk six seconds, and what is continued is hashed.
+    """
     begun = [Draft(artifact, folder, keys[artifact.name]) for artifact in mine.artifacts]
     if ranks.first or not mine.together:
-        for draft in begun:
-            draft.open()
+        with _by_all_cores([lambda: [draft.open for draft in begun]], device) as opened:
+            list(opened)
     if mine.together:
         known = ranks.once(lambda: [[to_plain(unit) for unit in draft.units.values()] for draft in begun])
         for draft, said in zip(begun, known, strict=True):
             units = [typed(JournalUnit, unit, str(draft.journal)) for unit in said]
             draft.units = {unit.unit: unit for unit in units}
     return begun
+
+
+def _by_all_cores(
+    groups: Iterable[background.Tasks[Value]], device: torch.device
+) -> AbstractContextManager[Iterator[list[Value]]]:
+    """`background.in_parallel` where threads help a build on `device`."""
+    return background.in_parallel(groups, devices.cores() if devices.threads_help(device) else 1)
 
 
 def finish(
@@ -86,7 +102,7 @@ def finish(
 ) -> None:
     """Read this rank's artifacts back, on a GPU build by all cores and one ahead; all ranks' become visible in the order of the plan."""
     groups = [partial(draft.readings, device) for draft in drafts]
-    with background.in_parallel(groups, devices.cores() if devices.threads_help(device) else 1) as readings:
+    with _by_all_cores(groups, device) as readings:
         read = zip(drafts, readings if ranks.world == 1 else list(readings), strict=True)
         mine = {draft.plan.name for draft in drafts}
         for artifact in planned:

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 SECONDS = 60  # that a child may take to start, and for each part besides
 LOOK = 0.2  # seconds between looks at whether a child is still wanted
 BYTES_A_SECOND = 20_000_000  # read, repacked and multiplied once, on the slowest machine
-METADATA = 300_000_000  # bytes of weights that take as long as reading metadata
+METADATA = 300_000_000  # bytes of weights that take as long as reading metadata, at most
+CARD = (
+    1_500_000_000  # bytes of weights that are loaded a second where children share the parts out, which is beside a GPU
+)
+WORDS = 10.0  # seconds that transformers takes there for the vocabulary of a GGUF file
 COPIES = 3  # of an artifact's bytes that loading it takes, at most; what is dequantized at load may take more
 BESIDE = 1 / 2  # of what a card has free that loading may take: the check computes on it meanwhile
 HOME = str(Path(__file__).parents[2])  # where the child finds qquant
@@ -73,8 +77,14 @@ class LoadTask(NamedTuple):
     path: Path
 
     def bytes(self) -> int:
-        """The size of it, for how long it may take and for who takes it."""
+        """The size of it, for how long it may take."""
         return size_of(self.path) if self.what == "weights" else METADATA
+
+    def seconds(self) -> float:
+        """About how long it takes beside a check on a GPU, for who takes it."""
+        if self.what == "weights":
+            return size_of(self.path) / CARD
+        return WORDS if self.what == "metadata" and self.path.is_file() else 1.0
 
 
 class Nursery(NamedTuple):
@@ -216,10 +226,10 @@ def _shared(tasks: Sequence[LoadTask], nursery: Nursery) -> Said:
 
 
 def _dealt(tasks: Sequence[LoadTask], hands: int) -> list[list[LoadTask]]:
-    """`tasks` in at most so many shares of about the same size."""
+    """`tasks` in at most so many shares that take about as long."""
     shares: list[list[LoadTask]] = [[] for _ in range(min(hands, len(tasks)))]
-    for task in sorted(tasks, key=LoadTask.bytes, reverse=True):
-        min(shares, key=lambda share: (sum(map(LoadTask.bytes, share)), len(share))).append(task)
+    for task in sorted(tasks, key=LoadTask.seconds, reverse=True):
+        min(shares, key=lambda share: (sum(map(LoadTask.seconds, share)), len(share))).append(task)
     return shares
 
 

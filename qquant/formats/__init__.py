@@ -57,6 +57,21 @@ class ArtifactSource(WeightSource, Protocol):
         ...
 
 
+class ReadBack(Protocol):
+    """Files of an artifact, read by another library, against what was written.
+
+    Each piece of work raises QQuantError where they differ. They do not depend on each other, and threads may do them.
+    """
+
+    def tensors(self, written: Mapping[str, str], values: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+        """The stored tensors that `written` has the sha256 of, on the CPU; `values`: checksums of solved weights, theirs among them."""
+        ...
+
+    def values(self, values: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+        """What `tensors` leaves of the checksums of solved weights: all values, dequantized where the build computes."""
+        ...
+
+
 class Format(Protocol):
     """What the rest of the program asks of a format."""
 
@@ -132,13 +147,8 @@ class Format(Protocol):
         """What an artifact made by any tool says of itself, where `plan` would have said something else of the checkpoint."""
         ...
 
-    def comparisons(
-        self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
-    ) -> Iterator[Callable[[], None]]:
-        """Files, read by another library, against the sha256 of stored tensors and the checksums of solved weights.
-
-        Each piece of work raises QQuantError where they differ. They do not depend on each other, and threads may do them.
-        """
+    def read_back(self, files: Sequence[Path], device: torch.device) -> ReadBack:
+        """The files of an artifact that is written on `device`, for another library to read; all of their heads are there."""
         ...
 
 

@@ -8,21 +8,17 @@ Embedding, norms, biases and head keep the dtype of the source. A tied head is n
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from qquant import devices
-from qquant.algorithms.checksum import checksum
-from qquant.errors import InputError, QQuantError
+from qquant.errors import InputError
 from qquant.families import Family, ModelConfig, family_of, parse_config
 from qquant.formats import beside, folder_claims, keeping
 from qquant.formats.claims import Claims, claims, shown
+from qquant.formats.folder_read_back import FolderReadBack
 from qquant.formats.gguf.imatrix import Imatrix
 from qquant.formats.planned import ModelFile, PlannedArtifact, Stored, copied_file, safetensors_files, small_file
 from qquant.recipe import ArtifactSpec, IntegerArtifact, Recipe
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-COMPARED = 4  # tensors that are dequantized on a GPU at a time
 Entry = tuple[str, str, tuple[int, ...]]  # suffix, dtype as safetensors names it ("I8", "BF16"), shape
 GROUPS = (128, 64, 32)  # sizes to suggest
 PACKED = "packed"  # `Stored.type` of what a layout holds
@@ -253,22 +248,9 @@ class ModelFolder(ABC, Generic[Spec]):
         warnings += [f"tensor {name}: {further}" for name in source.further()]
         return claims(faults, warnings)
 
-    def comparisons(
-        self, files: Sequence[Path], written: Mapping[str, str], values: Mapping[str, str], device: torch.device
-    ) -> Iterator[Callable[[], None]]:
-        """The bytes of each tensor, large ones first, read with the `safetensors` package; then all values, dequantized on `device`, on a GPU a few at a time."""
-        import safetensors  # the independent reader
-
-        names = ((path, name) for path in files for name in _largest_first(safetensors, path))
-        yield from (partial(_compare_bytes, safetensors, path, name, written[name]) for path, name in names)
-        parts, listed = COMPARED if devices.threads_help(device) else 1, list(values.items())
-        yield from (partial(self._compare_values, files[0].parent, listed[n::parts], device) for n in range(parts))
-
-    def _compare_values(self, folder: Path, values: Sequence[tuple[str, str]], device: torch.device) -> None:
-        source = self.read(folder).on(device)
-        for name, value in values:
-            if checksum(source.tensor(name)) != value:
-                raise QQuantError(f"{folder}: {name} dequantizes to other values than were solved for")
+    def read_back(self, files: Sequence[Path], device: torch.device) -> FolderReadBack:
+        """The files of a folder that was written, read with the `safetensors` package, and dequantized on `device`."""
+        return FolderReadBack(files, lambda: self.read(files[0].parent).on(device), device)
 
     def read(self, path: Path) -> FolderSource:
         """The dequantized weights of a folder made by any tool.
@@ -287,18 +269,6 @@ class ModelFolder(ABC, Generic[Spec]):
         if not isinstance(quantization := read_config(path).get("quantization_config"), dict):
             raise InputError(f"{where}: quantization_config is {str(quantization)[:80]}; expected a mapping")
         return self.read_layout(quantization, where)
-
-
-def _largest_first(library: ModuleType, path: Path) -> list[str]:
-    with library.safe_open(path, framework="pt") as file:
-        return sorted(file.keys(), key=lambda name: -torch.Size(file.get_slice(name).get_shape()).numel())
-
-
-def _compare_bytes(library: ModuleType, path: Path, name: str, written: str) -> None:
-    # Opened for each tensor: the library maps the file, and what was read stays in memory until it is closed.
-    with library.safe_open(path, framework="pt") as file:
-        if hashlib.sha256(file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() != written:
-            raise QQuantError(f"{path}: tensor {name} read back differs from what was written")
 
 
 @dataclass

@@ -124,7 +124,7 @@ def _writing(drafts: Sequence[Draft], device: torch.device) -> Iterator[None]:
     """A thread of each draft writes meanwhile, where that helps; all is written at the end."""
     with ExitStack() as writers:
         for draft in reversed(drafts):  # they end in their order
-            writers.enter_context(draft.write_behind(devices.threads_help(device)))
+            writers.enter_context(draft.write_behind(device))
         yield
 
 

@@ -152,7 +152,7 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
 
     monkeypatch.setattr(loading, "subprocess", watched_subprocess(popen))
     monkeypatch.setattr(devices, "cores", lambda: 6)
-    monkeypatch.setattr(loading, "METADATA", 1)
+    monkeypatch.setattr(loading, "CARD", 1)
     assert faults(paths, children=2) == {}
     assert {threads for _, threads in asked} == {"3"}
     assert {tuple(words[:2]) for words, _ in asked} == {("2", "cpu")}
@@ -162,6 +162,15 @@ def test_several_children_share_artifacts_cores_and_memory(paths, monkeypatch):
     )
     sizes = [sum(loading.size_of(Path(path)) for what, path in share if what == "weights") for share in shares]
     assert max(sizes) == max(loading.size_of(paths[0]), sum(map(loading.size_of, paths[1:])))
+
+
+def test_the_vocabulary_of_a_gguf_file_is_no_childs_last_part(paths):
+    """Of eleven artifacts one child went on with it for thirteen seconds after all others had ended."""
+    tasks = [loading.LoadTask(what, path) for path in paths for what in ("metadata", "weights")]
+    shares = loading._dealt(tasks, 3)
+    (alone,) = (share for share in shares if loading.LoadTask("metadata", paths[2]) in share)
+    assert alone == [loading.LoadTask("metadata", paths[2])]
+    assert sorted(part for share in shares for part in share) == sorted(tasks)
 
 
 def test_metadata_of_gguf_files_that_differ_in_type_alone_is_read_once(paths, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from qquant.errors import InputError, QQuantError
 from qquant.formats import FORMATS
 from qquant.formats.gguf import container, imatrix, metadata
 from qquant.formats.gguf.container import Field, header_bytes, read_header
-from qquant.formats.gguf.layout import _reader
+from qquant.formats.gguf.read_back import _reader
 from qquant.formats.gguf.tokenizer import gguf_tokenizer
 from qquant.recipe import GgufArtifact, load
 from qquant.source.checkpoint import Checkpoint
@@ -183,7 +183,8 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
 
     def failures(values):
         found = []
-        for compare in layout.comparisons([path], written, values, torch.device("cpu")):
+        back = layout.read_back([path], torch.device("cpu"))
+        for compare in (*back.tensors(written, values), *back.values(values)):
             try:
                 compare()
             except QQuantError as error:
@@ -191,8 +192,8 @@ def test_what_is_read_back_is_compared_tensor_by_tensor(make_checkpoint, tmp_pat
         return found
 
     for size in (256, 1 << 10, 1 << 18):
-        monkeypatch.setattr("qquant.formats.gguf.layout.DECODED", size)
-        monkeypatch.setattr("qquant.formats.gguf.layout.READ_BACK", size)
+        monkeypatch.setattr("qquant.formats.gguf.read_back.DECODED", size)
+        monkeypatch.setattr("qquant.formats.gguf.read_back.READ_BACK", size)
         assert failures(values) == []
     wrong = {"model.layers.1.mlp.up_proj.weight": "0"}
     assert failures(values | wrong) == [
