@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qquant.devices import policy
 from qquant.kernels.column_sums import column_sums
-from qquant.kernels.gram import gram
-from qquant.kernels.product import add_lower_square, mirror, tensor_cores
+from qquant.kernels.gram import add_lower, gram
+from qquant.kernels.product import mirror, tensor_cores
 
 PIECE = 1 << 22  # values that are put in another order at a time
 
@@ -99,10 +99,10 @@ class Gram:
         self._count(sums, len(x))
 
     def add_products(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """`add` in the matrix alone; of float32 on a card in its lower half, while `settle` is still to come."""
+        """`add` in the matrix alone; on a card in its lower half, while `settle` is still to come."""
         rows = x.contiguous() if weights is None else x * weights.sqrt().to(x.dtype).unsqueeze(1)
-        if self.unseen is not None and policy(rows.device).apart and rows.dtype == torch.float32:
-            add_lower_square(self.matrix, rows)
+        if self.unseen is not None and policy(rows.device).apart:
+            add_lower(self.matrix, rows)
             self.lower = True
         else:
             gram(self.matrix, rows)

@@ -5,8 +5,9 @@ first. (The product of two bfloat16 matrices by itself comes back as bfloat16: 1
 H is symmetric before and after. The order of the additions is fixed: rows of X in order within a tile of H, and one call after
 the other, so results depend on the device but not on the run.
 
-On CUDA a Triton kernel computes the tiles on and below the diagonal only, half the work of a full product, and writes each one
-twice. Float32 inputs are multiplied there by their halves (`qquant.kernels.product`); elsewhere chunks of rows are widened and handed to the BLAS.
+On CUDA a Triton kernel computes the tiles on and below the diagonal only, half the work of a full product, strip by strip of GROUP rows of
+tiles, so that those at work at a time share what they read. `add_lower` leaves it at that, for `mirror` after many calls; `gram` writes each
+tile twice. Float32 inputs are multiplied there by their halves (`qquant.kernels.product`); elsewhere chunks of rows are widened and handed to the BLAS.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from qquant.errors import InputError
-from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, kernel, tl
-from qquant.kernels.product import add_square
+from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, kernel, tl
+from qquant.kernels.product import add_lower_square, add_square
 
-CHUNK = 2048  # rows widened at a time; and of a launch, since the matrix unit cuts where its sums should round
+CHUNK = 2048  # rows widened at a time; and summed in the matrix unit, which cuts where its sums should round
+GROUP = 8
 
 
 @torch.library.custom_op("qquant::gram", mutates_args=("h",))
@@ -58,41 +60,63 @@ def _kernel(  # noqa: PLR0913 a kernel's arguments are its interface to the laun
     K: tl.tensor,
     SIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIP: tl.constexpr,
     STAGES: tl.constexpr,
+    BOTH: tl.constexpr,  # write each tile above the diagonal, too
     WIDE: tl.constexpr,  # interpreter: multiply in float32
 ) -> None:
     p = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)  # tile row of the p-th tile on or below the diagonal
-    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
-    j = p - i * (i + 1) // 2
+    i = _triangular(p)  # row of the p-th tile on or below the diagonal, counted row by row
+    first = i // STRIP * STRIP  # of the strip's rows, which has its tiles in the same places as a whole
+    high = tl.minimum(STRIP, (K + SIDE - 1) // SIDE - first)
+    q = p - first * (first + 1) // 2
+    if q < first * high:  # left of the diagonal's square, column by column
+        i = first + q % high
+        j = q // high
+    else:
+        q -= first * high
+        i = _triangular(q)
+        j = first + q - i * (i + 1) // 2
+        i += first
     a = i * SIDE + tl.arange(0, SIDE)
     b = j * SIDE + tl.arange(0, SIDE)
     t = tl.arange(0, DEPTH)
-    left_at = x_at + t[:, None] * K + a[None, :]
-    right_at = x_at + t[:, None] * K + b[None, :]
-    acc = tl.zeros((SIDE, SIDE), tl.float32)
-    for start in tl.range(0, T, DEPTH, num_stages=STAGES):
-        there = (start + t < T)[:, None]
-        left = tl.load(left_at, mask=there & (a < K)[None, :], other=0.0)
-        right = tl.load(right_at, mask=there & (b < K)[None, :], other=0.0)
-        left_at += DEPTH * K
-        right_at += DEPTH * K
-        if WIDE:
-            acc += tl.dot(tl.trans(left.to(tl.float32)), right.to(tl.float32), input_precision="ieee")
-        else:
-            acc = tl.dot(tl.trans(left), right, acc)
     inside = (a < K)[:, None] & (b < K)[None, :]
     below = h_at + a.to(tl.int64)[:, None] * K + b[None, :]
-    acc += tl.load(below, mask=inside, other=0.0)
-    tl.store(below, acc, mask=inside)
-    if i != j:
+    for begin in range(0, T, ROWS):
+        end = tl.minimum(begin + ROWS, T)
+        row = (begin + t).to(tl.int64)[:, None] * K
+        left_at = x_at + row + a[None, :]
+        right_at = x_at + row + b[None, :]
+        acc = tl.zeros((SIDE, SIDE), tl.float32)
+        for start in tl.range(begin, end, DEPTH, num_stages=STAGES):
+            there = (start + t < end)[:, None]
+            left = tl.load(left_at, mask=there & (a < K)[None, :], other=0.0)
+            right = tl.load(right_at, mask=there & (b < K)[None, :], other=0.0)
+            left_at += DEPTH * K
+            right_at += DEPTH * K
+            if WIDE:
+                acc += tl.dot(tl.trans(left.to(tl.float32)), right.to(tl.float32), input_precision="ieee")
+            else:
+                acc = tl.dot(tl.trans(left), right, acc)
+        acc += tl.load(below, mask=inside, other=0.0)
+        tl.store(below, acc, mask=inside)
+    if BOTH and i != j:
         above = h_at + b.to(tl.int64)[:, None] * K + a[None, :]
-        tl.store(above, tl.trans(acc), mask=(b < K)[:, None] & (a < K)[None, :])
+        tl.store(above, tl.trans(tl.load(below, mask=inside, other=0.0)), mask=(b < K)[:, None] & (a < K)[None, :])
 
 
-def launch(h: Tensor, x: Tensor) -> None:
-    """Run the kernel; arguments as of `gram`, contiguous, x of 16 bit."""
+@jit
+def _triangular(p: tl.tensor) -> tl.tensor:
+    """The largest i with i (i + 1) / 2 <= p."""
+    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    return tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+
+
+def launch(h: Tensor, x: Tensor, both: bool = True) -> None:
+    """Run the kernel; arguments as of `gram`, contiguous, x of 16 bit. `both`: above the diagonal, too."""
     rows, columns = x.shape
     side = 128 if columns > 2048 else 64
     tiles = blocks(columns, side)
@@ -103,12 +127,25 @@ def launch(h: Tensor, x: Tensor) -> None:
         columns,
         SIDE=side,
         DEPTH=64,
+        ROWS=CHUNK,
+        STRIP=GROUP,
         STAGES=4,
+        BOTH=both,
         WIDE=INTERPRETED,
         num_warps=8 if side == 128 else 4,
         num_stages=4,
         enable_fp_fusion=True,
     )
+
+
+def add_lower(h: Tensor, x: Tensor) -> None:
+    """`gram` of x on a GPU in the part on and below the diagonal alone; what is above is worth nothing until it is mirrored."""
+    if x.dtype == torch.float32:
+        add_lower_square(h, x)
+    else:
+        _check(h, x)
+        with torch.cuda.device_of(x):
+            launch(h, x.contiguous(), both=False)
 
 
 def _gram_cuda(h: Tensor, x: Tensor) -> None:
@@ -119,8 +156,7 @@ def _gram_cuda(h: Tensor, x: Tensor) -> None:
         reference(h, x)
     else:
         with torch.cuda.device_of(x):
-            for rows in x.contiguous().split(CHUNK):
-                launch(h, rows)
+            launch(h, x.contiguous())
 
 
 if AVAILABLE:

@@ -54,17 +54,17 @@ class Machine:
     def total(self):
         return len(self.instructions) - self.count(r"^NOP")
 
-    def loop(self, using=""):
-        """The longest stretch that a branch jumps back over, of those with an instruction `using`."""
+    def loop(self, using="", inner=False):
+        """The longest stretch that a branch jumps back over, of those with an instruction `using`; the shortest, if `inner`."""
         place = {address: index for index, (address, _) in enumerate(self.instructions)}
-        longest = []
+        loops = []
         for index, (_, text) in enumerate(self.instructions):
             target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
             start = place.get(int(target[1], 16), index) if target else index
             body = [text for _, text in self.instructions[start : index + 1]]
-            if len(body) > max(1, len(longest)) and any(using in text for text in body):
-                longest = body
-        return longest
+            if len(body) > 1 and any(using in text for text in body):
+                loops.append(body)
+        return (min if inner else max)(loops, key=len, default=[])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -267,12 +267,13 @@ def test_group_search(symmetric, recorded, tmp_path):
     no_more_than(len(machine.loop()) / (group_search.ROWS * 128 / 128), {VERSION: recorded})
 
 
+@pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize(("side", "warps"), [(128, 8), (64, 4)])
-def test_gram(side, warps, tmp_path):
+def test_gram(side, warps, both, tmp_path):
     arguments = {"x_at": "*bf16", "h_at": "*fp32", "T": "i32", "K": "i32/16"}
-    constants = {"SIDE": side, "DEPTH": 64, "STAGES": 4, "WIDE": False}
+    constants = {"SIDE": side, "DEPTH": 64, "ROWS": 2048, "STRIP": 8, "STAGES": 4, "BOTH": both, "WIDE": False}
     machine = build(tmp_path, gram._kernel, arguments, constants, num_warps=warps, num_stages=4)
-    loop = machine.loop(using="HGMMA")
+    loop = machine.loop(using="HGMMA", inner=True)
     assert machine.stack == 0
     assert sum("HGMMA" in text for text in loop) == 4
     assert sum(bool(re.match(r"LDGSTS.*\.128", text)) for text in loop) == 8

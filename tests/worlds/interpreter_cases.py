@@ -209,7 +209,11 @@ def accumulated(rows, columns, dtype):
     before = torch.randn(columns, columns)
     h = guarded(before + before.T)
     expected = h.double() + x.double().T @ x.double()
+    lower = guarded(h.clone())
     gram.launch(h, guarded(x))
+    gram.launch(lower, guarded(x), both=False)
+    assert torch.equal(lower.tril(), h.tril())
+    assert torch.equal(lower[:64, 64:], (before + before.T)[:64, 64:])  # above the tiles of the diagonal
     assert relative(h, h.T.double()) < 1e-6, "not symmetric"  # numpy's products are to the bit on some processors only
     return relative(h, expected), 1e-6
 
@@ -443,6 +447,9 @@ CASES = {
     "group_search 16 levels, asymmetric, groups of 32": partial(searched, 20, 3, 32, 16, False),
     "group_search 256 levels, symmetric, groups of 96": partial(searched, 20, 2, 96, 256, True),
     "gram 16 bit, ragged": partial(accumulated, 130, 200, HALF),
+    "gram 16 bit, more than a strip of tiles, more rows than are summed at a time": partial(
+        accumulated, 2120, 720, HALF
+    ),
     "column_sums 16 bit, ragged": partial(summed, 300, 70, HALF),
     "column_sums bfloat16, one row": partial(summed, 1, 64, BRAIN),
     "column_sums float32": partial(summed, 33, 130, FULL),
