@@ -10,7 +10,7 @@ tokens, from the Gram matrix alone. mean|w| is relative to the largest |w| of a 
 
 Where the scaled weights will be solved and not just rounded, Q is a solve. Its loss is foreseen for every candidate from one rounding,
 sum_j c_j (q_j - w_j)^2 with c_j what a squared error of column j costs the solver (c_j / s_j^2 after scaling), and the FINALISTS with
-the least, and s = 1, are solved.
+the least, and s = 1, are solved, all by one factor of H (`gptq.InverseFactor.scaled`). Losses are of about ROWS rows of each matrix.
 
 The function of the block stays the same: the producer's rows and bias (or the norm's weight) are divided by s. A norm is stored
 in 16 bits, so s is re-derived from the rounded norm and the product stays exact. With grouped-query attention a value channel
@@ -33,14 +33,15 @@ from qquant.families import Family, ModelConfig, ScalePair, Stage
 GridFor = Callable[[str, tuple[int, int]], Grid | None]  # None: the linear stays as it is
 Weights = Mapping[str, Tensor]  # by linear, float32 [N, K]
 FINALISTS = 3
+ROWS = 1024  # of a matrix that scales are compared by, about: every so many of its rows
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights will be rounded after scaling."""
+    """How the weights of a stage will be rounded after scaling."""
 
-    cost: Callable[[Gram], Tensor]  # of a squared error, by column, float32 [K]
-    solve: Callable[[Weights, Gram, Mapping[str, Grid]], Weights]  # the values that are written
+    cost: Tensor  # of a squared error, by column, float32 [K]
+    solve: Callable[[Weights, Tensor, Mapping[str, Grid]], Weights]  # the values of weights times a scale [K]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ScaleSearch:
 
     grid_for: GridFor
     ratios: int  # grid points of r
-    rounding: Rounding | None  # None: to nearest
+    rounding: Callable[[Gram], Rounding] | None  # None: to nearest
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def awq(
     grams: Mapping[str, Gram],
     grid_for: GridFor,
     ratios: int,
-    rounding: Rounding | None = None,
+    rounding: Callable[[Gram], Rounding] | None = None,
 ) -> Transformed:
     """Scale every pair of a block; weights by name in the block, one Gram per stage; no `rounding`: to nearest.
 
@@ -142,16 +143,17 @@ def _apply(
 
 def _best(stage: Stage, weights: Weights, gram: Gram, search: ScaleSearch, tie: Tie) -> tuple[Tensor, Choice]:
     """The scale [K] of the producer's channels with the least loss, and what is known of it."""
-    rounding = search.rounding
     tried = {linear: search.grid_for(linear, (weight.shape[0], weight.shape[1])) for linear, weight in weights.items()}
     grids = {linear: grid for linear, grid in tried.items() if grid is not None}
-    energy = sum(float(gram.energy(weight).sum()) for weight in weights.values()) or 1.0
     candidates = _candidates(weights, grids, gram, search.ratios, tie)
+    some = {linear: weight[:: max(1, len(weight) // ROWS)] for linear, weight in weights.items()}
+    energy = sum(float(gram.energy(weight).sum()) for weight in some.values()) or 1.0
+    rounding = search.rounding(gram) if search.rounding else None
     if rounding is not None:
-        cost, unscaled = rounding.cost(gram), candidates[0]
-        candidates.sort(key=lambda one: _foreseen(weights, grids, cost, tie.spread(one[1])))
+        unscaled, cost = candidates[0], rounding.cost
+        candidates.sort(key=lambda one: _foreseen(some, grids, cost, tie.spread(one[1])))
         candidates = [unscaled, *(one for one in candidates if one is not unscaled)][: 1 + FINALISTS]
-    losses = [_loss(weights, grids, gram, tie.spread(scale), rounding) / energy for _, scale in candidates]
+    losses = [_loss(some, grids, gram, tie.spread(scale), rounding) / energy for _, scale in candidates]
     best = losses.index(min(losses))
     return candidates[best][1], Choice(stage.name, candidates[best][0], losses[best], losses[0])
 
@@ -193,9 +195,9 @@ def _foreseen(weights: Weights, grids: Mapping[str, Grid], cost: Tensor, scale: 
 
 
 def _loss(weights: Weights, grids: Mapping[str, Grid], gram: Gram, scale: Tensor, rounding: Rounding | None) -> float:
-    scaled = {linear: weight * scale for linear, weight in weights.items()}
     if rounding is None:
+        scaled = {linear: weight * scale for linear, weight in weights.items()}
         values: Weights = _nearest(scaled, grids, gram.importance / scale.square())
     else:
-        values = rounding.solve(scaled, gram.scaled(scale), grids)
+        values = rounding.solve(weights, scale, grids)
     return sum(float(gram.energy(values[linear] / scale - weight).sum()) for linear, weight in weights.items())

@@ -42,6 +42,20 @@ class InverseFactor:
     order: Tensor  # int64 [K]: columns by falling diag(H)
     damping: float  # what it took, relative to the mean of diag(H)
 
+    def cost(self, tokens: int) -> Tensor:
+        """What a squared rounding error of each column costs GPTQ, 1 / U_jj^2, float32 [K], a token of `tokens`.
+
+        GPTQ's loss is the sum of e_j^2 = (w_j - q_j)^2 / U_jj^2: the part of column j that the columns after it cannot make up for.
+        This, and not diag(H), is the weight with which its scales should be searched.
+        """
+        weights = self.upper.new_empty(len(self.order))
+        weights[self.order] = 1 / self.upper.diagonal().square()
+        return weights / max(1, tokens)
+
+    def scaled(self, scale: Tensor) -> InverseFactor:
+        """U S for the inputs divided by `scale` float32 [K]: (S^-1 H S^-1)^-1 = (U S)' (U S); the damping is scaled with H."""
+        return InverseFactor(self.upper * scale[self.order], self.order, self.damping)
+
 
 def factorize(gram: Gram, damping: float) -> InverseFactor:
     """U of H + damping * mean(diag H) * I, remembered in `gram` for the next artifact.
@@ -97,28 +111,8 @@ def _reverse(values: Tensor) -> None:
         back.copy_(turned)
 
 
-def rounding_weight(gram: Gram, damping: float) -> Tensor:
-    """What a squared rounding error of each column costs GPTQ, 1 / U_jj^2, float32 [K].
-
-    GPTQ's loss is the sum of e_j^2 = (w_j - q_j)^2 / U_jj^2: the part of column j that the columns after it cannot make up for.
-    This, and not diag(H), is the weight with which its scales should be searched.
-
-    Raises:
-        NotPositiveDefiniteError: see `factorize`.
-    """
-    factor = factorize(gram, damping)
-    weights = torch.empty_like(gram.absolute)
-    weights[factor.order] = 1 / factor.upper.diagonal().square()
-    return weights / max(1, gram.tokens)
-
-
-def gptq(weight: Tensor, gram: Gram, spacing: tuple[Tensor, Tensor], grid: Grid, damping: float) -> Tensor:
-    """Codes uint8 [N, K] for weight float32 [N, K] on the grid's fitted levels, errors fed back through `gram`.
-
-    Raises:
-        NotPositiveDefiniteError: see `factorize`.
-    """
-    inverse = factorize(gram, damping)
+def gptq(weight: Tensor, inverse: InverseFactor, spacing: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
+    """Codes uint8 [N, K] for weight float32 [N, K] on the grid's fitted levels, errors fed back through `inverse`."""
     order, upper = inverse.order, inverse.upper
     step, offset = spacing
     group = order // grid.width
@@ -144,16 +138,12 @@ def gptq(weight: Tensor, gram: Gram, spacing: tuple[Tensor, Tensor], grid: Grid,
 
 
 def on_searched_scales(
-    linears: Mapping[str, Tensor], gram: Gram, grid: Grid, damping: float
+    linears: Mapping[str, Tensor], inverse: InverseFactor, tokens: int, grid: Grid
 ) -> tuple[Tensor, dict[str, Params]]:
-    """Codes uint8 [N, K] of the stacked linears, and their parameters, searched with the weights of `rounding_weight`.
-
-    Raises:
-        NotPositiveDefiniteError: see `factorize`.
-    """
-    importance = rounding_weight(gram, damping)
+    """Codes uint8 [N, K] of the stacked linears, and their parameters, searched with the weights of `InverseFactor.cost`."""
+    importance = inverse.cost(tokens)
     params = {linear: grid.fit(matrix, importance) for linear, matrix in linears.items()}
-    return gptq(stacked(linears), gram, joined(params), grid, damping), params
+    return gptq(stacked(linears), inverse, joined(params), grid), params
 
 
 def step(problem: Problem, earlier: Solution | None) -> Solution:
@@ -162,9 +152,9 @@ def step(problem: Problem, earlier: Solution | None) -> Solution:
     Raises:
         NotPositiveDefiniteError: see `factorize`.
     """
-    damping = problem.settings.damping
-    codes, params = on_searched_scales(problem.linears, problem.gram, problem.grid, damping)
-    took = factorize(problem.gram, damping).damping
+    gram = problem.gram
+    inverse = factorize(gram, problem.settings.damping)
+    codes, params = on_searched_scales(problem.linears, inverse, gram.tokens, problem.grid)
     if problem.alone:
-        problem.gram.cholesky.clear()
-    return Solution(codes, params, took, earlier.steps if earlier else {})
+        gram.cholesky.clear()
+    return Solution(codes, params, inverse.damping, earlier.steps if earlier else {})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qquant.algorithms.awq import Choice, Rounding
 from qquant.algorithms.checksum import checksum
-from qquant.algorithms.gptq import on_searched_scales, rounding_weight
+from qquant.algorithms.gptq import factorize, on_searched_scales
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import Grid, value_of
 from qquant.algorithms.problem import Problem, solve, unstacked
@@ -41,22 +41,27 @@ def unit(layer: int) -> str:
     return f"block {layer}"
 
 
-def rounding_of(damping: float) -> Rounding:
-    """How a search for folded scales foresees what will be written."""
+def rounding_of(damping: float) -> Callable[[Gram], Rounding]:
+    """How a search for folded scales foresees what will be written for the inputs of a stage: one factor does for all scales.
 
-    def cost(gram: Gram) -> Tensor:
-        return rounding_weight(replace(gram, cholesky={}), damping)
+    What it returns raises NotPositiveDefiniteError where there is none.
+    """
 
-    def solve(linears: Mapping[str, Tensor], gram: Gram, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-        values = {}
-        for grid in dict.fromkeys(grids.values()):
-            same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
-            codes, params = on_searched_scales(same, gram, grid, damping)
-            for linear, code in unstacked(same, codes).items():
-                values[linear] = value_of(code, *params[linear].step_and_offset(), grid)
-        return values
+    def of(gram: Gram) -> Rounding:
+        inverse = factorize(replace(gram, cholesky={}), damping)
 
-    return Rounding(cost, solve)
+        def solve(linears: Mapping[str, Tensor], scale: Tensor, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+            values, scaled = {}, inverse.scaled(scale)
+            for grid in dict.fromkeys(grids.values()):
+                same = {linear: weight * scale for linear, weight in linears.items() if grids[linear] == grid}
+                codes, params = on_searched_scales(same, scaled, gram.tokens, grid)
+                for linear, code in unstacked(same, codes).items():
+                    values[linear] = value_of(code, *params[linear].step_and_offset(), grid)
+            return values
+
+        return Rounding(inverse.cost(gram.tokens), solve)
+
+    return of
 
 
 def _inside(value: Tensor, shape: Sequence[int]) -> Tensor:

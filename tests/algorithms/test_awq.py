@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from qquant.algorithms.awq import Tie, _candidates, awq
+from qquant.algorithms.gptq import factorize, on_searched_scales
 from qquant.algorithms.gram import Gram
 from qquant.algorithms.grid import UniformGrid, nearest, value_of
+from qquant.algorithms.problem import unstacked
 from qquant.families.decoder import Block, embed
 from qquant.solve.solver import rounding_of
 from qquant.source.checkpoint import Checkpoint
@@ -114,8 +116,8 @@ def test_a_pair_that_gains_nothing_is_left_alone(make_checkpoint):
     assert all(choice.loss == choice.unscaled for choice in untouched)
 
 
-def test_the_scale_is_chosen_by_the_loss_of_what_will_be_written(make_checkpoint):
-    """Of every candidate, solved by GPTQ and held against the tokens, the chosen one is the best or nearly so, and its loss is as recorded."""
+def test_the_scale_is_chosen_by_the_loss_of_what_will_be_written(make_checkpoint, monkeypatch):
+    """Of every candidate, solved by GPTQ for its own inputs and held against the tokens, the chosen one is the best or nearly so, and its loss is about as recorded."""
     checkpoint, weights, block, x, grams = observed(make_checkpoint())
     inputs = {}
     block.forward(x, inputs.__setitem__)
@@ -128,11 +130,18 @@ def test_the_scale_is_chosen_by_the_loss_of_what_will_be_written(make_checkpoint
     energy = sum(float((inputs["qkv"] @ w.T).square().sum()) for w in linears.values())
     losses = {}
     for ratio, scale in _candidates(linears, grids, gram, 10, Tie(1, 1, 64)):
-        values = rounding.solve({name: w * scale for name, w in linears.items()}, gram.scaled(scale), grids)
+        wide, inverse = {name: w * scale for name, w in linears.items()}, factorize(gram.scaled(scale), 0.01)
+        codes, params = on_searched_scales(wide, inverse, gram.tokens, grid)
+        split = unstacked(wide, codes).items()
+        values = {name: value_of(code, *params[name].step_and_offset(), grid) for name, code in split}
         error = sum(float((inputs["qkv"] @ (values[n] / scale - w).T).square().sum()) for n, w in linears.items())
         losses[ratio] = error / energy
-    assert choice.loss == pytest.approx(losses[choice.ratio], rel=1e-3)
+    assert choice.loss == pytest.approx(losses[choice.ratio], rel=0.05)  # damping and order are those of s = 1
     assert choice.unscaled == pytest.approx(losses[None], rel=1e-3)
     assert choice.loss <= 1.05 * min(losses.values())
+    monkeypatch.setattr("qquant.algorithms.awq.ROWS", 16)
+    by_some = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: grid, 10, rounding).choices[0]
+    assert by_some.loss != choice.loss
+    assert losses[by_some.ratio] <= 1.1 * min(losses.values())
     nearest_choice = awq(checkpoint.family, checkpoint.config, weights, grams, lambda *_: grid, 10).choices[0]
     assert choice.loss < nearest_choice.loss

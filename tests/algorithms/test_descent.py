@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qquant.algorithms import coupled, descent
-from qquant.algorithms.gptq import factorize, gptq, rounding_weight
+from qquant.algorithms.gptq import factorize, gptq
 from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid, UniformParams, value_of
 from qquant.devices import POLICIES
@@ -34,8 +34,8 @@ def loss(weight, gram, codes, levels, grid):
 def solved(request):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(4, 32, request.param, "importance")
-    params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
+    params = grid.fit(weight, factorize(gram, 0.01).cost(gram.tokens))
+    codes = gptq(weight, factorize(gram, 0.01), params.step_and_offset(), grid)
     return weight, gram, damped_copy(gram), codes, params, grid
 
 
@@ -63,8 +63,8 @@ def test_sweeps_gain_on_gptq(solved):
 def test_blocks_are_narrower_where_levels_are_few(bits, sizes):
     weight, gram = problem(24, 160, 700)
     grid = UniformGrid(bits, 32, True, "importance")
-    params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes, damped = gptq(weight, gram, params.step_and_offset(), grid, 0.01), damped_copy(gram)
+    params = grid.fit(weight, factorize(gram, 0.01).cost(gram.tokens))
+    codes, damped = gptq(weight, factorize(gram, 0.01), params.step_and_offset(), grid), damped_copy(gram)
     stacks = descent.blocks_of(damped, False, grid).blocks[::3]
     assert [len(block) for stack in stacks for block in stack] == sizes
     before = loss(weight, damped, codes, params.step_and_offset(), grid)
@@ -121,13 +121,13 @@ def test_refit_keeps_rows_that_would_lose(solved):
     assert bool(torch.isfinite(silent.scales).all())
 
 
-def test_rounding_weight_is_what_an_error_costs_after_compensation():
+def test_the_cost_of_a_column_is_what_an_error_costs_after_compensation():
     """1 / U_jj^2 is the conditional variance of column j given the columns after it: the Schur complement."""
     _, gram = problem(1, 24, 200)
     factor = factorize(gram, 0.01)
     h = gram.matrix.double()[factor.order][:, factor.order]
     h.diagonal().add_(0.01 * float(gram.matrix.diagonal().mean()))
-    weights = rounding_weight(gram, 0.01)[factor.order].double() * gram.tokens
+    weights = factor.cost(gram.tokens)[factor.order].double() * gram.tokens
     for j in (0, 5, 22):
         rest = slice(j + 1, None)
         schur = h[j, j] - h[j, rest] @ torch.linalg.solve(h[rest, rest], h[rest, j])
@@ -220,8 +220,8 @@ def test_rows_without_curvature_are_left_alone(solved):
 def test_parameters_of_block_types_suit_their_codes_better(kind):
     weight, gram = problem(12, 512, 900)
     grid = quantize.grid(kind)
-    params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
+    params = grid.fit(weight, factorize(gram, 0.01).cost(gram.tokens))
+    codes = gptq(weight, factorize(gram, 0.01), params.step_and_offset(), grid)
     damped = damped_copy(gram)
     values = value_of(codes, *params.step_and_offset(), grid)
     factors = params.linear_form(codes)
@@ -254,8 +254,8 @@ def test_parameters_of_block_types_suit_their_codes_better(kind):
 def test_coupled_sweeps_end_as_low_on_a_gpu(rows):
     weight, gram = problem(sum(rows), 256, 900)
     grid = UniformGrid(4, 32, True, "importance")
-    params = grid.fit(weight, rounding_weight(gram, 0.01))
-    codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
+    params = grid.fit(weight, factorize(gram, 0.01).cost(gram.tokens))
+    codes = gptq(weight, factorize(gram, 0.01), params.step_and_offset(), grid)
     damped, matrices = damped_copy(gram), curvature(*rows)
     ends = []
     for device in ("cpu", "cuda"):

@@ -49,7 +49,7 @@ def test_codes_are_those_of_the_definition(rows, columns, width, symmetric):
     weight, gram = problem(rows, columns, 4 * columns)
     grid = UniformGrid(4, width, symmetric, "minmax")
     levels = grid.fit(weight).step_and_offset()
-    ours = gptq(weight, gram, levels, grid, 0.01)
+    ours = gptq(weight, factorize(gram, 0.01), levels, grid)
     slow = by_definition(weight, gram, levels, grid, 0.01)
     assert (ours == slow).float().mean() > 0.995  # ties apart
 
@@ -58,9 +58,9 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
     weight, gram = problem(6, 128, 500)
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).step_and_offset()
-    whole = gptq(weight, gram, levels, grid, 0.01)
+    whole = gptq(weight, factorize(gram, 0.01), levels, grid)
     monkeypatch.setitem(POLICIES, "cpu", replace(POLICIES["cpu"], spread=16))
-    assert (gptq(weight, gram, levels, grid, 0.01) == whole).float().mean() > 0.995
+    assert (gptq(weight, factorize(gram, 0.01), levels, grid) == whole).float().mean() > 0.995
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -72,7 +72,7 @@ def test_output_error_is_far_below_round_to_nearest(seed):
     def loss(codes):
         return float(gram.energy(value_of(codes, *levels, grid) - weight).sum())
 
-    assert loss(gptq(weight, gram, levels, grid, 0.01)) < 0.6 * loss(nearest(weight, *levels, grid))
+    assert loss(gptq(weight, factorize(gram, 0.01), levels, grid)) < 0.6 * loss(nearest(weight, *levels, grid))
 
 
 def test_factor_is_the_upper_cholesky_of_the_inverse():
@@ -113,7 +113,7 @@ def test_dead_channels_are_rounded_to_nearest():
     gram.matrix[7, :] = gram.matrix[:, 7] = 0
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).step_and_offset()
-    assert torch.equal(gptq(weight, gram, levels, grid, 0.01)[:, 7], nearest(weight, *levels, grid)[:, 7])
+    assert torch.equal(gptq(weight, factorize(gram, 0.01), levels, grid)[:, 7], nearest(weight, *levels, grid)[:, 7])
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
@@ -121,7 +121,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     gram.matrix = torch.diag(gram.matrix.diagonal())
     grid = UniformGrid(4, 32, symmetric=True, search="minmax")
     levels = grid.fit(weight).step_and_offset()
-    assert torch.equal(gptq(weight, gram, levels, grid, 0.01), nearest(weight, *levels, grid))
+    assert torch.equal(gptq(weight, factorize(gram, 0.01), levels, grid), nearest(weight, *levels, grid))
 
 
 def test_gram_is_the_sum_over_tokens_whatever_the_samples():
@@ -136,3 +136,15 @@ def test_gram_is_the_sum_over_tokens_whatever_the_samples():
     assert torch.allclose(whole.importance, x.square().mean(0), atol=1e-5)
     weight = torch.randn(3, 6)
     assert torch.allclose(whole.energy(weight), (x @ weight.T).square().sum(0), rtol=1e-4)
+
+
+def test_the_factor_of_scaled_inputs_is_the_scaled_factor():
+    """Of H' = S^-1 H S^-1 in the order of H, where the damping is scaled too: no other is factored for AWQ's candidates."""
+    x = torch.randn(300, 48)
+    gram, scale = Gram.zeros(48), torch.rand(48) + 0.5
+    gram.add(x)
+    inverse = factorize(gram, 0.01).scaled(scale)
+    damped = gram.matrix.double() + 0.01 * gram.matrix.diagonal().mean() * torch.eye(48)
+    wanted = torch.linalg.inv(damped / scale[:, None] / scale)[inverse.order][:, inverse.order]
+    assert torch.allclose((inverse.upper.double().T @ inverse.upper.double()), wanted, rtol=1e-4, atol=1e-7)
+    assert torch.equal(inverse.upper, inverse.upper.triu())

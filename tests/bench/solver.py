@@ -53,7 +53,7 @@ def ours(stages, sweeps, search="importance"):
     import torch
 
     from qquant.algorithms import descent
-    from qquant.algorithms.gptq import gptq, rounding_weight
+    from qquant.algorithms.gptq import factorize, gptq
     from qquant.algorithms.gram import Gram, with_damping
     from qquant.algorithms.grid import UniformGrid, value_of
 
@@ -63,8 +63,8 @@ def ours(stages, sweeps, search="importance"):
         gram.matrix.copy_(h)
         gram.tokens = 1
         weight = torch.cat(weights)
-        params = grid.fit(weight, rounding_weight(gram, 0.01))
-        codes = gptq(weight, gram, params.step_and_offset(), grid, 0.01)
+        params = grid.fit(weight, factorize(gram, 0.01).cost(gram.tokens))
+        codes = gptq(weight, factorize(gram, 0.01), params.step_and_offset(), grid)
         with with_damping(gram.matrix, 0.01) as damped:
             for count in range(sweeps):
                 codes = descent.sweep(weight, damped, codes, params.step_and_offset(), grid, shift=count % 2 == 1)
