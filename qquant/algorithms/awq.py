@@ -10,7 +10,8 @@ tokens, from the Gram matrix alone. mean|w| is relative to the largest |w| of a 
 
 Where the scaled weights will be solved and not just rounded, Q is a solve. Its loss is foreseen for every candidate from one rounding,
 sum_j c_j (q_j - w_j)^2 with c_j what a squared error of column j costs the solver (c_j / s_j^2 after scaling), and the FINALISTS with
-the least, and s = 1, are solved, all by one factor of H (`gptq.InverseFactor.scaled`). Losses are of about ROWS rows of each matrix.
+the least, and s = 1, are solved, by two factors of H: that of s = 1, and that of the least loss for all finalists
+(`gptq.InverseFactor.scaled`). Losses are of about ROWS rows of each matrix.
 
 The function of the block stays the same: the producer's rows and bias (or the norm's weight) are divided by s. A norm is stored
 in 16 bits, so s is re-derived from the rounded norm and the product stays exact. With grouped-query attention a value channel
@@ -20,7 +21,7 @@ over scales takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -148,14 +149,37 @@ def _best(stage: Stage, weights: Weights, gram: Gram, search: ScaleSearch, tie: 
     candidates = _candidates(weights, grids, gram, search.ratios, tie)
     some = {linear: weight[:: max(1, len(weight) // ROWS)] for linear, weight in weights.items()}
     energy = sum(float(gram.energy(weight).sum()) for weight in some.values()) or 1.0
-    rounding = search.rounding(gram) if search.rounding else None
-    if rounding is not None:
-        unscaled, cost = candidates[0], rounding.cost
-        candidates.sort(key=lambda one: _foreseen(some, grids, cost, tie.spread(one[1])))
-        candidates = [unscaled, *(one for one in candidates if one is not unscaled)][: 1 + FINALISTS]
-    losses = [_loss(some, grids, gram, tie.spread(scale), rounding) / energy for _, scale in candidates]
+    spread = [tie.spread(scale) for _, scale in candidates]
+    if search.rounding is None:
+        values = (_nearest(_times(some, scale), grids, gram.importance / scale.square()) for scale in spread)
+        losses = [_loss(each, some, gram, scale) / energy for each, scale in zip(values, spread, strict=True)]
+    else:
+        kept, solved = _finalists(some, grids, gram, search.rounding, spread)
+        candidates, losses = [candidates[index] for index in kept], [loss / energy for loss in solved]
     best = losses.index(min(losses))
     return candidates[best][1], Choice(stage.name, candidates[best][0], losses[best], losses[0])
+
+
+def _finalists(
+    weights: Weights,
+    grids: Mapping[str, Grid],
+    gram: Gram,
+    rounding_of: Callable[[Gram], Rounding],
+    scales: Sequence[Tensor],
+) -> tuple[list[int], list[float]]:
+    """The first of `scales` and FINALISTS of the others, and what they lose solved: the first by its own factor, the others by that of the best foreseen."""
+    rounding, first, *others = rounding_of(gram), *range(len(scales))
+    foreseen = {index: _foreseen(weights, grids, rounding.cost, scales[index]) for index in others}
+    kept = sorted(others, key=foreseen.__getitem__)[:FINALISTS]
+    losses = [_loss(rounding.solve(weights, scales[first], grids), weights, gram, scales[first])]
+    del rounding
+    if kept:
+        near = scales[kept[0]]
+        rounding, wide = rounding_of(gram.scaled(near)), _times(weights, near)
+        losses += [
+            _loss(rounding.solve(wide, scales[index] / near, grids), weights, gram, scales[index]) for index in kept
+        ]
+    return [first, *kept], losses
 
 
 def _candidates(
@@ -189,15 +213,15 @@ def _nearest(weights: Weights, grids: Mapping[str, Grid], importance: Tensor) ->
 
 
 def _foreseen(weights: Weights, grids: Mapping[str, Grid], cost: Tensor, scale: Tensor) -> float:
-    scaled, importance = {linear: weight * scale for linear, weight in weights.items()}, cost / scale.square()
+    scaled, importance = _times(weights, scale), cost / scale.square()
     values = _nearest(scaled, grids, importance)
     return sum(float(((values[linear] - scaled[linear]).square() @ importance).sum()) for linear in weights)
 
 
-def _loss(weights: Weights, grids: Mapping[str, Grid], gram: Gram, scale: Tensor, rounding: Rounding | None) -> float:
-    if rounding is None:
-        scaled = {linear: weight * scale for linear, weight in weights.items()}
-        values: Weights = _nearest(scaled, grids, gram.importance / scale.square())
-    else:
-        values = rounding.solve(weights, scale, grids)
+def _times(weights: Weights, scale: Tensor) -> dict[str, Tensor]:
+    return {linear: weight * scale for linear, weight in weights.items()}
+
+
+def _loss(values: Weights, weights: Weights, gram: Gram, scale: Tensor) -> float:
+    """The output error of `values` that stand for weights times `scale`."""
     return sum(float(gram.energy(values[linear] / scale - weight).sum()) for linear, weight in weights.items())

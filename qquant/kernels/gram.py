@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qquant.errors import InputError
 from qquant.kernels.jit import AVAILABLE, INTERPRETED, blocks, jit, kernel, tl
-from qquant.kernels.product import add_lower_square, add_square
+from qquant.kernels.product import add_square
 
 CHUNK = 2048  # rows widened at a time; and summed in the matrix unit, which cuts where its sums should round
 GROUP = 8
@@ -139,13 +139,10 @@ def launch(h: Tensor, x: Tensor, both: bool = True) -> None:
 
 
 def add_lower(h: Tensor, x: Tensor) -> None:
-    """`gram` of x on a GPU in the part on and below the diagonal alone; what is above is worth nothing until it is mirrored."""
-    if x.dtype == torch.float32:
-        add_lower_square(h, x)
-    else:
-        _check(h, x)
-        with torch.cuda.device_of(x):
-            launch(h, x.contiguous(), both=False)
+    """`gram` of 16-bit x on a GPU in the part on and below the diagonal alone; what is above is worth nothing until it is mirrored."""
+    _check(h, x)
+    with torch.cuda.device_of(x):
+        launch(h, x.contiguous(), both=False)
 
 
 def _gram_cuda(h: Tensor, x: Tensor) -> None:

@@ -12,12 +12,6 @@ for sums of squares that are compared or reported and for corrections that are d
 matrix is divided into. Ootomo and Yokota 2022 (arXiv 2203.03341).
 
 Sums over tokens of bfloat16 numbers lose nothing where each product is exact in float32 and added up there: `add_products`.
-
-Passes of float32 activations through a block are of bfloat16 halves alone, h of 8 bits and l of the next 8: what is left out is 2^-16
-of the sum of all magnitudes at worst (1.8e-5 on an H200, whose sums are cut off, too), in three products that are one of longer rows, and in
-two with a weight that bfloat16 holds:
-
-    x b' = [h, l, h] [bh, bh, bl]'     or  [h, l] [b, b]'          `stretched`, `stretched_product`
 """
 
 from __future__ import annotations
@@ -108,32 +102,6 @@ def product_using_up(a: Tensor, b: SplitMatrix) -> Tensor:
         return a @ b.values()
     flat = a.flatten(0, -2)
     return multiplied(halves(flat, flat), b.halves).view(*a.shape[:-1], -1)
-
-
-def stretched(x: Tensor, factor: int = 1) -> Tensor:
-    """bfloat16 [..., 3 K] of float32 x [..., K]: (h, l, h) of a first `factor`, (h, h, l) of the second."""
-    flat = x.flatten(0, -2).contiguous()
-    rows, columns = flat.shape
-    parts = torch.empty(rows, 3 * columns, dtype=torch.bfloat16, device=x.device)
-    if AVAILABLE and x.is_cuda:
-        with torch.cuda.device_of(x):
-            launch_stretched(flat, parts, factor)
-    else:
-        high = flat.bfloat16()
-        low = (flat - high.float()).bfloat16()
-        torch.cat([high, low, high] if factor == 1 else [high, high, low], 1, out=parts)
-    return parts.view(*x.shape[:-1], -1)
-
-
-def stretched_product(x: Tensor, b: Tensor) -> Tensor:
-    """Float32 [..., N] of x [..., 3 K], as `stretched` gives it, and b [N, 3 K], or [N, 2 K] of a weight that bfloat16 holds, twice."""
-    columns = x.shape[-1] // 3
-    flat = x.flatten(0, -2)[:, : b.shape[1]]
-    if x.is_cuda:
-        return torch.mm(flat, b.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
-    spans = [slice(start, start + columns) for start in range(0, b.shape[1], columns)]
-    terms = [flat[:, span].float() @ b[:, span].float().T for span in spans]
-    return torch.stack(terms).sum(0).view(*x.shape[:-1], -1)
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
@@ -254,28 +222,4 @@ def launch(x: Tensor, into: Halves) -> None:
     block = min(1024, max(32, 1 << (columns - 1).bit_length()))
     _kernel[(rows, blocks(columns, block))](
         x, *into, x.stride(0), columns, BLOCK=block, MASK=UPPER, num_warps=max(1, block // 256)
-    )
-
-
-@kernel("K")
-def _stretched_kernel(
-    x_at: tl.tensor, parts_at: tl.tensor, K: tl.tensor, BLOCK: tl.constexpr, SECOND: tl.constexpr
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_at + row * K + k, mask=k < K)
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    at = parts_at + row * 3 * K + k
-    tl.store(at, high, mask=k < K)
-    tl.store(at + K, high if SECOND else low, mask=k < K)
-    tl.store(at + 2 * K, low if SECOND else high, mask=k < K)
-
-
-def launch_stretched(x: Tensor, parts: Tensor, factor: int) -> None:
-    """Run the kernel: x [M, K] and parts [M, 3 K], contiguous."""
-    rows, columns = x.shape
-    block = min(1024, max(32, 1 << (columns - 1).bit_length()))
-    _stretched_kernel[(rows, blocks(columns, block))](
-        x, parts, columns, BLOCK=block, SECOND=factor == 2, num_warps=max(1, block // 256)
     )

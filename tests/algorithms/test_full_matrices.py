@@ -12,8 +12,9 @@ from qquant.algorithms import gram as algorithms_gram
 from qquant.algorithms.gram import with_damping
 from qquant.algorithms.grid import UniformGrid
 from qquant.algorithms.problem import Problem, solve, stacked
+from qquant.kernels import gram as kernels_gram
 from qquant.kernels import product
-from qquant.kernels.product import SplitMatrix, add_square, halves
+from qquant.kernels.product import SplitMatrix, halves
 from tests.algorithms.test_gptq import problem
 from tests.worlds.allocations import Allocations
 
@@ -151,14 +152,21 @@ def test_halves_give_nearly_the_codes_of_whole_matrices(asked):
     assert float((by_halves.codes != whole.codes).float().mean()) < 0.01
 
 
-def test_a_card_mirrors_sums_of_float32_once_for_all_pieces(monkeypatch):
-    """The bits of a matrix that is whole after every piece."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_card_mirrors_sums_once_for_all_pieces(monkeypatch, dtype):
+    """The bits of a matrix that is whole after every piece, of inputs in 16 bits."""
+
+    def add_lower(total, x):
+        assert x.dtype == torch.bfloat16
+        kernels_gram.reference(added := torch.zeros_like(total), x)
+        total += added.tril()
+
     monkeypatch.setattr("qquant.kernels.product.STRIP", 16)
-    monkeypatch.setattr("qquant.algorithms.gram.gram", add_square)
+    monkeypatch.setattr(algorithms_gram, "add_lower", add_lower)
     whole, late, again = (algorithms_gram.Gram.zeros(40) for _ in range(3))
-    pieces, weights = torch.randn(3, 30, 40), torch.rand(3, 30)
+    pieces, weights = torch.randn(3, 30, 40).to(dtype), torch.rand(3, 30)
     for x, s in zip(pieces, weights, strict=True):
-        whole.add(x, s)
+        whole.add((x * s.sqrt().to(dtype).unsqueeze(1)).bfloat16())
     monkeypatch.setitem(devices.POLICIES, "cpu", replace(devices.POLICIES["cpu"], apart=True))
     mirrored, mirror = [], algorithms_gram.mirror
     monkeypatch.setattr(algorithms_gram, "mirror", lambda total: mirrored.append(len(total)) or mirror(total))

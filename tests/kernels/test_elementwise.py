@@ -7,8 +7,8 @@ import torch
 
 from qquant.families.decoder import Block, rms_norm, rotary, rotate
 from qquant.kernels import elementwise
-from qquant.kernels.product import stretched_product
-from qquant.solve.fused import FusedBlock, SplitBlock, block_of
+from qquant.kernels.scaled_half import scaled_product
+from qquant.solve.fused import FusedBlock, HalfBlock, block_of
 from qquant.source.checkpoint import Checkpoint
 
 
@@ -84,36 +84,30 @@ def test_a_block_of_fewer_kernels_is_the_block(family, make_checkpoint):
     assert torch.equal(fused.forward(x[:, :4]), plain.forward(x[:, :4]))
 
 
-def test_a_block_of_split_products_is_the_block(family, make_checkpoint, monkeypatch):
-    """On a GPU its products are of halves; here they are made to be."""
+def test_a_block_of_float16_products_is_the_block(family, make_checkpoint, monkeypatch):
+    """On a GPU its products are of float16; here they are made to be."""
     source = Checkpoint.open(make_checkpoint(family=family))
     weights = source.block(0)
-    plain, split = (kind(source.family, source.config, weights, torch.float32) for kind in (Block, SplitBlock))
+    plain, half = (kind(source.family, source.config, weights, torch.float32) for kind in (Block, HalfBlock))
     x = states(2, 6, source.config.hidden).float()
     calls = []
-    monkeypatch.setattr("qquant.solve.fused.stretched_product", lambda *a: calls.append(a) or stretched_product(*a))
-    assert far(split.forward(x), plain.forward(x)) < 1e-5
+    monkeypatch.setattr("qquant.solve.fused.scaled_product", lambda *a: calls.append(a) or scaled_product(*a))
+    assert 0 < far(half.forward(x), plain.forward(x)) < 1e-3
     assert len(calls) == sum(len(stage.linears) for stage in source.family.stages)
-    calls.clear()
     name = f"{source.family.stages[-1].linears[-1]}.weight"
-    for block in (plain, split):  # as a solved linear takes the place of what it was
-        block.weights[name] = weights[name].float() * 1.001
-    assert far(split.forward(x), plain.forward(x)) < 1e-5
-    assert [b.shape[-1] / a.shape[-1] for a, b in calls[-1:]] == [1], (
-        "a weight that bfloat16 does not hold has a lower half"
-    )
-    if weights[name].dtype == torch.bfloat16:
-        assert {b.shape[-1] * 3 / a.shape[-1] for a, b in calls[:-1]} == {2}
+    for block in (plain, half):  # as a solved linear takes the place of what it was
+        block.weights[name] = weights[name].float() * 100
+    assert 0 < far(half.forward(x), plain.forward(x)) < 1e-3
 
 
-def test_halves_of_a_stage_are_made_once(family, make_checkpoint):
+def test_weights_of_a_stage_are_converted_once(family, make_checkpoint):
     source = Checkpoint.open(make_checkpoint(family=family))
-    block = SplitBlock(source.family, source.config, source.block(0), torch.float32)
+    block = HalfBlock(source.family, source.config, source.block(0), torch.float32)
     x, (stage, other) = states(3, source.config.hidden).float(), source.family.stages[:2]
-    first, made = block.apply(stage.name, x), dict(block.stretched)
+    first, made = block.apply(stage.name, x), dict(block.halved)
     assert made.keys() == set(stage.linears)
     again = block.apply(stage.name, x)
-    assert all(block.stretched[name] is pair for name, pair in made.items())
+    assert all(block.halved[name] is pair for name, pair in made.items())
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     name = f"{stage.linears[0]}.weight"
     block.weights[name] = (
@@ -122,7 +116,19 @@ def test_halves_of_a_stage_are_made_once(family, make_checkpoint):
     bias = block.weights.get(f"{stage.linears[0]}.bias", 0.0)
     assert torch.allclose(block.apply(stage.name, x)[0] - bias, 2 * (first[0] - bias), rtol=1e-5, atol=1e-6)
     block.apply(other.name, states(3, source.family.inputs(source.config, 0)[other.name]).float())
-    assert block.stretched.keys() == set(other.linears), "halves of one stage are in memory"
+    assert block.halved.keys() == set(other.linears), "weights of one stage are in memory"
+
+
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1e6, 1e-5, 1e9), (1e-12, 1e9, 1e-12), (0, 1, 1), (1, 1, 0)])
+def test_attention_of_any_size_is_made_in_float16(make_checkpoint, factors):
+    """Queries and keys of any size whose products are not; values of any size."""
+    source = Checkpoint.open(make_checkpoint())
+    plain, half = (kind(source.family, source.config, {}, torch.float32) for kind in (Block, HalfBlock))
+    heads = [factor * torch.randn(2, 4, 9, 16) for factor in factors]
+    found, expected = half.mixed(*heads), plain.mixed(*heads)
+    assert float((found - expected).norm()) <= 2e-3 * float(expected.norm())
+    heads[2][0, 0, 0, 0] = torch.nan
+    assert not bool(half.mixed(*heads).isfinite().all())
 
 
 def far(found, expected):
@@ -135,10 +141,10 @@ def test_a_block_in_float32_on_a_gpu(family, make_checkpoint):
     source = Checkpoint.open(make_checkpoint(family=family))
     weights = {name: value.cuda() for name, value in source.block(0).items()}
     block = block_of(source.family, source.config, weights, torch.float32)
-    assert isinstance(block, SplitBlock)
+    assert isinstance(block, HalfBlock)
     x = states(4, 64, source.config.hidden, device="cuda").float()
     expected = Block(source.family, source.config, weights, torch.float32).forward(x)
-    assert far(block.forward(x), expected) < 1e-5
+    assert 0 < far(block.forward(x), expected) < 1e-3
 
 
 def nearly(found, expected, share=1e-3):

@@ -27,6 +27,7 @@ from qquant.kernels import (
     group_products,
     group_search,
     many_rows,
+    scaled_half,
     wq_mm,
 )
 from qquant.kernels import product as float32
@@ -290,13 +291,21 @@ def test_halves(tmp_path):
     assert machine.count(r"^STG\.E\.128") >= 2
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_halves_side_by_side(second, tmp_path):
-    arguments = {"x_at": "*fp32", "parts_at": "*bf16", "K": "i32/16"}
-    machine = build(tmp_path, float32._stretched_kernel, arguments, {"BLOCK": 1024, "SECOND": second}, num_warps=4)
+def test_half_rows(tmp_path):
+    arguments = {"x_at": "*fp32", "values_at": "*fp16", "scale_at": "*fp32", "K": "i32/16"}
+    machine = build(tmp_path, scaled_half._rows_kernel, arguments, {"BLOCK": 4096, "TOP": 14}, num_warps=8)
     assert machine.stack == 0
-    assert machine.count(r"^LDG\.E\.128") >= 2
-    assert machine.count(r"^STG\.E\.(64|128)") >= 3
+    assert machine.count(r"^LDG\.E\.128") >= 8
+    assert machine.count(r"^STG\.E\.(64|128)") >= 2
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_scaled(biased, tmp_path):
+    arguments = {"y_at": "*fp32", "row_at": "*fp32", "column_at": "*fp32", "bias_at": "*fp32", "N": "i32/16"}
+    machine = build(tmp_path, scaled_half._scaled_kernel, arguments, {"WIDTH": 1024, "BIAS": biased}, num_warps=4)
+    assert machine.stack == 0
+    assert machine.count(r"^LDG\.E\.128") >= 4 + 2 * biased
+    assert machine.count(r"^STG\.E\.128") >= 2
 
 
 @pytest.mark.parametrize("width", group_products.WIDTHS)

@@ -27,6 +27,7 @@ from qquant.kernels import (
     group_products,
     group_search,
     many_rows,
+    scaled_half,
     wq_mm,
 )
 from qquant.kernels import product as halves_of
@@ -276,15 +277,27 @@ def split(rows, columns, apart):
     ), 2.0**-7
 
 
-def side_by_side(rows, columns, factor):
-    """The two halves of a number make it up to 2^-14, where the interpreter cuts; 2^-16 where a card rounds."""
-    x = torch.randn(rows, columns) * 10 ** (6 * torch.rand(rows, columns) - 3)
-    parts = _fenced((rows, 3 * columns), BRAIN)
-    halves_of.launch_stretched(guarded(x), parts, factor)
-    high, second, third = parts.float().split(columns, 1)
-    same, low = (third, second) if factor == 1 else (second, third)
-    assert torch.equal(high, same)
-    return float(((high + low - x).abs() / x.abs()).max()), 2.0**-14
+def half_rowed(rows, columns):
+    x = (
+        torch.randn(rows, columns)
+        * 10 ** (6 * torch.rand(rows, columns) - 3)
+        * 10.0 ** torch.randint(-20, 20, (rows, 1))
+    )
+    x[0] = 0
+    values, scale = _fenced((rows, columns), HALF), _fenced((rows, 1), FULL)
+    scaled_half.launch_rows(guarded(x), values, scale)
+    expected = scaled_half.half_rows(x)
+    assert torch.equal(scale, expected.scale)
+    return float((values.double() - expected.values.double()).abs().max()), 2.0**-10 * 2**scaled_half.TOP
+
+
+def scaled(rows, columns, biased):
+    y, row, column = torch.randn(rows, columns), torch.rand(rows, 1), torch.rand(columns, 1)
+    bias = torch.randn(columns) if biased else None
+    expected = y.double() * row * column.T + (bias if biased else 0)
+    found = guarded(y)
+    scaled_half.launch_scaled(found, guarded(row), guarded(column), guarded(bias) if biased else None)
+    return relative(found, expected), 1e-6
 
 
 def normed(rows, width, add):
@@ -455,8 +468,10 @@ CASES = {
     "column_sums float32": partial(summed, 33, 130, FULL),
     "halves": partial(split, 3, 70, 0),
     "halves, rows apart": partial(split, 5, 1100, 9),
-    "halves side by side": partial(side_by_side, 3, 70, 1),
-    "halves side by side, second factor": partial(side_by_side, 5, 1100, 2),
+    "half rows": partial(half_rowed, 5, 70),
+    "half rows, longer than is converted at a time": partial(half_rowed, 2, 5000),
+    "scaled": partial(scaled, 3, 70, False),
+    "scaled, with a bias": partial(scaled, 2, 1100, True),
     "group_products": partial(scales_of_groups, 5, 3, 32, 1),
     "group_products, two bases": partial(scales_of_groups, 3, 2, 16, 2),
     "add_norm": partial(normed, 3, 352, True),
