@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from qquant import devices
-from qquant.artifact import draft
+from qquant.artifact import behind, draft
 from qquant.artifact.manifest import verify_files
 from qquant.disk.digest import sha256_of
 from qquant.errors import QQuantError, StoppedError
@@ -191,7 +191,7 @@ def test_a_file_that_reads_back_wrong_is_told_whether_or_not_it_is_hashed_meanwh
 
 def test_files_are_read_back_from_their_beginning_while_the_rest_is_written(make_checkpoint, build, monkeypatch):
     """So that their end alone is left to be hashed and compared, and every tensor is compared once."""
-    folder, read, ends = make_checkpoint(), draft.Beginning.read, []
+    folder, read, ends = make_checkpoint(), behind.Beginning.read, []
     compare, compared = folder_read_back._compare_bytes, Counter()
 
     def counted(library, path, written):
@@ -205,7 +205,7 @@ def test_files_are_read_back_from_their_beginning_while_the_rest_is_written(make
         read(beginning, path, stop)
         ends.append((path.name, threading.current_thread().name.rstrip("_0123456789"), before, beginning.bytes))
 
-    monkeypatch.setattr(draft.Beginning, "read", watched)
+    monkeypatch.setattr(behind.Beginning, "read", watched)
     monkeypatch.setattr(devices, "threads_help", lambda device: True)
     _, out = build(folder, "gptq-int8")
     (made,) = (path.parent for path in out.glob("*/qquant-manifest.json"))
@@ -256,9 +256,9 @@ def test_what_is_written_again_is_hashed_again(tmp_path, make_checkpoint, monkey
                 partial(one.write, "rest", [(name, 0, torch.full((first.nbytes,), value, dtype=torch.uint8))], ())
             )
             one.submit(lambda: None)  # the first is done
-            while one.ahead.get(file.name, draft.Beginning()).compared != {name}:
+            while one.behind.ahead.get(file.name, behind.Beginning()).compared != {name}:
                 time.sleep(0.01)
-    assert one.ahead[file.name].bytes == one.places[other][1].offset
+    assert one.behind.ahead[file.name].bytes == one.places[other][1].offset
     with pytest.raises(QQuantError, match="were never written"):
         list(one.readings(torch.device("cpu")))
     assert one._hashed(file.name) == (file.name, sha256_of(one.folder / file.name))

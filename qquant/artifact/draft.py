@@ -36,9 +36,10 @@ from torch import Tensor
 
 from qquant import background, devices
 from qquant.algorithms.checksum import as_bytes
+from qquant.artifact.behind import Behind
 from qquant.artifact.journal import Journal, JournalHead, JournalUnit
 from qquant.artifact.manifest import ArtifactEntry, FileFacts, Manifest, Origin, read_manifest
-from qquant.disk.digest import piece_of, sha256_of
+from qquant.disk.digest import sha256_of
 from qquant.disk.output import MANIFEST
 from qquant.disk.writes import copy, crash_point, create, make_folder, put, rename, sync, write_synced
 from qquant.errors import QQuantError
@@ -48,24 +49,6 @@ from qquant.report.solved import Solved, checksums
 
 CHUNK = 1 << 24
 REPLACED = "replaced"
-
-
-@dataclass
-class Beginning:
-    """The first bytes of a file that was read back, and the tensors in them that are as they were written."""
-
-    digest: Any = field(default_factory=hashlib.sha256)
-    bytes: int = 0
-    compared: set[str] = field(default_factory=set)
-
-    def read(self, path: Path, stop: int) -> None:
-        """Go on to byte `stop`, or the end of the file."""
-        buffer = piece_of(stop - self.bytes)
-        with path.open("rb", buffering=0) as source:
-            source.seek(self.bytes)
-            while count := source.readinto(buffer[: max(0, stop - self.bytes)]):
-                self.digest.update(buffer[:count])
-                self.bytes += count
 
 
 def in_place(work: Callable[[], None]) -> None:
@@ -82,12 +65,12 @@ class Draft:
     key: str
     units: dict[str, JournalUnit] = field(default_factory=dict)  # journalled; not one that `submit` has
     submit: Callable[[Callable[[], None]], None] = in_place  # what takes pieces of work that write
-    behind: Callable[[Callable[[], None]], None] | None = None  # and that read back, while others write
+    look: Callable[[Callable[[], None]], None] | None = None  # and that read back, while others write
     back: ReadBack | None = None
-    ahead: dict[str, Beginning] = field(default_factory=dict)  # of files whose beginning was read back so
-    again: set[str] = field(
-        default_factory=set
-    )  # files of which something was written once more after it was journalled
+
+    def __post_init__(self) -> None:
+        """Nothing is read back yet."""
+        self.behind = Behind(self.folder, self.plan.files)
 
     @property
     def folder(self) -> Path:
@@ -172,12 +155,12 @@ class Draft:
         """Have a thread do what `submit` is given meanwhile, one piece of work in flight, and another read it back, if threads help a build on `device`; all of it at the end."""
         threaded = devices.threads_help(device)
         with background.write_behind(threaded) as look, background.write_behind(threaded) as submit:
-            self.submit, self.behind = submit, look if threaded else None
+            self.submit, self.look = submit, look if threaded else None
             self.back = self._read_back(device)
             try:
                 yield
             finally:
-                self.submit, self.behind = in_place, None
+                self.submit, self.look = in_place, None
 
     def _read_back(self, device: torch.device) -> ReadBack:
         paths = [self.folder / file.name for file in self.plan.files if file.tensors]
@@ -206,35 +189,8 @@ class Draft:
         Journal(self.journal).add(unit)
         self.units[unit.unit] = unit
         crash_point("after a unit is journalled")
-        if self.behind and self.back:
-            self._look_behind(self.behind, self.back)
-
-    def _look_behind(self, submit: Callable[[Callable[[], None]], None], back: ReadBack) -> None:
-        """Have every file read back up to its first tensor that is not journalled; nothing more where all are, which threads read side by side."""
-        journalled = {name for unit in self.units.values() for name in unit.checksums}
-        if self.places.keys() <= journalled:
-            return
-        stops = [
-            (file, min((tensor.offset for tensor in file.tensors if tensor.name not in journalled), default=file.size))
-            for file in self.plan.files
-            if file.tensors and file.name not in self.again
-        ]
-        submit(partial(self._read_up_to, stops, list(self.units.values()), back))
-
-    def _read_up_to(
-        self, stops: Sequence[tuple[PlannedFile, int]], units: Sequence[JournalUnit], back: ReadBack
-    ) -> None:
-        """Hash each file up to a byte, and compare the tensors of `units` before it that were not compared yet."""
-        written = {name: value for unit in units for name, value in unit.checksums.items()}
-        values = checksums(entry for unit in units for entry in unit.record)
-        for file, stop in stops:
-            beginning = self.ahead.setdefault(file.name, Beginning())
-            beginning.read(self.folder / file.name, stop)
-            passed = {tensor.name for tensor in file.tensors if tensor.offset + tensor.nbytes <= stop}
-            fresh = {name: written[name] for name in passed - beginning.compared}
-            for compare in back.tensors(fresh, values):
-                compare()
-            beginning.compared |= passed
+        if self.look and self.back:
+            self.behind.look(self.look, self.back, self.units)
 
     def readings(self, device: torch.device) -> Iterator[Callable[[], tuple[str, str]]]:
         """Read back what was written and compare it: pieces of work for `finish`, which threads may do; (file, sha256 or "") each.
@@ -244,9 +200,7 @@ class Draft:
         Raises:
             QQuantError: a tensor is missing.
         """
-        for name in self.again:
-            self.ahead.pop(name, None)
-        compared = {name for beginning in self.ahead.values() for name in beginning.compared}
+        compared = self.behind.compared()
         written = {name: value for unit in self.units.values() for name, value in unit.checksums.items()}
         unwritten = self.places.keys() - written.keys()
         if unwritten:
@@ -262,11 +216,7 @@ class Draft:
 
     def _hashed(self, name: str) -> tuple[str, str]:
         """The sha256 of a file; that it is not there is told by what reads it."""
-        path, beginning = self.folder / name, self.ahead.pop(name, Beginning())
-        if not path.is_file():
-            return name, ""
-        beginning.read(path, path.stat().st_size)
-        return name, beginning.digest.hexdigest()
+        return name, self.behind.sha256(name) if (self.folder / name).is_file() else ""
 
     def _settle(self, file: PlannedFile) -> None:
         if not self._intact(file):
@@ -353,7 +303,7 @@ class UnitWriter:
         path = self.draft.folder / file.name
         self.touched.add(path)
         if any(name in unit.checksums for unit in self.draft.units.values()):
-            self.draft.again.add(file.name)
+            self.draft.behind.again.add(file.name)
         put(path, tensor.offset + offset, data)
 
     def close(self, record: Sequence[Solved], seconds: Mapping[str, float] | None = None) -> None:
