@@ -19,14 +19,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qquant.devices import free_memory, readers, return_freed
+from qquant.background import prefetch
+from qquant.devices import free_memory, readers, return_freed, threads_help
 from qquant.errors import NumericalError
 from qquant.families.decoder import Block, embed, rms_norm, source_block
 from qquant.families.weights import WeightSource
@@ -238,16 +239,18 @@ def final_states(
     layers = sources[0].config.layers
     progress.advance("check", 0, layers + more)
     hidden = [_embedded(source, text.windows, device) for source in sources]
-    for layer in range(layers):
-        for index, (source, states) in enumerate(zip(sources, hidden, strict=True)):
-            at = f"block {layer + 1} of {layers}, model {index + 1} of {len(sources)}"
-            observe = peaks.observer(index, layer) if peaks else None
-            _through(block_of(source, layer, device), states, observe, partial(_at_window, progress, at, len(states)))
-            return_freed(device)
-        if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
-            raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
-        progress.advance("check", layer + 1, layers + more)
-        progress.check_stop()
+    places = product(range(layers), range(len(sources)))
+    with prefetch(lambda place: block_of(sources[place[1]], place[0], device), places, threads_help(device)) as blocks:
+        for layer in range(layers):
+            for index, states in enumerate(hidden):
+                at = f"block {layer + 1} of {layers}, model {index + 1} of {len(sources)}"
+                observe = peaks.observer(index, layer) if peaks else None
+                _through(next(blocks), states, observe, partial(_at_window, progress, at, len(states)))
+                return_freed(device)
+            if not all(bool(torch.isfinite(x).all()) for x in hidden[0]):
+                raise NumericalError(f"block {layer}: activations of the checkpoint are not finite")
+            progress.advance("check", layer + 1, layers + more)
+            progress.check_stop()
     return [_final(source, states, text.first) for source, states in zip(sources, hidden, strict=True)]
 
 

@@ -3,7 +3,8 @@
     config.json (the source's, plus quantization_config), model.safetensors or shards with an index, and the source's tokenizer,
     generation config, chat template and licence files byte for byte.
 
-Embedding, norms, biases and head keep the dtype of the source. A tied head is not stored twice, and no zero biases are written.
+Embedding, norms, biases and head keep the dtype of the source. A tied head is not stored twice, and no zero biases are written. What is
+outside the blocks stands first, as in GGUF files: it is written first, and a file is read back from its beginning on while blocks are solved.
 """
 
 from __future__ import annotations
@@ -179,10 +180,11 @@ class ModelFolder(ABC, Generic[Spec]):
                 fitting = " or ".join(str(size) for size in GROUPS if self._fits(own, size, linears))
                 remedy = f"Give it group_size: {fitting}" if fitting else "No group_size fits: pad the model"
                 raise InputError(f"artifact {spec.name}: {linear} {problem}. {remedy}")
-        entries: list[Entry] = []
+        outside, inside = list[Entry](), list[Entry]()
         kinds: dict[str, Stored] = {}
         for tensor, shape in family.shapes(checkpoint.config).items():
             module, _ = tensor.rsplit(".", 1)
+            entries = outside if family.layer_of(tensor) is None else inside
             if tensor in linears:
                 for suffix, dtype, stored in layout.entries((shape[0], shape[1])):
                     entries.append((f"{module}.{suffix}", dtype, stored))
@@ -195,7 +197,7 @@ class ModelFolder(ABC, Generic[Spec]):
         if kept:
             stated |= self.keeping(family, kept, [weight.removesuffix(".weight") for weight in linears])
         config = dict(checkpoint.raw_config) | {"quantization_config": stated}
-        files = [small_file("config.json", config), *safetensors_files(entries, recipe.shard_size)]
+        files = [small_file("config.json", config), *safetensors_files([*outside, *inside], recipe.shard_size)]
         if self.config_copy:
             files.append(small_file(self.config_copy, stated))
         files += [copied_file(path) for path in checkpoint.side_files]

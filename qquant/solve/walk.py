@@ -79,6 +79,8 @@ def quantize(  # noqa: PLR0913  each is of another thing
         draft for draft in mine if copies(draft, checkpoint)
     ]  # what no stream begins with is written beside all else
     found = [draft for draft in mine if draft not in copied]
+    begins = [draft for draft in found if draft.plan.spec.own_stream]  # a stream of its own with what is found
+    others = [draft for draft in found if draft not in begins]
     solved = curvature_tokens > 0
     beside = devices.threads_help(device)
     layers = checkpoint.config.layers
@@ -91,7 +93,7 @@ def quantize(  # noqa: PLR0913  each is of another thing
 
     with (
         opened(ranks, device) as exchange,
-        _writing(copied, device),
+        _writing([*copied, *others], device),
         background.start_early(write, beside) as written,
     ):
         asked = [
@@ -105,14 +107,14 @@ def quantize(  # noqa: PLR0913  each is of another thing
             scratch = moments.folder / "curvature"
             curvature = measure(source, measured, scratch, dtype, device, progress, blocks, exchange)
         blocks.take_head()  # of a curvature that was there already
-        with _writing(found, device):
+        with _writing(begins, device):
             write_unsolved(checkpoint, found, solved, device, beside, Event())
             if curvature is not None:
                 solve_tables(checkpoint, mine, curvature.tables(device), device, progress)
         if together:
             ranks.meet()  # an embedding that is codes begins a stream
             unmeasured = ranks.once(lambda: unmeasured)
-        with _writing(found, device):
+        with _writing(begins, device):
             if waiting or (unmeasured and any(owns for _, owns in work)):
                 group = exchange if together else ALONE
                 _walk(checkpoint, samples, waiting, moments, blocks, progress, curvature, group)
