@@ -4,6 +4,7 @@
     rotate     (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), in place                 halves of a head, c and s of a token's position
     rotated    the same of query and key into new memory
     gate       silu(g) u
+    difference x - y, rounded to bfloat16, of parts of rows
 
 As `qquant.families.decoder` has them: every operator of torch rounds to the dtype of x, and so do the Triton kernels, so that bits differ
 in sums and exponentials alone. For a few rows, and into a cache: `qquant.kernels.between`. By torch without Triton, on a CPU, and where a
@@ -261,4 +262,40 @@ def launch_gate(g: Tensor, u: Tensor, apart: int) -> Tensor:
     *rows, width = g.shape
     out = g.new_empty(*rows, width)
     _launch_gate((math.prod(rows) * -(-width // BLOCK), 1), (g, u, out), (width, apart))
+    return out
+
+
+def difference(x: Tensor, y: Tensor) -> Tensor:
+    """X - y of [T, K], rounded once to bfloat16, contiguous; rows of both may be parts of longer ones."""
+    if serves(x) and x.dtype == y.dtype and x.stride(-1) == y.stride(-1) == 1:
+        with torch.cuda.device_of(x):
+            return launch_difference(x, y)
+    return torch.sub(x, y, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
+
+
+@kernel()
+def _difference_kernel(
+    x_at: tl.tensor,
+    y_at: tl.tensor,
+    out_at: tl.tensor,
+    x_row: tl.tensor,  # values from one row to the next
+    y_row: tl.tensor,
+    K: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_at + row * x_row + k, mask=k < K, other=0.0).to(tl.float32)
+    y = tl.load(y_at + row * y_row + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(out_at + row * K + k, (x - y).to(tl.bfloat16), mask=k < K)
+
+
+def launch_difference(x: Tensor, y: Tensor) -> Tensor:
+    """Run the kernel; arguments as of `difference`."""
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
+    block = min(2 * BLOCK, max(32, 1 << (columns - 1).bit_length()))
+    _difference_kernel[(rows, blocks(columns, block))](
+        x, y, out, x.stride(0), y.stride(0), columns, BLOCK=block, num_warps=max(1, block // 256)
+    )
     return out

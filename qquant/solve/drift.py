@@ -24,6 +24,7 @@ from qquant.exchange import Parcels
 from qquant.families import Stage
 from qquant.families.forward import StageInput
 from qquant.kernels.column_sums import column_sums
+from qquant.kernels.elementwise import difference
 from qquant.kernels.product import add_products
 from qquant.solve.block import View
 from qquant.solve.stream import Piece, Stream
@@ -195,4 +196,4 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
     """X - y, in float32; in bfloat16 on a GPU."""
     if not x.is_cuda:
         return x.float() - y.float()
-    return torch.sub(x, y, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
+    return difference(x, y)

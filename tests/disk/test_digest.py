@@ -8,7 +8,7 @@ from threading import Event, Timer
 
 import pytest
 
-from qquant.artifact.draft import Beginning
+from qquant.artifact.behind import Beginning
 from qquant.disk import digest
 
 

@@ -214,3 +214,19 @@ def test_tables_of_a_length_are_made_once(family, make_checkpoint, monkeypatch):
     for length in (6, 6, 3, 6):
         block.forward(states(2, length, source.config.hidden).float())
     assert asked == [6, 3]
+
+
+def test_differences_are_rounded_once():
+    x, y = torch.randn(2, 30, 50).unbind()
+    expected = (x[:, 7:20] - y[:, 7:20]).bfloat16()
+    assert torch.equal(elementwise.difference(x[:, 7:20], y[:, 7:20]), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [slice(0, 2048), slice(2048, 4096), slice(3, 700), slice(10240, 11008)])
+def test_differences_on_a_gpu(dtype, columns):
+    x, y = (torch.randn(300, 11008, device="cuda").to(dtype)[:, columns] for _ in range(2))
+    found = elementwise.difference(x, y)
+    assert found.is_contiguous()
+    assert torch.equal(found, (x.float() - y.float()).bfloat16())

@@ -277,6 +277,13 @@ def split(rows, columns, apart):
     ), 2.0**-7
 
 
+def differing(rows, columns, dtype):
+    """Of parts of longer rows; the interpreter cuts to bfloat16 where a card rounds."""
+    x, y = (guarded(torch.randn(rows, columns + 9).to(dtype))[:, 3 : columns + 3] for _ in range(2))
+    found, truth = elementwise.launch_difference(x, y).double(), x.double() - y.double()
+    return float(((found - truth).abs() / truth.abs().clamp(min=1e-6)).max()), 2.0**-7
+
+
 def half_rowed(rows, columns):
     x = (
         torch.randn(rows, columns)
@@ -468,6 +475,8 @@ CASES = {
     "column_sums float32": partial(summed, 33, 130, FULL),
     "halves": partial(split, 3, 70, 0),
     "halves, rows apart": partial(split, 5, 1100, 9),
+    "difference": partial(differing, 5, 70, FULL),
+    "difference of 16 bit, longer than a program": partial(differing, 3, 2100, HALF),
     "half rows": partial(half_rowed, 5, 70),
     "half rows, longer than is converted at a time": partial(half_rowed, 2, 5000),
     "scaled": partial(scaled, 3, 70, False),

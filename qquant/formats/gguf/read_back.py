@@ -29,7 +29,8 @@ else:
     torch = lazy("torch")
 
 DECODED = 1 << 19  # values at a time: threads seldom wait for the interpreter, and it stays in the caches
-READ_BACK = 1 << 24  # values that a thread decodes on a GPU at a time
+READ_BACK = 1 << 24  # values that a thread decodes on a GPU at a time, at least
+ROOM = 1 << 10  # bytes of free memory there for each of them: so many threads decode, each by several copies
 READERS = 4  # threads of a file that do so
 DECODES = "{}: tensor {} decodes to other values than were solved for"
 
@@ -64,7 +65,8 @@ class GgufReadBack:
         """All values by our decoder, where that is the GPU's work; else `tensors` had them decoded."""
         if devices.threads_help(self.device):
             source, listed = GgufSource.open(self.files[0]).on(self.device), list(values.items())
-            yield from (partial(_compare_values, source, listed[n::READERS]) for n in range(READERS))
+            step = max(READ_BACK, devices.free_memory(self.device) // ROOM)
+            yield from (partial(_compare_values, source, listed[n::READERS], step) for n in range(READERS))
 
 
 def _reader(library: Any, path: Path) -> Any:
@@ -124,11 +126,11 @@ def _decoded(library: Any, tensor: Any, piece: Any) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def _compare_values(source: GgufSource, values: Sequence[tuple[str, str]]) -> None:
+def _compare_values(source: GgufSource, values: Sequence[tuple[str, str]], at_a_time: int) -> None:
     """The checksums of all values, decoded where the source decodes."""
     for name, value in values:
         rows, columns = source.family.shapes(source.config)[name]
-        step, found = max(1, READ_BACK // columns), Checksum()
+        step, found = max(1, at_a_time // columns), Checksum()
         for start in range(0, rows, step):
             found.add(source.rows(name, start, min(start + step, rows)))
         if found.hexdigest() != value:
