@@ -295,9 +295,9 @@ class _Model:
             for stage, _ in block
         )
         near = drift.in_16_bit() if stays else drift
+        wide = [spec.eight_bit and not stays for spec in own]  # a card multiplies float32 streams in 16 bits
         streams = Work.of(
-            (self.token(length, spec.eight_bit) * 2 + (drift if spec.eight_bit else near)) * tokens + targets
-            for spec in own
+            (self.token(length, exact) * 2 + (drift if exact else near)) * tokens + targets for exact in wide
         )
         return shared * tokens + streams + Work.of(self.solved(spec, curved, device) for spec in specs)
 

@@ -118,7 +118,7 @@ def test_more_ranks_share_the_work(demo):
 
 
 def test_artifacts_are_dealt_among_gpus_by_what_they_took_there(tmp_path):
-    """A block of the 7B shape took 1.86 s for GPTQ-Int4 and 5.5 for GPTQ-Int8, whose streams are float32 (tests/bench/README.md)."""
+    """A block of the 7B shape takes 1.6 s for GPTQ-Int4 and about 2.3 for GPTQ-Int8, whose streams are float32 (tests/bench/README.md)."""
     checkpoint, gpu = Checkpoint.open(write_hollow(tmp_path / "7B", "7B", 1)), torch.device("cuda")
     entries = ["gptq-int4, format: gptq, bits: 4", "gptq-int8, format: gptq, bits: 8", "awq, format: awq"]
     entries += [f"{name}, format: gguf, type: {name}, solver: ggml" for name in ("q4_k_m", "q8_0")]
@@ -127,9 +127,9 @@ def test_artifacts_are_dealt_among_gpus_by_what_they_took_there(tmp_path):
     )
     plan = Plan.of(parse(text + "".join(f"  - {{name: {entry}}}\n" for entry in entries)), checkpoint)
     costs = {artifact.name: seconds.solving(checkpoint, plan, gpu, artifact) for artifact in plan.artifacts}
-    assert costs["gptq-int8"] / costs["gptq-int4"] == pytest.approx(5.5 / 1.86, rel=0.2)
     hands = [{artifact.name for artifact in hand} for hand in seconds.shares(checkpoint, plan, gpu, 2)]
-    assert {"gptq-int4", "awq"} in hands, "8 bits take about as long"
+    assert {"gptq-int4", "gptq-int8"} in hands, "AWQ's takes longest"
+    assert costs["gptq-int8"] / costs["gptq-int4"] == pytest.approx(2.3 / 1.6, rel=0.25)
 
 
 def test_a_machine_is_remembered_by_device_and_threads(tmp_path, monkeypatch):
