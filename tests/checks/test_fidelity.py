@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+from threading import Event, current_thread
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from qquant import pipeline, recipe
 from qquant.artifact.opening import open_weights
 from qquant.checks import bisect as bisection
 from qquant.checks import evidence, fidelity, llama_cpp, regression
-from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure
+from qquant.checks.fidelity import Peaks, Scored, final_states, first_scored, measure, plain_block
 from qquant.devices import free_memory
 from qquant.errors import InputError
-from qquant.families.decoder import embed, source_block
+from qquant.families.decoder import Block, embed, source_block
 from qquant.formats.gguf import quantize
 from qquant.plan.plan import Plan
 from qquant.progress import Quiet
@@ -359,6 +360,40 @@ def test_finals_are_those_of_the_windows(pair):
     source, _, windows = pair
     (states,) = final_states([source], Scored(windows, 20, 8192), CPU, quiet)
     assert states.shape == (3, 3, 64)
+
+
+def test_the_next_models_block_is_read_while_one_computes(pair, monkeypatch):
+    """By a thread, where threads help, and with the same numbers; a block that fails is told."""
+    source, other, windows = pair
+    plain = final_states([source, other], Scored(windows, 20, 8192), CPU, quiet)
+    monkeypatch.setattr("qquant.checks.fidelity.threads_help", lambda device: True)
+    read, computing, waited = [], Event(), []
+
+    def block_of(model, layer, device):
+        read.append((layer, model is other, current_thread().name.rpartition("_")[0]))
+        if len(read) == 2:
+            waited.append(computing.wait(10))
+        return plain_block(model, layer, device)
+
+    def forward(self, *given):
+        computing.set()
+        return inner(self, *given)
+
+    inner = Block.forward
+    monkeypatch.setattr(Block, "forward", forward)
+    found = final_states([source, other], Scored(windows, 20, 8192), CPU, quiet, block_of)
+    assert waited == [True]
+    assert [place[:2] for place in read] == [
+        (layer, last) for layer in range(source.config.layers) for last in (False, True)
+    ]
+    assert {thread for _, _, thread in read} == {"qquant-prefetch"}
+    assert all(torch.equal(*states) for states in zip(found, plain, strict=True))
+
+    def broken(model, layer, device):
+        raise InputError(f"no block {layer}")
+
+    with pytest.raises(InputError, match="no block 0"):
+        final_states([source], Scored(windows, 20, 8192), CPU, quiet, broken)
 
 
 def test_a_measurement_tells_of_its_windows_and_of_the_head(pair):
