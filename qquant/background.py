@@ -11,8 +11,8 @@
                                                                     work     | work     |
 
 The first two hold one value more in host memory, and no more. An error of the thread is raised in the main thread, in its turn, and no thread
-outlives its `with`, whatever ends that. Threads read files, hash and write; they leave the GPU alone, since a copy that comes from
-another thread breaks the recording of a CUDA graph. Without threads the same calls are made in place, one after another.
+outlives its `with`, whatever ends that. Threads read files, hash and write; where CUDA graphs are recorded they leave the GPU alone, since a copy
+that comes from another thread breaks that. Without threads the same calls are made in place, one after another.
 """
 
 from __future__ import annotations

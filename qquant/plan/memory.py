@@ -9,7 +9,7 @@ Memory where it computes is what every step holds, and the most that one of them
     solve      of the worst stage, weights [N, K]: matrices [K, K], the weights several times, rows that are swept together; on a stream
                of its own also the block as it is solved, and what the samples hold between two stages (`qquant.plan.room`)
     scales     the same where AWQ searches for scales: a block in float32, statistics before and after
-    check      a block of two models in float32, or as many rows of the head as are read at a time
+    check      a block of two models in float32, on a GPU of a third, or as many rows of the head as are read at a time
 
 It does not depend on the number of layers. Beside a GPU the host holds the process, CUDA's libraries, and the larger of two: blocks on
 their way with what gives way there, or the stored tensors that are read back at a time, which are mapped: both tables of words, most of it
@@ -221,8 +221,8 @@ class _Needs:
         return max(walked, tables * self.stored + int(codes * sum(largest) / 8))
 
     def check(self) -> int:
-        """Blocks in float32."""
-        return 4 * self.block * 2 + 4 * HEAD_ROWS * self.config.hidden
+        """Blocks in float32; on a GPU the next model's is read ahead."""
+        return 4 * self.block * (2 + self.policy.threads) + 4 * HEAD_ROWS * self.config.hidden
 
 
 def _stage(shapes: Sequence[tuple[int, ...]]) -> _Stage:

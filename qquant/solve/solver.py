@@ -48,18 +48,18 @@ def rounding_of(damping: float) -> Callable[[Gram], Rounding]:
     """
 
     def of(gram: Gram) -> Rounding:
-        inverse = factorize(replace(gram, cholesky={}), damping)
+        inverse, tokens = factorize(replace(gram, cholesky={}), damping), gram.tokens  # the sums may go
 
         def solve(linears: Mapping[str, Tensor], scale: Tensor, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
             values, scaled = {}, inverse.scaled(scale)
             for grid in dict.fromkeys(grids.values()):
                 same = {linear: weight * scale for linear, weight in linears.items() if grids[linear] == grid}
-                codes, params = on_searched_scales(same, scaled, gram.tokens, grid)
+                codes, params = on_searched_scales(same, scaled, tokens, grid)
                 for linear, code in unstacked(same, codes).items():
                     values[linear] = value_of(code, *params[linear].step_and_offset(), grid)
             return values
 
-        return Rounding(inverse.cost(gram.tokens), solve)
+        return Rounding(inverse.cost(tokens), solve)
 
     return of
 
