@@ -10,8 +10,7 @@ tokens, from the Gram matrix alone. mean|w| is relative to the largest |w| of a 
 
 Where the scaled weights will be solved and not just rounded, Q is a solve. Its loss is foreseen for every candidate from one rounding,
 sum_j c_j (q_j - w_j)^2 with c_j what a squared error of column j costs the solver (c_j / s_j^2 after scaling), and the FINALISTS with
-the least, and s = 1, are solved, by two factors of H: that of s = 1, and that of the least loss for all finalists
-(`gptq.InverseFactor.scaled`). Losses are of about ROWS rows of each matrix.
+the least, and s = 1, are solved. Losses are of about ROWS rows of each matrix.
 
 The function of the block stays the same: the producer's rows and bias (or the norm's weight) are divided by s. A norm is stored
 in 16 bits, so s is re-derived from the rounded norm and the product stays exact. With grouped-query attention a value channel
@@ -39,10 +38,10 @@ ROWS = 1024  # of a matrix that scales are compared by, about: every so many of 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the weights of a stage will be rounded after scaling."""
+    """How weights will be rounded for inputs of some Gram matrix."""
 
     cost: Tensor  # of a squared error, by column, float32 [K]
-    solve: Callable[[Weights, Tensor, Mapping[str, Grid]], Weights]  # the values of weights times a scale [K]
+    solve: Callable[[Weights, Mapping[str, Grid]], Weights]  # the values that are written
 
 
 @dataclass(frozen=True)
@@ -167,19 +166,18 @@ def _finalists(
     rounding_of: Callable[[Gram], Rounding],
     scales: Sequence[Tensor],
 ) -> tuple[list[int], list[float]]:
-    """The first of `scales` and FINALISTS of the others, and what they lose solved: the first by its own factor, the others by that of the best foreseen."""
-    rounding, first, *others = rounding_of(gram), *range(len(scales))
-    foreseen = {index: _foreseen(weights, grids, rounding.cost, scales[index]) for index in others}
-    kept = sorted(others, key=foreseen.__getitem__)[:FINALISTS]
-    losses = [_loss(rounding.solve(weights, scales[first], grids), weights, gram, scales[first])]
-    del rounding
-    if kept:
-        near = scales[kept[0]]
-        rounding, wide = rounding_of(gram.scaled(near)), _times(weights, near)
-        losses += [
-            _loss(rounding.solve(wide, scales[index] / near, grids), weights, gram, scales[index]) for index in kept
-        ]
-    return [first, *kept], losses
+    """The first of `scales`, none, and FINALISTS of the others, by their places, and what they lose solved."""
+    rounding = rounding_of(gram)
+    foreseen = {
+        index: _foreseen(weights, grids, rounding.cost, scale) for index, scale in enumerate(scales) if index > 0
+    }
+    kept = sorted(foreseen, key=foreseen.__getitem__)[:FINALISTS]
+    losses = [_loss(rounding.solve(weights, grids), weights, gram, scales[0])]
+    del rounding  # one factor at a time
+    for scale in (scales[index] for index in kept):
+        values = rounding_of(gram.scaled(scale)).solve(_times(weights, scale), grids)
+        losses.append(_loss(values, weights, gram, scale))
+    return [0, *kept], losses
 
 
 def _candidates(

@@ -52,10 +52,6 @@ class InverseFactor:
         weights[self.order] = 1 / self.upper.diagonal().square()
         return weights / max(1, tokens)
 
-    def scaled(self, scale: Tensor) -> InverseFactor:
-        """U S for the inputs divided by `scale` float32 [K]: (S^-1 H S^-1)^-1 = (U S)' (U S); the damping is scaled with H."""
-        return InverseFactor(self.upper * scale[self.order], self.order, self.damping)
-
 
 def factorize(gram: Gram, damping: float) -> InverseFactor:
     """U of H + damping * mean(diag H) * I, remembered in `gram` for the next artifact.

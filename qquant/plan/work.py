@@ -26,7 +26,6 @@ CACHED, FRESH = (
 )  # log2 of the values of a tensor up to which it stays in the caches, and from which on it does not
 FIT = 200  # passes of a search for the scales of groups: 20 candidates, read and rounded
 FINALISTS = 4  # scales that are solved with, as in `qquant.algorithms.awq`, and none
-FACTORS = 2  # by which they are
 COMPARED = 1024  # rows of a matrix, about, that they are compared by
 LOOKED = 25  # of everything around a solve: gathered, packed, read back, compared, summed up
 SWEPT = 18  # of a sweep of descent
@@ -99,11 +98,10 @@ def solving(linears: Sequence[tuple[int, int]], sweeps: int, curved: bool, sizes
 
 
 def scaling(linears: Sequence[tuple[int, int]], ratios: int) -> Work:
-    """The work of searching scales to fold into a stage: a fit of some rows for each of `ratios`, and a solve for those that look best, by two factors."""
+    """The work of searching scales to fold into a stage: a fit of some rows for each of `ratios`, and a solve for those that look best."""
     some, columns = sum(math.ceil(n / max(1, n // COMPARED)) for n, _ in linears), linears[0][1]
-    solved = _fed_back(some, columns) + Work(exact=2 * some * columns**2) + passes(columns**2, columns**2)
-    factors = Work(factor=4 / 3 * columns**3) * FACTORS
-    return passes((ratios + FINALISTS) * FIT * some * columns, 0) + solved * FINALISTS + factors
+    solved = _fed_back(some, columns) + Work(exact=2 * some * columns**2, factor=4 / 3 * columns**3)
+    return passes((ratios + FINALISTS) * FIT * some * columns, 0) + solved * FINALISTS
 
 
 def _fed_back(rows: int, columns: int) -> Work:

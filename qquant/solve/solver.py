@@ -42,19 +42,16 @@ def unit(layer: int) -> str:
 
 
 def rounding_of(damping: float) -> Callable[[Gram], Rounding]:
-    """How a search for folded scales foresees what will be written for the inputs of a stage: one factor does for all scales.
-
-    What it returns raises NotPositiveDefiniteError where there is none.
-    """
+    """How a search for folded scales foresees what will be written for inputs; raises NotPositiveDefiniteError where it cannot."""
 
     def of(gram: Gram) -> Rounding:
         inverse, tokens = factorize(replace(gram, cholesky={}), damping), gram.tokens  # the sums may go
 
-        def solve(linears: Mapping[str, Tensor], scale: Tensor, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-            values, scaled = {}, inverse.scaled(scale)
+        def solve(linears: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+            values = {}
             for grid in dict.fromkeys(grids.values()):
-                same = {linear: weight * scale for linear, weight in linears.items() if grids[linear] == grid}
-                codes, params = on_searched_scales(same, scaled, tokens, grid)
+                same = {linear: weight for linear, weight in linears.items() if grids[linear] == grid}
+                codes, params = on_searched_scales(same, inverse, tokens, grid)
                 for linear, code in unstacked(same, codes).items():
                     values[linear] = value_of(code, *params[linear].step_and_offset(), grid)
             return values

@@ -136,15 +136,3 @@ def test_gram_is_the_sum_over_tokens_whatever_the_samples():
     assert torch.allclose(whole.importance, x.square().mean(0), atol=1e-5)
     weight = torch.randn(3, 6)
     assert torch.allclose(whole.energy(weight), (x @ weight.T).square().sum(0), rtol=1e-4)
-
-
-def test_the_factor_of_scaled_inputs_is_the_scaled_factor():
-    """Of H' = S^-1 H S^-1 in the order of H, where the damping is scaled too: no other is factored for AWQ's candidates."""
-    x = torch.randn(300, 48)
-    gram, scale = Gram.zeros(48), torch.rand(48) + 0.5
-    gram.add(x)
-    inverse = factorize(gram, 0.01).scaled(scale)
-    damped = gram.matrix.double() + 0.01 * gram.matrix.diagonal().mean() * torch.eye(48)
-    wanted = torch.linalg.inv(damped / scale[:, None] / scale)[inverse.order][:, inverse.order]
-    assert torch.allclose((inverse.upper.double().T @ inverse.upper.double()), wanted, rtol=1e-4, atol=1e-7)
-    assert torch.equal(inverse.upper, inverse.upper.triu())
